@@ -1,4 +1,4 @@
-"""Choices that depend on the device: which one, its number formats, its batch shapes. Everything else is the same code."""
+"""Choices that depend on the device: which one, its number formats, its batch shapes. All else is the same code."""
 
 import contextlib
 import os
@@ -59,6 +59,12 @@ def search_chunk_rows(device: torch.device) -> int:
 def tokenizer_processes(local_world_size: int) -> int:
     """Worker processes that tokenize ahead while this rank embeds."""
     return max(1, min(8, (os.cpu_count() or 1) // local_world_size))
+
+
+def single_threaded_worker(worker: int) -> None:
+    """Set up a tokenizing worker process: its threads would only fight with those of its siblings."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # also what the tokenizers library asks for after a fork
+    torch.set_num_threads(1)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,7 +1,8 @@
-"""Every collective of the project. With one process each of them is the identity, so callers never ask how many there are.
+"""Every collective of the project. With one process each of them is the identity, so callers never ask.
 
-Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment) or as one plain process (none of them). Tensors travel
-through NCCL when they lie on a GPU and through gloo when they lie on the CPU; Python objects always through gloo.
+Started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment) or as one plain process (none of them).
+Tensors travel through NCCL when they lie on a GPU and through gloo when they lie on the CPU; Python objects always
+through gloo.
 """
 
 import contextlib

@@ -1,0 +1,36 @@
+# `make demo` and `make test` are all that a newcomer needs: Python 3.11, make and pip's registry; no GPU.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo test test-all lint format benchmarks clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(READY): requirements.txt requirements-dev.txt requirements-demo.txt
+	@echo "Installing into .venv (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	@touch $(READY)
+
+demo: $(READY)   ## prepare a corpus and tiny models, fine-tune them on 64 questions on 2 processes, show what was learnt
+	$(BIN)/python example_scripts/demo.py $(DEMO_FLAGS)
+
+test: $(READY)   ## the quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY) ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)   ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:           ## remove what demo and tests left behind, but not .venv
+	rm -rf demo .pytest_cache .ruff_cache

@@ -1,0 +1,46 @@
+"""Few-shot question answering: `train.py` with settings that suit 64 to 100 examples. Every flag overrides them."""
+
+from src.config import parse_config
+
+PRESET = {
+    "task": "qa",
+    "write_results": True,
+    "train_retriever": True,
+    "query_side_retriever_training": True,
+    "gold_score_mode": "ppmean",
+    "temperature_gold": 0.01,
+    "temperature_score": 0.01,
+    "refresh_index": "-1",
+    "text_maxlength": 384,
+    "target_maxlength": 32,
+    "generation_max_length": 32,
+    "n_context": 40,
+    "retriever_n_context": 40,
+    "per_gpu_batch_size": 1,
+    "precision": "bf16",
+    "shard_optim": True,
+    "shard_grads": True,
+    "use_gradient_checkpoint_reader": True,
+    "use_gradient_checkpoint_retriever": True,
+    "dropout": 0.1,
+    "lr": 4e-5,
+    "lr_retriever": 4e-5,
+    "weight_decay": 0.01,
+    "scheduler": "linear",
+    "warmup_steps": 5,
+    "eval_freq": 10,
+    "log_freq": 5,
+    "save_freq": lambda options: max(1, options.total_steps - 1),
+}
+
+
+def main() -> None:
+    """Parse, build, run."""
+    config = parse_config(program="finetune_qa", **PRESET)
+    from src import build  # imports torch: a wrong flag is answered before that
+
+    build.run(config, build.train)
+
+
+if __name__ == "__main__":
+    main()

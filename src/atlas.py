@@ -1,0 +1,114 @@
+"""The tensor half: a reader's loss and a retriever's loss from tensors, and nothing else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from src.inputs import Targets
+from src.losses import distillation_loss, retriever_scores
+from src.reader import FusionInDecoder
+from src.retriever import DualEncoder
+from src.signals import Signal
+
+
+@dataclass(frozen=True)
+class TrainingTensors:
+    """One batch of one rank. The retriever's fields are None where it is not trained."""
+
+    reader_ids: torch.Tensor  # (B, K, L): all passages retrieved; the reader reads the first n_context of them
+    reader_mask: torch.Tensor  # (B, K, L) bool
+    targets: Targets
+    query_ids: torch.Tensor | None = None  # (B, Lq)
+    query_mask: torch.Tensor | None = None
+    passage_ids: torch.Tensor | None = None  # (B·K, Lp), where passages are embedded anew
+    passage_mask: torch.Tensor | None = None
+    passage_embeddings: torch.Tensor | None = None  # (B, K, D), where the passage encoder is frozen
+
+
+class Losses(NamedTuple):
+    """Scalars; `retriever` is None where it is not trained."""
+
+    reader: torch.Tensor
+    retriever: torch.Tensor | None
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.reader if self.retriever is None else self.reader + self.retriever
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block, as it was afterwards."""
+    was_training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in was_training.items():
+            part.training = training
+
+
+class Atlas(nn.Module):
+    """Reader and retriever together.
+
+    Args:
+        retriever: None for a closed book and for passages that come with the data.
+        signal: how the reader judges passages (src/signals.py); None where the retriever is not trained.
+        n_context: passages that the reader reads; the retriever learns from all that were retrieved.
+    """
+
+    def __init__(
+        self,
+        reader: FusionInDecoder,
+        retriever: DualEncoder | None,
+        *,
+        n_context: int,
+        signal: Signal | None = None,
+        temperature_gold: float = 0.01,
+        temperature_score: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.reader = reader
+        self.retriever = retriever
+        self.n_context = n_context
+        self.signal = signal
+        self.temperature_gold = temperature_gold
+        self.temperature_score = temperature_score
+
+    def forward(self, batch: TrainingTensors) -> Losses:
+        """Losses of one batch; the retriever's when the batch brings its tensors."""
+        ids, mask = batch.reader_ids[:, : self.n_context], batch.reader_mask[:, : self.n_context]
+        hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
+        logits = self.reader.logits(hidden, mask.flatten(1), batch.targets.decoder_ids)  # (B, T, V)
+        reader_loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.labels.flatten(), ignore_index=-100)
+        if batch.query_ids is None:
+            return Losses(reader_loss, None)
+        gold_scores = self._gold_scores(batch, hidden)
+        scores = self._retriever_scores(batch)
+        retriever_loss = distillation_loss(
+            scores, gold_scores, temperature_score=self.temperature_score, temperature_gold=self.temperature_gold
+        )
+        return Losses(reader_loss, retriever_loss)
+
+    @torch.no_grad()
+    def _gold_scores(self, batch: TrainingTensors, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, K), from the reader without dropout."""
+        b, k, length = batch.reader_ids.shape
+        with evaluating(self.reader):
+            if k > self.n_context or self.reader.has_dropout:
+                hidden = self.reader.encode(batch.reader_ids, batch.reader_mask)
+            return self.signal(self.reader, hidden.detach().view(b, k, length, -1), batch.reader_mask, batch.targets)
+
+    def _retriever_scores(self, batch: TrainingTensors) -> torch.Tensor:
+        """(B, K), with gradient into the query encoder, and into the passage encoder when it is the same."""
+        queries = self.retriever.embed_queries(batch.query_ids, batch.query_mask)  # (B, D)
+        passages = batch.passage_embeddings
+        if passages is None:
+            passages = self.retriever.embed_passages(batch.passage_ids, batch.passage_mask)  # (B·K, D)
+            passages = passages.view(len(queries), -1, passages.shape[-1])
+        return retriever_scores(queries, passages)

@@ -1,0 +1,437 @@
+"""From a configuration to a run: the only place that sees all of it."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from src import device as devices
+from src import distributed
+from src.atlas import Atlas
+from src.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from src.config import Config, refresh_schedule
+from src.data import Data
+from src.evaluator import Evaluator
+from src.index.passages import check_passages, count_duplicates, open_passages
+from src.index.sharded import shard_rows
+from src.index.storage import open_index, save_index
+from src.inputs import Inputs
+from src.jsonl import JsonlCorpus
+from src.optim import Optimizers
+from src.reader import FusionInDecoder, load_reader, load_reader_state
+from src.retrieval import Retrieval
+from src.retriever import DualEncoder, fingerprint, load_retriever, load_retriever_state, state_is_untied
+from src.signals import SIGNALS
+from src.tasks import TASKS, Task
+from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
+from src.tracking import TensorBoard, log, start_log
+from src.trainer import Plan, Trainer
+
+
+def run(config: Config, job: Callable[[Config, torch.device, Path], None]) -> None:
+    """Start the ranks and do a job; a mistake of the user's ends it with one sentence and status 1.
+
+    ValueError, OSError and a lost rank are such mistakes (their tracebacks go to the rank's log); anything else is a
+    bug and shows its traceback.
+    """
+    device = devices.pick_device(distributed.local_rank())
+    directory = Path(config.run.checkpoint_dir) / config.run.name
+    try:
+        distributed.start(device.type)
+        start_log(directory)
+        transformers_logging.set_verbosity_error()  # its advice is about its own trainer
+        transformers_logging.disable_progress_bar()
+        devices.seed_everything(config.run.seed)
+        if distributed.is_main():
+            (directory / "opt.log").write_text(config.describe() + "\n", encoding="utf-8")
+        job(config, device, directory)
+        distributed.wait_for_all("the end of the run")
+    except (ValueError, OSError, distributed.LostRankError) as error:
+        log.error("%s", error, exc_info=True)
+        sys.exit(1)
+    finally:
+        distributed.stop()
+
+
+def evaluate(config: Config, device: torch.device, directory: Path) -> None:
+    """`evaluate.py`: measure a model on every evaluation file."""
+    path = config.run.model_path
+    checkpoint = load_checkpoint(path) if path != "none" else _own_checkpoint(directory)
+    step = checkpoint.step if checkpoint and path == "none" else 0
+    _refuse(config, device)
+    data = _open_data(config, config.run.eval_data)
+    model = _build_model(config, device, checkpoint, training=False)
+    retrieval = _build_retrieval(config, device, directory, model)
+    tensorboard = TensorBoard(directory)
+    _evaluator(config, device, directory, model, retrieval, tensorboard, data)(step)
+    tensorboard.close()
+    log.info("Done: %s", _what_is_where(config, directory, step))
+
+
+def train(config: Config, device: torch.device, directory: Path) -> None:
+    """`train.py` and `finetune_qa.py`: train, evaluate on the way, save; or go on where a run of this name stopped."""
+    path, training, optimisation = config.run.model_path, config.retriever_training, config.optimisation
+    own = None if optimisation.restart else _own_checkpoint(directory)
+    checkpoint = own or (load_checkpoint(path) if path != "none" else None)
+    finished = own.step if own else 0
+    if finished >= optimisation.total_steps:
+        log.info("This run is finished: %s holds step %d. Begin anew with --restart.", directory, finished)
+        return
+    _refuse(config, device)
+    data = _open_data(config, config.run.eval_data)
+    training_data = _make_data(config, _open_corpus(config.run.train_data))
+    _check_on_main(training_data)
+    model = _build_model(config, device, checkpoint, training=True)
+    optimizers = _optimizers(config, device, model)
+    if own:
+        log.info("Going on after step %d of %s", finished, own.path)
+        optimizers.load_state(own.optimizer_state() or {})
+    retrieval = _build_retrieval(config, device, directory, model)
+    tensorboard = TensorBoard(directory)
+    atlas = Atlas(
+        model.reader,
+        model.retriever,
+        n_context=1 if config.model.closed_book else config.model.n_context,
+        signal=SIGNALS[training.gold_score_mode] if training.train_retriever else None,
+        temperature_gold=training.temperature_gold,
+        temperature_score=training.temperature_score,
+    )
+    trainer = Trainer(
+        atlas,
+        optimizers,
+        retrieval,
+        model.inputs,
+        training_data,
+        _plan(config),
+        device=device,
+        precision=optimisation.precision,
+        seed=config.run.seed,
+        n_retrieve=config.model.retriever_n_context if config.retrieves else config.model.n_context,
+        train_retriever=training.train_retriever,
+        evaluate=_evaluator(config, device, directory, model, retrieval, tensorboard, data),
+        save=partial(_save, config, directory, model, optimizers),
+        own_passages=config.model.use_file_passages,
+        tensorboard=tensorboard,
+    )
+    trainer.train(finished)
+    tensorboard.close()
+    log.info("Done: %s", _what_is_where(config, directory, optimisation.total_steps))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Both halves with their tokenizers; a half is None where this run does without it."""
+
+    reader: FusionInDecoder | None
+    retriever: DualEncoder | None
+    inputs: Inputs
+    passed_on: dict[str, torch.Tensor]  # weights of a half that this run does without, to be saved again
+
+
+def _own_checkpoint(directory: Path) -> Checkpoint | None:
+    path = latest_checkpoint(directory)
+    return load_checkpoint(path) if path else None
+
+
+def _refuse(config: Config, device: torch.device) -> None:
+    """What only the device or this version can tell. Raises: ValueError."""
+    devices.refuse_precision(device, config.optimisation.precision, "--precision")
+    devices.refuse_precision(device, _embedder_precision(config, device), "--embedder_precision")
+    if config.tasks.task not in TASKS:
+        raise ValueError(f"--task {config.tasks.task} is not in this version yet; it has {', '.join(sorted(TASKS))}")
+    training = config.retriever_training
+    if training.train_retriever and training.gold_score_mode not in SIGNALS:
+        raise ValueError(
+            f"--gold_score_mode {training.gold_score_mode} is not in this version yet; it has {', '.join(SIGNALS)}"
+        )
+    if training.compute_crossattention_stats:
+        raise ValueError("--compute_crossattention_stats is not in this version yet: leave it out")
+    if config.retrieves and config.index.index_mode == "faiss":
+        raise ValueError("--index_mode faiss is not in this version yet: use --index_mode flat, which is exact")
+    if config.optimisation.shard_optim or config.optimisation.shard_grads:
+        log.info("--shard_optim and --shard_grads: this version trains with plain data parallelism instead")
+    if config.retrieves and config.model.n_context > config.model.retriever_n_context and config.run.train_data:
+        log.warning(
+            "--n_context %d is above --retriever_n_context %d: in training the reader reads the %d retrieved",
+            config.model.n_context,
+            config.model.retriever_n_context,
+            config.model.retriever_n_context,
+        )
+
+
+def _open_corpus(paths: tuple[str, ...]) -> JsonlCorpus:
+    with distributed.main_first(f"opening {', '.join(paths)}"):  # rank 0 unpacks and finds the lines once
+        return JsonlCorpus(paths)
+
+
+def _make_data(config: Config, corpus: JsonlCorpus) -> Data:
+    task: Task = TASKS[config.tasks.task](
+        **dataclasses.asdict(config.tasks),
+        answers_needed=not config.model.retrieve_only,
+        passages_needed=config.model.use_file_passages,
+    )
+    return Data(
+        corpus,
+        task,
+        seed=config.run.seed,
+        batch_size=config.run.per_gpu_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def _open_data(config: Config, paths: tuple[str, ...]) -> dict[str, Data]:
+    """Evaluation data by the name of its file."""
+    files = {}
+    for path in paths:
+        data = _make_data(config, _open_corpus((path,)))
+        _check_on_main(data)
+        files[Path(path).name.removesuffix(".gz").removesuffix(".jsonl")] = data
+    return files
+
+
+def _check_on_main(data: Data) -> None:
+    """Find a bad line before anything expensive starts."""
+    error = None
+    if distributed.is_main():
+        try:
+            data.check(distributed.progress)
+        except ValueError as found:
+            error = found
+    distributed.wait_for_all("checking the data")
+    distributed.raise_anywhere(error)
+
+
+def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | None, *, training: bool) -> _Model:
+    """Load configs, tokenizers and weights; the weights come from the checkpoint where there is one."""
+    dropout = config.optimisation.dropout
+    reader = retriever = reader_tokenizer = retriever_tokenizer = None
+    passed_on: dict[str, torch.Tensor] = {}
+    if not config.model.retrieve_only:
+        weights = checkpoint is None or not checkpoint.reader
+        reader_tokenizer = load_reader_tokenizer(config.model.reader_model_type)
+        reader = load_reader(
+            config.model.reader_model_type,
+            dropout=dropout,
+            weights=weights,
+            gradient_checkpointing=config.optimisation.use_gradient_checkpoint_reader,
+        )
+        if not weights:
+            _load_half(load_reader_state, reader, checkpoint.reader, checkpoint)
+        reader = reader.to(device)
+    if config.retrieves:
+        weights = checkpoint is None or not checkpoint.retriever
+        retriever_tokenizer = load_retriever_tokenizer(config.model.retriever_model_path)
+        retriever = load_retriever(
+            config.model.retriever_model_path,
+            query_side=config.retriever_training.query_side_retriever_training
+            or (not weights and state_is_untied(checkpoint.retriever)),
+            dropout=dropout,
+            weights=weights,
+            gradient_checkpointing=config.optimisation.use_gradient_checkpoint_retriever,
+            overrides=None if weights else checkpoint.retriever_config,
+        )
+        if not weights:
+            _load_half(load_retriever_state, retriever, checkpoint.retriever, checkpoint)
+        retriever = retriever.to(device)
+        if not (training and config.retriever_training.train_retriever):
+            retriever.requires_grad_(False)
+    elif checkpoint:
+        passed_on = {f"retriever.{name}": tensor for name, tensor in checkpoint.retriever.items()}
+    inputs = Inputs(
+        reader_tokenizer,
+        retriever_tokenizer,
+        device=device,
+        text_maxlength=config.model.text_maxlength,
+        target_maxlength=config.model.target_maxlength,
+        encoder_format=config.model.encoder_format,
+        retriever_format=config.model.retriever_format,
+        decoder_format=config.model.decoder_format,
+        decoder_prompt_format=config.model.decoder_prompt_format,
+        decoder_start_id=reader.config.decoder_start_token_id if reader is not None else 0,
+        pad_multiple=devices.pad_multiple(device),
+    )
+    return _Model(reader, retriever, inputs, passed_on)
+
+
+def _load_half(load: Callable, module: torch.nn.Module, state: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    try:
+        load(module, state)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+def _embedder_precision(config: Config, device: torch.device) -> str:
+    return devices.embedder_precision(device, config.run.embedder_precision)
+
+
+def _build_retrieval(config: Config, device: torch.device, directory: Path, model: _Model) -> Retrieval | None:
+    """Open the index, or embed the corpus."""
+    if not config.retrieves:
+        return None
+    settings, training = config.index, config.retriever_training
+    index = None
+    if settings.load_index_path is not None:
+        index = open_index(
+            Path(settings.load_index_path),
+            device=device,
+            dimension=model.retriever.dim,
+            retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+            converted=directory / "index",
+        )
+        passages = index.passages
+        log.info("Opened the index %s: %d passages", settings.load_index_path, len(passages))
+    else:
+        passages = _open_passages(settings.passages, settings.max_passages)
+    retrieval = Retrieval(
+        model.retriever,
+        model.inputs,
+        passages,
+        device=device,
+        embedder_precision=_embedder_precision(config, device),
+        embedder_batch_size=config.run.per_gpu_embedder_batch_size,
+        rerank=training.n_to_rerank_with_retrieve_with_rerank if training.retrieve_with_rerank else 0,
+    )
+    retrieval.index = index
+    if settings.save_index_path is not None:
+        retrieval.on_build = lambda built: save_index(
+            Path(settings.save_index_path),
+            built,
+            retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+        )
+    if index is None:
+        retrieval.build()
+    return retrieval
+
+
+def _open_passages(paths: tuple[str, ...], max_passages: int) -> JsonlCorpus:
+    """The corpus, every line of which has been read once: each rank looks at its share."""
+    with distributed.main_first(f"opening {', '.join(paths)}"):
+        passages = open_passages(paths, max_passages)
+    if len(passages) == 0:
+        raise ValueError(f"--passages {' '.join(paths)}: there is no passage in it")
+    error, hashes = None, torch.zeros(0, dtype=torch.int64)
+    try:
+        rows = shard_rows(len(passages), distributed.rank(), distributed.world_size())
+        hashes = torch.from_numpy(check_passages(passages, rows, distributed.progress))
+    except ValueError as found:
+        error = found
+    distributed.wait_for_all("checking the corpus")
+    distributed.raise_anywhere(error)
+    if duplicates := count_duplicates(distributed.all_gather_rows(hashes)[0].numpy()):
+        log.warning("%d passages have an id that another passage before them has", duplicates)
+    return passages
+
+
+def _optimizers(config: Config, device: torch.device, model: _Model) -> Optimizers:
+    settings = config.optimisation
+    groups = {"reader": (_trained(model.reader), settings.lr)}
+    if model.retriever is not None:
+        groups["retriever"] = (_trained(model.retriever), settings.lr_retriever)
+    return Optimizers(
+        groups,
+        weight_decay=settings.weight_decay,
+        epsilon=settings.epsilon,
+        beta2=settings.beta2,
+        clip=settings.clip,
+        scheduler=settings.scheduler,
+        warmup_steps=settings.warmup_steps,
+        total_steps=settings.scheduler_steps or settings.total_steps,
+        loss_scaling=settings.precision == "fp16",
+    )
+
+
+def _trained(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _plan(config: Config) -> Plan:
+    return Plan(
+        total_steps=config.optimisation.total_steps,
+        accumulation_steps=config.optimisation.accumulation_steps,
+        log_freq=config.run.log_freq,
+        eval_freq=config.run.eval_freq,
+        save_freq=config.run.save_freq,
+        freeze_retriever_steps=config.retriever_training.freeze_retriever_steps,
+        shuffle=config.run.shuffle,
+        refresh=refresh_schedule(config.index.refresh_index),
+    )
+
+
+def _evaluator(
+    config: Config,
+    device: torch.device,
+    directory: Path,
+    model: _Model,
+    retrieval: Retrieval | None,
+    tensorboard: TensorBoard,
+    files: dict[str, Data],
+) -> Callable[[int], None]:
+    """A function that evaluates every file after a step."""
+    evaluator = Evaluator(
+        model.reader,
+        retrieval,
+        model.inputs,
+        device=device,
+        precision=config.optimisation.precision,
+        n_context=config.model.n_context,
+        own_passages=config.model.use_file_passages,
+        generation={
+            "max_length": config.model.generation_max_length,
+            "min_length": config.model.generation_min_length,
+            "num_beams": config.model.generation_num_beams,
+            "length_penalty": config.model.generation_length_penalty,
+        },
+        results=directory if config.run.write_results else None,
+        write_passages=not config.run.dont_write_passages,
+        tensorboard=tensorboard,
+    )
+
+    def evaluate_all(step: int) -> None:
+        for name, data in files.items():
+            evaluator.evaluate(name, data, step)
+
+    return evaluate_all
+
+
+def _save(config: Config, directory: Path, model: _Model, optimizers: Optimizers, step: int) -> None:
+    """Rank 0 writes, the others wait for it: they hold the same weights."""
+    if distributed.is_main():
+        halves = {"reader": model.reader, "retriever": model.retriever}
+        present = {name: half for name, half in halves.items() if half is not None}
+        configs = {name: half.config for name, half in present.items() if name == "reader"}
+        if model.retriever is not None:
+            configs["retriever"] = model.retriever.passage_encoder.config
+        path = save_checkpoint(
+            directory,
+            step,
+            model=model.passed_on
+            | {f"{half}.{name}": tensor for half, module in present.items() for name, tensor in _state(module)},
+            optimizer=optimizers.state(),
+            options=dataclasses.asdict(config),
+            configs={name: half_config.to_dict() for name, half_config in configs.items()},
+            keep_optimizers=config.optimisation.save_optimizer,
+            keep_checkpoints=config.optimisation.keep_checkpoints,
+        )
+        log.info("Saved %s", path)
+    distributed.wait_for_all("saving")
+
+
+def _state(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return list(module.state_dict().items())
+
+
+def _what_is_where(config: Config, directory: Path, step: int) -> str:
+    """The last line of a run: where to look."""
+    places = [f"log in {directory / 'run.log'}"]
+    if config.run.train_data and (latest := latest_checkpoint(directory)):
+        places.append(f"model in {latest}")
+    if config.run.write_results:
+        names = [Path(path).name.removesuffix(".gz").removesuffix(".jsonl") for path in config.run.eval_data]
+        places += [f"results in {directory / f'{name}-step-{step}.jsonl'}" for name in names]
+    return ", ".join(places)

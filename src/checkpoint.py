@@ -1,0 +1,196 @@
+"""Checkpoints: ours (safetensors and JSON, written beside and renamed) and the published `model.pth.tar` (read only).
+
+A checkpoint of ours is a directory `step-N` with `model.safetensors` (names as published: `reader.*`, `retriever.*`),
+`optimizer.safetensors`, `state.json` (step, format), `options.json` (all flags), `reader_config.json` and
+`retriever_config.json`. `latest` is a symbolic link to the newest one, replaced in one move.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+FORMAT = 1
+PUBLISHED_FILE = "model.pth.tar"
+_HALVES = ("reader", "retriever")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read. The tensors are memory-mapped: ranks of a machine share one copy."""
+
+    path: Path
+    step: int
+    reader: dict[str, torch.Tensor]  # state dicts; empty where the half was not saved
+    retriever: dict[str, torch.Tensor]
+    retriever_config: dict[str, Any]  # what the weights need to be read with, beyond the hub's config
+    published: bool
+
+    def optimizer_state(self) -> dict[str, torch.Tensor] | None:
+        """Moments of both optimizers; None where they were not kept, and for published checkpoints."""
+        file = self.path / "optimizer.safetensors"
+        return load_file(file) if file.is_file() and not self.published else None
+
+
+def latest_checkpoint(run_directory: Path) -> Path | None:
+    """The checkpoint that a run left in its directory, if any."""
+    link = run_directory / "checkpoint" / "latest"
+    return link.resolve() if link.exists() else None
+
+
+def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read a checkpoint directory of either format.
+
+    Args:
+        path: the directory of a checkpoint, or of a run of ours (its latest checkpoint is taken).
+
+    Raises:
+        ValueError: there is no checkpoint, or it cannot be read, or it holds what is not data.
+    """
+    path = Path(path)
+    for candidate in (path, path / "latest", path / "checkpoint" / "latest"):
+        if (candidate / "state.json").is_file():
+            return _load_ours(candidate.resolve())
+    if (path / PUBLISHED_FILE).is_file():
+        return _load_published(path)
+    raise ValueError(f"{path} holds no checkpoint: neither {PUBLISHED_FILE} nor state.json and model.safetensors")
+
+
+def save_checkpoint(
+    run_directory: Path,
+    step: int,
+    *,
+    model: dict[str, torch.Tensor],
+    optimizer: dict[str, torch.Tensor],
+    options: dict[str, Any],
+    configs: dict[str, dict[str, Any]],
+    keep_optimizers: bool,
+    keep_checkpoints: int | None,
+) -> Path:
+    """Write `checkpoint/step-N`, point `latest` at it, and drop what is no longer wanted. For one rank only.
+
+    Killed at any moment, `latest` is a whole checkpoint: the old one or the new one.
+
+    Args:
+        model: state dict with the prefixes `reader.` and `retriever.`.
+        configs: "reader" and "retriever" -> their configs.
+        keep_optimizers: leave the optimizer's state in older checkpoints.
+        keep_checkpoints: how many to keep, None for all.
+    """
+    directory = run_directory / "checkpoint"
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob("*.partial"):
+        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+    final, beside = directory / f"step-{step}", directory / f"step-{step}.partial"
+    beside.mkdir()
+    save_file(_without_aliases(model), beside / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, beside / "optimizer.safetensors")
+    _write_json(beside / "options.json", options)
+    for half, config in configs.items():
+        _write_json(beside / f"{half}_config.json", config)
+    _write_json(beside / "state.json", {"format": FORMAT, "step": step})
+    for file in beside.iterdir():
+        _flush(file)
+    if final.exists():  # of a run that was begun anew
+        shutil.rmtree(final)
+    beside.rename(final)
+    link = directory / "latest.partial"
+    link.symlink_to(final.name)
+    link.replace(directory / "latest")
+    _tidy(directory, final, keep_optimizers, keep_checkpoints)
+    return final
+
+
+def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:
+    older = sorted((p for p in directory.glob("step-*") if p != newest), key=lambda p: int(p.name.split("-")[1]))
+    if not keep_optimizers:
+        for checkpoint in older:
+            (checkpoint / "optimizer.safetensors").unlink(missing_ok=True)
+    if keep_checkpoints is not None:
+        for checkpoint in older[: max(0, len(older) + 1 - keep_checkpoints)]:
+            shutil.rmtree(checkpoint)
+
+
+def _without_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each matrix once: T5's `shared` is also the encoder's and decoder's `embed_tokens`."""
+    seen: set[tuple[Any, ...]] = set()
+    kept = {}
+    for name in sorted(state, key=lambda name: (not name.endswith("shared.weight"), name)):
+        tensor = state[name].detach()
+        identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if identity not in seen:
+            seen.add(identity)
+            kept[name] = tensor.contiguous()
+    return kept
+
+
+def _load_ours(path: Path) -> Checkpoint:
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']} instead of {FORMAT}: written by another version")
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        config = path / "retriever_config.json"
+        retriever_config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        step = int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{path}: the checkpoint cannot be read ({error})") from error
+    return Checkpoint(path, step, *_split(tensors, path), retriever_config=retriever_config, published=False)
+
+
+def _load_published(path: Path) -> Checkpoint:
+    file = path / PUBLISHED_FILE
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        step, tensors = int(saved["step"]), dict(saved["model"])
+    except Exception as error:  # whatever torch finds wrong with a file that anybody may have made
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{file} is not a published checkpoint that is safe to load: {_found(error, reason)}"
+        ) from error
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file}: its `model` holds something else than tensors")
+    return Checkpoint(
+        path, step, *_split(tensors, file), retriever_config={"uncentered_layer_norm": True}, published=True
+    )
+
+
+def _found(error: Exception, reason: str) -> str:
+    """The class that torch refused, out of its long explanation."""
+    for line in str(error).splitlines():
+        if "GLOBAL" in line:
+            return line.split("GLOBAL", 1)[1].split("was not")[0].strip() + " is not data; nothing of it was run"
+    return reason
+
+
+def _split(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """`reader.x` and `reader.module.x` -> reader's `x`; the retriever's likewise."""
+    halves: dict[str, dict[str, torch.Tensor]] = {half: {} for half in _HALVES}
+    for name, tensor in tensors.items():
+        half, _, rest = name.partition(".")
+        if half not in halves:
+            raise ValueError(f"{file}: unknown weight {name}; expected names that begin with reader. or retriever.")
+        halves[half][rest.removeprefix("module.")] = tensor
+    return halves["reader"], halves["retriever"]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk before the directory is renamed, so that a power cut leaves no empty file under a good name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""Examples of a data file for each step and rank: the same lines, and the same chances, at every world size."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from src.jsonl import DataError, JsonlCorpus
+from src.tasks import Example, Task, example_rng
+
+
+class Data:
+    """A data file (or several, one behind the other) as batches of examples.
+
+    The global batch of a step is the next `world_size · batch_size` lines; rank r takes the r-th run of `batch_size`.
+    So W ranks see in one step what one rank sees in W steps.
+
+    Raises:
+        ValueError: there is no line.
+    """
+
+    def __init__(
+        self, corpus: JsonlCorpus, task: Task, *, seed: int, batch_size: int, rank: int, world_size: int
+    ) -> None:
+        if len(corpus) == 0:
+            raise ValueError(f"{', '.join(map(str, corpus.paths))}: there is no line with data in it")
+        self.corpus, self.task, self.seed = corpus, task, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._order = (-1, np.empty(0, np.int64))  # the epoch that was shuffled last, and its order
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def check(self, alive: Callable[[], None]) -> None:
+        """Read every line once, so that a bad one is found before anything expensive starts.
+
+        Args:
+            alive: called for every line.
+
+        Raises:
+            DataError: naming file, line and what is wrong.
+        """
+        for line in range(len(self)):
+            self.example(line, epoch=0)
+            alive()
+
+    def example(self, line: int, epoch: int) -> Example | None:
+        """The example of a line; None where the task skips it. Raises: DataError."""
+        try:
+            return self.task.process(self.corpus[line], example_rng(self.seed, epoch, line))
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{self.corpus.where(line)}: {error}") from error
+
+    def training_batch(self, step: int, shuffle: bool) -> list[Example]:
+        """This rank's examples of a step, counted from 1. The file is gone through again and again."""
+        first = ((step - 1) * self.world_size + self.rank) * self.batch_size
+        examples = []
+        for position in range(first, first + self.batch_size):
+            epoch, place = divmod(position, len(self))
+            line = self._shuffled(epoch)[place] if shuffle else place
+            examples.append(self.example(int(line), epoch))
+        return [example for example in examples if example is not None]
+
+    def evaluation_batches(self) -> Iterator[list[Example]]:
+        """The whole file once, in as many batches on every rank; the last ones of a rank may be empty."""
+        everybody = self.world_size * self.batch_size
+        for start in range(0, len(self), everybody):
+            first = start + self.rank * self.batch_size
+            lines = range(min(first, len(self)), min(first + self.batch_size, len(self)))
+            examples = [self.example(line, epoch=0) for line in lines]
+            yield [example for example in examples if example is not None]
+
+    @property
+    def evaluation_rounds(self) -> int:
+        """How many batches `evaluation_batches` gives."""
+        return -(-len(self) // (self.world_size * self.batch_size))
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self)))
+        return self._order[1]

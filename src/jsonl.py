@@ -1,0 +1,217 @@
+"""Files of JSON lines larger than memory, read as one sequence of rows."""
+
+import bisect
+import contextlib
+import gzip
+import json
+import mmap
+import operator
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+CHUNK = 1 << 20  # bytes: small enough that the comparison's result stays in the processor's cache
+CACHE_VERSION = 1
+HEADER = 3  # the cached array starts with version, file size and mtime_ns; the offsets follow
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class DataError(ValueError):
+    """What is wrong with a data file, in one sentence that names the file and, where there is one, the line."""
+
+
+class JsonlCorpus(Sequence[dict]):
+    """Rows of one or several jsonl files, in order: `len(c)`, `c[i]`, `c[2:5]`, `c[[4, 1]]`.
+
+    Files are memory-mapped and nothing but the offsets of the lines is held, so that all processes of a machine share
+    one copy in the page cache. Offsets are found once and cached in `{file}.offsets.npy`; `{file}.gz` is decompressed
+    once to `{file}` (with several processes, let one open the corpus first). Blank lines are not rows.
+
+    `parse` is applied to a row each time it is read and raises ValueError(reason) if the row is bad. `max_rows` cuts
+    after so many rows over all files, -1 means all. Pickled, it opens the files again.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        DataError: a row that is read is not UTF-8, not a JSON object, or refused by `parse`; a damaged `.gz`.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike | Sequence[str | os.PathLike],
+        parse: Callable[[dict], dict] | None = None,
+        max_rows: int = -1,
+    ):
+        paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+        self.paths = [decompress(Path(path)) for path in paths]
+        self.parse = parse
+        self.max_rows = max_rows
+        self._maps: list[mmap.mmap | bytes] = []
+        self._offsets: list[np.ndarray] = []
+        self._first_rows = [0]  # of every file, and the total at the end
+        for path in self.paths:
+            text, offsets = open_lines(path)
+            total = len(self) + len(offsets)
+            self._maps.append(text)
+            self._offsets.append(offsets)
+            self._first_rows.append(min(total, max_rows) if max_rows >= 0 else total)
+
+    def __reduce__(self):
+        return JsonlCorpus, (self.paths, self.parse, self.max_rows)
+
+    def __len__(self) -> int:
+        return self._first_rows[-1]
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> dict | list[dict]:
+        if isinstance(rows, slice):
+            return [self._row(i) for i in range(*rows.indices(len(self)))]
+        if isinstance(rows, Sequence | np.ndarray):
+            return [self._row(i) for i in rows]
+        return self._row(rows)
+
+    def raw(self, row: int) -> bytes:
+        """The line of a row as it stands in the file, without its line end."""
+        file, start = self._locate(row)
+        return line_at(self._maps[file], start).removesuffix(b"\r")
+
+    def where(self, row: int) -> str:
+        """`{file}, line {n}`, counting from 1 and counting blank lines. Reads the file up to there."""
+        file, start = self._locate(row)
+        text = self._maps[file]
+        line_ends = sum(text[begin : min(begin + CHUNK, start)].count(b"\n") for begin in range(0, start, CHUNK))
+        return f"{self.paths[file]}, line {line_ends + 1}"
+
+    def check(self, rows: range) -> None:
+        """Read and parse every row of the range. Raises: DataError at the first bad one."""
+        for row in rows:
+            self._row(row)
+
+    def _row(self, row: int) -> dict:
+        try:
+            record = decode(self.raw(row))
+            return record if self.parse is None else self.parse(record)
+        except ValueError as error:
+            raise DataError(f"{self.where(row)}: {error}") from error
+
+    def _locate(self, row: int) -> tuple[int, int]:  # which file, and where in it the line starts
+        index = operator.index(row) + (len(self) if row < 0 else 0)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {row} of a corpus of {len(self)} rows")
+        file = bisect.bisect_right(self._first_rows, index) - 1
+        return file, int(self._offsets[file][index - self._first_rows[file]])
+
+
+def decode(line: bytes) -> dict:  # a reason, not a place, in every ValueError: the caller knows the place
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object {{...}}, found {json.dumps(record)[:40]}")
+    if b"\\ud" in line or b"\\uD" in line:  # half of an escaped surrogate pair is no text: no tokenizer takes it
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) in a string") from error
+    return record
+
+
+def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:
+    """The file, memory-mapped, and the offsets (rows,) int64 of its lines that are not blank."""
+    with open_existing(path) as file:
+        status = os.fstat(file.fileno())
+        # An empty file cannot be mapped.
+        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
+    header = np.array([CACHE_VERSION, status.st_size, status.st_mtime_ns], np.int64)
+    cache = path.with_name(path.name + ".offsets.npy")
+    offsets = read_offsets(cache, header)
+    if offsets is None:
+        offsets = find_offsets(text)
+        # Where they cannot be written (a read-only or full directory) they stay in memory.
+        with contextlib.suppress(OSError), replacing(cache) as beside, open(beside, "wb") as file:
+            np.save(file, np.concatenate([header, offsets]))
+    return text, offsets
+
+
+def read_offsets(cache: Path, header: np.ndarray) -> np.ndarray | None:
+    try:
+        cached = np.asarray(np.load(cache, mmap_mode="r"))
+    except (OSError, ValueError, EOFError):  # absent, or damaged: they are found again
+        return None
+    valid = cached.dtype == np.int64 and cached.ndim == 1 and np.array_equal(cached[:HEADER], header)
+    return cached[HEADER:] if valid else None
+
+
+def find_offsets(text: mmap.mmap | bytes) -> np.ndarray:
+    """Where the lines that are not blank start, (rows,) int64."""
+    data = np.frombuffer(text, np.uint8)
+    first = len(BYTE_ORDER_MARK) if text[:3] == BYTE_ORDER_MARK else 0
+    found = [without_blank(text, data, np.array([first]))]
+    for begin in range(0, len(data), CHUNK):
+        line_ends = np.flatnonzero(data[begin : begin + CHUNK] == ord("\n")) + begin
+        found.append(without_blank(text, data, line_ends + 1))
+    return np.concatenate(found, dtype=np.int64)
+
+
+def without_blank(text: mmap.mmap | bytes, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    starts = starts[starts < len(data)]  # behind the last line end there is no line
+    suspects = np.flatnonzero(data[starts] <= ord(" "))
+    at = starts[suspects]
+    behind = np.minimum(at + (data[at] == ord("\r")), len(data) - 1)
+    empty = data[behind] == ord("\n")  # the others, indented or of white space only, are looked at one by one
+    blank = [i for i in suspects[~empty] if not line_at(text, int(starts[i])).strip()]
+    return np.delete(starts, np.concatenate([suspects[empty], np.array(blank, np.int64)]))
+
+
+def line_at(text: mmap.mmap | bytes, start: int) -> bytes:
+    end = text.find(b"\n", start)
+    return text[start : end if end >= 0 else len(text)]
+
+
+def decompress(path: Path) -> Path:
+    """`{file}` for `{file}.gz`, written unless it is there and newer; any other path as it is.
+
+    Raises: FileNotFoundError; DataError if the file is damaged or its directory cannot be written to.
+    """
+    if path.suffix != ".gz":
+        return path
+    plain = path.with_suffix("")
+    with open_existing(path) as compressed:
+        if plain.exists() and plain.stat().st_mtime_ns >= os.fstat(compressed.fileno()).st_mtime_ns:
+            return plain
+        try:
+            with replacing(plain) as beside, gzip.open(compressed) as source, open(beside, "wb") as target:
+                shutil.copyfileobj(source, target, CHUNK)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be decompressed beside itself ({error}); decompress it elsewhere"
+            ) from error
+    return plain
+
+
+def open_existing(path: Path) -> BinaryIO:
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist" + (": it is a directory" if path.is_dir() else ""))
+    return open(path, "rb")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; renamed to `path` if the block ends well, removed if it does not."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""Metrics of one example, 0 to 1. Averages and percentages are the caller's."""
+
+import re
+import string
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import regex  # knows Unicode categories, which `re` does not
+
+RECALL_AT = (1, 5, 10, 20, 50, 100)
+# The simple tokenizer of DrQA and DPR: runs of letters, digits and marks, or one other visible character.
+SIMPLE_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower-case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def accuracy(prediction: str, references: Sequence[str]) -> float:
+    """1 if the prediction is one of the references, character for character."""
+    return float(prediction in references)
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1 if the normalised prediction equals one of the normalised references."""
+    prediction = normalize_answer(prediction)
+    return float(any(prediction == normalize_answer(reference) for reference in references))
+
+
+def f1(prediction: str, references: Sequence[str], normalize: Callable[[str], str] | None = normalize_answer) -> float:
+    """Token F1 against the best of the references, as SQuAD v1.1 does; `normalize=None` takes raw tokens."""
+
+    def tokens(text: str) -> list[str]:
+        return (normalize(text) if normalize else text).split()
+
+    predicted, best = tokens(prediction), 0.0
+    for reference in map(tokens, references):
+        common = (Counter(predicted) & Counter(reference)).total()
+        if common:
+            best = max(best, 2 * common / (len(predicted) + len(reference)))
+    return best
+
+
+def rouge(prediction: str, reference: str) -> dict[str, float]:
+    """F values rouge_1, rouge_2, rouge_L of the PyPI package `rouge`, case-sensitive; 0 without words on one side."""
+    import rouge as package
+
+    names = {"rouge-1": "rouge_1", "rouge-2": "rouge_2", "rouge-l": "rouge_L"}
+    if not prediction.replace(".", "").strip() or not reference.replace(".", "").strip():
+        return dict.fromkeys(names.values(), 0.0)
+    limit = sys.getrecursionlimit()
+    # The package finds the common subsequence by recursion, one level a word.
+    sys.setrecursionlimit(limit + len(prediction.split()) + len(reference.split()))
+    try:
+        scores = package.Rouge().get_scores(prediction, reference)[0]
+    finally:
+        sys.setrecursionlimit(limit)
+    return {name: scores[key]["f"] for key, name in names.items()}
+
+
+def simple_tokens(text: str) -> str:
+    """Lower-cased simple tokens, each with a space on either side, so that `in` compares whole tokens."""
+    return f" {' '.join(SIMPLE_TOKEN.findall(unicodedata.normalize('NFD', text)))} ".lower()
+
+
+def has_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether the tokens of an answer stand in the text one after the other (Karpukhin et al. 2020, DPR).
+
+    An answer without tokens is in no text.
+    """
+    return holds_one(text, [simple_tokens(answer) for answer in answers])
+
+
+def holds_one(text: str, answers: Sequence[str]) -> bool:
+    tokens = simple_tokens(text)
+    return any(answer in tokens for answer in answers if answer.strip())
+
+
+def retrieval_metrics(passages: Sequence[dict], answers: Sequence[str]) -> dict[str, float]:
+    """`recall@k` for k in RECALL_AT up to the number of passages, and `mrr`, of one ranked list.
+
+    A passage is judged by its `text` alone: an answer that only its title holds does not count. recall@k is 1 if one of
+    the first k passages holds an answer; mrr is 1 / rank of the first that does, 0 if none does.
+    """
+    answers = [simple_tokens(answer) for answer in answers]
+    ranks = (rank for rank, passage in enumerate(passages, 1) if holds_one(passage["text"], answers))
+    first = next(ranks, None)
+    metrics = {f"recall@{k}": float(first is not None and first <= k) for k in RECALL_AT if k <= len(passages)}
+    return metrics | {"mrr": 1 / first if first else 0.0}

@@ -1,0 +1,44 @@
+"""Small helpers shared by the tokenizers, the reader and the retriever; torch is imported only where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@contextmanager
+def pretrained_errors(flag: str, name_or_path: str, wanted: str) -> Iterator[None]:
+    """Turn whatever a hub or file library says about a missing model into one sentence that names the flag.
+
+    Raises:
+        OSError: for a path that is no directory, and in place of the OSError (not found, not reachable) or ValueError
+            (not such a model) raised inside.
+    """
+    # a hub id is `name` or `owner/name`; the hub's own complaint about anything else does not help
+    is_path = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
+    if is_path and not Path(name_or_path).is_dir():
+        raise OSError(f"{flag} {name_or_path}: there is no such directory; give one that holds {wanted}, or a hub id")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".: ")
+        raise OSError(
+            f"{flag} {name_or_path}: cannot load {wanted} ({reason}); "
+            "give a local directory that holds it or a hub id that can be reached"
+        ) from error
+
+
+def set_dropout(module: nn.Module, probability: float) -> None:
+    """Set every dropout in `module`: its Dropout modules, and the numbers called `dropout` that attention keeps."""
+    from torch import nn
+
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = probability
+        elif isinstance(getattr(child, "dropout", None), float | int):
+            child.dropout = probability

@@ -1,0 +1,164 @@
+"""The text half: embed the corpus, search it for queries, hand out passages. No gradient anywhere."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from src import device as devices
+from src import distributed
+from src.index.sharded import ShardedIndex, shard_rows
+from src.inputs import Inputs
+from src.jsonl import JsonlCorpus
+from src.retriever import DualEncoder
+from src.tokenization import pad_rows
+from src.tracking import log, progress_bar
+
+WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
+
+
+class Found(NamedTuple):
+    """What a search brought for B queries."""
+
+    passages: list[list[dict[str, Any]]]  # B lists of K, best first
+    ids: torch.Tensor  # (B, K) rows of the index
+    scores: torch.Tensor  # (B, K)
+
+
+class _Windows(Dataset):
+    """Batches of tokenized passages, window by window: item i is a list of (rows, lists of token ids)."""
+
+    def __init__(self, passages: JsonlCorpus, rows: range, inputs: Inputs, max_tokens: int) -> None:
+        self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // WINDOW)
+
+    def __getitem__(self, i: int) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        rows = self.rows[i * WINDOW : (i + 1) * WINDOW]
+        tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop])
+        return [
+            (np.asarray([rows[j] for j in batch]), [np.asarray(tokens[j], np.int32) for j in batch])
+            for batch in batches_by_length([len(t) for t in tokens], self.max_tokens)
+        ]
+
+
+def batches_by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Group positions of similar lengths, so that a batch padded to its longest row has at most `max_tokens` tokens.
+
+    A single row that is longer makes a batch of its own.
+    """
+    batch: list[int] = []
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[position] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+class Retrieval:
+    """Finds passages for queries in an index that it can (re)build.
+
+    Args:
+        passages: the whole corpus; this rank embeds and searches its share of the rows.
+        embedder_precision: of both encoders outside of training.
+        embedder_batch_size: passages of full length per batch when the corpus is embedded.
+        rerank: passages to embed anew per query and sort by fresh scores; 0: take the index's order.
+    """
+
+    def __init__(
+        self,
+        retriever: DualEncoder,
+        inputs: Inputs,
+        passages: JsonlCorpus,
+        *,
+        device: torch.device,
+        embedder_precision: str,
+        embedder_batch_size: int,
+        rerank: int = 0,
+    ) -> None:
+        self.retriever, self.inputs, self.passages = retriever, inputs, passages
+        self.device, self.embedder_precision = device, embedder_precision
+        self.max_tokens = devices.embedding_tokens(device, embedder_batch_size, inputs.retriever_maxlength)
+        self.rerank = rerank
+        self.index: ShardedIndex | None = None
+        self.on_build: Callable[[ShardedIndex], None] = lambda index: None
+
+    @torch.no_grad()
+    def build(self) -> None:
+        """Embed this rank's share of the corpus into the index: a new one, or the rows of the one that is there."""
+        rows = shard_rows(len(self.passages), distributed.rank(), distributed.world_size())
+        if self.index is None:
+            embeddings = torch.zeros(len(rows), self.retriever.dim, dtype=torch.float16, device=self.device)
+        else:
+            embeddings = self.index.embeddings
+        was_training = self.retriever.training
+        self.retriever.eval()
+        self._embed(rows, embeddings)
+        self.retriever.train(was_training)
+        distributed.wait_for_all("embedding the corpus")
+        self.index = ShardedIndex(self.passages, embeddings)
+        self.on_build(self.index)
+
+    def _embed(self, rows: range, embeddings: torch.Tensor) -> None:
+        """Fill the rows' embeddings; other ranks may have more or fewer batches, nothing here waits for them."""
+        windows = _Windows(self.passages, rows, self.inputs, self.max_tokens)
+        processes = devices.tokenizer_processes(distributed.local_world_size()) if len(windows) > 1 else 0
+        loader = DataLoader(
+            windows,
+            batch_size=None,
+            num_workers=processes,
+            worker_init_fn=devices.single_threaded_worker if processes else None,
+            prefetch_factor=2 if processes else None,
+        )
+        log.info("Embedding %d passages on each of %d ranks", len(rows), distributed.world_size())
+        pad_id, multiple = self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple
+        with (
+            progress_bar("embedding", len(rows), "passages") as bar,
+            devices.autocast(self.device, self.embedder_precision),
+        ):
+            for batches in loader:
+                for batch_rows, tokens in batches:
+                    ids, mask = pad_rows(tokens, pad_id, multiple)
+                    vectors = self.retriever.embed_passages(ids.to(self.device), mask.to(self.device))
+                    embeddings[torch.from_numpy(batch_rows - rows.start).to(self.device)] = vectors.to(torch.float16)
+                    bar.update(len(tokens))
+                    distributed.progress()
+
+    @torch.no_grad()
+    def search(self, queries: list[str], k: int) -> Found:
+        """The best k passages (all, if there are fewer) of each query. Collective: ranks may bring none.
+
+        Args:
+            queries: formatted by the task.
+        """
+        was_training = self.retriever.training
+        self.retriever.eval()
+        with devices.autocast(self.device, self.embedder_precision):
+            if queries:
+                vectors = self.retriever.embed_queries(*self.inputs.queries(queries)).float()  # (B, D)
+            else:
+                vectors = torch.zeros(0, self.retriever.dim, device=self.device)
+        hits = self.index.search(vectors, max(k, self.rerank))
+        passages = self.index.passages_of(hits.ids)
+        found = Found(passages, hits.ids, hits.scores)
+        if self.rerank and queries:
+            found = self._reranked(vectors, found, k)
+        self.retriever.train(was_training)
+        return found
+
+    def _reranked(self, queries: torch.Tensor, found: Found, k: int) -> Found:
+        """Sort what was found by scores of the current passage encoder, and take the best k."""
+        candidates = [passage for of_query in found.passages for passage in of_query]
+        with devices.autocast(self.device, self.embedder_precision):
+            vectors = self.retriever.embed_passages(*self.inputs.passages(candidates)).float()
+        fresh = torch.einsum("bd,bkd->bk", queries, vectors.view(len(queries), -1, vectors.shape[-1]))
+        order = fresh.argsort(dim=1, descending=True, stable=True)[:, :k]  # (B, k)
+        passages = [
+            [of_query[i] for i in of_order] for of_query, of_order in zip(found.passages, order.tolist(), strict=True)
+        ]
+        return Found(passages, found.ids.gather(1, order.to(found.ids.device)), fresh.gather(1, order))

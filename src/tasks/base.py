@@ -1,0 +1,95 @@
+"""What a task is, and the plainest one: a query and the text that shall be generated for it."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from src.metrics import accuracy
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question to the system. `answers` are the references of the metrics; they are not shown to the reader."""
+
+    query: str
+    target: str  # "" if there is none, which is fine only where nothing is read
+    answers: list[str]
+    metadata: dict | None = None
+    id: str | None = None
+    passages: list[dict] | None = None  # the example's own, for --use_file_passages
+
+
+class Task:
+    """Turns the lines of a data file into examples, and scores what was generated for them.
+
+    `answers_needed=False` lets lines without target and answers pass: enough to retrieve for them.
+    `passages_needed=True` asks for `passages` in every line and checks them.
+    """
+
+    metrics: tuple[str, ...] = ("accuracy",)
+    fields = "`query` and `target` (strings)"
+
+    def __init__(self, answers_needed: bool = True, passages_needed: bool = False):
+        self.answers_needed = answers_needed
+        self.passages_needed = passages_needed
+
+    def process(self, record: Mapping, rng: random.Random) -> Example | None:
+        """The example of a line, None to skip the line. All chance comes from `rng` (see `example_rng`).
+
+        Raises: ValueError with the fields expected and those found, or what is wrong with one.
+        """
+        query = self.text(record, "query")
+        target = self.text(record, "target", optional=not self.answers_needed)
+        return Example(
+            query=query,
+            target=target or "",
+            answers=[] if target is None else [target],
+            id=self.identifier(record),
+            passages=self.passages(record),
+        )
+
+    def score(self, generation: str, example: Example) -> dict[str, float]:
+        """The values, 0 to 1, of `metrics`."""
+        return {"accuracy": accuracy(generation, example.answers)}
+
+    def retrieval_answers(self, example: Example) -> list[str] | None:
+        """Strings of which a useful passage holds one; None where recall@k and MRR make no sense."""
+        return None
+
+    def text(self, record: Mapping, field: str, optional: bool = False) -> str | None:
+        """A string field that is not blank; None if it is optional and missing. Raises: ValueError."""
+        value = record.get(field)
+        if value is None and optional:
+            return None
+        if value is None:
+            raise ValueError(f"no `{field}`: expected {self.fields}, found {', '.join(record) or 'no field at all'}")
+        if not isinstance(value, str):
+            raise ValueError(f"`{field}` is a string, found {value!r:.40}")
+        if not value.strip():
+            raise ValueError(f"`{field}` is empty")
+        return value
+
+    def identifier(self, record: Mapping) -> str | None:
+        """The `id` as a string, as the ids of passages are."""
+        return None if record.get("id") is None else str(record["id"])
+
+    def passages(self, record: Mapping) -> list[dict] | None:
+        """The line's own passages as they are, or checked and with a title if they are needed. Raises: ValueError."""
+        passages = record.get("passages")
+        if not self.passages_needed:
+            return passages
+        if not isinstance(passages, list) or not passages:
+            raise ValueError(
+                "no `passages` (a list of objects with `title` and `text`), which --use_file_passages needs"
+            )
+        for rank, passage in enumerate(passages, 1):
+            if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
+                raise ValueError(f"passage {rank} of `passages` has no `text` (a string)")
+            if not isinstance(passage.get("title") or "", str):
+                raise ValueError(f"passage {rank} of `passages`: `title` is a string, found {passage['title']!r:.40}")
+        return [passage | {"title": passage.get("title") or ""} for passage in passages]
+
+
+def example_rng(seed: int, epoch: int, line: int) -> random.Random:
+    """A generator that depends on nothing but these three: the same in every process, at every world size."""
+    return random.Random(f"{seed} {epoch} {line}")  # a string is hashed by SHA-512, not by Python's seeded hash()

@@ -1,0 +1,175 @@
+"""Training: retrieve, read, distil, update; evaluate and save on the way."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from src import device as devices
+from src import distributed
+from src.atlas import Atlas, Losses, TrainingTensors
+from src.data import Data
+from src.inputs import Inputs
+from src.optim import Optimizers
+from src.parallel import data_parallel, local_gradients
+from src.retrieval import Retrieval
+from src.tasks import Example
+from src.tracking import Means, TensorBoard, log, progress_bar
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, and what happens when. Steps are counted from 1; `refresh` is asked with the steps finished."""
+
+    total_steps: int
+    accumulation_steps: int
+    log_freq: int
+    eval_freq: int
+    save_freq: int
+    freeze_retriever_steps: int
+    shuffle: bool
+    refresh: Callable[[int], bool]
+
+    def updates_after(self, step: int) -> bool:
+        """Whether the weights move at the end of this step."""
+        return step % self.accumulation_steps == 0 or step == self.total_steps
+
+    def first_of_update(self, step: int) -> int:
+        """Steps finished before the first one whose gradients are in the same update."""
+        return (step - 1) // self.accumulation_steps * self.accumulation_steps
+
+    def accumulated(self, step: int) -> int:
+        """How many steps share an update with this one: fewer at the very end."""
+        first = self.first_of_update(step)
+        return min(self.accumulation_steps, self.total_steps - first)
+
+
+class Trainer:
+    """The training loop.
+
+    Args:
+        retrieval: None for a closed book and for passages that come with the data.
+        own_passages: read the passages in the data files.
+        n_retrieve: passages per query in training.
+        train_retriever: whether the retriever learns at all.
+        evaluate, save: called with the steps finished.
+    """
+
+    def __init__(
+        self,
+        model: Atlas,
+        optimizers: Optimizers,
+        retrieval: Retrieval | None,
+        inputs: Inputs,
+        data: Data,
+        plan: Plan,
+        *,
+        device: torch.device,
+        precision: str,
+        seed: int,
+        n_retrieve: int,
+        train_retriever: bool,
+        evaluate: Callable[[int], None],
+        save: Callable[[int], None],
+        own_passages: bool = False,
+        tensorboard: TensorBoard | None = None,
+    ) -> None:
+        self.model, self.optimizers, self.retrieval, self.inputs = model, optimizers, retrieval, inputs
+        self.data, self.plan, self.device, self.precision, self.seed = data, plan, device, precision, seed
+        self.n_retrieve, self.train_retriever, self.own_passages = n_retrieve, train_retriever, own_passages
+        self.evaluate, self.save, self.tensorboard = evaluate, save, tensorboard
+        self.parallel = data_parallel(model, device, some_unused=train_retriever and plan.freeze_retriever_steps > 0)
+        self.means = Means()
+
+    def train(self, finished: int = 0) -> None:
+        """Take the steps after `finished` up to `total_steps`; the last one is always evaluated and saved."""
+        self.model.train()
+        with progress_bar("training", self.plan.total_steps, "steps", initial=finished) as bar:
+            for step in range(finished + 1, self.plan.total_steps + 1):
+                self._refresh(step - 1)
+                self._step(step)
+                bar.update()
+                last = step == self.plan.total_steps
+                if step % self.plan.log_freq == 0 or last:
+                    report = self._report(step)
+                    bar.set_postfix(loss=f"{report.get('loss/train_loss', float('nan')):.4g}")
+                if step % self.plan.eval_freq == 0 or last:
+                    self.evaluate(step)
+                if step % self.plan.save_freq == 0 or last:
+                    self.save(step)
+
+    def _step(self, step: int) -> None:
+        """Forward, backward, and an update where it is due. One wait for the device, in the update."""
+        started = time.monotonic()
+        torch.manual_seed(_mix(self.seed, step, distributed.rank()))  # dropout: the same after a restart
+        batch = self._batch(self.data.training_batch(step, self.plan.shuffle), step)
+        prepared = time.monotonic()
+        with local_gradients(self.parallel, local=not self.plan.updates_after(step)):
+            with devices.autocast(self.device, self.precision):
+                losses = self.parallel(batch)
+            self.optimizers.backward(losses.total / self.plan.accumulated(step))
+        if self.plan.updates_after(step) and not self.optimizers.step(self.plan.first_of_update(step)):
+            log.warning("Step %d is skipped: its gradients are not finite (%d so far)", step, self.optimizers.skipped)
+        self._count(losses, started, prepared)
+
+    def _batch(self, examples: list[Example], step: int) -> TrainingTensors:
+        """Retrieve for the examples and make tensors of all that the step needs."""
+        queries, learns = [example.query for example in examples], self._retriever_learns(step)
+        found = self.retrieval.search(queries, self.n_retrieve) if self.retrieval else None
+        passages = found.passages if found else None
+        if self.own_passages:
+            passages = [example.passages[: self.n_retrieve] for example in examples]
+        ids, mask = self.inputs.reader(queries, passages)
+        targets = self.inputs.targets(queries, [example.target for example in examples])
+        if not learns:
+            return TrainingTensors(ids, mask, targets)
+        query_ids, query_mask = self.inputs.queries(queries)
+        if self.model.retriever.query_side:  # a frozen encoder: what the index holds is what it would say again
+            embeddings = self.retrieval.index.embeddings_of(found.ids)
+            return TrainingTensors(ids, mask, targets, query_ids, query_mask, passage_embeddings=embeddings)
+        flat = [passage for of_query in found.passages for passage in of_query]
+        return TrainingTensors(ids, mask, targets, query_ids, query_mask, *self.inputs.passages(flat))
+
+    def _retriever_learns(self, step: int) -> bool:
+        return self.train_retriever and step > self.plan.freeze_retriever_steps
+
+    def _refresh(self, finished: int) -> None:
+        """Embed the corpus again where the schedule says so: the retriever has moved since."""
+        moved = self.train_retriever and finished > max(0, self.plan.freeze_retriever_steps)
+        if self.retrieval is None or not moved or not self.plan.refresh(finished):
+            return
+        if self.model.retriever.query_side:
+            return  # the passage encoder is frozen: the index would come out the same
+        log.info("Refreshing the index after step %d", finished)
+        self.retrieval.build()
+
+    def _count(self, losses: Losses, started: float, prepared: float) -> None:
+        self.means.add("loss/train_loss", losses.total)
+        self.means.add("loss/reader_loss", losses.reader)
+        if losses.retriever is not None:
+            self.means.add("loss/retriever_loss", losses.retriever)
+        self.means.add("runtime/retrieve", prepared - started)
+        self.means.add("runtime/train_step", time.monotonic() - started)
+
+    def _report(self, step: int) -> dict[str, float]:
+        report = self.means.report()
+        lr = self.optimizers.learning_rate(step)
+        statistics = " | ".join(f"{name}: {value:.6g}" for name, value in report.items())
+        log.info(
+            "%d / %d | %s | lr: %.6g | Memory: %.2f GiB",
+            step,
+            self.plan.total_steps,
+            statistics,
+            lr,
+            devices.peak_memory_gib(self.device),
+        )
+        if self.tensorboard:
+            self.tensorboard.add({**report, "lr": lr, "skipped_steps": self.optimizers.skipped}, step)
+        return report
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    """A seed for torch out of three numbers."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])

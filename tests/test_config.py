@@ -1,0 +1,326 @@
+"""The command line is a contract: every flag, its type and default; every refusal, in one sentence."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import finetune_qa
+from src.config import SECTIONS, parse_config, refresh_schedule
+
+ROOT = Path(__file__).resolve().parent.parent
+
+DEFAULTS = {
+    "run": {
+        "name": "experiment_name",
+        "checkpoint_dir": "./checkpoint/",
+        "model_path": "none",
+        "seed": 0,
+        "log_freq": 100,
+        "eval_freq": 500,
+        "save_freq": 5000,
+        "train_data": (),
+        "eval_data": (),
+        "write_results": False,
+        "dont_write_passages": False,
+        "local_rank": -1,
+        "main_port": -1,
+        "per_gpu_batch_size": 1,
+        "per_gpu_embedder_batch_size": 512,
+        "embedder_precision": None,
+        "shuffle": False,
+    },
+    "index": {
+        "passages": (),
+        "max_passages": -1,
+        "index_mode": "flat",
+        "faiss_index_type": "flat",
+        "faiss_code_size": None,
+        "load_index_path": None,
+        "save_index_path": None,
+        "save_index_n_shards": 128,
+        "faiss_nlist": None,
+        "faiss_nprobe": None,
+        "faiss_train_size": None,
+        "faiss_retrain": False,
+        "refine_factor": 1,
+        "save_index_codes_only": False,
+        "refresh_index": "-1",
+    },
+    "model": {
+        "reader_model_type": None,
+        "retriever_model_path": "facebook/contriever",
+        "text_maxlength": 200,
+        "target_maxlength": None,
+        "n_context": 1,
+        "retriever_n_context": 5,
+        "retrieve_only": False,
+        "use_file_passages": False,
+        "closed_book": False,
+        "encoder_format": "{query} title: {title} context: {text}",
+        "retriever_format": "{title} {text}",
+        "decoder_format": None,
+        "decoder_prompt_format": None,
+        "generation_max_length": 128,
+        "generation_min_length": None,
+        "generation_num_beams": 1,
+        "generation_length_penalty": 1.0,
+    },
+    "retriever_training": {
+        "train_retriever": False,
+        "query_side_retriever_training": False,
+        "gold_score_mode": "ppmean",
+        "temperature_gold": 0.01,
+        "temperature_score": 0.01,
+        "freeze_retriever_steps": -1,
+        "retrieve_with_rerank": False,
+        "n_to_rerank_with_retrieve_with_rerank": 128,
+        "filtering_overretrieve_ratio": 2,
+        "compute_crossattention_stats": False,
+    },
+    "optimisation": {
+        "total_steps": 1000,
+        "warmup_steps": 1000,
+        "scheduler": "cosine",
+        "scheduler_steps": None,
+        "lr": 1e-4,
+        "lr_retriever": 1e-5,
+        "weight_decay": 0.1,
+        "epsilon": 1e-6,
+        "beta2": 0.999,
+        "clip": 1.0,
+        "dropout": 0.1,
+        "alpha": 1.0,
+        "accumulation_steps": 1,
+        "precision": "fp32",
+        "shard_optim": False,
+        "shard_grads": False,
+        "use_gradient_checkpoint_reader": False,
+        "use_gradient_checkpoint_retriever": False,
+        "save_optimizer": False,
+        "keep_checkpoints": None,
+        "restart": False,
+    },
+    "tasks": {
+        "task": None,
+        "qa_prompt_format": "question: {question} answer: <extra_id_0>",
+        "mlm_noise_density": 0.15,
+        "mlm_mean_noise_span_length": 3,
+        "min_words_per_lm_instance": None,
+        "min_lm_context_ratio": 0.5,
+        "max_lm_context_ratio": 0.5,
+        "multiple_choice_num_options": 4,
+        "multiple_choice_train_permutations": "single",
+        "multiple_choice_eval_permutations": "single",
+    },
+}
+FINETUNE_QA = {
+    "task": "qa",
+    "write_results": True,
+    "train_retriever": True,
+    "query_side_retriever_training": True,
+    "use_gradient_checkpoint_reader": True,
+    "use_gradient_checkpoint_retriever": True,
+    "shard_optim": True,
+    "shard_grads": True,
+    "temperature_gold": 0.01,
+    "temperature_score": 0.01,
+    "refresh_index": "-1",
+    "dropout": 0.1,
+    "lr": 4e-5,
+    "lr_retriever": 4e-5,
+    "scheduler": "linear",
+    "weight_decay": 0.01,
+    "generation_max_length": 32,
+    "target_maxlength": 32,
+    "gold_score_mode": "ppmean",
+    "precision": "bf16",
+    "text_maxlength": 384,
+    "per_gpu_batch_size": 1,
+    "n_context": 40,
+    "retriever_n_context": 40,
+    "warmup_steps": 5,
+    "eval_freq": 10,
+    "log_freq": 5,
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name in ("train.jsonl", "dev.jsonl", "corpus.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "index").mkdir()
+    return tmp_path
+
+
+def words(files, **changes):
+    """A command line that works, with changes: None leaves a flag out, True is a switch."""
+    flags = {
+        "task": "qa",
+        "train_data": files / "train.jsonl",
+        "eval_data": files / "dev.jsonl",
+        "passages": files / "corpus.jsonl",
+        "reader_model_type": "google/t5-base-lm-adapt",
+    } | changes
+    line = []
+    for name, value in flags.items():
+        if value is True:
+            line.append(f"--{name}")
+        elif value is not None:
+            line += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def test_every_flag_with_its_default():
+    found = {
+        name: {field.name: field.default for field in dataclasses.fields(section)} for name, section in SECTIONS.items()
+    }
+    assert found == DEFAULTS
+
+
+def test_defaults_survive_parsing(files):
+    config = parse_config(words(files))
+    assert config.optimisation == SECTIONS["optimisation"]()
+    assert config.index.passages == (str(files / "corpus.jsonl"),)
+
+
+def test_preset_of_finetune_qa(files):
+    config = parse_config(words(files, total_steps=31), program="finetune_qa", **finetune_qa.PRESET)
+    values = {key: value for name in SECTIONS for key, value in vars(getattr(config, name)).items()}
+    assert {name: values[name] for name in FINETUNE_QA} == FINETUNE_QA
+    assert config.run.save_freq == 30
+    assert finetune_qa.PRESET.keys() == FINETUNE_QA.keys() | {"save_freq"}
+
+
+def test_the_command_line_overrides_the_preset(files):
+    line = words(files, total_steps=31, lr=1, **{"no-shard_grads": True, "save_freq": 7, "gold_score_mode": "pdist"})
+    config = parse_config(line, program="finetune_qa", **finetune_qa.PRESET)
+    assert (config.optimisation.lr, config.optimisation.shard_grads, config.run.save_freq) == (1.0, False, 7)
+    assert config.retriever_training.gold_score_mode == "pdist"
+
+
+def test_each_flag_takes_a_value_of_its_type(files):
+    given = {
+        "seed": ("3", 3),
+        "lr": ("1e-3", 1e-3),
+        "faiss_code_size": ("64", 64),
+        "generation_min_length": ("2", 2),
+        "target_maxlength": ("-1", -1),
+        "clip": ("2", 2.0),
+        "precision": ("bf16", "bf16"),
+    }
+    config = parse_config(words(files, **{name: text for name, (text, _) in given.items()}))
+    values = {key: value for name in SECTIONS for key, value in vars(getattr(config, name)).items()}
+    assert {name: values[name] for name in given} == {name: value for name, (_, value) in given.items()}
+
+
+def test_quoted_lists_are_taken_apart(files):
+    train = files / "train.jsonl"
+    assert parse_config(words(files, train_data=f"{train} {train}")).run.train_data == (str(train), str(train))
+    assert parse_config(words(files, train_data=[train, train])).run.train_data == (str(train), str(train))
+    spaced = files / "my data.jsonl"
+    spaced.write_text("{}\n")
+    assert parse_config(words(files, train_data=spaced)).run.train_data == (str(spaced),)
+
+
+def test_sections_are_frozen(files):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse_config(words(files)).run.seed = 1
+
+
+@pytest.mark.parametrize("switch", ["closed_book", "use_file_passages"])
+def test_no_retrieval_no_retriever_training(files, switch):
+    line = words(files, total_steps=31, passages=None, **{switch: True})
+    config = parse_config(line, program="finetune_qa", **finetune_qa.PRESET)
+    assert not config.retrieves and not config.retriever_training.train_retriever
+
+
+REFUSED = [
+    ("train", {"task": None}, "--task is missing"),
+    ("train", {"task": "quiz"}, "--task: invalid choice: 'quiz'"),
+    ("train", {"train_data": None}, "--train_data is missing"),
+    ("train", {"train_data": "nowhere.jsonl"}, "--train_data: there is no file nowhere.jsonl"),
+    ("train", {"eval_data": "nowhere.jsonl"}, "--eval_data: there is no file nowhere.jsonl"),
+    ("evaluate", {"eval_data": None}, "--eval_data is missing"),
+    ("train", {"passages": None}, "--passages"),
+    ("train", {"passages": "nowhere.jsonl"}, "--passages: there is no file nowhere.jsonl"),
+    ("train", {"load_index_path": "nowhere"}, "--load_index_path: there is no directory nowhere"),
+    ("train", {"model_path": "nowhere"}, "--model_path: there is no directory nowhere"),
+    ("train", {"reader_model_type": None}, "--reader_model_type is missing"),
+    ("train", {"retrieve_only": True}, "--retrieve_only cannot be trained"),
+    ("evaluate", {"retrieve_only": True, "closed_book": True}, "--retrieve_only needs an index"),
+    ("train", {"closed_book": True, "use_file_passages": True}, "exclude each other"),
+    ("train", {"index_mode": "faiss", "faiss_index_type": "pq"}, "--faiss_code_size"),
+    ("train", {"index_mode": "faiss", "faiss_index_type": "ivfpq"}, "--faiss_code_size"),
+    ("train", {"encoder_format": "{question} {text}"}, "--encoder_format uses {question}; it may use {id}, {query}"),
+    ("train", {"retriever_format": "{query} {text}"}, "--retriever_format uses {query}"),
+    ("train", {"qa_prompt_format": "{query}"}, "--qa_prompt_format uses {query}; it may use {question}"),
+    ("train", {"decoder_format": "{answer}"}, "--decoder_format uses {answer}"),
+    ("train", {"decoder_prompt_format": "{target}"}, "--decoder_prompt_format uses {target}"),
+    ("train", {"encoder_format": "{query"}, "is not a format string"),
+    ("train", {"refresh_index": "0"}, "--refresh_index '0'"),
+    ("train", {"refresh_index": "5-3:1"}, "--refresh_index '5-3:1'"),
+    ("train", {"per_gpu_batch_size": 0}, "--per_gpu_batch_size 0 is too small: it must be at least 1"),
+    ("train", {"target_maxlength": 0}, "--target_maxlength 0"),
+    ("train", {"temperature_gold": 0}, "--temperature_gold must be above 0"),
+    ("train", {"dropout": 1.0}, "--dropout 1"),
+    ("train", {"lr": "nan"}, "--lr nan is too small"),
+    ("finetune_qa", {"total_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
+    ("finetune_qa", {"total_steps": 9}, "--eval_freq 10 must be below --total_steps 9"),
+    ("finetune_qa", {"total_steps": 31, "save_freq": 31}, "--save_freq 31 must be below --total_steps 31"),
+    ("train", {"no_such_flag": 1}, "unrecognized arguments: --no_such_flag 1"),
+]
+
+
+@pytest.mark.parametrize(("program", "changes", "sentence"), REFUSED)
+def test_refusals(files, capsys, program, changes, sentence):
+    preset = finetune_qa.PRESET if program == "finetune_qa" else {}
+    with pytest.raises(SystemExit) as refused:
+        parse_config(words(files, **changes), program=program, **preset)
+    said = capsys.readouterr().err
+    assert refused.value.code == 2
+    assert sentence in said and said.count("\n") == 1, said
+
+
+def test_two_evaluation_files_of_one_name(files, capsys):
+    (files / "other").mkdir()
+    (files / "other" / "dev.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit):
+        parse_config(words(files, eval_data=[files / "dev.jsonl", files / "other" / "dev.jsonl"]))
+    assert "two files are called dev" in capsys.readouterr().err
+
+
+def test_only_one_rank_complains(files, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse_config(words(files, task=None))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("-1", [0]),
+        ("3", [0, 3, 6, 9]),
+        ("2-5:2,7-9:1", [0, 2, 4, 7, 8]),
+        ("0-4:3", [0, 3]),
+    ],
+)
+def test_refresh_schedule(text, steps):
+    schedule = refresh_schedule(text)
+    assert [step for step in range(10) if schedule(step)] == steps
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "finetune_qa"])
+def test_help_is_grouped_and_needs_no_torch(script):
+    code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\n"
+    code += f"try:\n    runpy.run_path('{script}.py', run_name='__main__')\n"
+    code += "except SystemExit:\n    sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for section in SECTIONS.values():
+        assert f"\n{section.__doc__}:" in done.stdout
+    for defaults in DEFAULTS.values():
+        assert all(f"--{name}" in done.stdout for name in defaults)

@@ -1,0 +1,271 @@
+import gzip
+import json
+import multiprocessing
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+
+from src import jsonl
+from src.jsonl import DataError, JsonlCorpus, replacing
+
+
+def plain_reader(*paths):
+    """The slow and obvious version: every line in turn, with its place."""
+    rows, lines, places = [], [], []
+    for path in paths:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if line.strip():
+                rows.append(json.loads(line))
+                lines.append(line.removesuffix(b"\r"))
+                places.append(f"{path}, line {number}")
+    return rows, lines, places
+
+
+def random_file(path, seed, rows=200):
+    rng = random.Random(seed)
+    alphabet = 'abc ABC 0 \\ " \u00e9 \u4f60 \U0001f600 \u2028 \u0085 \t \n'
+    content = b"\xef\xbb\xbf" if rng.random() < 0.5 else b""
+    for row in range(rows):
+        record = {"id": row, "text": "".join(rng.choices(alphabet, k=rng.randint(0, 40)))}
+        line = rng.choice(["", "", "", " ", "\t "]) + json.dumps(record, ensure_ascii=rng.random() < 0.3)
+        content += line.encode() + rng.choice([b"\n", b"\r\n", b" \r\n", b"\t\n"])
+        while rng.random() < 0.3:
+            content += rng.choice([b"\n", b"\r\n", b"   \n", b"\t \r\n", b" \x0b\x0c\n"])
+    path.write_bytes(content if rng.random() < 0.5 else content.rstrip())
+    return path
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, jsonl.CHUNK])
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_a_plain_reader(tmp_path, monkeypatch, seed, chunk):
+    monkeypatch.setattr(jsonl, "CHUNK", chunk)
+    paths = [random_file(tmp_path / f"{n}.jsonl", seed * 10 + n, rows=n * 40) for n in range(4)]
+    rows, lines, places = plain_reader(*paths)
+    for _ in ("found", "cached"):
+        corpus = JsonlCorpus(paths)
+        assert len(corpus) == len(rows) == 240
+        assert list(corpus) == rows
+        assert [corpus.raw(i) for i in range(len(corpus))] == lines
+        assert [corpus.where(i) for i in range(len(corpus))] == places
+
+
+def test_indexing_is_that_of_a_list(tmp_path):
+    rows = [{"row": i} for i in range(7)]
+    corpus = JsonlCorpus([write_rows(tmp_path / "a.jsonl", rows[:3]), write_rows(tmp_path / "b.jsonl", rows[3:])])
+    assert corpus[0] == rows[0] and corpus[np.int64(3)] == rows[3] and corpus[-1] == rows[-1] and corpus[-7] == rows[0]
+    assert corpus[2:5] == rows[2:5] and corpus[::-2] == rows[::-2] and corpus[5:100] == rows[5:]
+    assert corpus[[6, 0, 0]] == [rows[6], rows[0], rows[0]] and corpus[np.array([4, -1])] == [rows[4], rows[6]]
+    assert corpus[[]] == []
+    for row in (7, -8):
+        with pytest.raises(IndexError, match="7 rows"):
+            corpus[row]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
+def test_file_without_rows(tmp_path, content):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    corpus = JsonlCorpus(path)
+    assert len(corpus) == 0 and list(corpus) == [] and corpus[:] == []
+    with pytest.raises(IndexError):
+        corpus[0]
+
+
+def test_one_path_several_or_none(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"row": 0}])
+    assert list(JsonlCorpus(path)) == list(JsonlCorpus(str(path))) == list(JsonlCorpus([path])) == [{"row": 0}]
+    assert len(JsonlCorpus([path, path])) == 2
+    assert len(JsonlCorpus([])) == 0
+
+
+@pytest.mark.parametrize("max_rows", [-1, 0, 1, 4, 5, 6, 9, 100])
+@pytest.mark.parametrize("cached", [False, True])
+def test_max_rows_counts_over_all_files(tmp_path, monkeypatch, max_rows, cached):
+    monkeypatch.setattr(jsonl, "CHUNK", 16)
+    rows = [{"row": i} for i in range(9)]
+    paths = [write_rows(tmp_path / "a.jsonl", rows[:5]), write_rows(tmp_path / "b.jsonl", rows[5:])]
+    if cached:
+        JsonlCorpus(paths)
+    assert list(JsonlCorpus(paths, max_rows=max_rows)) == (rows if max_rows < 0 else rows[:max_rows])
+    assert list(JsonlCorpus(paths)) == rows  # what was cached by the first is not the shorter list
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"row": 1', r"not JSON \(Expecting ',' delimiter at character 10\)"),
+        (b"[1, 2]", r"expected a JSON object .*found \[1, 2\]"),
+        (b'"text"', r"expected a JSON object"),
+        (b'{"row": "\xff"}', r"not UTF-8 \(byte 0xff at position 10\)"),
+        (b"\xff\xfe{\x00}\x00", r"not UTF-8"),
+        (b'{"row": "\\ud83d"}', r"half of a surrogate pair"),
+        (b'{"row": ' + b"[" * 100_000, r"JSON nested too deeply"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, line, reason):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"row": 0}\r\n\n  \n' + line + b'\n{"row": 2}\n')
+    corpus = JsonlCorpus([write_rows(tmp_path / "good.jsonl", [{"row": 0}]), path])
+    assert len(corpus) == 4 and corpus[3] == {"row": 2}
+    with pytest.raises(DataError, match=f"^{path}, line 4: {reason}"):
+        corpus[2]
+    corpus.check(range(2))
+    with pytest.raises(DataError, match="line 4"):
+        corpus.check(range(4))
+
+
+def test_whole_surrogate_pairs_are_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00 \\\\ud83d"}')
+    assert JsonlCorpus(path)[0] == {"text": "\U0001f600 \\ud83d"}
+
+
+def refuse_odd(record):
+    if record["row"] % 2:
+        raise ValueError(f"{record['row']} is odd")
+    return {"half": record["row"] // 2}
+
+
+def test_parse_is_applied_and_its_reason_given_a_place(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"row": 0}, {"row": 1}, {"row": 4}])
+    corpus = JsonlCorpus(path, parse=refuse_odd)
+    assert corpus[[0, 2]] == [{"half": 0}, {"half": 2}]
+    with pytest.raises(DataError, match=f"^{path}, line 2: 1 is odd$"):
+        corpus[1]
+
+
+def test_missing_file(tmp_path):
+    for name in ("none.jsonl", "none.jsonl.gz"):
+        with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+            JsonlCorpus([tmp_path / name])
+    with pytest.raises(FileNotFoundError, match="directory"):
+        JsonlCorpus(tmp_path)
+    existing = write_rows(tmp_path / "a.jsonl", [{}])
+    with pytest.raises(FileNotFoundError):  # noticed although no row of it would be read
+        JsonlCorpus([existing, tmp_path / "none.jsonl"], max_rows=1)
+
+
+def count_searches(monkeypatch):
+    searched = []
+    find = jsonl.find_offsets
+    monkeypatch.setattr(jsonl, "find_offsets", lambda *arguments: searched.append(1) or find(*arguments))
+    return searched
+
+
+def test_offsets_are_cached_until_the_file_changes(tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", [{"row": 11}, {"row": 22}])
+    searched = count_searches(monkeypatch)
+    assert list(JsonlCorpus(path)) == [{"row": 11}, {"row": 22}] and len(searched) == 1
+    cache = tmp_path / "a.jsonl.offsets.npy"
+    assert np.load(cache).dtype == np.int64
+    assert list(JsonlCorpus(path)) == [{"row": 11}, {"row": 22}] and len(searched) == 1
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.offsets.npy"]
+
+    size = path.stat().st_size
+    path.write_text('{"row":123456789}\n{}\n{}\n')  # as long as before
+    os.utime(path, ns=(0, 1_000_000_007))
+    assert path.stat().st_size == size
+    assert list(JsonlCorpus(path)) == [{"row": 123456789}, {}, {}] and len(searched) == 2
+
+    path.write_text('{"row": 5}\n' * 5)  # as old as before
+    os.utime(path, ns=(0, 1_000_000_007))
+    assert len(JsonlCorpus(path)) == 5 and len(searched) == 3
+    assert len(JsonlCorpus(path)) == 5 and len(searched) == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"\x93NUMPY\x01\x00", "cut", "float", "matrix"])
+def test_damaged_cache_is_replaced(tmp_path, monkeypatch, damage):
+    path = write_rows(tmp_path / "a.jsonl", [{"row": i} for i in range(9)])
+    cache = tmp_path / "a.jsonl.offsets.npy"
+    JsonlCorpus(path)
+    good = cache.read_bytes()
+    if damage == "cut":
+        cache.write_bytes(good[:-5])
+    elif damage in ("float", "matrix"):
+        array = np.load(cache)
+        np.save(cache, array.astype(float) if damage == "float" else array[None])
+    else:
+        cache.write_bytes(damage)
+    assert list(JsonlCorpus(path)) == [{"row": i} for i in range(9)]
+    assert cache.read_bytes() == good
+
+
+def test_offsets_stay_in_memory_where_they_cannot_be_written(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"row": 0}, {"row": 1}])
+    (tmp_path / "a.jsonl.offsets.npy").mkdir()  # unlike a read-only directory it stops root as well
+    assert list(JsonlCorpus(path)) == [{"row": 0}, {"row": 1}]
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.offsets.npy"]
+
+
+def test_gz_is_decompressed_once_and_again_when_it_is_newer(tmp_path):
+    packed, plain = tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl"
+    packed.write_bytes(gzip.compress(b'{"row": 0}\n{"row": 1}\n'))
+    corpus = JsonlCorpus(packed)
+    assert list(corpus) == [{"row": 0}, {"row": 1}] and corpus.where(1) == f"{plain}, line 2"
+    inode = plain.stat().st_ino
+    assert len(JsonlCorpus(packed)) == 2 and plain.stat().st_ino == inode
+
+    packed.write_bytes(gzip.compress(b'{"row": 7}\n'))
+    later = plain.stat().st_mtime_ns + 1_000_000_000
+    os.utime(packed, ns=(later, later))
+    assert list(JsonlCorpus(packed)) == [{"row": 7}]
+    assert list(corpus) == [{"row": 0}, {"row": 1}]  # opened before: still reads what it opened
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.gz", "a.jsonl.offsets.npy"]
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"row": 0}\n' * 1000)[:-20]])
+def test_damaged_gz_is_named_and_leaves_nothing(tmp_path, content):
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{packed}: damaged gzip file"):
+        JsonlCorpus(packed)
+    assert os.listdir(tmp_path) == ["a.jsonl.gz"]
+
+
+def test_pickled_it_opens_the_files_again(tmp_path):
+    paths = [random_file(tmp_path / f"{n}.jsonl", n) for n in range(2)]
+    corpus = JsonlCorpus(paths, max_rows=300)
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < 500  # neither offsets nor text
+    assert list(pickle.loads(pickled)) == list(corpus) == plain_reader(*paths)[0][:300]
+    halved = JsonlCorpus(write_rows(tmp_path / "even.jsonl", [{"row": 8}]), parse=refuse_odd)
+    assert list(pickle.loads(pickle.dumps(halved))) == [{"half": 4}]
+
+
+def read_in_child(corpus, queue):
+    queue.put([corpus[i] for i in range(len(corpus))])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_read_in_other_processes(tmp_path, method):
+    corpus = JsonlCorpus(random_file(tmp_path / "a.jsonl", 3))
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    children = [context.Process(target=read_in_child, args=(corpus, queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    assert [queue.get(timeout=60) for _ in children] == [list(corpus)] * 2
+    for child in children:
+        child.join()
+
+
+def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(KeyError), replacing(path) as beside:
+        beside.write_text("half")
+        raise KeyError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a"]
+    with replacing(path) as beside:
+        beside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a"]

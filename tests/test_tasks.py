@@ -1,0 +1,143 @@
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.tasks import TASKS, Example, Task, example_rng
+from src.tasks.qa import QA
+
+PROMPT = "question: {question} answer: <extra_id_0>"
+LINE = {"question": "who?", "answers": ["Ada", "Ada Lovelace"]}
+
+
+def test_base_example():
+    task = Task()
+    example = task.process({"query": "a query", "target": "a target", "id": 3, "other": 1}, random.Random(0))
+    assert example == Example("a query", "a target", ["a target"], metadata=None, id="3", passages=None)
+    assert task.score("a target", example) == {"accuracy": 1.0} and task.score("A target", example) == {"accuracy": 0.0}
+    assert tuple(task.score("", example)) == task.metrics
+    assert task.retrieval_answers(example) is None
+
+
+def test_qa_example():
+    task = QA(PROMPT)
+    example = task.process(LINE | {"target": "Countess Ada", "id": "q7"}, random.Random(0))
+    assert example.query == "question: who? answer: <extra_id_0>"
+    assert example.target == "<extra_id_0> Countess Ada"
+    assert example.answers == ["Ada", "Ada Lovelace"] == task.retrieval_answers(example)
+    assert (example.metadata, example.id, example.passages) == ({}, "q7", None)
+    scores = task.score("the Ada Byron", example)
+    assert tuple(scores) == task.metrics == ("exact_match", "f1")
+    assert scores == {"exact_match": 0.0, "f1": pytest.approx(2 / 3)}
+    assert task.score("lovelace, ada.", example)["exact_match"] == 0.0
+    assert task.score("ada lovelace.", example) == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_qa_metadata_is_that_of_the_line():
+    task = QA(PROMPT)
+    assert task.process(LINE | {"metadata": {"year": 1843}}, random.Random(0)).metadata == {"year": 1843}
+    assert task.process(LINE | {"metadata": None}, random.Random(0)).metadata == {}
+
+
+def test_qa_target_is_drawn_from_the_answers():
+    task = QA(PROMPT)
+    targets = [task.process(LINE, example_rng(0, 0, line)).target for line in range(200)]
+    assert set(targets) == {"<extra_id_0> Ada", "<extra_id_0> Ada Lovelace"}
+    assert 60 < targets.count("<extra_id_0> Ada") < 140
+    assert targets == [task.process(LINE, example_rng(0, 0, line)).target for line in range(200)]
+    assert targets != [task.process(LINE, example_rng(0, 1, line)).target for line in range(200)]
+    assert targets != [task.process(LINE, example_rng(1, 0, line)).target for line in range(200)]
+
+
+def test_qa_target_alone_is_its_own_answer():
+    example = QA(PROMPT).process({"question": "who?", "target": "Ada"}, random.Random(0))
+    assert (example.target, example.answers) == ("<extra_id_0> Ada", ["Ada"])
+
+
+def test_example_rng_is_the_same_in_every_process():
+    values = [example_rng(*key).random() for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 2, 3), (12, 3, 0))]
+    assert len(set(values)) == len(values)
+    assert values[4] == 0.531301946682319
+    code = "from src.tasks import example_rng; print(repr(example_rng(1, 2, 3).random()))"
+    for hash_seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+        assert float(run.stdout) == values[4]
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({}, "no `query`: expected `query` and `target`.*found no field at all"),
+        ({"question": "q", "answers": []}, "no `query`.*found question, answers"),
+        ({"query": "q"}, "no `target`.*found query"),
+        ({"query": 3, "target": "t"}, "`query` is a string, found 3"),
+        ({"query": " \n", "target": "t"}, "`query` is empty"),
+        ({"query": "q", "target": ["t"]}, "`target` is a string"),
+    ],
+)
+def test_bad_lines_of_base(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        Task().process(record, random.Random(0))
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"query": "q", "target": "t"}, "no `question`: expected `question`.*`answers`.*found query, target"),
+        ({"question": "", "answers": ["a"]}, "`question` is empty"),
+        ({"question": None, "answers": ["a"]}, "no `question`"),
+        ({"question": "q"}, "no `answers`.*found question"),
+        ({"question": "q", "answer": ["a"]}, "no `answers`.*found question, answer$"),
+        ({"question": "q", "answers": []}, "no `answers`"),
+        ({"question": "q", "answers": "a"}, "`answers` is a list of strings, found 'a'"),
+        ({"question": "q", "answers": ["a", 1999]}, r"`answers` is a list of strings, found \['a', 1999\]"),
+        ({"question": "q", "answers": ["a"], "target": 3}, "`target` is a string, found 3"),
+    ],
+)
+def test_bad_lines_of_qa(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        QA(PROMPT).process(record, random.Random(0))
+
+
+def test_lines_without_answers_are_enough_to_retrieve():
+    task = QA(PROMPT, answers_needed=False)
+    for record in ({"question": "who?"}, {"question": "who?", "answers": []}, {"question": "who?", "answers": None}):
+        example = task.process(record, random.Random(0))
+        assert (example.target, example.answers, task.retrieval_answers(example)) == ("", [], None)
+    assert task.process(LINE, random.Random(0)).answers == LINE["answers"]
+    with pytest.raises(ValueError, match="list of strings"):
+        task.process({"question": "who?", "answers": "Ada"}, random.Random(0))
+    example = Task(answers_needed=False).process({"query": "a query"}, random.Random(0))
+    assert (example.target, example.answers) == ("", [])
+
+
+@pytest.mark.parametrize("name, record", [("base", {"query": "q", "target": "t"}), ("qa", LINE)])
+def test_passages_of_the_line(name, record):
+    options = {"qa_prompt_format": PROMPT, "mlm_noise_density": 0.15}
+    given = [{"id": "1", "text": "x", "score": 3.0}, {"title": "T", "text": ""}]
+    free, strict = TASKS[name](**options), TASKS[name](**options, passages_needed=True)
+    assert free.process(record, random.Random(0)).passages is None
+    assert free.process(record | {"passages": given}, random.Random(0)).passages == given
+    assert strict.process(record | {"passages": given}, random.Random(0)).passages == [
+        {"id": "1", "title": "", "text": "x", "score": 3.0},
+        {"title": "T", "text": ""},
+    ]
+    for passages, reason in [
+        (None, "no `passages`.*--use_file_passages"),
+        ([], "no `passages`"),
+        ("text", "no `passages`"),
+        ([*given, "text"], "passage 3 of `passages` has no `text`"),
+        ([{"title": "T"}], "passage 1 of `passages` has no `text`"),
+        ([{"title": 5, "text": "x"}], "passage 1 of `passages`: `title` is a string, found 5"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            strict.process(record | {"passages": passages}, random.Random(0))
+
+
+def test_registry_takes_the_values_of_all_flags():
+    assert TASKS["qa"](qa_prompt_format="{question}?").process(LINE, random.Random(0)).query == "who??"
+    assert TASKS["qa"](qa_prompt_format=PROMPT, answers_needed=False).answers_needed is False
+    assert type(TASKS["base"](qa_prompt_format=PROMPT)) is Task
