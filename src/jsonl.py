@@ -18,6 +18,7 @@ import numpy as np
 
 CHUNK = 1 << 20  # bytes: small enough that the comparison's result stays in the processor's cache
 CACHE_VERSION = 1
+CACHE_FROM = 1 << 24  # bytes of a file: the lines of smaller ones are found in milliseconds, again and again
 HEADER = 3  # the cached array starts with version, file size and mtime_ns; the offsets follow
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -30,7 +31,7 @@ class JsonlCorpus(Sequence[dict]):
     """Rows of one or several jsonl files, in order: `len(c)`, `c[i]`, `c[2:5]`, `c[[4, 1]]`.
 
     Files are memory-mapped and nothing but the offsets of the lines is held, so that all processes of a machine share
-    one copy in the page cache. Offsets are found once and cached in `{file}.offsets.npy`; `{file}.gz` is decompressed
+    one copy in the page cache. Offsets are found once and, for a large file, cached in `{file}.offsets.npy`; `{file}.gz` is decompressed
     once to `{file}` (with several processes, let one open the corpus first). Blank lines are not rows.
 
     `parse` is applied to a row each time it is read and raises ValueError(reason) if the row is bad. `max_rows` cuts
@@ -136,6 +137,8 @@ def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:
     offsets = read_offsets(cache, header)
     if offsets is None:
         offsets = find_offsets(text)
+        if status.st_size < CACHE_FROM:
+            return text, offsets
         # Where they cannot be written (a read-only or full directory) they stay in memory.
         with contextlib.suppress(OSError), replacing(cache) as beside, open(beside, "wb") as file:
             np.save(file, np.concatenate([header, offsets]))

@@ -33,6 +33,23 @@ def pretrained_errors(flag: str, name_or_path: str, wanted: str) -> Iterator[Non
         ) from error
 
 
+@contextmanager
+def quiet_loading(name_or_path: str) -> Iterator[None]:
+    """Without transformers' warnings (what a loader checks, it checks itself); bars only where something is downloaded."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if Path(name_or_path).is_dir():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def set_dropout(module: nn.Module, probability: float) -> None:
     """Set every dropout in `module`: its Dropout modules, and the numbers called `dropout` that attention keeps."""
     from torch import nn

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,8 @@ from transformers import LogitsProcessor, T5Config, T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5 import modeling_t5 as t5
-from transformers.utils import logging
 
-from src.modules import pretrained_errors, set_dropout
+from src.modules import pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--reader_model_type"
 IGNORE = -100  # label of a position without loss
@@ -120,7 +118,7 @@ def load_reader(
     Raises:
         OSError: nothing there, the hub cannot be reached, not a T5, or weights that do not fill the model.
     """
-    with pretrained_errors(FLAG, name_or_path, "a T5 model (config.json and weights)"), _quiet():
+    with pretrained_errors(FLAG, name_or_path, "a T5 model (config.json and weights)"), quiet_loading(name_or_path):
         config = T5Config.from_pretrained(name_or_path)
         if config.model_type != "t5":
             raise ValueError(f"its config.json says model_type {config.model_type}, not t5")
@@ -249,17 +247,6 @@ def _broadcastable(mask: Tensor) -> Tensor:  # (n, L) -> (n, 1, 1, L)
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that a separate `lm_head` is unusual: it is what every published reader has."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _difference(missing: Iterable[str], unexpected: Iterable[str], shapes: Sequence[str]) -> str:

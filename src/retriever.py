@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from src.modules import pretrained_errors, set_dropout
+from src.modules import pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--retriever_model_path"
 POOLINGS = ("average", "sqrt", "cls")
@@ -46,7 +46,7 @@ class Contriever(BertModel):
                 f"{self.config.max_position_embeddings} positions; lower --text_maxlength"
             )
         mask = mask.bool()
-        # a mask of four dimensions is taken as it is; for two, transformers would ask the device whether it hides anything
+        # with a mask of two dimensions transformers would ask the device whether it hides anything
         hidden = super().forward(input_ids=ids, attention_mask=mask[:, None, None])[0].float()  # (n, L, D)
         if self.pooling == "cls":
             embeddings = hidden[:, 0]
@@ -129,7 +129,7 @@ def load_retriever(
     Raises:
         OSError: nothing there, the hub cannot be reached, not a BERT, or weights that do not fill the model.
     """
-    with pretrained_errors(FLAG, name_or_path, "a BERT encoder (config.json and weights)"):
+    with pretrained_errors(FLAG, name_or_path, "a BERT encoder (config.json and weights)"), quiet_loading(name_or_path):
         config = BertConfig.from_pretrained(name_or_path)
         if config.model_type != "bert":
             raise ValueError(f"its config.json says model_type {config.model_type}, not bert")

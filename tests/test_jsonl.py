@@ -12,6 +12,11 @@ from src import jsonl
 from src.jsonl import DataError, JsonlCorpus, replacing
 
 
+@pytest.fixture(autouse=True)
+def cache_every_file(monkeypatch):
+    monkeypatch.setattr(jsonl, "CACHE_FROM", 0)
+
+
 def plain_reader(*paths):
     """The slow and obvious version: every line in turn, with its place."""
     rows, lines, places = [], [], []
@@ -269,3 +274,11 @@ def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
         beside.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a"]
+
+
+def test_small_files_are_not_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "CACHE_FROM", 100)
+    for size in (50, 150):
+        (tmp_path / f"{size}.jsonl").write_text('{"a": 1}\n' * (size // 9 + 1))
+        JsonlCorpus(tmp_path / f"{size}.jsonl")
+    assert sorted(os.listdir(tmp_path)) == ["150.jsonl", "150.jsonl.offsets.npy", "50.jsonl"]
