@@ -9,21 +9,23 @@ or test entity, never a question. Both models start from weights that make the f
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 QUERY_FORMAT = "question: {query} answer: <extra_id_0>"
@@ -35,6 +37,21 @@ SENTINELS = 100
 PROMPT_WORDS = "question: answer: title: context: What Which Who How many do does In which By whom is was ?"
 METASPACE = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
 CONSTANT_DIMENSIONS = 16  # of the retriever's embeddings: see lexical_start
+
+
+VOCABULARY_SIZE = 8000
+READER_WIDTH, READER_LAYERS = 128, (3, 2)
+RETRIEVER_WIDTH, RETRIEVER_LAYERS = 256, 1
+STEPS_PER_MINUTE = (24, 160, 40)  # retriever; reader with one passage, then with FUSED_CONTEXT passages
+SINGLE_BATCH, FUSED_BATCH, FUSED_CONTEXT = 64, 24, 4
+
+
+class Passage(NamedTuple):
+    title: str
+    text: str
+
+    def for_retriever(self) -> str:
+        return RETRIEVER_FORMAT.format(title=self.title, text=self.text)
 
 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
@@ -82,7 +99,9 @@ def train_retriever_tokenizer(texts: list[str], vocabulary_size: int) -> Tokeniz
     # BPE marks a word's first piece (with ▁), WordPiece marks the others (with ##). Single characters may be either.
     word_pieces = [piece[1:] if piece.startswith("▁") else "##" + piece for piece in pieces]
     word_pieces += [piece for piece in pieces if len(piece) == 1 and piece != "▁"]
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(special + [piece for piece in word_pieces if piece]))}
+    vocabulary = {
+        piece: i for i, piece in enumerate(dict.fromkeys(special + [piece for piece in word_pieces if piece]))
+    }
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -91,6 +110,14 @@ def train_retriever_tokenizer(texts: list[str], vocabulary_size: int) -> Tokeniz
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return tokenizer
+
+
+def train_tokenizers(texts: list[str], vocabulary_size: int) -> tuple[Tokenizer, Tokenizer]:
+    """The reader's and the retriever's."""
+    with_prompts = texts + [PROMPT_WORDS] * (1 + len(texts) // 50)
+    return train_reader_tokenizer(with_prompts, vocabulary_size), train_retriever_tokenizer(
+        with_prompts, vocabulary_size
+    )
 
 
 def pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,7 +223,7 @@ def lexical_start(retriever: BertModel, tokenizer: Tokenizer, passages: list[str
     embeddings.position_embeddings.weight.normal_(0, 0.02, generator=generator)
     embeddings.token_type_embeddings.weight.zero_()
     signs = torch.tensor([1.0, -1.0]).repeat(CONSTANT_DIMENSIONS // 2)  # mean 0, as the layer norm will subtract it
-    constant = math.sqrt((width - CONSTANT_DIMENSIONS) / CONSTANT_DIMENSIONS) * 0.7
+    constant = 0.3 * math.sqrt((width - CONSTANT_DIMENSIONS) / CONSTANT_DIMENSIONS)
     embeddings.token_type_embeddings.weight[:, :CONSTANT_DIMENSIONS] = signs * constant
     retriever.encoder.layer[-1].output.LayerNorm.weight[:CONSTANT_DIMENSIONS] = 0.0
 
@@ -208,7 +235,8 @@ def build_retriever(tokenizer: Tokenizer, passages: list[str], width: int, layer
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        intermediate_size=2 * width,
+        intermediate_size=width,
+        initializer_range=0.005,  # small layers: the bag of words passes through them unharmed
         max_position_embeddings=512,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -267,9 +295,7 @@ def build_tiny_models(
     Returns the two directories. Widths must be divisible by 4 (heads), `vocabulary_size` leaves room for the alphabet of
     `texts` and 100 sentinels.
     """
-    with_prompts = texts + [PROMPT_WORDS] * (1 + len(texts) // 50)
-    reader_tokenizer = train_reader_tokenizer(with_prompts, vocabulary_size)
-    retriever_tokenizer = train_retriever_tokenizer(with_prompts, vocabulary_size)
+    reader_tokenizer, retriever_tokenizer = train_tokenizers(texts, vocabulary_size)
     reader = build_reader(reader_tokenizer, reader_width, reader_layers, seed)
     retriever = build_retriever(retriever_tokenizer, texts, retriever_width, retriever_layers, seed)
     save_reader(reader, reader_tokenizer, output / "reader")
@@ -280,14 +306,57 @@ def build_tiny_models(
 # ---- pretraining ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class PretrainingData:
+    """What may be trained on, read from the files of `prepare_demo.py`."""
+
+    passages: dict[str, Passage]  # by id, without those about dev and test entities
+    clozes: list[dict]
+
+    @classmethod
+    def read(cls, directory: Path) -> "PretrainingData":
+        held_out = {row["id"] for row in read_jsonl(directory / "held_out.jsonl")}
+        rows = read_jsonl(directory / "passages.jsonl")
+        passages = {
+            row["id"]: Passage(f"{row['title']}: {row['section']}", row["text"])
+            for row in rows
+            if row["id"] not in held_out
+        }
+        return cls(passages, read_jsonl(directory / "pretrain.jsonl"))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except FileNotFoundError:
+        sys.exit(f"{path} is missing; write it with: python preprocessing/prepare_demo.py")
+
+
+def queries_of(clozes: list[dict]) -> list[str]:
+    return [QUERY_FORMAT.format(query=cloze["query"]) for cloze in clozes]
+
+
 def embed(retriever: BertModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of the last hidden states over non-padding tokens: (n, L) -> (n, D)."""
     hidden = retriever(input_ids=ids, attention_mask=mask).last_hidden_state.float()
     return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
+@torch.no_grad()
+def embed_texts(retriever: BertModel, tokenizer: Tokenizer, texts: list[str], batch_size: int = 256) -> torch.Tensor:
+    """(n, D), in batches of texts of similar lengths."""
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+    embeddings = torch.empty(len(texts), retriever.config.hidden_size)
+    for start in range(0, len(texts), batch_size):
+        rows = order[start : start + batch_size]
+        embeddings[rows] = embed(retriever, *pad([encoded[i] for i in rows]))
+    return embeddings
+
+
 def entity_batches(clozes: list[dict], batch_size: int, seed: int) -> Iterator[list[dict]]:
-    """Batches of clozes about entities of one kind, several about each entity: passages of the same entity on another
+    """Batches of clozes about entities of one kind, two about each entity: passages of the same entity on another
     matter, and of other entities on the same matter, are the negatives from which a retriever learns most."""
     random_numbers = random.Random(seed)
     by_kind: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
@@ -295,38 +364,222 @@ def entity_batches(clozes: list[dict], batch_size: int, seed: int) -> Iterator[l
         kind, entity, _ = cloze["id"].split("-", 2)
         by_kind[kind][entity].append(cloze)
     kinds = list(by_kind)
-    sizes = [math.sqrt(sum(map(len, by_kind[kind].values()))) for kind in kinds]
+    weights = [math.sqrt(len(by_kind[kind])) for kind in kinds]
     while True:
-        of_kind = by_kind[random_numbers.choices(kinds, sizes)[0]]
+        of_kind = by_kind[random_numbers.choices(kinds, weights)[0]]
         entities = random_numbers.choices(list(of_kind), k=batch_size // 2)
         yield [cloze for entity in entities for cloze in random_numbers.sample(of_kind[entity], 2)]
 
 
 def pretrain_retriever(
-    retriever: BertModel, tokenizer: Tokenizer, passages: dict[str, str], clozes: list[dict], steps: int, seed: int,
-    batch_size: int = 128, learning_rate: float = 5e-4, temperature: float = 0.05, amp: bool = True,
+    retriever: BertModel,
+    tokenizer: Tokenizer,
+    data: PretrainingData,
+    *,
+    steps: int,
+    seed: int,
+    batch_size: int = 128,
+    learning_rate: float = 5e-4,
+    temperature: float = 0.05,
 ) -> None:
-    """Contrastive training with the negatives of the batch (as DPR, Karpukhin et al. 2020) on Atlas' score q·p / sqrt(D)."""
+    """Contrastive training with the batch's other passages as negatives (as DPR, Karpukhin et al. 2020), on Atlas' score
+    q·p / sqrt(D)."""
     random_numbers = random.Random(seed)
     optimizer = torch.optim.AdamW(retriever.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     scale = 1 / (temperature * math.sqrt(retriever.config.hidden_size))
-    losses = []
-    t = time.time()
-    for step, batch in zip(range(steps), entity_batches(clozes, batch_size, seed), strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 - step / steps)
+    progress = Progress("retriever", steps)
+    for step, batch in zip(range(steps), entity_batches(data.clozes, batch_size, seed), strict=False):
+        set_learning_rate(optimizer, learning_rate * min(1, (step + 1) / 20) * (1 - step / steps))
         positives = [random_numbers.choice(cloze["passages"]) for cloze in batch]
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            queries = embed(retriever, *tokenize(tokenizer, [QUERY_FORMAT.format(query=c["query"]) for c in batch]))
-            keys = embed(retriever, *tokenize(tokenizer, [passages[p] for p in positives]))
+        queries = embed(retriever, *tokenize(tokenizer, queries_of(batch)))
+        keys = embed(retriever, *tokenize(tokenizer, [data.passages[i].for_retriever() for i in positives]))
         scores = queries @ keys.T * scale  # (B, B)
-        also_right = torch.tensor([[p in cloze["passages"] for p in positives] for cloze in batch])
+        also_right = torch.tensor([[i in cloze["passages"] for i in positives] for cloze in batch])
         also_right.fill_diagonal_(False)
-        loss = F.cross_entropy(scores.masked_fill(also_right, -1e4), torch.arange(len(batch)))
+        scores = scores.masked_fill(also_right, -torch.inf)
+        loss = F.cross_entropy(scores, torch.arange(len(batch)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            print(f"retriever step {step + 1} / {steps} | loss: {sum(losses) / len(losses):.3f} {time.time()-t:.1f}", flush=True)
-            losses = []
+        progress.report(step + 1, loss, (scores.argmax(1) == torch.arange(len(batch))).float().mean())
+
+
+def mine_distractors(
+    retriever: BertModel, tokenizer: Tokenizer, data: PretrainingData, clozes: list[dict], n: int, seed: int
+) -> dict[str, list[str]]:
+    """For each cloze (by its id), `n` of the passages found for it that do not hold the answer; the last ones are random
+    where too few are found."""
+    random_numbers = random.Random(seed)
+    ids = list(data.passages)
+    embeddings = embed_texts(retriever, tokenizer, [passage.for_retriever() for passage in data.passages.values()])
+    queries = embed_texts(retriever, tokenizer, queries_of(clozes))
+    distractors = {}
+    for cloze, row in zip(clozes, (queries @ embeddings.T).topk(4 * n).indices.tolist(), strict=True):
+        candidates = [ids[i] for i in row] + random_numbers.sample(ids, 4 * n)
+        distractors[cloze["id"]] = [i for i in candidates if cloze["answer"] not in data.passages[i].text][:n]
+    return distractors
+
+
+def draw_clozes(clozes: list[dict], n: int, random_numbers: random.Random) -> list[dict]:
+    """`n` clozes, a relation as often as the square root of its size."""
+    by_relation = defaultdict(list)
+    for cloze in clozes:
+        by_relation[cloze["relation"]].append(cloze)
+    relations = list(by_relation)
+    weights = [math.sqrt(len(by_relation[relation])) for relation in relations]
+    return [
+        random_numbers.choice(by_relation[relation]) for relation in random_numbers.choices(relations, weights, k=n)
+    ]
+
+
+def chunks(rows: list, size: int) -> list[list]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def substitute(passages: list[Passage], answer: str, other: str) -> list[Passage]:
+    return [Passage(passage.title, passage.text.replace(answer, other)) for passage in passages]
+
+
+def reader_batches(
+    data: PretrainingData, clozes: list[dict], distractors: dict[str, list[str]], batch_size: int, seed: int
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Reader inputs (B·K, one passage after the other) and targets (B): a passage with the answer and the cloze's
+    distractors. In half of the examples another answer of the same relation takes the answer's place in query, passages
+    and target, so that nothing can be remembered, only read (knowledge substitution, Longpre et al. 2021)."""
+    random_numbers = random.Random(seed)
+    answers = defaultdict(list)
+    for cloze in clozes:
+        answers[cloze["relation"]].append(cloze["answer"])
+    examples = []
+    for cloze in clozes:
+        answer = cloze["answer"]
+        ids = [random_numbers.choice(cloze["passages"]), *distractors.get(cloze["id"], [])]
+        passages = [data.passages[i] for i in ids]
+        if random_numbers.random() < 0.5:
+            other = random_numbers.choice(answers[cloze["relation"]])
+            passages, answer = substitute(passages, answer, other), other
+        random_numbers.shuffle(passages)
+        query = QUERY_FORMAT.format(query=cloze["query"])
+        inputs = [READER_FORMAT.format(query=query, title=p.title, text=p.text) for p in passages]
+        examples.append((inputs, TARGET_FORMAT.format(answer=answer)))
+    batches = []
+    for pool in chunks(examples, 16 * batch_size):
+        pool.sort(key=lambda example: max(map(len, example[0])))  # little padding
+        batches += chunks(pool, batch_size)
+    random_numbers.shuffle(batches)
+    for batch in batches:
+        yield [text for inputs, _ in batch for text in inputs], [target for _, target in batch]
+
+
+def use_single_kernels(reader: T5ForConditionalGeneration) -> None:
+    """Replace T5's layer norms and GELUs, chains of small operations, by the same functions in one kernel each."""
+    for module in list(reader.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, T5LayerNorm):
+                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+            elif name == "act":
+                setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def pretrain_reader(
+    reader: T5ForConditionalGeneration,
+    tokenizer: Tokenizer,
+    batches: Iterable[tuple[list[str], list[str]]],
+    *,
+    steps: int,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Fusion-in-Decoder training on `steps` batches of (inputs, targets), see `reader_batches`."""
+    use_single_kernels(reader)
+    reader.train()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    progress = Progress("reader", steps)
+    for step, (inputs, targets) in enumerate(batches):
+        set_learning_rate(optimizer, learning_rate * min(1, (step + 1) / 50, 2 * (1 - step / steps)))
+        ids, mask = tokenize(tokenizer, inputs)  # (B·K, L)
+        labels, label_mask = tokenize(tokenizer, targets)  # (B, T)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
+            encoded = reader.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            decoded = reader.decoder(
+                input_ids=reader._shift_right(labels),
+                encoder_hidden_states=encoded.reshape(len(targets), -1, encoded.shape[-1]),  # (B, K·L, d)
+                encoder_attention_mask=mask.reshape(len(targets), -1),
+                use_cache=False,
+            ).last_hidden_state
+            # Only where there is a label: most of a batch's positions are padding. T5 scales when embeddings are tied.
+            logits = reader.lm_head(decoded[label_mask.bool()] * reader.config.d_model**-0.5)
+        wanted = labels[label_mask.bool()]
+        loss = F.cross_entropy(logits.float(), wanted)
+        loss.backward()
+        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        progress.report(step + 1, loss, (logits.argmax(-1) == wanted).float().mean())
+
+
+def has_fast_bf16() -> bool:
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+class Progress:
+    """Prints the mean loss and the share of right answers every 50 steps and at the end."""
+
+    def __init__(self, name: str, steps: int):
+        self.name, self.steps, self.start, self.values = name, steps, time.monotonic(), []
+
+    def report(self, step: int, loss: torch.Tensor, right: torch.Tensor) -> None:
+        self.values.append((loss.item(), right.item()))
+        if step % 50 == 0 or step == self.steps:
+            mean_loss, mean_right = (sum(column) / len(column) for column in zip(*self.values, strict=True))
+            seconds = time.monotonic() - self.start
+            print(
+                f"{self.name} {step} / {self.steps} | loss: {mean_loss:.3f} | right: {mean_right:.0%} | {seconds:.0f} s",
+                flush=True,
+            )
+            self.values = []
+
+
+def pretrain(data: PretrainingData, output: Path, minutes: float, seed: int) -> None:
+    """Train tokenizers and models on `data` and save them; the number of steps follows from `minutes` alone."""
+    random_numbers = random.Random(seed)
+    texts = [passage.for_retriever() for passage in data.passages.values()]
+    readers_tokenizer, retrievers_tokenizer = train_tokenizers(texts, VOCABULARY_SIZE)
+    reader = build_reader(readers_tokenizer, READER_WIDTH, READER_LAYERS, seed)
+    retriever = build_retriever(retrievers_tokenizer, texts, RETRIEVER_WIDTH, RETRIEVER_LAYERS, seed)
+    retriever_steps, single_steps, fused_steps = (round(steps * minutes) for steps in STEPS_PER_MINUTE)
+
+    pretrain_retriever(retriever, retrievers_tokenizer, data, steps=retriever_steps, seed=seed)
+    single = draw_clozes(data.clozes, single_steps * SINGLE_BATCH, random_numbers)
+    fused = draw_clozes(data.clozes, fused_steps * FUSED_BATCH, random_numbers)
+    distractors = mine_distractors(retriever, retrievers_tokenizer, data, fused, FUSED_CONTEXT - 1, seed)
+    batches = itertools.chain(
+        reader_batches(data, single, {}, SINGLE_BATCH, seed),
+        reader_batches(data, fused, distractors, FUSED_BATCH, seed + 1),
+    )
+    pretrain_reader(reader, readers_tokenizer, batches, steps=single_steps + fused_steps)
+    save_reader(reader, readers_tokenizer, output / "reader")
+    save_retriever(retriever, retrievers_tokenizer, output / "retriever")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("demo/data"), help="directory written by prepare_demo.py")
+    parser.add_argument("--output_directory", type=Path, default=Path("demo/models"))
+    parser.add_argument("--minutes", type=float, default=2.5, help="steps of about so many minutes on two cores")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    torch.set_num_threads(2)
+    pretrain(PretrainingData.read(arguments.data), arguments.output_directory, arguments.minutes, arguments.seed)
+    print(f"Pretrained in {time.monotonic() - start:.0f} s: {arguments.output_directory}/reader and /retriever")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,8 +31,9 @@ class JsonlCorpus(Sequence[dict]):
     """Rows of one or several jsonl files, in order: `len(c)`, `c[i]`, `c[2:5]`, `c[[4, 1]]`.
 
     Files are memory-mapped and nothing but the offsets of the lines is held, so that all processes of a machine share
-    one copy in the page cache. Offsets are found once and, for a large file, cached in `{file}.offsets.npy`; `{file}.gz` is decompressed
-    once to `{file}` (with several processes, let one open the corpus first). Blank lines are not rows.
+    one copy in the page cache. Offsets are found once and, for a large file, cached in `{file}.offsets.npy`;
+    `{file}.gz` is decompressed once to `{file}` (with several processes, let one open the corpus first). Blank lines
+    are not rows.
 
     `parse` is applied to a row each time it is read and raises ValueError(reason) if the row is bad. `max_rows` cuts
     after so many rows over all files, -1 means all. Pickled, it opens the files again.

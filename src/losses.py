@@ -29,4 +29,4 @@ def distillation_loss(
     """
     log_q = F.log_softmax(scores.float() / temperature_score, dim=-1)
     p = F.softmax(gold_scores.detach().float() / temperature_gold, dim=-1)
-    return F.kl_div(log_q, p, reduction="mean")
+    return F.kl_div(log_q, p, reduction="none").mean()

@@ -16,8 +16,8 @@ def pretrained_errors(flag: str, name_or_path: str, wanted: str) -> Iterator[Non
     """Turn whatever a hub or file library says about a missing model into one sentence that names the flag.
 
     Raises:
-        OSError: for a path that is no directory, and in place of the OSError (not found, not reachable) or ValueError
-            (not such a model) raised inside.
+        OSError: for a path that is no directory, and in place of the OSError (not found, not reachable), ValueError
+            (not such a model) or RuntimeError (weights of other shapes) raised inside.
     """
     # a hub id is `name` or `owner/name`; the hub's own complaint about anything else does not help
     is_path = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
@@ -25,7 +25,7 @@ def pretrained_errors(flag: str, name_or_path: str, wanted: str) -> Iterator[Non
         raise OSError(f"{flag} {name_or_path}: there is no such directory; give one that holds {wanted}, or a hub id")
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".: ")
         raise OSError(
             f"{flag} {name_or_path}: cannot load {wanted} ({reason}); "
@@ -35,7 +35,7 @@ def pretrained_errors(flag: str, name_or_path: str, wanted: str) -> Iterator[Non
 
 @contextmanager
 def quiet_loading(name_or_path: str) -> Iterator[None]:
-    """Without transformers' warnings (what a loader checks, it checks itself); bars only where something is downloaded."""
+    """Without transformers' warnings (the loaders check for themselves), and with bars only for downloads."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LogitsProcessor, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, LogitsProcessor, T5Config, T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5 import modeling_t5 as t5
@@ -110,7 +110,7 @@ def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T,
 def load_reader(
     name_or_path: str, *, dropout: float | None, weights: bool = True, gradient_checkpointing: bool = False
 ) -> FusionInDecoder:
-    """A reader with fp32 parameters from a local T5 directory or a hub id.
+    """A reader in eval mode with fp32 parameters from a local T5 directory or a hub id.
 
     With `weights=False` only the config is read and the parameters are empty (on the meta device) until
     `load_reader_state` hands them over. `dropout=None` keeps the config's.
@@ -119,7 +119,7 @@ def load_reader(
         OSError: nothing there, the hub cannot be reached, not a T5, or weights that do not fill the model.
     """
     with pretrained_errors(FLAG, name_or_path, "a T5 model (config.json and weights)"), quiet_loading(name_or_path):
-        config = T5Config.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "t5":
             raise ValueError(f"its config.json says model_type {config.model_type}, not t5")
         if weights:
@@ -136,7 +136,7 @@ def load_reader(
         set_dropout(reader, dropout)
     if gradient_checkpointing:
         reader.activation_checkpointing_enable({"use_reentrant": False})
-    return reader
+    return reader.eval()
 
 
 def load_reader_state(reader: FusionInDecoder, state: Mapping[str, Tensor]) -> None:

@@ -45,6 +45,10 @@ class _Windows(Dataset):
         ]
 
 
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
 def batches_by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
     """Group positions of similar lengths, so that a batch padded to its longest row has at most `max_tokens` tokens.
 
@@ -111,6 +115,7 @@ class Retrieval:
         loader = DataLoader(
             windows,
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=processes,
             worker_init_fn=devices.single_threaded_worker if processes else None,
             prefetch_factor=2 if processes else None,

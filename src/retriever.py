@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, BertConfig, BertModel
 
 from src.modules import pretrained_errors, quiet_loading, set_dropout
 
@@ -45,6 +45,8 @@ class Contriever(BertModel):
                 f"a text of {ids.shape[1]} tokens is too long for the retriever, which knows "
                 f"{self.config.max_position_embeddings} positions; lower --text_maxlength"
             )
+        if ids.shape[0] == 0:  # a rank without queries; transformers cannot reshape nothing
+            return torch.zeros(0, self.config.hidden_size, device=ids.device)
         mask = mask.bool()
         # with a mask of two dimensions transformers would ask the device whether it hides anything
         hidden = super().forward(input_ids=ids, attention_mask=mask[:, None, None])[0].float()  # (n, L, D)
@@ -122,15 +124,15 @@ def load_retriever(
     weights: bool = True,
     gradient_checkpointing: bool = False,
 ) -> DualEncoder:
-    """A dual encoder in fp32 from a local BERT directory or a hub id; `weights=False` reads only the config.
+    """A dual encoder in eval mode and fp32 from a local BERT directory or a hub id.
 
-    `dropout=None` keeps the config's.
+    `weights=False` reads only the config and starts from random weights; `dropout=None` keeps the config's.
 
     Raises:
         OSError: nothing there, the hub cannot be reached, not a BERT, or weights that do not fill the model.
     """
     with pretrained_errors(FLAG, name_or_path, "a BERT encoder (config.json and weights)"), quiet_loading(name_or_path):
-        config = BertConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "bert":
             raise ValueError(f"its config.json says model_type {config.model_type}, not bert")
         if weights:
@@ -145,7 +147,7 @@ def load_retriever(
         set_dropout(contriever, dropout)
     if gradient_checkpointing:
         contriever.activation_checkpointing_enable({"use_reentrant": False})
-    return DualEncoder(contriever, query_side)
+    return DualEncoder(contriever, query_side).eval()
 
 
 def state_is_untied(state: Iterable[str]) -> bool:

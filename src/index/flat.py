@@ -43,7 +43,7 @@ class FlatIndex:
             raise ValueError(f"chunk_rows must be at least 1, found {chunk_rows}")
         self.embeddings = embeddings
         self.chunk_rows = chunk_rows or device_choices.search_chunk_rows(embeddings.device)
-        self.largest_norm = self._measure_largest_norm() if largest_norm is None else largest_norm
+        self.largest_norm = measure_largest_norm(embeddings) if largest_norm is None else largest_norm
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of largest inner product, by score descending, then by row ascending.
@@ -72,31 +72,23 @@ class FlatIndex:
             return scores, rows
         error = self._error_bound(queries)  # (b, 1)
         step = max(1, min(self.chunk_rows, _MOST_SCORES // len(queries)))
+        buffers = _Buffers(self.embeddings, len(queries), min(step, n))
         for start in range(0, n, step):
-            approximate = self._matrix_product(queries, start, min(step, n - start))  # (b, c)
+            end = min(start + step, n)
+            approximate = _matrix_product(queries, self.embeddings[start:end], buffers)  # (b, c)
             if not approximate.sum().isfinite():
-                raise ValueError(f"the embeddings of rows {start} to {start + approximate.shape[1] - 1} are damaged")
-            candidates = approximate >= scores[:, -1:] - error
-            if candidates.sum() > 2 * scores.numel() and k <= approximate.shape[1]:
+                raise ValueError(
+                    f"embeddings in rows {start} to {end - 1} of this rank are damaged: build the index anew"
+                )
+            candidates = torch.ge(approximate, scores[:, -1:] - error, out=buffers.mask[:, : end - start])
+            if candidates.sum() > 2 * scores.numel() and k <= end - start:
                 # the k best of this chunk alone are all at least so good
-                candidates &= approximate >= approximate.topk(k, sorted=False).values.amin(1, keepdim=True) - 2 * error
+                kth = approximate.topk(k, sorted=False).values.amin(dim=1, keepdim=True)
+                torch.ge(approximate, torch.maximum(kth - 2 * error, scores[:, -1:] - error), out=candidates)
             for pairs in candidates.nonzero().split(_MOST_PAIRS):  # (m, 2), by query, then by row
                 query, row = pairs[:, 0], pairs[:, 1] + start
                 scores, rows = _merge(scores, rows, query, row, self._exact_scores(queries, query, row))
         return scores, rows
-
-    def _matrix_product(self, queries: torch.Tensor, start: int, length: int) -> torch.Tensor:
-        """First pass over `length` rows: (b, length). Converted to fp32 in blocks that stay in a CPU's caches."""
-        rows = self.embeddings[start : start + length]
-        block_rows = _block_rows(rows)
-        if length <= block_rows:
-            return queries @ rows.float().T
-        block = queries.new_empty((block_rows, rows.shape[1]))
-        scores = queries.new_empty((len(queries), length))
-        for at in range(0, length, block_rows):
-            part = block[: min(block_rows, length - at)].copy_(rows[at : at + block_rows])
-            torch.mm(queries, part.T, out=scores[:, at : at + len(part)])
-        return scores
 
     def _exact_scores(self, queries: torch.Tensor, query: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Second pass: the scores (m,) of pairs of a query's number (m,) and a row's number (m,)."""
@@ -123,19 +115,42 @@ class FlatIndex:
             raise ValueError("queries hold values that are not finite (or overflow fp32): has the training diverged?")
         return bound + dimension * torch.finfo(torch.float32).tiny  # products too small for fp32 may be lost
 
-    def _measure_largest_norm(self) -> float:
-        largest = torch.zeros((), device=self.embeddings.device)
-        step = _block_rows(self.embeddings)
-        for start in range(0, len(self.embeddings), step):
-            norm = self.embeddings[start : start + step].float().norm(dim=1).amax()
-            largest = torch.maximum(largest, norm)  # carries a NaN on
-        if not largest.isfinite():
-            raise ValueError(f"the embedding of row {self._first_bad_row()} is not finite: has the training diverged?")
-        return largest.item() * (1 + 1e-3)  # the norms are rounded too
 
-    def _first_bad_row(self) -> int:
-        bad = (not part.float().norm().isfinite() for part in self.embeddings)
-        return next(row for row, is_bad in enumerate(bad) if is_bad)
+def measure_largest_norm(embeddings: torch.Tensor, first_row: int = 0) -> float:
+    """A number that no row's L2 norm is above, 0.1 % more than the largest.
+
+    Raises:
+        ValueError: a row, counted from `first_row`, is not finite.
+    """
+    largest = torch.zeros((), device=embeddings.device)
+    step = _block_rows(embeddings)
+    for start in range(0, len(embeddings), step):
+        norms = embeddings[start : start + step].float().norm(dim=1)
+        largest = torch.maximum(largest, norms.amax())  # carries a NaN on
+    if not largest.isfinite():
+        bad = next(i for i, row in enumerate(embeddings) if not row.float().norm().isfinite())
+        raise ValueError(f"the embedding of passage {first_row + bad} is not finite: has the training diverged?")
+    return largest.item() * (1 + 1e-3)  # the norms are rounded too
+
+
+class _Buffers:
+    """Memory of a search, taken once: b queries, chunks of c rows."""
+
+    def __init__(self, embeddings: torch.Tensor, b: int, c: int) -> None:
+        block_rows = min(_block_rows(embeddings), c)
+        self.block = embeddings.new_empty((block_rows, embeddings.shape[1]), dtype=torch.float32)
+        self.scores = embeddings.new_empty((b, c), dtype=torch.float32)
+        self.mask = embeddings.new_empty((b, c), dtype=torch.bool)
+
+
+def _matrix_product(queries: torch.Tensor, rows: torch.Tensor, buffers: _Buffers) -> torch.Tensor:
+    """First pass, (b, D), (c, D) -> (b, c). Rows become fp32 block by block, each small enough for a CPU's caches."""
+    scores = buffers.scores[:, : len(rows)]
+    for start in range(0, len(rows), len(buffers.block)):
+        part = rows[start : start + len(buffers.block)]
+        block = buffers.block[: len(part)].copy_(part)
+        torch.mm(queries, block.T, out=scores[:, start : start + len(part)])
+    return scores
 
 
 def fixed_inner_products(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
@@ -168,6 +183,6 @@ def _merge(
 
 
 def _block_rows(embeddings: torch.Tensor) -> int:
-    """Rows converted to fp32 at a time: a CPU is fastest while they stay in its caches."""
+    """Rows converted to fp32 at a time."""
     elements = 2**26 if embeddings.device.type == "cuda" else 2**20
     return max(1, elements // max(1, embeddings.shape[1]))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from src import distributed
-from src.index.flat import FlatIndex
+from src.index.flat import FlatIndex, measure_largest_norm
 from src.jsonl import JsonlCorpus
 
 
@@ -57,7 +57,8 @@ class ShardedIndex:
             error = ValueError(f"{len(embeddings)} embeddings for the {len(self.rows)} passages of this rank")
         else:
             try:
-                self.local = local or FlatIndex(embeddings)
+                norm = None if local else measure_largest_norm(embeddings, self.rows.start)
+                self.local = local or FlatIndex(embeddings, largest_norm=norm)
             except ValueError as bad_embeddings:
                 error = bad_embeddings
         distributed.raise_anywhere(error)

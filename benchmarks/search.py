@@ -1,0 +1,128 @@
+"""Exact search: its memory against the number of passages, and its speed against the plain ways.
+
+    python -m benchmarks.search
+
+Random embeddings. Speeds are medians over rounds in which every way runs once, so that what else the machine does
+hits all of them alike; read the ratios, not the seconds.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import torch
+
+from src.index.flat import FlatIndex
+
+
+def random_embeddings(n: int, dimension: int) -> torch.Tensor:
+    """(n, D) fp16, made piece by piece."""
+    embeddings = torch.empty(n, dimension, dtype=torch.float16)
+    for part in embeddings.split(2**14):
+        part.copy_(torch.randn(part.shape))
+    return embeddings
+
+
+def process_memory(what: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process in bytes; Linux only."""
+    return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def peak_of_a_search(n: int, dimension: int, batch: int, k: int) -> int:
+    """Bytes that a search needs beyond what was there before it, embeddings included."""
+    FlatIndex(random_embeddings(8, dimension)).search(
+        torch.randn(batch, dimension), k
+    )  # loads libraries, starts threads
+    index = FlatIndex(random_embeddings(n, dimension))
+    queries = torch.randn(batch, dimension)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = process_memory("VmRSS")
+    index.search(queries, k)
+    return process_memory("VmHWM") - before
+
+
+def peak_in_a_new_process(n: int, arguments: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "benchmarks.search", "--peak_only", str(n)]
+    command += [
+        "--dimension",
+        str(arguments.memory_dimension),
+        "--batch",
+        str(arguments.batch),
+        "--k",
+        str(arguments.k),
+    ]
+    command += ["--threads", str(arguments.threads)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median time of each way, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for counts in [False] + [True] * rounds:
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            way()
+            if counts:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def compare_speed(n: int, dimension: int, batch: int, k: int, rounds: int) -> None:
+    embeddings = random_embeddings(n, dimension)
+    index = FlatIndex(embeddings)
+    reference = faiss.IndexFlatIP(dimension)
+    for part in embeddings.split(2**14):
+        reference.add(part.float().numpy())
+    queries = torch.randn(batch, dimension)
+    measured = seconds(
+        {
+            "ours": lambda: index.search(queries, k),
+            "one matrix product and topk": lambda: (queries @ embeddings.float().T).topk(k),
+            "faiss.IndexFlatIP": lambda: reference.search(queries.numpy(), k),
+        },
+        rounds,
+    )
+    same = (torch.from_numpy(reference.search(queries.numpy(), k)[1]) == index.search(queries, k)[1]).float().mean()
+    print(
+        f"{n} x {dimension}, batch {batch}, k {k}: {batch / measured['ours']:.1f} queries/s; {same:.2%} of ids as Faiss"
+    )
+    for name, time_taken in measured.items():
+        print(f"  {name:28} {time_taken:8.3f} s, ours is {time_taken / measured['ours']:.2f} times as fast")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[200_000], help="passages, for the speed")
+    parser.add_argument("--dimension", type=int, default=768, help="D, for the speed")
+    parser.add_argument("--batch", type=int, default=32, help="queries")
+    parser.add_argument("--k", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--memory_sizes", type=int, nargs="*", default=[10_000, 1_000_000], help="passages, for the memory"
+    )
+    parser.add_argument("--memory_dimension", type=int, default=128)
+    parser.add_argument("--peak_only", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    faiss.omp_set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.peak_only is not None:
+        print(peak_of_a_search(arguments.peak_only, arguments.dimension, arguments.batch, arguments.k))
+        return
+    peaks = [peak_in_a_new_process(n, arguments) for n in arguments.memory_sizes]
+    for n, peak in zip(arguments.memory_sizes, peaks, strict=True):
+        print(f"memory of a search in {n} x {arguments.memory_dimension}: {peak / 2**20:.2f} MiB beyond the embeddings")
+    print(f"  growth from the first to the last: {(peaks[-1] - peaks[0]) / 2**20:.2f} MiB")
+    for n in arguments.sizes:
+        compare_speed(n, arguments.dimension, arguments.batch, arguments.k, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What the fast paths bring: each against the plain way of doing the same, as a ratio measured in one run.
+
+    python benchmarks/throughput.py
+
+The plain way pads everything to text_maxlength, takes passages in the order they come, embeds the passages of a training
+step again although their encoder is frozen, and runs the encoder twice at evaluation (for the loss and for the answer).
+Passages have 60 to 160 tokens; the models are small and have random weights, which costs the same time as good ones.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from transformers import BertConfig, T5Config
+
+from src.atlas import Atlas, TrainingTensors
+from src.index.passages import open_passages
+from src.inputs import Inputs, Targets
+from src.optim import Optimizers
+from src.reader import FusionInDecoder, token_log_probabilities
+from src.retrieval import Retrieval
+from src.retriever import Contriever, DualEncoder
+from src.signals import SIGNALS
+from src.tokenization import RetrieverTokenizer, load_reader_tokenizer, load_retriever_tokenizer, pad_rows
+
+MAXLENGTH = 384
+CPU = torch.device("cpu")
+
+
+def median_ratio(fast: Callable[[], None], plain: Callable[[], None], repeats: int) -> tuple[float, float, float]:
+    """Median seconds of both, taken in turns, and the median of the pairs' ratios."""
+    times = []
+    for function in (fast, plain):
+        function()  # warm-up
+    for _ in range(repeats):
+        pair = []
+        for function in (fast, plain):
+            started = time.perf_counter()
+            function()
+            pair.append(time.perf_counter() - started)
+        times.append(pair)
+    columns = list(zip(*times, strict=True))
+    ratio = statistics.median(plain_time / fast_time for fast_time, plain_time in times)
+    return statistics.median(columns[0]), statistics.median(columns[1]), ratio
+
+
+def widen(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad the last dimension to text_maxlength."""
+    extra = max(0, MAXLENGTH - ids.shape[-1])
+    return F.pad(ids, (0, extra)), F.pad(mask, (0, extra))
+
+
+class Bench:
+    """A corpus, a reader and a query-side retriever."""
+
+    def __init__(self, directory: Path, n_passages: int, k: int, batch: int) -> None:
+        from preprocessing.make_tiny_models import build_tiny_models
+
+        rng = random.Random(0)
+        words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 5))) for _ in range(500)]
+        texts = [" ".join(rng.choices(words, k=rng.randint(30, 80))) for _ in range(n_passages)]
+        build_tiny_models(texts[:200], directory, vocabulary_size=2000)
+        self.reader_tokenizer = load_reader_tokenizer(str(directory / "reader"))
+        self.retriever_tokenizer = load_retriever_tokenizer(str(directory / "retriever"))
+        texts = [self._cut(text, rng) for text in texts]
+        self.passages = [{"id": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
+        self.k, self.batch = k, batch
+        torch.manual_seed(0)
+        shape = {"d_model": 256, "d_kv": 64, "d_ff": 640, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4}
+        vocabulary = len(self.reader_tokenizer)
+        config = T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", dropout_rate=0.0, **shape)
+        self.reader = FusionInDecoder(config)
+        shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        retriever = Contriever(BertConfig(vocab_size=len(self.retriever_tokenizer), **shape, **dropout))
+        self.retriever = DualEncoder(retriever, query_side=True)
+        self.inputs = Inputs(
+            self.reader_tokenizer,
+            self.retriever_tokenizer,
+            device=CPU,
+            text_maxlength=MAXLENGTH,
+            encoder_format="{query} {text}",
+            retriever_format="{text}",
+        )
+        self.retrieval = Retrieval(
+            self.retriever,
+            self.inputs,
+            self.passages,
+            device=CPU,
+            embedder_precision="fp32",
+            embedder_batch_size=64,
+        )
+
+    def _cut(self, text: str, rng: random.Random) -> str:
+        """So that the passage has 60 to 160 tokens of the retriever."""
+        tokenizer: RetrieverTokenizer = self.retriever_tokenizer
+        wanted, words = rng.randint(60, 160), (text + " " + text).split()
+        while len(tokenizer.encode([" ".join(words)])[0]) > wanted:
+            words = words[:-2]
+        return " ".join(words)
+
+    def embedding(self, repeats: int) -> tuple[float, float, float]:
+        rows = range(len(self.passages))
+        into = torch.zeros(len(rows), self.retriever.dim, dtype=torch.float16)
+
+        @torch.no_grad()
+        def fast() -> None:
+            self.retrieval._embed(rows, into)
+
+        @torch.no_grad()
+        def plain() -> None:
+            for start in range(0, len(rows), 64):
+                tokens = self.inputs.passage_tokens(self.passages[start : start + 64])
+                ids, mask = widen(*pad_rows(tokens, self.retriever_tokenizer.pad_id))
+                into[start : start + 64] = self.retriever.embed_passages(ids, mask).half()
+
+        return median_ratio(fast, plain, repeats)
+
+    def examples(self) -> tuple[list[str], list[list[dict]], Targets]:
+        queries = [f"question: {p['text'][:40]} answer: <extra_id_0>" for p in self.passages[: self.batch]]
+        passages = [self.passages[i * self.k : (i + 1) * self.k] for i in range(self.batch)]
+        return queries, passages, self.inputs.targets(queries, [f"<extra_id_0> {q[10:30]}" for q in queries])
+
+    def training(self, repeats: int) -> tuple[float, float, float]:
+        queries, passages, targets = self.examples()
+        atlas = Atlas(self.reader, self.retriever, n_context=self.k, signal=SIGNALS["pdist"])
+        trained = {
+            "reader": list(self.reader.named_parameters()),
+            "retriever": [(n, p) for n, p in self.retriever.named_parameters() if p.requires_grad],
+        }
+        optimizers = Optimizers(
+            {name: (parameters, 1e-5) for name, parameters in trained.items()},
+            weight_decay=0.01,
+            epsilon=1e-6,
+            beta2=0.999,
+            clip=1.0,
+            scheduler="fixed",
+            warmup_steps=0,
+            total_steps=100,
+        )
+        from_index = torch.randn(self.batch, self.k, self.retriever.dim)
+
+        def fast() -> None:
+            ids, mask = self.inputs.reader(queries, passages)
+            tensors = TrainingTensors(ids, mask, targets, *self.inputs.queries(queries), passage_embeddings=from_index)
+            optimizers.backward(atlas(tensors).total)
+            optimizers.step(0)
+
+        def plain() -> None:
+            ids, mask = widen(*self.inputs.reader(queries, passages))
+            flat = [passage for of_query in passages for passage in of_query]
+            again = widen(*self.inputs.passages(flat))
+            tensors = TrainingTensors(ids, mask, targets, *widen(*self.inputs.queries(queries)), *again)
+            optimizers.backward(atlas(tensors).total)
+            optimizers.step(0)
+
+        return median_ratio(fast, plain, repeats)
+
+    def evaluation(self, repeats: int) -> tuple[float, float, float]:
+        queries, passages, targets = self.examples()
+        self.reader.eval()
+
+        def read(hidden: torch.Tensor, mask: torch.Tensor) -> None:
+            logits = self.reader.logits(hidden, mask.flatten(1), targets.decoder_ids)
+            token_log_probabilities(logits, targets.labels)
+
+        def write(hidden: torch.Tensor, mask: torch.Tensor) -> None:
+            self.reader.write(hidden, mask.flatten(1), max_length=16)
+
+        @torch.no_grad()
+        def fast() -> None:
+            ids, mask = self.inputs.reader(queries, passages)
+            hidden = self.reader.encode(ids, mask)
+            read(hidden, mask)
+            write(hidden, mask)
+
+        @torch.no_grad()
+        def plain() -> None:
+            ids, mask = widen(*self.inputs.reader(queries, passages))
+            read(self.reader.encode(ids, mask), mask)
+            write(self.reader.encode(ids, mask), mask)
+
+        return median_ratio(fast, plain, repeats)
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--passages", type=int, default=1024, help="passages to embed")
+    parser.add_argument("--context", type=int, default=10, help="passages per query")
+    parser.add_argument("--batch", type=int, default=2, help="queries per step")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements; the median is shown")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(Path(directory), options.passages, options.context, options.batch)
+        print(f"{'':12}{'fast':>12}{'plain':>12}{'':14}{'ratio':>8}")
+        for name, (fast, plain, ratio), amount, unit in (
+            ("embedding", bench.embedding(options.repeats), options.passages, "passages/s"),
+            ("training", bench.training(options.repeats), 1, "steps/s"),
+            ("evaluation", bench.evaluation(options.repeats), options.batch, "examples/s"),
+        ):
+            print(f"{name:12}{amount / fast:12.2f}{amount / plain:12.2f} {unit:13}{ratio:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

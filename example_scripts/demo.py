@@ -1,0 +1,110 @@
+"""The whole system in minutes, on two CPU processes: `make demo`.
+
+Prepares a corpus of facts and questions, builds and briefly pretrains a tiny reader and a tiny retriever, measures
+them, fine-tunes both together on 64 questions with finetune_qa.py, and shows what changed. Every command is printed as
+it could be typed; what is there already is not made again.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from src.metrics import exact_match, retrieval_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPTHS = (1, 5, 20)
+
+
+def call(*words: str | Path) -> None:
+    """Print a command and run it, from the repository's root."""
+    line = shlex.join(map(str, words))
+    print(f"\n$ {line.replace(sys.executable, 'python')}", flush=True)
+    subprocess.run(list(map(str, words)), cwd=ROOT, check=True)
+
+
+def two_processes(script: str, *flags: str | Path) -> None:
+    """Run a script as `torchrun` does on a machine with two GPUs, here with two CPU processes."""
+    launcher = Path(sys.executable).with_name("torchrun")
+    call(launcher.relative_to(ROOT) if launcher.is_relative_to(ROOT) else launcher, *LAUNCH, script, *flags)
+
+
+LAUNCH = ("--standalone", "--nnodes", "1", "--nproc_per_node", "2")
+
+
+def measure(file: Path) -> tuple[dict[str, float], list[dict]]:
+    """Percentages of a result file: exact match, and recall at some depths; and its rows."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    recalls = [retrieval_metrics(row["passages"], row["answers"]) for row in rows]
+    measured = {"exact match": sum(exact_match(row["generation"], row["answers"]) for row in rows)}
+    measured |= {f"recall@{k}": sum(recall[f"recall@{k}"] for recall in recalls) for k in DEPTHS}
+    return {name: 100 * value / len(rows) for name, value in measured.items()}, rows
+
+
+def show(before: Path, after: Path, questions: int) -> None:
+    """The table of both measurements, and a few questions with what was found and answered."""
+    (first, _), (second, rows) = measure(before), measure(after)
+    print(f"\n{len(rows)} test questions about things that no training question is about")
+    print(f"{'':14}{'before':>8}{'after 64 examples':>20}")
+    for name in first:
+        print(f"{name:14}{first[name]:8.1f}{second[name]:20.1f}")
+    right = [row for row in rows if exact_match(row["generation"], row["answers"])]
+    wrong = [row for row in rows if not exact_match(row["generation"], row["answers"])]
+    for row in (right[: questions - 1] + wrong + right[questions - 1 :])[:questions]:
+        verdict = "right" if exact_match(row["generation"], row["answers"]) else f"not {' or '.join(row['answers'])}"
+        print(f"\n{row['query']}")
+        for passage in row["passages"][:3]:
+            print(f"    {passage['score']:8.2f}  {passage['title']} | {passage['text']}")
+        print(f"    answer: {row['generation']}   ({verdict})")
+
+
+def main() -> None:
+    """Prepare, measure, train, measure, show."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
+    parser.add_argument("--short", action="store_true", help="a fraction of the training, to see that it runs")
+    options = parser.parse_args()
+    started = time.monotonic()
+    home = options.directory if not options.short else options.directory / "short"
+    data, models, experiments = home / "data", home / "models", home / "experiments"
+    steps = 6 if options.short else 60
+
+    if not (ROOT / data / "test.jsonl").exists():
+        call(sys.executable, "preprocessing/prepare_demo.py", "--output_directory", data)
+    if not (ROOT / models / "retriever/config.json").exists():
+        minutes = ("--minutes", "0.2") if options.short else ()
+        call(
+            sys.executable, "preprocessing/make_tiny_models.py", "--data", data, "--output_directory", models, *minutes
+        )
+    test = data / "test.jsonl"
+    if options.short:
+        test = data / "few.jsonl"
+        lines = (ROOT / data / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (ROOT / test).write_text("".join(lines[:40]), encoding="utf-8")
+    common = (
+        *("--eval_data", test, "--passages", data / "passages.jsonl", "--checkpoint_dir", experiments),
+        *("--reader_model_type", models / "reader", "--retriever_model_path", models / "retriever"),
+        *("--text_maxlength", "128", "--n_context", "20", "--per_gpu_batch_size", "4"),
+    )
+    evaluation = ("--task", "qa", "--write_results", "--generation_max_length", "32", "--precision", "bf16")
+    two_processes("evaluate.py", "--name", "before", *evaluation, *common)
+    two_processes(
+        "finetune_qa.py",
+        *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *common),
+        *("--retriever_n_context", "20", "--total_steps", str(steps), "--eval_freq", str(steps // 2), "--shuffle"),
+        *("--lr", "4e-4", "--lr_retriever", "1e-4", "--temperature_gold", "0.1", "--temperature_score", "0.1"),
+    )
+    after = experiments / "after" / f"{test.stem}-step-{steps}.jsonl"
+    show(ROOT / experiments / "before" / f"{test.stem}-step-0.jsonl", ROOT / after, questions=3)
+    print(f"\nAll answers with their passages: {after}")
+    print(f"The fine-tuned model: {experiments / 'after' / 'checkpoint' / 'latest'}")
+    print(f"It took {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The files of a saved index, and how a directory goes from one whole index to the next.
+
+Files carry the number of their generation: `passages.3.jsonl`, `embeddings.3.npy`. `index.json` says which of them
+belong together; it is replaced last and the files it no longer names are removed after that, so a writer killed at any
+moment leaves the old index or the new one. All this is for one process at a time, but for `write_embeddings`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from src.index.flat import measure_largest_norm
+from src.jsonl import replacing
+
+VERSION = 1
+WRITE_BYTES = 2**26  # written at a time, between two signs of life
+_OURS = re.compile(r"(?:passages\.(\d+)\.jsonl(?:\.offsets\.npy)?|embeddings\.(\d+)\.npy)")
+_HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
+_HEADER_BYTES = 128
+_AGAIN = "copy the index again, or build it anew"
+
+
+@dataclass(frozen=True)
+class CorpusFingerprint:
+    """Tells two corpora apart at a cost that does not grow with them."""
+
+    bytes: int
+    rows: int
+    sample: str  # hash of blocks spread over the file
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `index.json` says."""
+
+    type: str  # of index: "flat"
+    size: int  # N
+    dimension: int  # D
+    largest_norm: float  # bounds the L2 norm of every embedding
+    passages: str  # name of a file
+    embeddings: str  # name of a file
+    titles_joined: bool  # whether titles hold the section already
+    corpus: CorpusFingerprint
+    retriever: str | None  # fingerprint of the encoder, where it is known
+    source: str | None = None  # fingerprint of the published index that this was made from
+
+
+def has_index(directory: Path) -> bool:
+    """Whether an index of ours was saved there."""
+    return (directory / "index.json").is_file()
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name belongs to an index, and goes with it."""
+    return _OURS.fullmatch(name) is not None
+
+
+def read_description(directory: Path) -> Description:
+    """What `index.json` says, checked against its own checksum.
+
+    Raises:
+        ValueError: it was damaged or edited, or is of another version.
+    """
+    path = directory / "index.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version, checksum = fields.pop("version"), fields.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): {_AGAIN}") from error
+    if version != VERSION:
+        raise ValueError(f"{path} is of format version {version!r}, this program reads {VERSION}: {_AGAIN}")
+    if checksum != _checksum(fields):
+        raise ValueError(f"{path} was edited or damaged, its checksum does not fit: {_AGAIN}")
+    description = Description(**fields | {"corpus": CorpusFingerprint(**fields["corpus"])})
+    if not (is_ours(description.passages) and is_ours(description.embeddings)):
+        raise ValueError(f"{path} names files that do not belong to an index: {_AGAIN}")
+    return description
+
+
+def next_generation(directory: Path) -> int:
+    """A number that no file in the directory carries; makes the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found = [_OURS.fullmatch(path.name) for path in directory.iterdir()]
+    return 1 + max((int(match[1] or match[2]) for match in found if match), default=0)
+
+
+def commit(directory: Path, description: Description) -> None:
+    """Make this the index of the directory, in one step, and remove the files of the one before."""
+    fields = dataclasses.asdict(description)
+    content = {"version": VERSION, **fields, "checksum": _checksum(fields)}
+    with replacing(directory / "index.json") as beside, open(beside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    kept = {description.passages, f"{description.passages}.offsets.npy", description.embeddings}
+    for path in directory.iterdir():
+        half_written = _HALF_WRITTEN.fullmatch(path.name)  # by a writer that was killed
+        name = half_written[1] if half_written else path.name
+        if path.name not in kept and (is_ours(name) or (half_written and name == "index.json")):
+            path.unlink()
+
+
+def fingerprint_corpus(path: Path, rows: int, blocks: int = 64, block_bytes: int = 4096) -> CorpusFingerprint:
+    """Size, number of passages and a hash of at most `blocks` blocks of a file."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in range(blocks):
+            file.seek((size - block_bytes) * block // (blocks - 1) if size > block_bytes else 0)
+            digest.update(file.read(block_bytes))
+    return CorpusFingerprint(size, rows, digest.hexdigest()[:16])
+
+
+def create_embeddings(path: Path, size: int, dimension: int) -> None:
+    """Make the file for `(N, D)` fp16 embeddings, full of zeros."""
+    with open(path, "xb") as file:
+        file.write(_npy_header(size, dimension))
+        file.truncate(_npy_bytes(size, dimension))
+
+
+def write_embeddings(path: Path, first_row: int, embeddings: torch.Tensor, heartbeat: Callable[[], None]) -> float:
+    """Write rows `(n, D)` into their place and return what bounds their norms; several processes may do so at once.
+
+    Raises:
+        ValueError: a value is not finite in fp16.
+    """
+    n, dimension = embeddings.shape
+    step = max(1, WRITE_BYTES // (2 * dimension))
+    largest = 0.0
+    with open(path, "r+b") as file:
+        file.seek(_HEADER_BYTES + 2 * first_row * dimension)
+        for start in range(0, n, step):
+            part = embeddings[start : start + step].to("cpu", torch.float16).contiguous()
+            largest = max(largest, measure_largest_norm(part, first_row + start))
+            file.write(part.numpy().astype("<f2", copy=False).data)
+            heartbeat()
+        file.flush()
+        os.fsync(file.fileno())
+    return largest
+
+
+def map_embeddings(path: Path, size: int, dimension: int) -> np.ndarray:
+    """The `(N, D)` fp16 embeddings, memory-mapped; what is written into them stays in this process.
+
+    Raises:
+        ValueError: the file is missing, of another size or of another shape.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}, which index.json names, is missing: {_AGAIN}")
+    expected, found = _npy_bytes(size, dimension), path.stat().st_size
+    if found != expected:
+        raise ValueError(f"{path} is {found} bytes long, {size} x {dimension} fp16 numbers take {expected}: {_AGAIN}")
+    with open(path, "rb") as file:
+        if file.read(_HEADER_BYTES) != _npy_header(size, dimension):
+            raise ValueError(f"{path} does not begin as an array of {size} x {dimension} fp16 numbers: {_AGAIN}")
+    if size == 0:  # nothing to map
+        return np.zeros((0, dimension), np.float16)
+    return np.memmap(path, np.dtype("<f2"), "c", offset=_HEADER_BYTES, shape=(size, dimension))
+
+
+def check_corpus(path: Path, expected: CorpusFingerprint) -> None:
+    """Raises: ValueError when the passages are not those that the index was made of."""
+    if not path.is_file():
+        raise ValueError(f"{path}, which index.json names, is missing: {_AGAIN}")
+    found = fingerprint_corpus(path, expected.rows)
+    if found.bytes != expected.bytes:
+        raise ValueError(f"{path} is {found.bytes} bytes long, when the index was made {expected.bytes}: {_AGAIN}")
+    if found.sample != expected.sample:
+        raise ValueError(f"{path} is not the text that the index was made of, though of the same size: {_AGAIN}")
+
+
+def _npy_header(size: int, dimension: int) -> bytes:
+    """Version 1.0 of numpy's format, always of one length, so that it can be compared instead of parsed."""
+    text = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({size}, {dimension}), }}"
+    magic = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
+    return magic + text.ljust(_HEADER_BYTES - 11).encode() + b"\n"
+
+
+def _npy_bytes(size: int, dimension: int) -> int:
+    return _HEADER_BYTES + 2 * size * dimension
+
+
+def _checksum(fields: dict) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

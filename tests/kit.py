@@ -1,0 +1,132 @@
+"""A made-up world for the tests: passages, questions, tiny untrained models, and command lines over them."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src import build
+from src.config import parse_config
+from tests.ranks import run_on_ranks, scratch_directory
+
+SYLLABLES = ["ba", "ko", "ri", "nu", "sel", "tam", "vor", "eth", "lin", "gra", "dus", "mon", "pel", "zor", "qua", "fim"]
+PLACES = ("river", "bird", "founder", "trade", "month")
+
+
+def _name(rng: random.Random) -> str:
+    return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice([2, 3]))).capitalize()
+
+
+@cache
+def world(n_towns: int = 60) -> Path:
+    """A directory with passages.jsonl, train.jsonl, dev.jsonl, models/reader and models/retriever."""
+    from preprocessing.make_tiny_models import build_tiny_models
+
+    rng = random.Random(0)
+    directory = Path(scratch_directory())
+    towns = sorted({_name(rng) for _ in range(2 * n_towns)})[:n_towns]
+    facts = {town: {place: _name(rng) for place in PLACES} for town in towns}
+    passages = [
+        {"id": f"p{i}", "title": town, "section": place, "text": f"The {place} of {town} is {facts[town][place]}. " * n}
+        for i, (town, place, n) in enumerate((t, p, rng.choice([1, 1, 2, 4])) for t in towns for p in PLACES)
+    ]
+    questions = [
+        {"question": f"what is the {place} of {town}?", "answers": [facts[town][place], "the " + facts[town][place]]}
+        for town in towns
+        for place in PLACES
+    ]
+    rng.shuffle(questions)
+    for i, question in enumerate(questions):
+        question["id"] = f"q{i}"
+        question["target"] = question["answers"][0] * (1 + i % 3)  # targets of different lengths
+    write_jsonl(directory / "passages.jsonl", passages)
+    write_jsonl(directory / "train.jsonl", questions[:40])
+    write_jsonl(directory / "dev.jsonl", questions[40:51])
+    texts = [f"{p['title']} {p['text']}" for p in passages] + [q["question"] for q in questions]
+    build_tiny_models(texts, directory / "models", vocabulary_size=400, seed=0)
+    return directory
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def command_line(output: str | Path, **changes: Any) -> list[str]:
+    """Flags of a small question-answering run; None leaves one out, True and False are switches."""
+    home = world()
+    flags = {
+        "name": "run",
+        "checkpoint_dir": output,
+        "task": "qa",
+        "train_data": home / "train.jsonl",
+        "eval_data": home / "dev.jsonl",
+        "passages": home / "passages.jsonl",
+        "reader_model_type": home / "models/reader",
+        "retriever_model_path": home / "models/retriever",
+        "text_maxlength": 64,
+        "target_maxlength": 16,
+        "generation_max_length": 12,
+        "n_context": 4,
+        "retriever_n_context": 4,
+        "per_gpu_batch_size": 2,
+        "total_steps": 5,
+        "warmup_steps": 0,
+        "scheduler": "fixed",
+        "lr": 1e-3,
+        "lr_retriever": 1e-3,
+        "dropout": 0,
+        "temperature_gold": 0.1,
+        "temperature_score": 0.1,
+        "log_freq": 1,
+        "write_results": True,
+    } | changes
+    line: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            line += [f"--{name}", str(value)]
+    return line
+
+
+def run(output: str | Path, program: str = "train", preset: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Do in this process (or rank) what the script would do; the run's directory."""
+    config = parse_config(command_line(output, **changes), program=program, **(preset or {}))
+    build.run(config, build.evaluate if program == "evaluate" else build.train)
+    return Path(output) / config.run.name
+
+
+def run_on(world_size: int, output: str | Path, program: str = "train", **changes: Any) -> Path:
+    """The same on so many ranks."""
+    run_on_ranks(world_size, _run_as_rank, command_line(output, **changes), program)
+    return Path(output) / changes.get("name", "run")
+
+
+def _run_as_rank(arguments: list[str], program: str) -> None:
+    from src import distributed
+
+    stop, distributed.stop = distributed.stop, lambda: None  # the process group goes on living
+    try:
+        torch.set_num_threads(1)
+        config = parse_config(arguments, program=program)
+        build.run(config, build.evaluate if program == "evaluate" else build.train)
+    except SystemExit as error:
+        raise AssertionError(f"the run ended with status {error.code}") from error
+    finally:
+        distributed.stop = stop
+
+
+def logged(directory: Path, statistic: str) -> list[float]:
+    """The values of a statistic in the order of run.log's lines."""
+    lines = (directory / "run.log").read_text(encoding="utf-8").splitlines()
+    return [
+        float(part.split(": ")[1]) for line in lines for part in line.split(" | ") if part.startswith(f"{statistic}: ")
+    ]

@@ -1,0 +1,114 @@
+"""Search over ranks: the same hits, bit for bit, whatever their number."""
+
+import pytest
+import torch
+
+from src import distributed
+from src.index.flat import FlatIndex
+from src.index.sharded import ShardedIndex, shard_rows
+from tests.ranks import run_on_ranks
+from tests.test_flat import assert_same, brute_force, made_up
+
+
+class Passages(list):
+    """A corpus in memory that counts what is read."""
+
+    def __init__(self, n):
+        super().__init__({"id": f"p{i}", "title": "", "text": f"text {i}"} for i in range(n))
+        self.read = []
+
+    def __getitem__(self, rows):
+        self.read += rows
+        return [list.__getitem__(self, i) for i in rows]
+
+
+def make_index(embeddings, chunk_rows=None):
+    rows = shard_rows(len(embeddings), distributed.rank(), distributed.world_size())
+    mine = embeddings[rows.start : rows.stop].clone()
+    return ShardedIndex(Passages(len(embeddings)), mine, FlatIndex(mine, chunk_rows=chunk_rows) if chunk_rows else None)
+
+
+def my_part(tensor, sizes):
+    first = sum(sizes[: distributed.rank()])
+    return tensor[first : first + sizes[distributed.rank()]]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_shard_rows_cover_every_row_once(n, world_size):
+    shards = [shard_rows(n, rank, world_size) for rank in range(world_size)]
+    assert [row for shard in shards for row in shard] == list(range(n))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def _search(embeddings, queries, sizes, k, chunk_rows):
+    index = make_index(embeddings, chunk_rows)
+    hits = index.search(my_part(queries, sizes), k)
+    return hits.scores, hits.ids
+
+
+@pytest.mark.parametrize("sizes", [[6], [4, 2], [0, 6], [3, 0, 3], [1, 2, 3]])
+@pytest.mark.parametrize(("n", "k"), [(50, 5), (50, 30), (7, 4), (7, 100), (2, 1), (1, 3)])
+def test_search_equals_brute_force(sizes, n, k):
+    """k above the shard's size, above N, empty shards, ranks without queries, small chunks; all bit for bit."""
+    embeddings, queries = made_up(n, 12, sum(sizes))
+    embeddings[n // 2 :] = embeddings[: n - n // 2].clone()  # ties across shards
+    expected = brute_force(embeddings, queries, k)
+    for chunk_rows in (None, 1, 5):
+        parts = run_on_ranks(len(sizes), _search, embeddings, queries, sizes, k, chunk_rows)
+        assert [len(scores) for scores, _ in parts] == sizes
+        assert_same((torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])), expected)
+
+
+def test_nobody_asks():
+    for scores, ids in run_on_ranks(2, _search, *made_up(9, 4, 0), [0, 0], 3, None):
+        assert scores.shape == ids.shape == (0, 3)
+
+
+def _embeddings_of(embeddings, ids, sizes):
+    return make_index(embeddings).embeddings_of(my_part(ids, sizes))
+
+
+@pytest.mark.parametrize("sizes", [[5], [2, 3], [0, 4, 1]])
+def test_embeddings_of_equals_indexing(sizes):
+    embeddings, _ = made_up(23, 6, 0)
+    ids = torch.randint(23, (sum(sizes), 4), generator=torch.Generator().manual_seed(0))
+    found = torch.cat(run_on_ranks(len(sizes), _embeddings_of, embeddings, ids, sizes))
+    assert found.dtype == torch.float32 and torch.equal(found, embeddings[ids].float())
+
+
+def test_passages_are_looked_up_once_and_belong_to_the_caller():
+    index = make_index(made_up(9, 4, 0)[0])
+    found = index.passages_of(torch.tensor([[3, 1], [8, 3]]))
+    assert [[p["id"] for p in row] for row in found] == [["p3", "p1"], ["p8", "p3"]]
+    assert sorted(index.passages.read) == [1, 3, 8]
+    found[0][0]["score"] = 1.0
+    assert "score" not in found[1][1] and "score" not in index.passages[[3]][0]
+    assert index.passages_of(torch.zeros(0, 5, dtype=torch.int64)) == []
+
+
+def _build(embeddings):
+    try:
+        return make_index(embeddings).size
+    except ValueError as error:
+        return str(error)
+
+
+def test_an_embedding_that_is_not_finite_ends_every_rank_with_its_number():
+    embeddings, _ = made_up(9, 4, 0)
+    embeddings[7, 0] = float("nan")
+    assert (
+        run_on_ranks(2, _build, embeddings)
+        == ["the embedding of passage 7 is not finite: has the training diverged?"] * 2
+    )
+
+
+def test_embeddings_must_match_the_passages():
+    with pytest.raises(ValueError, match="3 embeddings for the 4 passages"):
+        ShardedIndex(Passages(4), torch.zeros(3, 2, dtype=torch.float16))
+
+
+def test_k_below_1_is_refused():
+    embeddings, queries = made_up(9, 4, 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        make_index(embeddings).search(queries, 0)

@@ -1,0 +1,227 @@
+"""Whole runs of tiny models: what they must compute whatever the number of ranks, and what they must leave alone."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.checkpoint import load_checkpoint
+from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
+
+RETRIEVER = {"train_retriever": True, "query_side_retriever_training": True}
+
+
+def losses_of(directory):
+    return {name: logged(directory, f"loss/{name}_loss") for name in ("train", "reader", "retriever")}
+
+
+@pytest.mark.parametrize("query_side", [True, False])
+def test_two_ranks_equal_accumulation(tmp_path, query_side):
+    """2 ranks with batch 2 see in one step what 1 rank sees in two accumulated ones."""
+    flags = {"train_retriever": True, "query_side_retriever_training": query_side}
+    two = run_on(2, tmp_path / "two", total_steps=5, **flags)
+    one = run(tmp_path / "one", total_steps=10, accumulation_steps=2, log_freq=2, **flags)
+    for name, values in losses_of(one).items():
+        assert len(values) == 5
+        assert values == pytest.approx(losses_of(two)[name], abs=1e-5), name
+    first, second = read_jsonl(one / "dev-step-10.jsonl"), read_jsonl(two / "dev-step-5.jsonl")
+    assert len(first) == 11
+    for a, b in zip(first, second, strict=True):
+        assert (a["query"], a["generation"]) == (b["query"], b["generation"])
+        assert [p["id"] for p in a["passages"]] == [p["id"] for p in b["passages"]]
+
+
+def test_three_ranks_evaluate_like_one(tmp_path):
+    run_on(3, tmp_path / "three", "evaluate", train_data=None)
+    one = run(tmp_path / "one", "evaluate", train_data=None)
+    a, b = (d / "run" / "dev-step-0.jsonl" for d in (tmp_path / "one", tmp_path / "three"))
+    assert [row["id"] for row in read_jsonl(a)] == [row["id"] for row in read_jsonl(world() / "dev.jsonl")]
+    for x, y in zip(read_jsonl(a), read_jsonl(b), strict=True):
+        scores = [[passage.pop("score") for passage in row["passages"]] for row in (x, y)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+        assert x == y
+    pattern = "Dataset: dev.jsonl | "
+    metrics = [
+        next(line.split(pattern)[1] for line in (d / "run.log").read_text().splitlines() if pattern in line)
+        for d in (one, tmp_path / "three" / "run")
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_query_side_training_moves_the_query_encoder_only(tmp_path):
+    run(tmp_path, name="start", total_steps=1, train_retriever=True, lr=0, lr_retriever=0, weight_decay=0)
+    directory = run(tmp_path, total_steps=3, **RETRIEVER)
+    start = load_checkpoint(tmp_path / "start").retriever
+    end = load_checkpoint(directory).retriever
+    assert {name.split(".")[0] for name in end} == {"query_contriever", "passage_contriever"}
+    for name, tensor in start.items():
+        name = name.removeprefix("contriever.")
+        assert torch.equal(end[f"passage_contriever.{name}"], tensor), name
+        assert not torch.equal(end[f"query_contriever.{name}"], tensor), name
+
+
+def test_without_retriever_training_only_the_reader_moves(tmp_path):
+    run(tmp_path, name="start", total_steps=1, lr=0, weight_decay=0)
+    run(tmp_path, total_steps=2)
+    start, end = load_checkpoint(tmp_path / "start"), load_checkpoint(tmp_path / "run")
+    assert all(torch.equal(end.retriever[name], tensor) for name, tensor in start.retriever.items())
+    assert not any(torch.equal(end.reader[name], tensor) for name, tensor in start.reader.items())
+
+
+def test_tied_training_moves_everything_and_refreshes(tmp_path):
+    directory = run(tmp_path, total_steps=4, train_retriever=True, refresh_index=2)
+    log = (directory / "run.log").read_text()
+    assert log.count("Embedding 300 passages") == 2 and "Refreshing the index after step 2" in log
+    retriever = load_checkpoint(directory).retriever
+    assert {name.split(".")[0] for name in retriever} == {"contriever"}
+
+
+def test_freezing_the_retriever_at_first(tmp_path):
+    directory = run(tmp_path, total_steps=4, freeze_retriever_steps=2, **RETRIEVER)
+    assert len(logged(directory, "loss/reader_loss")) == 4
+    assert len(logged(directory, "loss/retriever_loss")) == 2
+
+
+def test_freezing_at_first_on_two_ranks(tmp_path):
+    run_on(2, tmp_path, train_retriever=True, total_steps=3, freeze_retriever_steps=2, eval_data=None)
+    assert len(logged(tmp_path / "run", "loss/retriever_loss")) == 1
+
+
+def test_bf16_tracks_fp32(tmp_path):
+    flags = {"total_steps": 3, "eval_data": None, **RETRIEVER}
+    exact = losses_of(run(tmp_path, name="fp32", **flags))
+    rounded = losses_of(run(tmp_path, name="bf16", precision="bf16", **flags))
+    assert rounded["reader"] == pytest.approx(exact["reader"], rel=0.02)
+    assert rounded["reader"] != exact["reader"]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    flags = {"total_steps": 3, "eval_data": None, "train_retriever": True}
+    plain = losses_of(run(tmp_path, name="plain", **flags))
+    checkpointing = {"use_gradient_checkpoint_reader": True, "use_gradient_checkpoint_retriever": True}
+    assert losses_of(run(tmp_path, name="again", **flags, **checkpointing)) == plain
+
+
+def test_dropout_is_reproducible_and_does_something(tmp_path):
+    flags = {"total_steps": 2, "eval_data": None, **RETRIEVER}
+    without = losses_of(run(tmp_path, name="a", **flags))
+    with_dropout = losses_of(run(tmp_path, name="b", dropout=0.2, **flags))
+    assert with_dropout["reader"] != without["reader"]
+    assert losses_of(run(tmp_path, name="c", dropout=0.2, **flags)) == with_dropout
+
+
+def test_closed_book(tmp_path):
+    directory = run(tmp_path, passages=None, closed_book=True, train_retriever=True, total_steps=2)
+    rows = read_jsonl(directory / "dev-step-2.jsonl")
+    assert all("passages" not in row for row in rows)
+    assert not load_checkpoint(directory).retriever
+
+
+def test_passages_of_the_file(tmp_path):
+    """A result file of a run with retrieval can be read again, with the passages that it holds."""
+    searched = run(tmp_path, "evaluate", name="searched", train_data=None)
+    dev = {row["id"]: row for row in read_jsonl(world() / "dev.jsonl")}
+    rows = [dev[row["id"]] | {"passages": row["passages"]} for row in read_jsonl(searched / "dev-step-0.jsonl")]
+    file = write_jsonl(tmp_path / "with.jsonl", rows)
+    given = run(
+        tmp_path, "evaluate", name="given", train_data=None, passages=None, use_file_passages=True, eval_data=file
+    )
+    again = read_jsonl(given / "with-step-0.jsonl")
+    assert [row["generation"] for row in again] == [
+        row["generation"] for row in read_jsonl(searched / "dev-step-0.jsonl")
+    ]
+    run(tmp_path, name="train", train_data=file, passages=None, use_file_passages=True, total_steps=2)
+
+
+def test_retrieve_only(tmp_path):
+    """No reader is loaded, and questions need no answers."""
+    questions = [{"question": row["question"]} for row in read_jsonl(world() / "dev.jsonl")]
+    file = write_jsonl(tmp_path / "questions.jsonl", questions)
+    directory = run(
+        tmp_path, "evaluate", train_data=None, reader_model_type=None, retrieve_only=True, eval_data=file, n_context=7
+    )
+    rows = read_jsonl(directory / "questions-step-0.jsonl")
+    assert [set(row) for row in rows] == [{"query", "answers", "passages", "metadata"}] * len(questions)
+    assert all(len(row["passages"]) == 7 for row in rows)
+
+
+def test_more_passages_asked_for_than_there_are(tmp_path):
+    few = write_jsonl(tmp_path / "few.jsonl", read_jsonl(world() / "passages.jsonl")[:3])
+    directory = run(tmp_path, passages=few, n_context=6, retriever_n_context=6, total_steps=2, **RETRIEVER)
+    assert all(len(row["passages"]) == 3 for row in read_jsonl(directory / "dev-step-2.jsonl"))
+
+
+def test_fewer_passages_read_than_learnt_from(tmp_path):
+    directory = run(tmp_path, n_context=2, retriever_n_context=5, total_steps=2, **RETRIEVER)
+    assert all(len(row["passages"]) == 2 for row in read_jsonl(directory / "dev-step-2.jsonl"))
+
+
+def test_reranking_with_an_unchanged_encoder_changes_nothing(tmp_path):
+    flags = {"train_data": None, "reader_model_type": None, "retrieve_only": True}
+    plain = run(tmp_path, "evaluate", name="plain", **flags)
+    reranked = run(
+        tmp_path,
+        "evaluate",
+        name="reranked",
+        retrieve_with_rerank=True,
+        n_to_rerank_with_retrieve_with_rerank=20,
+        **flags,
+    )
+    for a, b in zip(read_jsonl(plain / "dev-step-0.jsonl"), read_jsonl(reranked / "dev-step-0.jsonl"), strict=True):
+        assert [p["score"] for p in a["passages"]] == pytest.approx([p["score"] for p in b["passages"]], rel=1e-2)
+
+
+def test_decoder_prompt(tmp_path):
+    """The prompt is no part of the loss nor of the answers, and the decoder is led by it."""
+    plain = run(tmp_path, name="plain", total_steps=1)
+    prompted = run(tmp_path, name="prompted", total_steps=1, decoder_prompt_format="{query} ", generation_max_length=64)
+    assert losses_of(plain)["reader"] != losses_of(prompted)["reader"]
+    assert not any(row["query"] in row["generation"] for row in read_jsonl(prompted / "dev-step-1.jsonl"))
+
+
+def test_a_step_with_gradients_that_are_not_finite_is_skipped(tmp_path):
+    from src.optim import Optimizers
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    other = torch.nn.Parameter(torch.ones(2))
+    settings = {
+        "weight_decay": 0.0,
+        "epsilon": 1e-6,
+        "beta2": 0.999,
+        "clip": 1.0,
+        "scheduler": "fixed",
+        "warmup_steps": 0,
+        "total_steps": 10,
+    }
+    optimizers = Optimizers({"reader": ([("w", weight)], 0.1), "retriever": ([("o", other)], 0.1)}, **settings)
+    optimizers.backward((weight * torch.tensor([1.0, float("nan"), 1.0])).sum() + other.sum())
+    assert not optimizers.step(0)
+    assert torch.equal(weight, torch.ones(3)) and torch.equal(other, torch.ones(2)) and optimizers.skipped == 1
+    assert weight.grad is None
+    optimizers.backward((2 * weight).sum() + other.sum())
+    assert optimizers.step(1) and (weight < 1).all() and (other < 1).all()
+
+
+def test_the_last_step_is_evaluated_and_saved(tmp_path):
+    directory = run(tmp_path, total_steps=3, eval_freq=2, save_freq=2)
+    assert sorted(path.name for path in directory.glob("dev-*")) == ["dev-step-2.jsonl", "dev-step-3.jsonl"]
+    assert sorted(path.name for path in (directory / "checkpoint").iterdir()) == ["latest", "step-2", "step-3"]
+    assert not (directory / "checkpoint/step-2/optimizer.safetensors").exists()
+    assert load_file(directory / "checkpoint/latest/optimizer.safetensors")
+    assert "Done: " in (directory / "run.log").read_text().splitlines()[-1]
+    assert "total_steps: 3    [default: 1000]" in (directory / "opt.log").read_text()
+    assert list(directory.glob("events.out.tfevents.*"))
+
+
+def test_going_on_where_a_run_stopped(tmp_path):
+    """10 steps at once, and 10 steps in two goes with the same total, are the same."""
+    flags = {"eval_data": None, "save_freq": 4, **RETRIEVER}
+    straight = run(tmp_path, name="straight", total_steps=8, **flags)
+    first = run(tmp_path, name="stopped", total_steps=4, scheduler_steps=8, **flags)
+    again = run(tmp_path, name="stopped", total_steps=8, **flags)
+    assert first == again
+    assert losses_of(again) == losses_of(straight)
+    for half in ("reader", "retriever"):
+        a, b = getattr(load_checkpoint(straight), half), getattr(load_checkpoint(again), half)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    run(tmp_path, name="stopped", total_steps=8, **flags)
+    assert "This run is finished" in (again / "run.log").read_text()
