@@ -7,6 +7,7 @@ hits all of them alike; read the ratios, not the seconds.
 """
 
 import argparse
+import os
 import re
 import statistics
 import subprocess
@@ -34,12 +35,12 @@ def process_memory(what: str) -> int:
     return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def peak_of_a_search(n: int, dimension: int, batch: int, k: int) -> int:
+def peak_of_a_search(n: int, dimension: int, batch: int, k: int, chunk_rows: int | None) -> int:
     """Bytes that a search needs beyond what was there before it, embeddings included."""
     FlatIndex(random_embeddings(8, dimension)).search(
         torch.randn(batch, dimension), k
     )  # loads libraries, starts threads
-    index = FlatIndex(random_embeddings(n, dimension))
+    index = FlatIndex(random_embeddings(n, dimension), chunk_rows=chunk_rows)
     queries = torch.randn(batch, dimension)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = process_memory("VmRSS")
@@ -58,7 +59,11 @@ def peak_in_a_new_process(n: int, arguments: argparse.Namespace) -> int:
         str(arguments.k),
     ]
     command += ["--threads", str(arguments.threads)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    if arguments.chunk_rows:
+        command += ["--chunk_rows", str(arguments.chunk_rows)]
+    # What is freed goes back to the system at once, so that the peak is that of live memory.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
 
 
 def seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -73,9 +78,9 @@ def seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
-def compare_speed(n: int, dimension: int, batch: int, k: int, rounds: int) -> None:
+def compare_speed(n: int, dimension: int, batch: int, k: int, rounds: int, chunk_rows: int | None) -> None:
     embeddings = random_embeddings(n, dimension)
-    index = FlatIndex(embeddings)
+    index = FlatIndex(embeddings, chunk_rows=chunk_rows)
     reference = faiss.IndexFlatIP(dimension)
     for part in embeddings.split(2**14):
         reference.add(part.float().numpy())
@@ -113,15 +118,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     faiss.omp_set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    batch, k, chunk_rows = arguments.batch, arguments.k, arguments.chunk_rows
     if arguments.peak_only is not None:
-        print(peak_of_a_search(arguments.peak_only, arguments.dimension, arguments.batch, arguments.k))
+        print(peak_of_a_search(arguments.peak_only, arguments.dimension, batch, k, chunk_rows))
         return
     peaks = [peak_in_a_new_process(n, arguments) for n in arguments.memory_sizes]
     for n, peak in zip(arguments.memory_sizes, peaks, strict=True):
         print(f"memory of a search in {n} x {arguments.memory_dimension}: {peak / 2**20:.2f} MiB beyond the embeddings")
-    print(f"  growth from the first to the last: {(peaks[-1] - peaks[0]) / 2**20:.2f} MiB")
+    if peaks:
+        print(f"  growth from the first to the last: {(peaks[-1] - peaks[0]) / 2**20:.2f} MiB")
     for n in arguments.sizes:
-        compare_speed(n, arguments.dimension, arguments.batch, arguments.k, arguments.rounds)
+        compare_speed(n, arguments.dimension, batch, k, arguments.rounds, chunk_rows)
 
 
 if __name__ == "__main__":

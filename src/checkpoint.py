@@ -143,6 +143,8 @@ def _load_ours(path: Path) -> Checkpoint:
         step = int(state["step"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"{path}: the checkpoint cannot be read ({error})") from error
+    # a norm that is not mentioned is the standard one, whatever the directory of the retriever says
+    retriever_config = {"uncentered_layer_norm": False} | retriever_config
     return Checkpoint(path, step, *_split(tensors, path), retriever_config=retriever_config, published=False)
 
 

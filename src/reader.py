@@ -36,12 +36,12 @@ class FusionInDecoder(T5ForConditionalGeneration):
         hidden = self.encoder(input_ids=ids.flatten(0, 1), attention_mask=_broadcastable(mask.flatten(0, 1)))[0]
         return hidden.view(ids.shape[0], -1, hidden.shape[-1])  # (B·K, L, d) -> (B, K·L, d)
 
-    def logits(self, hidden: Tensor, mask: Tensor, labels: Tensor) -> Tensor:  # (B, S, d), (B, S), (B, T) -> (B, T, V)
-        """Scores of every next token, the decoder having read the labels before it (shifted right, -100 as padding)."""
+    def logits(self, hidden: Tensor, mask: Tensor, decoder_ids: Tensor) -> Tensor:
+        """Scores of the token behind each of the decoder's: (B, S, d), (B, S), (B, T) -> (B, T, V)."""
         return self(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=mask,
-            decoder_input_ids=self._shift_right(labels),
+            decoder_input_ids=decoder_ids,
             use_cache=False,
         ).logits
 
@@ -85,6 +85,11 @@ class FusionInDecoder(T5ForConditionalGeneration):
     def _answer(self, row: list[int]) -> list[int]:
         end = self.config.eos_token_id
         return row[: row.index(end)] if end in row else row
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training mode computes something else than evaluation mode."""
+        return any(getattr(module, "p", 0) > 0 for module in self.modules() if isinstance(module, nn.Dropout))
 
     def tie_output_embeddings(self, tied: bool) -> None:
         """Let `lm_head` be the input embeddings (T5 v1.0) or a parameter of its own (v1.1, lm-adapt), for good.

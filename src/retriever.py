@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from src.modules import pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--retriever_model_path"
 POOLINGS = ("average", "sqrt", "cls")
+CONFIG_KEYS = {"pooling", "normalize", "uncentered_layer_norm"}  # ours, beyond BERT's
 TIED, QUERY, PASSAGE = "contriever.", "query_contriever.", "passage_contriever."  # published names
 
 
@@ -123,10 +125,12 @@ def load_retriever(
     dropout: float | None,
     weights: bool = True,
     gradient_checkpointing: bool = False,
+    overrides: Mapping[str, Any] | None = None,
 ) -> DualEncoder:
     """A dual encoder in eval mode and fp32 from a local BERT directory or a hub id.
 
-    `weights=False` reads only the config and starts from random weights; `dropout=None` keeps the config's.
+    `weights=False` reads only the config and starts from random weights; `dropout=None` keeps the config's. Of
+    `overrides` (the config that a checkpoint's weights came with) what makes an embedding of hidden states is taken.
 
     Raises:
         OSError: nothing there, the hub cannot be reached, not a BERT, or weights that do not fill the model.
@@ -135,6 +139,8 @@ def load_retriever(
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "bert":
             raise ValueError(f"its config.json says model_type {config.model_type}, not bert")
+        for key in CONFIG_KEYS & (overrides or {}).keys():
+            setattr(config, key, overrides[key])
         if weights:
             contriever, report = Contriever.from_pretrained(
                 name_or_path, config=config, dtype=torch.float32, output_loading_info=True

@@ -151,7 +151,7 @@ def test_bad_input_is_refused_in_a_sentence():
 def test_damage_in_a_saved_index_is_found_by_the_search(bad):
     embeddings, queries = made_up(300, 8, 2)
     embeddings[150, 3] = bad
-    with pytest.raises(ValueError, match="rows 128 to 191 of this rank"):
+    with pytest.raises(ValueError, match="rows 128 to 191 of this rank hold damaged"):
         FlatIndex(embeddings, largest_norm=10.0, chunk_rows=64).search(queries, 3)
 
 

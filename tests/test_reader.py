@@ -72,7 +72,7 @@ def padded(ids, mask, labels, more: int = 7):
 
 def loss_of(reader, ids, mask, labels):
     log_probabilities = token_log_probabilities(
-        reader.logits(reader.encode(ids, mask), mask.flatten(1), labels), labels
+        reader.logits(reader.encode(ids, mask), mask.flatten(1), reader._shift_right(labels)), labels
     )
     return -log_probabilities.sum() / (labels != -100).sum()
 
@@ -93,7 +93,7 @@ def test_one_passage_is_stock_t5(pair):
     expected = stock(input_ids=ids[:, 0], attention_mask=mask[:, 0].long(), labels=labels)
     hidden = reader.encode(ids, mask)
     assert hidden.shape == (3, 10, 32)
-    assert_close(reader.logits(hidden, mask[:, 0], labels), expected.logits, atol=5e-6, rtol=1e-6)
+    assert_close(reader.logits(hidden, mask[:, 0], reader._shift_right(labels)), expected.logits, atol=5e-6, rtol=1e-6)
     assert_close(loss_of(reader, ids, mask, labels), expected.loss, atol=1e-6, rtol=1e-6)
     again = reader(input_ids=ids[:, 0], attention_mask=mask[:, 0], labels=labels)
     assert_close(again.loss, expected.loss, atol=1e-6, rtol=1e-6)

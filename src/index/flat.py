@@ -78,7 +78,7 @@ class FlatIndex:
             approximate = _matrix_product(queries, self.embeddings[start:end], buffers)  # (b, c)
             if not approximate.sum().isfinite():
                 raise ValueError(
-                    f"embeddings in rows {start} to {end - 1} of this rank are damaged: build the index anew"
+                    f"rows {start} to {end - 1} of this rank hold damaged embeddings: build the index anew"
                 )
             candidates = torch.ge(approximate, scores[:, -1:] - error, out=buffers.mask[:, : end - start])
             if candidates.sum() > 2 * scores.numel() and k <= end - start:
@@ -92,7 +92,7 @@ class FlatIndex:
 
     def _exact_scores(self, queries: torch.Tensor, query: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Second pass: the scores (m,) of pairs of a query's number (m,) and a row's number (m,)."""
-        step = _block_rows(self.embeddings)
+        step = max(1, _block_rows(self.embeddings) // 4)  # several blocks are alive at a time here
         parts = [
             fixed_inner_products(queries[q], self.embeddings[r].float())
             for q, r in zip(query.split(step), row.split(step), strict=True)
