@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="queries")
     parser.add_argument("--k", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunk_rows", type=int, help="passages compared at a time; by default what suits the device")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--memory_sizes", type=int, nargs="*", default=[10_000, 1_000_000], help="passages, for the memory"

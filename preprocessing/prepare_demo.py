@@ -251,7 +251,13 @@ RELATIONS: dict[str, dict[str, dict[str, Relation]]] = {
         },
     },
 }
-CLOZES = ("The {keyword} of {e} is <extra_id_0>.", "{e}. {keyword}: <extra_id_0>")
+# Queries about any relation: statements with a gap, and keywords as one types them into a search engine.
+CLOZES = (
+    "The {keyword} of {e} is <extra_id_0>.",
+    "<extra_id_0> is the {keyword} of {e}.",
+    "{keyword} of {e}",
+    "{e}: {keyword}",
+)
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,7 @@ def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | 
         decoder_format=config.model.decoder_format,
         decoder_prompt_format=config.model.decoder_prompt_format,
         decoder_start_id=reader.config.decoder_start_token_id if reader is not None else 0,
+        retriever_positions=retriever.max_length if retriever is not None else config.model.text_maxlength,
         pad_multiple=devices.pad_multiple(device),
     )
     return _Model(reader, retriever, inputs, passed_on)

@@ -7,7 +7,7 @@ import torch
 
 from src.tokenization import ReaderTokenizer, RetrieverTokenizer, pad_rows
 
-RETRIEVER_MAXLENGTH = 512  # positions that a BERT has
+RETRIEVER_MAXLENGTH = 512  # as released retrievers were trained
 
 
 class Targets(NamedTuple):
@@ -29,6 +29,7 @@ class Inputs:
         reader_tokenizer, retriever_tokenizer: None where that half is not used.
         text_maxlength: tokens per query and per passage; target_maxlength: tokens per target, None for no cut.
         decoder_start_id: the token that the decoder starts with.
+        retriever_positions: most tokens that the retriever can take.
         pad_multiple: row lengths are rounded up to it.
     """
 
@@ -45,13 +46,14 @@ class Inputs:
         decoder_format: str | None = None,
         decoder_prompt_format: str | None = None,
         decoder_start_id: int = 0,
+        retriever_positions: int = RETRIEVER_MAXLENGTH,
         pad_multiple: int = 1,
     ) -> None:
         self.reader_tokenizer = reader_tokenizer
         self.retriever_tokenizer = retriever_tokenizer
         self.device = device
         self.text_maxlength = text_maxlength
-        self.retriever_maxlength = min(text_maxlength, RETRIEVER_MAXLENGTH)
+        self.retriever_maxlength = min(text_maxlength, RETRIEVER_MAXLENGTH, retriever_positions)
         self.target_maxlength = target_maxlength
         self.encoder_format = encoder_format
         self.retriever_format = retriever_format

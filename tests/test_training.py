@@ -129,7 +129,9 @@ def test_passages_of_the_file(tmp_path):
     assert [row["generation"] for row in again] == [
         row["generation"] for row in read_jsonl(searched / "dev-step-0.jsonl")
     ]
-    run(tmp_path, name="train", train_data=file, passages=None, use_file_passages=True, total_steps=2)
+    flags = {"passages": None, "use_file_passages": True, "eval_data": file}
+    trained = run(tmp_path, name="train", train_data=file, total_steps=2, **flags)
+    assert len(logged(trained, "loss/reader_loss")) == 2
 
 
 def test_retrieve_only(tmp_path):

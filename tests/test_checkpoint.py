@@ -1,0 +1,222 @@
+"""Checkpoints there and back, in both formats; nothing but data is ever loaded."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import T5Config
+
+from src import checkpoint as checkpoints
+from src.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from src.reader import FusionInDecoder, load_reader, load_reader_state
+from src.retriever import load_retriever, load_retriever_state
+from tests.kit import read_jsonl, run, world
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {"options": {"seed": 1}, "configs": {}, "keep_optimizers": False, "keep_checkpoints": None}
+
+
+def published(directory, model, **more):
+    """Write a checkpoint as the published system did."""
+    directory.mkdir(parents=True, exist_ok=True)
+    options = argparse.Namespace(name="x", lr=1e-4, device=torch.device("cpu"))
+    saved = {"step": 7, "model": model, "optimizer": None, "retr_optimizer": None, "scheduler": None}
+    torch.save(saved | {"retr_scheduler": None, "opt": options} | more, directory / "model.pth.tar")
+    return directory
+
+
+def v11_reader(**settings):
+    """A reader whose `shared` and `lm_head` differ, as those of T5 v1.1 and of every published Atlas."""
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+    config = T5Config(
+        vocab_size=120, feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False, **shape, **settings
+    )
+    reader = FusionInDecoder(config)
+    reader.tie_output_embeddings(False)
+    with torch.no_grad():
+        reader.lm_head.weight.normal_()
+    return reader
+
+
+def loss_of(reader):
+    ids = torch.arange(3, 19).view(1, 2, 8)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    decoder_ids, labels = torch.tensor([[0, 5, 6]]), torch.tensor([5, 6, 1])
+    with torch.no_grad():
+        logits = reader.logits(reader.encode(ids, mask), mask.flatten(1), decoder_ids)
+    return torch.nn.functional.cross_entropy(logits[0], labels).item()
+
+
+def test_separate_embeddings_survive_the_published_container(tmp_path):
+    reader = v11_reader()
+    before = loss_of(reader)
+    state = {f"reader.{name}": tensor for name, tensor in reader.state_dict().items()}
+    loaded = load_checkpoint(published(tmp_path, state))
+    assert (loaded.step, loaded.published, loaded.retriever) == (7, True, {})
+    reader.config.save_pretrained(tmp_path / "config")
+    again = load_reader(str(tmp_path / "config"), dropout=0.0, weights=False)
+    load_reader_state(again, loaded.reader)
+    assert not torch.equal(again.shared.weight, again.lm_head.weight)
+    assert torch.equal(again.shared.weight, reader.shared.weight)
+    assert torch.equal(again.lm_head.weight, reader.lm_head.weight)
+    assert loss_of(again) == before
+
+
+def test_separate_embeddings_survive_our_format(tmp_path):
+    reader = v11_reader()
+    state = {f"reader.{name}": tensor for name, tensor in reader.state_dict().items()}
+    save_checkpoint(tmp_path, 3, model=state, optimizer={}, **SETTINGS)
+    loaded = load_checkpoint(tmp_path)
+    assert "encoder.embed_tokens.weight" not in loaded.reader  # one matrix, saved once
+    reader.config.save_pretrained(tmp_path / "config")
+    again = load_reader(str(tmp_path / "config"), dropout=0.0, weights=False)
+    load_reader_state(again, loaded.reader)
+    assert loss_of(again) == loss_of(reader)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("saved_query_side", [False, True])
+@pytest.mark.parametrize("wanted_query_side", [False, True])
+def test_published_retrievers(tmp_path, prefix, saved_query_side, wanted_query_side):
+    path = str(world() / "models/retriever")
+    source = load_retriever(path, query_side=saved_query_side, dropout=None)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    state = {f"retriever.{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
+    side = "query_contriever" if saved_query_side else "contriever"
+    state[f"retriever.{prefix}{side}.embeddings.position_ids"] = torch.arange(512)[None]
+    loaded = load_checkpoint(published(tmp_path, state))
+    assert loaded.retriever_config == {"uncentered_layer_norm": True}
+    wanted = load_retriever(path, query_side=wanted_query_side, dropout=None)
+    if saved_query_side and not wanted_query_side:
+        with pytest.raises(ValueError, match="--query_side_retriever_training"):
+            load_retriever_state(wanted, loaded.retriever)
+        return
+    load_retriever_state(wanted, loaded.retriever)
+    for name, tensor in source.query_encoder.state_dict().items():
+        assert torch.equal(wanted.query_encoder.state_dict()[name], tensor)
+    for name, tensor in source.passage_encoder.state_dict().items():
+        assert torch.equal(wanted.passage_encoder.state_dict()[name], tensor)
+
+
+def test_runs_start_from_published_checkpoints(tmp_path):
+    """Tied, into a tied and into a query-side run; and a query-side one stays untied when it is evaluated."""
+    reader = load_reader(str(world() / "models/reader"), dropout=None)
+    for saved_query_side in (False, True):
+        retriever = load_retriever(str(world() / "models/retriever"), query_side=saved_query_side, dropout=None)
+        state = {f"reader.{k}": v for k, v in reader.state_dict().items()}
+        state |= {f"retriever.{k}": v for k, v in retriever.state_dict().items()}
+        model = published(tmp_path / f"published-{saved_query_side}", state)
+        directory = run(
+            tmp_path, name=f"run-{saved_query_side}", model_path=model, total_steps=1, train_retriever=True, lr=0
+        )
+        after = load_checkpoint(directory)
+        assert any(name.startswith("query_contriever") for name in after.retriever) == saved_query_side
+        assert after.retriever_config["uncentered_layer_norm"] is True
+        run(tmp_path, "evaluate", name=f"eval-{saved_query_side}", model_path=model, train_data=None)
+        assert read_jsonl(tmp_path / f"eval-{saved_query_side}" / "dev-step-0.jsonl")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def test_a_checkpoint_that_holds_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directory = published(tmp_path / "bad", {}, scheduler=Bomb())
+    with pytest.raises(
+        ValueError, match=r"model\.pth\.tar is not a published checkpoint that is safe.*system"
+    ) as error:
+        load_checkpoint(directory)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_other_files_are_refused_with_their_name(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "model.pth.tar").write_bytes(b"not at all")
+    with pytest.raises(ValueError, match=r"model\.pth\.tar is not a published checkpoint"):
+        load_checkpoint(tmp_path)
+    odd = published(tmp_path / "odd", {"decoder.x": torch.ones(1)})
+    with pytest.raises(ValueError, match="unknown weight decoder.x"):
+        load_checkpoint(odd)
+    ours = save_checkpoint(tmp_path, 1, model={"reader.a": torch.ones(2)}, optimizer={}, **SETTINGS)
+    (ours / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="step-1: the checkpoint cannot be read"):
+        load_checkpoint(ours)
+
+
+def test_what_is_kept(tmp_path):
+    for step in (2, 4, 10):
+        model = {"reader.a": torch.full((2,), float(step)), "retriever.b": torch.ones(1)}
+        save_checkpoint(tmp_path, step, model=model, optimizer={"reader/a/step": torch.ones(())}, **SETTINGS)
+    folder = tmp_path / "checkpoint"
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-10", "step-2", "step-4"]
+    assert [p.parent.name for p in folder.glob("step-*/optimizer.safetensors")] == ["step-10"]
+    assert latest_checkpoint(tmp_path) == folder / "step-10"
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.step == 10 and loaded.reader["a"].tolist() == [10, 10]
+    assert loaded.optimizer_state() == {"reader/a/step": torch.ones(())}
+    assert json.loads((folder / "step-10/options.json").read_text()) == {"seed": 1}
+    settings = SETTINGS | {"keep_checkpoints": 2, "keep_optimizers": True}
+    save_checkpoint(tmp_path, 11, model={"reader.a": torch.ones(2)}, optimizer={}, **settings)
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-10", "step-11"]
+    assert (folder / "step-10/optimizer.safetensors").exists()
+
+
+_KILLED = """
+import os, sys, torch
+from pathlib import Path
+from src import checkpoint
+victim = int(sys.argv[2])
+calls = 0
+def dying(function):
+    def wrapper(*arguments, **keywords):
+        global calls
+        calls += 1
+        if calls == victim:
+            os._exit(9)
+        return function(*arguments, **keywords)
+    return wrapper
+for module, name in ((checkpoint, "save_file"), (checkpoint, "_write_json"), (checkpoint, "_flush"), (Path, "rename"),
+                     (Path, "symlink_to"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
+    setattr(module, name, dying(getattr(module, name)))
+checkpoint.save_checkpoint(Path(sys.argv[1]), 2, model={"reader.a": torch.full((3,), 2.0)}, optimizer={},
+    options={}, configs={}, keep_optimizers=False, keep_checkpoints=1)
+"""
+
+
+def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
+    ends = []
+    for victim in range(1, 30):
+        directory = tmp_path / str(victim)
+        save_checkpoint(directory, 1, model={"reader.a": torch.ones(3)}, optimizer={}, **SETTINGS)
+        done = subprocess.run([sys.executable, "-c", _KILLED, str(directory), str(victim)], cwd=ROOT, check=False)
+        loaded = load_checkpoint(directory)
+        assert loaded.reader["a"].tolist() == [float(loaded.step)] * 3
+        ends.append((done.returncode, loaded.step))
+        if done.returncode == 0:
+            break
+        # the next save clears up after the killed one
+        save_checkpoint(directory, 5, model={"reader.a": torch.ones(3)}, optimizer={}, **SETTINGS)
+        assert not list((directory / "checkpoint").glob("*.partial"))
+    assert ends[0] == (9, 1) and ends[-1] == (0, 2) and len(ends) > 5
+
+
+def test_the_names_in_a_checkpoint_are_the_published_ones(tmp_path):
+    directory = run(tmp_path, total_steps=1, train_retriever=True, query_side_retriever_training=True)
+    loaded = load_checkpoint(directory)
+    assert {"shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"} <= loaded.reader.keys()
+    for side in ("query_contriever", "passage_contriever"):
+        assert f"{side}.embeddings.word_embeddings.weight" in loaded.retriever
+        assert f"{side}.encoder.layer.0.attention.self.query.weight" in loaded.retriever
+    assert checkpoints.FORMAT == 1
