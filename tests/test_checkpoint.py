@@ -1,10 +1,9 @@
 """Checkpoints there and back, in both formats; nothing but data is ever loaded."""
 
 import argparse
+import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from src.reader import FusionInDecoder, load_reader, load_reader_state
 from src.retriever import load_retriever, load_retriever_state
 from tests.kit import read_jsonl, run, world
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"options": {"seed": 1}, "configs": {}, "keep_optimizers": False, "keep_checkpoints": None}
 
 
@@ -173,43 +171,53 @@ def test_what_is_kept(tmp_path):
     assert (folder / "step-10/optimizer.safetensors").exists()
 
 
-_KILLED = """
-import os, sys, torch
-from pathlib import Path
-from src import checkpoint
-victim = int(sys.argv[2])
-calls = 0
-def dying(function):
-    def wrapper(*arguments, **keywords):
-        global calls
-        calls += 1
-        if calls == victim:
-            os._exit(9)
-        return function(*arguments, **keywords)
-    return wrapper
-for module, name in ((checkpoint, "save_file"), (checkpoint, "_write_json"), (checkpoint, "_flush"), (Path, "rename"),
-                     (Path, "symlink_to"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")):
-    setattr(module, name, dying(getattr(module, name)))
-checkpoint.save_checkpoint(Path(sys.argv[1]), 2, model={"reader.a": torch.full((3,), 2.0)}, optimizer={},
-    options={}, configs={}, keep_optimizers=False, keep_checkpoints=1)
-"""
+STEPS_OF_SAVING = [
+    *((checkpoints, name) for name in ("save_file", "_write_json", "_flush")),
+    *((Path, name) for name in ("rename", "symlink_to", "replace", "unlink", "mkdir")),
+]
+
+
+def save_and_die(directory, victim):
+    """Save in a child process that is gone at the victim-th step; its exit status, 0 if it lived."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    calls = itertools.count(1)
+
+    def dying(function):
+        def wrapper(*arguments, **keywords):
+            if next(calls) == victim:
+                os._exit(9)
+            return function(*arguments, **keywords)
+
+        return wrapper
+
+    status = 1
+    try:
+        for owner, name in STEPS_OF_SAVING:
+            setattr(owner, name, dying(getattr(owner, name)))
+        settings = SETTINGS | {"keep_checkpoints": 1}
+        save_checkpoint(directory, 2, model={"reader.a": torch.full((3,), 2.0)}, optimizer={}, **settings)
+        status = 0
+    finally:
+        os._exit(status)
 
 
 def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
     ends = []
-    for victim in range(1, 30):
+    for victim in range(1, 40):
         directory = tmp_path / str(victim)
         save_checkpoint(directory, 1, model={"reader.a": torch.ones(3)}, optimizer={}, **SETTINGS)
-        done = subprocess.run([sys.executable, "-c", _KILLED, str(directory), str(victim)], cwd=ROOT, check=False)
+        status = save_and_die(directory, victim)
         loaded = load_checkpoint(directory)
         assert loaded.reader["a"].tolist() == [float(loaded.step)] * 3
-        ends.append((done.returncode, loaded.step))
-        if done.returncode == 0:
+        ends.append((status, loaded.step))
+        if status == 0:
             break
         # the next save clears up after the killed one
         save_checkpoint(directory, 5, model={"reader.a": torch.ones(3)}, optimizer={}, **SETTINGS)
         assert not list((directory / "checkpoint").glob("*.partial"))
-    assert ends[0] == (9, 1) and ends[-1] == (0, 2) and len(ends) > 5
+    assert ends[0] == (9, 1) and ends[-1] == (0, 2) and len(ends) > 10
 
 
 def test_the_names_in_a_checkpoint_are_the_published_ones(tmp_path):
