@@ -2,9 +2,10 @@
 
     python benchmarks/throughput.py
 
-The plain way pads everything to text_maxlength, takes passages in the order they come, embeds the passages of a training
-step again although their encoder is frozen, and runs the encoder twice at evaluation (for the loss and for the answer).
-Passages have 60 to 160 tokens; the models are small and have random weights, which costs the same time as good ones.
+The plain way pads everything to text_maxlength, takes passages in the order they come, embeds the passages of a
+training step again although their encoder is frozen, and runs the encoder twice at evaluation (for the loss and for the
+answer). Passages have 60 to 160 tokens; the models are small and have random weights, which costs the same time as good
+ones.
 """
 
 import argparse
@@ -23,7 +24,6 @@ import torch.nn.functional as F
 from transformers import BertConfig, T5Config
 
 from src.atlas import Atlas, TrainingTensors
-from src.index.passages import open_passages
 from src.inputs import Inputs, Targets
 from src.optim import Optimizers
 from src.reader import FusionInDecoder, token_log_probabilities
@@ -77,7 +77,9 @@ class Bench:
         torch.manual_seed(0)
         shape = {"d_model": 256, "d_kv": 64, "d_ff": 640, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4}
         vocabulary = len(self.reader_tokenizer)
-        config = T5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", dropout_rate=0.0, **shape)
+        config = T5Config(
+            vocab_size=vocabulary, feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0, **shape
+        )
         self.reader = FusionInDecoder(config)
         shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

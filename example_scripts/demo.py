@@ -7,6 +7,7 @@ it could be typed; what is there already is not made again.
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def call(*words: str | Path) -> None:
     """Print a command and run it, from the repository's root."""
     line = shlex.join(map(str, words))
     print(f"\n$ {line.replace(sys.executable, 'python')}", flush=True)
-    subprocess.run(list(map(str, words)), cwd=ROOT, check=True)
+    threads = max(1, (os.cpu_count() or 1) // 2)  # two processes share the machine
+    subprocess.run(list(map(str, words)), cwd=ROOT, env={"OMP_NUM_THREADS": str(threads), **os.environ}, check=True)
 
 
 def two_processes(script: str, *flags: str | Path) -> None:

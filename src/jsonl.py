@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import gzip
+import io
 import json
 import mmap
 import operator
@@ -19,6 +20,7 @@ import numpy as np
 CHUNK = 1 << 20  # bytes: small enough that the comparison's result stays in the processor's cache
 CACHE_VERSION = 1
 CACHE_FROM = 1 << 24  # bytes of a file: the lines of smaller ones are found in milliseconds, again and again
+NPY_HEADER = 128  # bytes before the numbers in an .npy file of one dimension
 HEADER = 3  # the cached array starts with version, file size and mtime_ns; the offsets follow
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -147,12 +149,24 @@ def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:
 
 
 def read_offsets(cache: Path, header: np.ndarray) -> np.ndarray | None:
+    """The offsets in the cache; None where it is absent, damaged or of another file: they are found again."""
     try:
-        cached = np.asarray(np.load(cache, mmap_mode="r"))
-    except (OSError, ValueError, EOFError):  # absent, or damaged: they are found again
+        rows = max(0, (cache.stat().st_size - NPY_HEADER) // 8)
+        with open(cache, "rb") as file:
+            begins_well = file.read(NPY_HEADER) == npy_header(rows)  # numpy's parser fails in many ways on damaged ones
+        if not begins_well or rows < HEADER:
+            return None
+        cached = np.memmap(cache, np.int64, "r", offset=NPY_HEADER, shape=(rows,))
+    except (OSError, ValueError):
         return None
-    valid = cached.dtype == np.int64 and cached.ndim == 1 and np.array_equal(cached[:HEADER], header)
-    return cached[HEADER:] if valid else None
+    return np.asarray(cached[HEADER:]) if np.array_equal(cached[:HEADER], header) else None
+
+
+def npy_header(rows: int) -> bytes:
+    """What `np.save` writes before so many int64 numbers."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (rows,)})
+    return file.getvalue()
 
 
 def find_offsets(text: mmap.mmap | bytes) -> np.ndarray:

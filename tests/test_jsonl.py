@@ -282,3 +282,19 @@ def test_small_files_are_not_cached(tmp_path, monkeypatch):
         (tmp_path / f"{size}.jsonl").write_text('{"a": 1}\n' * (size // 9 + 1))
         JsonlCorpus(tmp_path / f"{size}.jsonl")
     assert sorted(os.listdir(tmp_path)) == ["150.jsonl", "150.jsonl.offsets.npy", "50.jsonl"]
+
+
+def test_a_damaged_cache_is_not_believed(tmp_path):
+    rows = [{"a": i} for i in range(50)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    JsonlCorpus(path)
+    cache = tmp_path / "a.jsonl.offsets.npy"
+    good = cache.read_bytes()
+    assert np.load(cache).shape == (53,)
+    for at in range(128 + 24):  # numpy's header and ours
+        cache.write_bytes(good[:at] + bytes([good[at] ^ 0x15]) + good[at + 1 :])
+        assert list(JsonlCorpus(path)) == rows
+    for length in (0, 5, 127, 128, 140, len(good) - 3):
+        cache.write_bytes(good[:length])
+        assert list(JsonlCorpus(path)) == rows
