@@ -197,10 +197,10 @@ class Bench:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--passages", type=int, default=1024, help="passages to embed")
+    parser.add_argument("--passages", type=int, default=512, help="passages to embed")
     parser.add_argument("--context", type=int, default=10, help="passages per query")
     parser.add_argument("--batch", type=int, default=2, help="queries per step")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs of measurements; the median is shown")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of measurements; the median is shown")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory), options.passages, options.context, options.batch)

@@ -39,7 +39,7 @@ METASPACE = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
 CONSTANT_DIMENSIONS = 16  # of the retriever's embeddings: see lexical_start
 
 
-VOCABULARY_SIZE = 8000
+READER_VOCABULARY, RETRIEVER_VOCABULARY = 3000, 8000
 READER_WIDTH, READER_LAYERS = 128, (3, 2)
 RETRIEVER_WIDTH, RETRIEVER_LAYERS = 256, 1
 STEPS_PER_MINUTE = (24, 160, 40)  # retriever; reader with one passage, then with FUSED_CONTEXT passages
@@ -112,7 +112,7 @@ def train_retriever_tokenizer(texts: list[str], vocabulary_size: int) -> Tokeniz
     return tokenizer
 
 
-def train_tokenizers(texts: list[str], vocabulary_size: int) -> tuple[Tokenizer, Tokenizer]:
+def train_tokenizers(texts: list[str], reader_size: int, retriever_size: int) -> tuple[Tokenizer, Tokenizer]:
     """The reader's and the retriever's."""
     with_prompts = texts + [PROMPT_WORDS] * (1 + len(texts) // 50)
     return train_reader_tokenizer(with_prompts, vocabulary_size), train_retriever_tokenizer(
@@ -140,8 +140,8 @@ def copy_start(reader: T5ForConditionalGeneration, seed: int) -> None:
 
     Encoder: head 0 attends to the previous token, head 1 to the next one (by relative position), the others to equal
     tokens (same projection for q and k). Decoder: the first head of the cross-attention looks for positions whose
-    *previous* token is the current one, as an induction head does (Olsson et al. 2022, arXiv 2209.11895), the others for
-    equal tokens; all of them copy what they see.
+    *previous* token is the current one, as an induction head does (Olsson et al. 2022, arXiv 2209.11895), the others
+    for equal tokens; all of them copy what they see.
     """
     generator = torch.Generator().manual_seed(seed)
     width, head_width, heads = reader.config.d_model, reader.config.d_kv, reader.config.num_heads
@@ -292,10 +292,10 @@ def build_tiny_models(
 ) -> tuple[Path, Path]:
     """Untrained models with tokenizers trained on `texts`, saved in `output/reader` and `output/retriever`.
 
-    Returns the two directories. Widths must be divisible by 4 (heads), `vocabulary_size` leaves room for the alphabet of
-    `texts` and 100 sentinels.
+    Returns the two directories. Widths must be divisible by 4 (heads); `vocabulary_size` is approximate for the
+    retriever and must leave room for the alphabet of `texts` and 100 sentinels.
     """
-    reader_tokenizer, retriever_tokenizer = train_tokenizers(texts, vocabulary_size)
+    reader_tokenizer, retriever_tokenizer = train_tokenizers(texts, vocabulary_size, vocabulary_size)
     reader = build_reader(reader_tokenizer, reader_width, reader_layers, seed)
     retriever = build_retriever(retriever_tokenizer, texts, retriever_width, retriever_layers, seed)
     save_reader(reader, reader_tokenizer, output / "reader")
@@ -382,8 +382,8 @@ def pretrain_retriever(
     learning_rate: float = 5e-4,
     temperature: float = 0.05,
 ) -> None:
-    """Contrastive training with the batch's other passages as negatives (as DPR, Karpukhin et al. 2020), on Atlas' score
-    q·p / sqrt(D)."""
+    """Contrastive training with the batch's other passages as negatives (as DPR, Karpukhin et al. 2020), on the score
+    q·p / sqrt(D) of Atlas."""
     random_numbers = random.Random(seed)
     optimizer = torch.optim.AdamW(retriever.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     scale = 1 / (temperature * math.sqrt(retriever.config.hidden_size))
@@ -407,8 +407,8 @@ def pretrain_retriever(
 def mine_distractors(
     retriever: BertModel, tokenizer: Tokenizer, data: PretrainingData, clozes: list[dict], n: int, seed: int
 ) -> dict[str, list[str]]:
-    """For each cloze (by its id), `n` of the passages found for it that do not hold the answer; the last ones are random
-    where too few are found."""
+    """For each cloze (by its id), `n` of the passages found for it that do not hold the answer; random ones where too
+    few are found."""
     random_numbers = random.Random(seed)
     ids = list(data.passages)
     embeddings = embed_texts(retriever, tokenizer, [passage.for_retriever() for passage in data.passages.values()])
@@ -459,8 +459,7 @@ def reader_batches(
             other = random_numbers.choice(answers[cloze["relation"]])
             passages, answer = substitute(passages, answer, other), other
         random_numbers.shuffle(passages)
-        query = QUERY_FORMAT.format(query=cloze["query"])
-        inputs = [READER_FORMAT.format(query=query, title=p.title, text=p.text) for p in passages]
+        inputs = [READER_FORMAT.format(query=cloze["query"], title=p.title, text=p.text) for p in passages]
         examples.append((inputs, TARGET_FORMAT.format(answer=answer)))
     batches = []
     for pool in chunks(examples, 16 * batch_size):
@@ -539,10 +538,8 @@ class Progress:
         if step % 50 == 0 or step == self.steps:
             mean_loss, mean_right = (sum(column) / len(column) for column in zip(*self.values, strict=True))
             seconds = time.monotonic() - self.start
-            print(
-                f"{self.name} {step} / {self.steps} | loss: {mean_loss:.3f} | right: {mean_right:.0%} | {seconds:.0f} s",
-                flush=True,
-            )
+            values = f"loss: {mean_loss:.3f} | right: {mean_right:.0%} | {seconds:.0f} s"
+            print(f"{self.name} {step} / {self.steps} | {values}", flush=True)
             self.values = []
 
 
@@ -550,7 +547,7 @@ def pretrain(data: PretrainingData, output: Path, minutes: float, seed: int) -> 
     """Train tokenizers and models on `data` and save them; the number of steps follows from `minutes` alone."""
     random_numbers = random.Random(seed)
     texts = [passage.for_retriever() for passage in data.passages.values()]
-    readers_tokenizer, retrievers_tokenizer = train_tokenizers(texts, VOCABULARY_SIZE)
+    readers_tokenizer, retrievers_tokenizer = train_tokenizers(texts, READER_VOCABULARY, RETRIEVER_VOCABULARY)
     reader = build_reader(readers_tokenizer, READER_WIDTH, READER_LAYERS, seed)
     retriever = build_retriever(retrievers_tokenizer, texts, RETRIEVER_WIDTH, RETRIEVER_LAYERS, seed)
     retriever_steps, single_steps, fused_steps = (round(steps * minutes) for steps in STEPS_PER_MINUTE)

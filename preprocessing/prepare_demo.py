@@ -9,7 +9,8 @@ Facts come from four permissively licensed packages:
   licensed under Creative Commons Attribution 4.0 (https://creativecommons.org/licenses/by/4.0/); populations are
   rounded and the nearest larger city is computed here.
 - airportsdata (MIT): airports and their codes.
-- babel (BSD-3-Clause): English names of countries, currencies and languages, from the Unicode CLDR (Unicode License V3).
+- babel (BSD-3-Clause): English names of countries, currencies and languages, from the Unicode CLDR (Unicode
+  License V3).
 - mendeleev (MIT): chemical elements; its SQLite file is read directly.
 
 Files written:
@@ -18,8 +19,9 @@ Files written:
 - `train.jsonl`, `dev.jsonl`, `test.jsonl`: `id`, `question`, `answers`, `relation`. Entities, not questions, are split:
   nothing is ever asked about a dev or test entity in training. Dev and test are balanced over relations.
 - `train.64-shot.jsonl`: 64 training questions, balanced over relations.
-- `pretrain.jsonl`: `id`, `query`, `answer`, `passages`, `relation`: cloze texts about train entities (a fact of a passage
-  replaced by `<extra_id_0>`) and the ids of the passages that hold the answer. None is worded as a question.
+- `pretrain.jsonl`: `id`, `query`, `answer`, `passages`, `relation`: texts about train entities in which a fact is
+  replaced by `<extra_id_0>` or asked for by keyword, and the ids of the passages that hold the answer. None is worded
+  as a question.
 - `held_out.jsonl`: `id`s of the passages about dev and test entities, on which nothing may be trained.
 """
 

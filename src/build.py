@@ -29,7 +29,7 @@ from src.retriever import DualEncoder, fingerprint, load_retriever, load_retriev
 from src.signals import SIGNALS
 from src.tasks import TASKS, Task
 from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
-from src.tracking import TensorBoard, log, start_log
+from src.tracking import TensorBoard, log, progress_bar, start_log
 from src.trainer import Plan, Trainer
 
 
@@ -319,7 +319,8 @@ def _open_passages(paths: tuple[str, ...], max_passages: int) -> JsonlCorpus:
     error, hashes = None, torch.zeros(0, dtype=torch.int64)
     try:
         rows = shard_rows(len(passages), distributed.rank(), distributed.world_size())
-        hashes = torch.from_numpy(check_passages(passages, rows, distributed.progress))
+        with progress_bar("reading the corpus", len(rows), "passages") as bar:
+            hashes = torch.from_numpy(check_passages(passages, rows, lambda n: (bar.update(n), distributed.progress())))
     except ValueError as found:
         error = found
     distributed.wait_for_all("checking the corpus")

@@ -1,5 +1,6 @@
 """The text half: embed the corpus, search it for queries, hand out passages. No gradient anywhere."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -120,7 +121,9 @@ class Retrieval:
             worker_init_fn=devices.single_threaded_worker if processes else None,
             prefetch_factor=2 if processes else None,
         )
-        log.info("Embedding %d passages on each of %d ranks", len(rows), distributed.world_size())
+        share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+        log.info("Embedding %d passages%s", len(rows), share)
+        started = time.monotonic()
         pad_id, multiple = self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple
         with (
             progress_bar("embedding", len(rows), "passages") as bar,
@@ -133,6 +136,9 @@ class Retrieval:
                     embeddings[torch.from_numpy(batch_rows - rows.start).to(self.device)] = vectors.to(torch.float16)
                     bar.update(len(tokens))
                     distributed.progress()
+        devices.synchronize(self.device)
+        seconds = time.monotonic() - started
+        log.info("Embedded %d passages%s in %.1f s: %.0f a second", len(rows), share, seconds, len(rows) / seconds)
 
     @torch.no_grad()
     def search(self, queries: list[str], k: int) -> Found:
