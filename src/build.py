@@ -6,15 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
 from src import device as devices
 from src import distributed
 from src.atlas import Atlas
-from src.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
-from src.config import Config, refresh_schedule
+from src.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
+from src.config import Config, evaluation_name, refresh_schedule
 from src.data import Data
 from src.evaluator import Evaluator
 from src.index.passages import check_passages, count_duplicates, open_passages
@@ -29,15 +31,16 @@ from src.retriever import DualEncoder, fingerprint, load_retriever, load_retriev
 from src.signals import SIGNALS
 from src.tasks import TASKS, Task
 from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
-from src.tracking import TensorBoard, log, progress_bar, start_log
+from src.tracking import TensorBoard, log, progress_bar, start_log, tell_error
 from src.trainer import Plan, Trainer
 
 
 def run(config: Config, job: Callable[[Config, torch.device, Path], None]) -> None:
     """Start the ranks and do a job; a mistake of the user's ends it with one sentence and status 1.
 
-    ValueError, OSError and a lost rank are such mistakes (their tracebacks go to the rank's log); anything else is a
-    bug and shows its traceback.
+    ValueError, OSError, a full GPU and a lost rank are such mistakes; anything else is a bug and shows its traceback.
+    Tracebacks of both kinds go to the rank's log. A rank that ends so leaves the process group as it is: taking it down
+    alone could wait for the others for ever.
     """
     device = devices.pick_device(distributed.local_rank())
     directory = Path(config.run.checkpoint_dir) / config.run.name
@@ -47,15 +50,25 @@ def run(config: Config, job: Callable[[Config, torch.device, Path], None]) -> No
         transformers_logging.set_verbosity_error()  # its advice is about its own trainer
         transformers_logging.disable_progress_bar()
         devices.seed_everything(config.run.seed)
-        if distributed.is_main():
-            (directory / "opt.log").write_text(config.describe() + "\n", encoding="utf-8")
         job(config, device, directory)
         distributed.wait_for_all("the end of the run")
-    except (ValueError, OSError, distributed.LostRankError) as error:
-        log.error("%s", error, exc_info=True)
+    except (ValueError, OSError, torch.OutOfMemoryError, distributed.LostRankError) as error:
+        tell_error(error, _sentence(error))
         sys.exit(1)
-    finally:
-        distributed.stop()
+    except Exception as error:
+        tell_error(error, f"{type(error).__name__}: {error}")
+        raise
+    distributed.stop()
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory is full: lower --per_gpu_batch_size, --n_context, --text_maxlength or "
+            "--per_gpu_embedder_batch_size, or use --use_gradient_checkpoint_reader and --precision bf16 "
+            f"({str(error).splitlines()[0]})"
+        )
+    return str(error)
 
 
 def evaluate(config: Config, device: torch.device, directory: Path) -> None:
@@ -63,10 +76,15 @@ def evaluate(config: Config, device: torch.device, directory: Path) -> None:
     path = config.run.model_path
     checkpoint = load_checkpoint(path) if path != "none" else _own_checkpoint(directory)
     step = checkpoint.step if checkpoint and path == "none" else 0
+    _write_options(config, directory / ("opt.evaluate.log" if (directory / "checkpoint").exists() else "opt.log"))
     _refuse(config, device)
     data = _open_data(config, config.run.eval_data)
-    model = _build_model(config, device, checkpoint, training=False)
+    with distributed.busy():  # ranks may read large files at very different speeds
+        model = _build_model(config, device, checkpoint, training=False)
+    distributed.wait_for_all("loading the model")
     retrieval = _build_retrieval(config, device, directory, model)
+    if retrieval is not None and retrieval.index is None:
+        retrieval.build()
     tensorboard = TensorBoard(directory)
     _evaluator(config, device, directory, model, retrieval, tensorboard, data)(step)
     tensorboard.close()
@@ -82,16 +100,19 @@ def train(config: Config, device: torch.device, directory: Path) -> None:
     if finished >= optimisation.total_steps:
         log.info("This run is finished: %s holds step %d. Begin anew with --restart.", directory, finished)
         return
+    _write_options(config, directory / "opt.log")
     _refuse(config, device)
     data = _open_data(config, config.run.eval_data)
     training_data = _make_data(config, _open_corpus(config.run.train_data))
-    _check_on_main(training_data)
-    model = _build_model(config, device, checkpoint, training=True)
+    _check_data(training_data)
+    with distributed.busy():  # ranks may read large files at very different speeds
+        model = _build_model(config, device, checkpoint, training=True)
+    distributed.wait_for_all("loading the model")
     optimizers = _optimizers(config, device, model)
     if own:
         log.info("Going on after step %d of %s", finished, own.path)
         optimizers.load_state(own.optimizer_state() or {})
-    retrieval = _build_retrieval(config, device, directory, model)
+    retrieval = _build_retrieval(config, device, directory, model, own)
     tensorboard = TensorBoard(directory)
     atlas = Atlas(
         model.reader,
@@ -114,10 +135,14 @@ def train(config: Config, device: torch.device, directory: Path) -> None:
         n_retrieve=config.model.retriever_n_context if config.retrieves else config.model.n_context,
         train_retriever=training.train_retriever,
         evaluate=_evaluator(config, device, directory, model, retrieval, tensorboard, data),
-        save=partial(_save, config, directory, model, optimizers),
+        save=partial(_save, config, directory, model, optimizers, retrieval),
         own_passages=config.model.use_file_passages,
         tensorboard=tensorboard,
     )
+    if optimisation.restart and distributed.is_main() and (aside := set_aside(directory)):
+        log.info("--restart: the checkpoints of the earlier run are in %s now", aside)
+    if own and (encoder := own.index_encoder()) and not trainer.refresh_is_due(finished):
+        retrieval.build_with(encoder)
     trainer.train(finished)
     tensorboard.close()
     log.info("Done: %s", _what_is_where(config, directory, optimisation.total_steps))
@@ -130,12 +155,27 @@ class _Model:
     reader: FusionInDecoder | None
     retriever: DualEncoder | None
     inputs: Inputs
-    passed_on: dict[str, torch.Tensor]  # weights of a half that this run does without, to be saved again
+    # the retriever's weights and config, to be saved again, where this run does without it
+    passed_on: dict[str, torch.Tensor]
+    passed_on_config: dict[str, Any] | None
 
 
 def _own_checkpoint(directory: Path) -> Checkpoint | None:
-    path = latest_checkpoint(directory)
-    return load_checkpoint(path) if path else None
+    """The latest checkpoint of this run: rank 0 looks for it, so that all go on from the same."""
+    path = distributed.from_main(latest_checkpoint(directory) if distributed.is_main() else None)
+    error, checkpoint = None, None
+    if path is not None:
+        try:
+            checkpoint = load_checkpoint(path)
+        except ValueError as found:
+            error = found
+    distributed.raise_anywhere(error)
+    return checkpoint
+
+
+def _write_options(config: Config, path: Path) -> None:
+    if distributed.is_main():
+        path.write_text(config.describe() + "\n", encoding="utf-8")
 
 
 def _refuse(config: Config, device: torch.device) -> None:
@@ -190,19 +230,20 @@ def _open_data(config: Config, paths: tuple[str, ...]) -> dict[str, Data]:
     files = {}
     for path in paths:
         data = _make_data(config, _open_corpus((path,)))
-        _check_on_main(data)
-        files[Path(path).name.removesuffix(".gz").removesuffix(".jsonl")] = data
+        _check_data(data)
+        files[evaluation_name(path)] = data
     return files
 
 
-def _check_on_main(data: Data) -> None:
-    """Find a bad line before anything expensive starts."""
+def _check_data(data: Data) -> None:
+    """Find a bad line before anything expensive starts: each rank reads its share."""
     error = None
-    if distributed.is_main():
-        try:
-            data.check(distributed.progress)
-        except ValueError as found:
-            error = found
+    lines = shard_rows(len(data), distributed.rank(), distributed.world_size())
+    try:
+        with progress_bar("reading the data", len(lines), "lines") as bar:
+            data.check(lines, lambda n: (bar.update(n), distributed.progress()))
+    except ValueError as found:
+        error = found
     distributed.wait_for_all("checking the data")
     distributed.raise_anywhere(error)
 
@@ -212,6 +253,7 @@ def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | 
     dropout = config.optimisation.dropout
     reader = retriever = reader_tokenizer = retriever_tokenizer = None
     passed_on: dict[str, torch.Tensor] = {}
+    passed_on_config = None
     if not config.model.retrieve_only:
         weights = checkpoint is None or not checkpoint.reader
         reader_tokenizer = load_reader_tokenizer(config.model.reader_model_type)
@@ -241,8 +283,9 @@ def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | 
         retriever = retriever.to(device)
         if not (training and config.retriever_training.train_retriever):
             retriever.requires_grad_(False)
-    elif checkpoint:
+    elif checkpoint and checkpoint.retriever:
         passed_on = {f"retriever.{name}": tensor for name, tensor in checkpoint.retriever.items()}
+        passed_on_config = checkpoint.retriever_config
     inputs = Inputs(
         reader_tokenizer,
         retriever_tokenizer,
@@ -257,7 +300,7 @@ def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | 
         retriever_positions=retriever.max_length if retriever is not None else config.model.text_maxlength,
         pad_multiple=devices.pad_multiple(device),
     )
-    return _Model(reader, retriever, inputs, passed_on)
+    return _Model(reader, retriever, inputs, passed_on, passed_on_config)
 
 
 def _load_half(load: Callable, module: torch.nn.Module, state: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
@@ -271,22 +314,31 @@ def _embedder_precision(config: Config, device: torch.device) -> str:
     return devices.embedder_precision(device, config.run.embedder_precision)
 
 
-def _build_retrieval(config: Config, device: torch.device, directory: Path, model: _Model) -> Retrieval | None:
-    """Open the index, or embed the corpus."""
+def _build_retrieval(
+    config: Config, device: torch.device, directory: Path, model: _Model, own: Checkpoint | None = None
+) -> Retrieval | None:
+    """With the index opened, if there is a saved one; else it is still to be built.
+
+    Args:
+        own: the checkpoint from which this run goes on. If the run had built an index of its own, that is the one.
+    """
     if not config.retrieves:
         return None
     settings, training = config.index, config.retriever_training
     index = None
-    if settings.load_index_path is not None:
+    built_before = own is not None and own.index_encoder() is not None
+    if settings.load_index_path is not None and not built_before:
         index = open_index(
             Path(settings.load_index_path),
             device=device,
             dimension=model.retriever.dim,
             retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
-            converted=directory / "index",
+            converted=Path(settings.save_index_path or directory / "index"),
         )
         passages = index.passages
         log.info("Opened the index %s: %d passages", settings.load_index_path, len(passages))
+        if settings.save_index_path is not None:
+            log.info("--save_index_path: an index that is loaded is saved only when it is built anew")
     else:
         passages = _open_passages(settings.passages, settings.max_passages)
     retrieval = Retrieval(
@@ -299,14 +351,13 @@ def _build_retrieval(config: Config, device: torch.device, directory: Path, mode
         rerank=training.n_to_rerank_with_retrieve_with_rerank if training.retrieve_with_rerank else 0,
     )
     retrieval.index = index
+    retrieval.keep_builder = training.train_retriever and not model.retriever.query_side
     if settings.save_index_path is not None:
-        retrieval.on_build = lambda built: save_index(
+        retrieval.on_build = lambda: save_index(
             Path(settings.save_index_path),
-            built,
+            retrieval.index,
             retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
         )
-    if index is None:
-        retrieval.build()
     return retrieval
 
 
@@ -316,17 +367,19 @@ def _open_passages(paths: tuple[str, ...], max_passages: int) -> JsonlCorpus:
         passages = open_passages(paths, max_passages)
     if len(passages) == 0:
         raise ValueError(f"--passages {' '.join(paths)}: there is no passage in it")
-    error, hashes = None, torch.zeros(0, dtype=torch.int64)
+    error, hashes = None, None
     try:
         rows = shard_rows(len(passages), distributed.rank(), distributed.world_size())
         with progress_bar("reading the corpus", len(rows), "passages") as bar:
-            hashes = torch.from_numpy(check_passages(passages, rows, lambda n: (bar.update(n), distributed.progress())))
+            hashes = check_passages(passages, rows, lambda n: (bar.update(n), distributed.progress()))
     except ValueError as found:
         error = found
     distributed.wait_for_all("checking the corpus")
     distributed.raise_anywhere(error)
-    if duplicates := count_duplicates(distributed.all_gather_rows(hashes)[0].numpy()):
-        log.warning("%d passages have an id that another passage before them has", duplicates)
+    if of_ranks := distributed.gather_on_main(hashes):
+        duplicates = count_duplicates(np.concatenate(of_ranks))
+        if duplicates:
+            log.warning("%d passages have an id that another passage before them has", duplicates)
     return passages
 
 
@@ -401,31 +454,37 @@ def _evaluator(
     return evaluate_all
 
 
-def _save(config: Config, directory: Path, model: _Model, optimizers: Optimizers, step: int) -> None:
+def _save(
+    config: Config,
+    directory: Path,
+    model: _Model,
+    optimizers: Optimizers,
+    retrieval: Retrieval | None,
+    step: int,
+) -> None:
     """Rank 0 writes, the others wait for it: they hold the same weights."""
     if distributed.is_main():
-        halves = {"reader": model.reader, "retriever": model.retriever}
-        present = {name: half for name, half in halves.items() if half is not None}
-        configs = {name: half.config for name, half in present.items() if name == "reader"}
+        halves = {name: half for name, half in vars(model).items() if name in ("reader", "retriever") and half}
+        weights = {f"{half}.{name}": t for half, module in halves.items() for name, t in module.state_dict().items()}
+        configs = {"retriever": model.passed_on_config} if model.passed_on_config else {}
+        if model.reader is not None:
+            configs["reader"] = model.reader.config.to_dict()
         if model.retriever is not None:
-            configs["retriever"] = model.retriever.passage_encoder.config
-        path = save_checkpoint(
-            directory,
-            step,
-            model=model.passed_on
-            | {f"{half}.{name}": tensor for half, module in present.items() for name, tensor in _state(module)},
-            optimizer=optimizers.state(),
-            options=dataclasses.asdict(config),
-            configs={name: half_config.to_dict() for name, half_config in configs.items()},
-            keep_optimizers=config.optimisation.save_optimizer,
-            keep_checkpoints=config.optimisation.keep_checkpoints,
-        )
+            configs["retriever"] = model.retriever.passage_encoder.config.to_dict()
+        with distributed.busy():
+            path = save_checkpoint(
+                directory,
+                step,
+                model=model.passed_on | weights,
+                optimizer=optimizers.state(),
+                index_encoder=retrieval.built_by if retrieval is not None else None,
+                options=dataclasses.asdict(config),
+                configs=configs,
+                keep_optimizers=config.optimisation.save_optimizer,
+                keep_checkpoints=config.optimisation.keep_checkpoints,
+            )
         log.info("Saved %s", path)
     distributed.wait_for_all("saving")
-
-
-def _state(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return list(module.state_dict().items())
 
 
 def _what_is_where(config: Config, directory: Path, step: int) -> str:
@@ -434,6 +493,6 @@ def _what_is_where(config: Config, directory: Path, step: int) -> str:
     if config.run.train_data and (latest := latest_checkpoint(directory)):
         places.append(f"model in {latest}")
     if config.run.write_results:
-        names = [Path(path).name.removesuffix(".gz").removesuffix(".jsonl") for path in config.run.eval_data]
+        names = map(evaluation_name, config.run.eval_data)
         places += [f"results in {directory / f'{name}-step-{step}.jsonl'}" for name in names]
     return ", ".join(places)

@@ -35,14 +35,36 @@ class Checkpoint:
 
     def optimizer_state(self) -> dict[str, torch.Tensor] | None:
         """Moments of both optimizers; None where they were not kept, and for published checkpoints."""
-        file = self.path / "optimizer.safetensors"
+        return self._more("optimizer")
+
+    def index_encoder(self) -> dict[str, torch.Tensor] | None:
+        """The passage encoder that the run's index was built with, where that is not the one in the model any more."""
+        return self._more("index_encoder")
+
+    def _more(self, name: str) -> dict[str, torch.Tensor] | None:
+        file = self.path / f"{name}.safetensors"
         return load_file(file) if file.is_file() and not self.published else None
 
 
 def latest_checkpoint(run_directory: Path) -> Path | None:
-    """The checkpoint that a run left in its directory, if any."""
+    """The checkpoint that a run left in its directory, if any.
+
+    Raises:
+        ValueError: `latest` points at nothing.
+    """
     link = run_directory / "checkpoint" / "latest"
+    if link.is_symlink() and not link.exists():
+        raise ValueError(f"{link} points at {os.readlink(link)}, which is gone: point it at a checkpoint, or --restart")
     return link.resolve() if link.exists() else None
+
+
+def set_aside(run_directory: Path) -> Path | None:
+    """Move the checkpoints of an earlier run out of the way (in the place of those moved before); where to."""
+    old, aside = run_directory / "checkpoint", run_directory / "checkpoint.before-restart"
+    if not old.exists():
+        return None
+    shutil.rmtree(aside, ignore_errors=True)
+    return old.rename(aside)
 
 
 def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -69,6 +91,7 @@ def save_checkpoint(
     *,
     model: dict[str, torch.Tensor],
     optimizer: dict[str, torch.Tensor],
+    index_encoder: dict[str, torch.Tensor] | None = None,
     options: dict[str, Any],
     configs: dict[str, dict[str, Any]],
     keep_optimizers: bool,
@@ -80,6 +103,7 @@ def save_checkpoint(
 
     Args:
         model: state dict with the prefixes `reader.` and `retriever.`.
+        index_encoder: what `Checkpoint.index_encoder` is to give back.
         configs: "reader" and "retriever" -> their configs.
         keep_optimizers: leave the optimizer's state in older checkpoints.
         keep_checkpoints: how many to keep, None for all.
@@ -92,13 +116,15 @@ def save_checkpoint(
     beside.mkdir()
     save_file(_without_aliases(model), beside / "model.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, beside / "optimizer.safetensors")
+    if index_encoder is not None:
+        save_file(index_encoder, beside / "index_encoder.safetensors")
     _write_json(beside / "options.json", options)
     for half, config in configs.items():
         _write_json(beside / f"{half}_config.json", config)
     _write_json(beside / "state.json", {"format": FORMAT, "step": step})
     for file in beside.iterdir():
         _flush(file)
-    if final.exists():  # of a run that was begun anew
+    if final.exists():  # whole, but its writer was killed before `latest` could point at it
         shutil.rmtree(final)
     beside.rename(final)
     link = directory / "latest.partial"
@@ -110,9 +136,9 @@ def save_checkpoint(
 
 def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:
     older = sorted((p for p in directory.glob("step-*") if p != newest), key=lambda p: int(p.name.split("-")[1]))
-    if not keep_optimizers:
-        for checkpoint in older:
-            (checkpoint / "optimizer.safetensors").unlink(missing_ok=True)
+    for checkpoint in older if not keep_optimizers else []:
+        (checkpoint / "optimizer.safetensors").unlink(missing_ok=True)
+        (checkpoint / "index_encoder.safetensors").unlink(missing_ok=True)
     if keep_checkpoints is not None:
         for checkpoint in older[: max(0, len(older) + 1 - keep_checkpoints)]:
             shutil.rmtree(checkpoint)

@@ -123,7 +123,7 @@ class Optimisation:
     weight_decay: float = flag(0.1, "AdamW's weight decay", least=0)
     epsilon: float = flag(1e-6, "AdamW's epsilon", least=0)
     beta2: float = flag(0.999, "AdamW's second beta", least=0)
-    clip: float = flag(1.0, "largest norm of all gradients together", least=0)
+    clip: float = flag(1.0, "largest norm of all gradients together; 0: no clipping", least=0)
     dropout: float = flag(0.1, "dropout of reader and retriever", least=0)
     alpha: float = flag(1.0, "taken for compatibility: has no effect")
     accumulation_steps: int = flag(1, "steps whose gradients are averaged before an update", least=1)
@@ -224,6 +224,11 @@ def parse_config(
     return config
 
 
+def evaluation_name(path: str) -> str:
+    """What the results of an evaluation file are called after: its name without `.jsonl` and `.gz`."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
+
+
 def refresh_schedule(text: str) -> Callable[[int], bool]:
     """When `--refresh_index` asks for a new index: `-1`, `N`, or `a-b:r,c-d:r2`, as a function of the steps finished.
 
@@ -265,8 +270,8 @@ class _Help(argparse.HelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # torchrun starts many of us with the same words: one complaint is enough.
-        if os.environ.get("RANK", "0") == "0":
+        # torchrun starts many of us with the same words: one complaint on each machine is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -304,7 +309,7 @@ class _Words(argparse.Action):
     """`--train_data a b` and `--train_data "a b"` mean the same, unless a file of that name exists."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        words = [[value] if Path(value).exists() else value.split() for value in values]
+        words = [[value] if os.path.exists(value) else value.split() for value in values]
         setattr(namespace, self.dest, tuple(word for part in words for word in part))
 
 
@@ -357,7 +362,7 @@ def _check(config: Config, program: str) -> None:
     for name, path in (("load_index_path", index.load_index_path), ("model_path", run.model_path)):
         if path not in (None, "none") and not Path(path).is_dir():
             raise ValueError(f"--{name}: there is no directory {path}")
-    names = [Path(path).name.split(".jsonl")[0] for path in run.eval_data]
+    names = [evaluation_name(path) for path in run.eval_data]
     for name in set(names):
         if names.count(name) > 1:
             raise ValueError(f"--eval_data: two files are called {name}; their results would overwrite each other")

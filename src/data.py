@@ -30,18 +30,20 @@ class Data:
     def __len__(self) -> int:
         return len(self.corpus)
 
-    def check(self, alive: Callable[[], None]) -> None:
-        """Read every line once, so that a bad one is found before anything expensive starts.
+    def check(self, lines: range, read: Callable[[int], object]) -> None:
+        """Read lines once, so that a bad one is found before anything expensive starts.
 
         Args:
-            alive: called for every line.
+            read: told from time to time how many more have been read.
 
         Raises:
             DataError: naming file, line and what is wrong.
         """
-        for line in range(len(self)):
-            self.example(line, epoch=0)
-            alive()
+        for start in range(0, len(lines), 1000):
+            chunk = lines[start : start + 1000]
+            for line in chunk:
+                self.example(line, epoch=0)
+            read(len(chunk))
 
     def example(self, line: int, epoch: int) -> Example | None:
         """The example of a line; None where the task skips it. Raises: DataError."""

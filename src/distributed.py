@@ -7,7 +7,7 @@ through gloo.
 
 import contextlib
 import os
-import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -165,9 +165,29 @@ def sum_statistics(statistics: dict[str, tuple[float, float]]) -> dict[str, tupl
 def progress() -> None:
     """Say that this rank is alive: to be called inside long work between collectives, as often as is convenient."""
     global _last_heartbeat
-    if _store is not None and time.monotonic() - _last_heartbeat > HEARTBEAT_SECONDS:
+    if _store is not None and time.monotonic() - _last_heartbeat > HEARTBEAT_SECONDS / 2:
         _last_heartbeat = time.monotonic()
         _store.add(f"heartbeat/{rank()}", 1)
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Keep saying that this rank is alive while it does one long thing that cannot call `progress` itself."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            progress()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    if _store is not None:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if _store is not None:
+            thread.join()
 
 
 def wait_for_all(what: str) -> None:
@@ -206,7 +226,8 @@ def main_first(what: str) -> Iterator[None]:
     """Let rank 0 do the work of the block (say, write a cache) before the others go through the same block."""
     if not is_main():
         wait_for_all(what)
-    yield
+    with busy():
+        yield
     if is_main():
         wait_for_all(what)
 
@@ -224,7 +245,18 @@ def raise_anywhere(error: Exception | None) -> None:
         raise first
 
 
-def complain(message: str) -> None:
-    """Print one sentence to standard error, on rank 0 only."""
+def main_failed_too(error: Exception, within_seconds: float = 3.0) -> bool:
+    """Whether rank 0 has met with an error of its own and tells it: asked by ranks that are about to end with theirs."""
     if is_main():
-        print(message, file=sys.stderr, flush=True)
+        if _store is not None:
+            _store.set("main has failed", "")
+        return False
+    until = time.monotonic() + within_seconds
+    try:
+        while _store is not None and time.monotonic() < until:
+            if _store.check(["main has failed"]):
+                return True
+            time.sleep(0.05)
+    except RuntimeError:  # the store has gone with rank 0, which has told its error, or has been killed
+        return not isinstance(error, LostRankError)
+    return False

@@ -90,11 +90,6 @@ class JsonlCorpus(Sequence[dict]):
         line_ends = sum(text[begin : min(begin + CHUNK, start)].count(b"\n") for begin in range(0, start, CHUNK))
         return f"{self.paths[file]}, line {line_ends + 1}"
 
-    def check(self, rows: range) -> None:
-        """Read and parse every row of the range. Raises: DataError at the first bad one."""
-        for row in rows:
-            self._row(row)
-
     def _row(self, row: int) -> dict:
         try:
             record = decode(self.raw(row))

@@ -67,15 +67,12 @@ def simple_tokens(text: str) -> str:
     return f" {' '.join(SIMPLE_TOKEN.findall(unicodedata.normalize('NFD', text)))} ".lower()
 
 
-def has_answer(text: str, answers: Sequence[str]) -> bool:
+def holds_one(text: str, answers: Sequence[str]) -> bool:
     """Whether the tokens of an answer stand in the text one after the other (Karpukhin et al. 2020, DPR).
 
-    An answer without tokens is in no text.
+    Args:
+        answers: as `simple_tokens` makes them; one without tokens is in no text.
     """
-    return holds_one(text, [simple_tokens(answer) for answer in answers])
-
-
-def holds_one(text: str, answers: Sequence[str]) -> bool:
     tokens = simple_tokens(text)
     return any(answer in tokens for answer in answers if answer.strip())
 

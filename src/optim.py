@@ -49,7 +49,7 @@ class Optimizers:
         total_steps: int,
         loss_scaling: bool = False,
     ) -> None:
-        self.clip = clip
+        self.clip = clip or float("inf")
         self.skipped = 0
         self._schedule = (scheduler, warmup_steps, total_steps)
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
@@ -102,12 +102,19 @@ class Optimizers:
         return moved
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Moments and counters by the names of their parameters: `{group}/{parameter}/{exp_avg, exp_avg_sq, step}`."""
-        return {
+        """Moments and counters by the names of their parameters: `{group}/{parameter}/{exp_avg, exp_avg_sq, step}`.
+
+        And `skipped` and `loss_scale`, which belong to no parameter.
+        """
+        moments = {
             f"{group}/{name}/{key}": value
             for group, named in self._parameters.items()
             for name, parameter in named.items()
             for key, value in self._optimizers[group].state.get(parameter, {}).items()
+        }
+        return moments | {
+            "skipped": torch.tensor(self.skipped),
+            "loss_scale": torch.tensor(self._scaler.get_scale()),
         }
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -116,6 +123,11 @@ class Optimizers:
         Raises:
             ValueError: it belongs to other parameters.
         """
+        state = dict(state)
+        self.skipped = int(state.pop("skipped", torch.tensor(0)))
+        scale = state.pop("loss_scale", None)
+        if scale is not None and self._scaler.is_enabled():
+            self._scaler.load_state_dict(self._scaler.state_dict() | {"scale": float(scale)})
         known = {f"{group}/{name}" for group, named in self._parameters.items() for name in named}
         if unknown := sorted({key.rsplit("/", 1)[0] for key in state} - known):
             raise ValueError(

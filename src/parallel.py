@@ -20,7 +20,11 @@ def data_parallel(model: nn.Module, device: torch.device, *, some_unused: bool) 
         return model
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=devices, find_unused_parameters=some_unused, gradient_as_bucket_view=True
+        model,
+        device_ids=devices,
+        find_unused_parameters=some_unused,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # they are constants: positions of BERT
     )
 
 

@@ -1,7 +1,7 @@
 """The text half: embed the corpus, search it for queries, hand out passages. No gradient anywhere."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +91,10 @@ class Retrieval:
         self.max_tokens = devices.embedding_tokens(device, embedder_batch_size, inputs.retriever_maxlength)
         self.rerank = rerank
         self.index: ShardedIndex | None = None
-        self.on_build: Callable[[ShardedIndex], None] = lambda index: None
+        self.on_build: Callable[[], None] = lambda: None
+        # weights of the passage encoder that built the index, kept where the encoder moves on (see `keep_builder`)
+        self.built_by: dict[str, torch.Tensor] | None = None
+        self.keep_builder = False
 
     @torch.no_grad()
     def build(self) -> None:
@@ -107,7 +110,17 @@ class Retrieval:
         self.retriever.train(was_training)
         distributed.wait_for_all("embedding the corpus")
         self.index = ShardedIndex(self.passages, embeddings)
-        self.on_build(self.index)
+        if self.keep_builder:
+            state = self.retriever.passage_encoder.state_dict()
+            self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        self.on_build()
+
+    def build_with(self, encoder: dict[str, torch.Tensor]) -> None:
+        """Build with these weights of the passage encoder, and give it back its own."""
+        own = {name: tensor.clone() for name, tensor in self.retriever.passage_encoder.state_dict().items()}
+        self.retriever.passage_encoder.load_state_dict(encoder)
+        self.build()
+        self.retriever.passage_encoder.load_state_dict(own)
 
     def _embed(self, rows: range, embeddings: torch.Tensor) -> None:
         """Fill the rows' embeddings; other ranks may have more or fewer batches, nothing here waits for them."""
@@ -124,21 +137,22 @@ class Retrieval:
         share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
         log.info("Embedding %d passages%s", len(rows), share)
         started = time.monotonic()
-        pad_id, multiple = self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple
-        with (
-            progress_bar("embedding", len(rows), "passages") as bar,
-            devices.autocast(self.device, self.embedder_precision),
-        ):
+        with progress_bar("embedding", len(rows), "passages") as bar:
             for batches in loader:
                 for batch_rows, tokens in batches:
-                    ids, mask = pad_rows(tokens, pad_id, multiple)
-                    vectors = self.retriever.embed_passages(ids.to(self.device), mask.to(self.device))
-                    embeddings[torch.from_numpy(batch_rows - rows.start).to(self.device)] = vectors.to(torch.float16)
+                    places = torch.from_numpy(batch_rows - rows.start).to(self.device)
+                    embeddings[places] = self._embed_batch(tokens).to(torch.float16)
                     bar.update(len(tokens))
                     distributed.progress()
         devices.synchronize(self.device)
         seconds = time.monotonic() - started
         log.info("Embedded %d passages%s in %.1f s: %.0f a second", len(rows), share, seconds, len(rows) / seconds)
+
+    def _embed_batch(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Embeddings of tokenized passages by the current passage encoder, (n, D)."""
+        ids, mask = pad_rows(tokens, self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple)
+        with devices.autocast(self.device, self.embedder_precision):
+            return self.retriever.embed_passages(ids.to(self.device), mask.to(self.device))
 
     @torch.no_grad()
     def search(self, queries: list[str], k: int) -> Found:
@@ -164,9 +178,10 @@ class Retrieval:
 
     def _reranked(self, queries: torch.Tensor, found: Found, k: int) -> Found:
         """Sort what was found by scores of the current passage encoder, and take the best k."""
-        candidates = [passage for of_query in found.passages for passage in of_query]
-        with devices.autocast(self.device, self.embedder_precision):
-            vectors = self.retriever.embed_passages(*self.inputs.passages(candidates)).float()
+        tokens = self.inputs.passage_tokens([passage for of_query in found.passages for passage in of_query])
+        vectors = torch.zeros(len(tokens), self.retriever.dim, device=self.device)
+        for rows in batches_by_length([len(row) for row in tokens], self.max_tokens):
+            vectors[torch.tensor(rows, device=self.device)] = self._embed_batch([tokens[row] for row in rows]).float()
         fresh = torch.einsum("bd,bkd->bk", queries, vectors.view(len(queries), -1, vectors.shape[-1]))
         order = fresh.argsort(dim=1, descending=True, stable=True)[:, :k]  # (B, k)
         passages = [

@@ -122,7 +122,8 @@ def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> t
     longest = -(-max(1, lengths.max(initial=0)) // multiple) * multiple
     mask = np.arange(longest) < lengths[:, None]  # (n, L)
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    ids[mask] = np.fromiter((token for row in rows for token in row), dtype=np.int64, count=int(lengths.sum()))
+    if lengths.any():
+        ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 

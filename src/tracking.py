@@ -39,6 +39,16 @@ def start_log(directory: Path | None) -> None:
         log.addHandler(handler)
 
 
+def tell_error(error: Exception, message: str) -> None:
+    """One sentence on the screen, the traceback of the current exception in the log.
+
+    Rank 0 speaks for all: another rank shows its error only when rank 0 has none of its own.
+    """
+    log.error("%s", message, exc_info=True)
+    if not distributed.is_main() and not distributed.main_failed_too(error):
+        print(f"[rank {distributed.rank()}] {message}", file=sys.stderr, flush=True)
+
+
 def progress_bar(what: str, total: int, unit: str, initial: int = 0) -> tqdm:
     """A bar on rank 0's terminal; invisible everywhere else."""
     hidden = not distributed.is_main() or not sys.stderr.isatty()

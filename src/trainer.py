@@ -86,6 +86,7 @@ class Trainer:
     def train(self, finished: int = 0) -> None:
         """Take the steps after `finished` up to `total_steps`; the last one is always evaluated and saved."""
         self.model.train()
+        save_is_due = False
         with progress_bar("training", self.plan.total_steps, "steps", initial=finished) as bar:
             for step in range(finished + 1, self.plan.total_steps + 1):
                 self._refresh(step - 1)
@@ -97,8 +98,10 @@ class Trainer:
                     bar.set_postfix(loss=f"{report.get('loss/train_loss', float('nan')):.4g}")
                 if step % self.plan.eval_freq == 0 or last:
                     self.evaluate(step)
-                if step % self.plan.save_freq == 0 or last:
+                save_is_due = save_is_due or step % self.plan.save_freq == 0 or last
+                if save_is_due and self.plan.updates_after(step):  # gradients that wait for more are not saved
                     self.save(step)
+                    save_is_due = False
 
     def _step(self, step: int) -> None:
         """Forward, backward, and an update where it is due. One wait for the device, in the update."""
@@ -136,14 +139,19 @@ class Trainer:
         return self.train_retriever and step > self.plan.freeze_retriever_steps
 
     def _refresh(self, finished: int) -> None:
-        """Embed the corpus again where the schedule says so: the retriever has moved since."""
-        moved = self.train_retriever and finished > max(0, self.plan.freeze_retriever_steps)
-        if self.retrieval is None or not moved or not self.plan.refresh(finished):
+        """Embed the corpus where there is no index yet, and again where the schedule says so."""
+        if self.retrieval is None:
             return
-        if self.model.retriever.query_side:
-            return  # the passage encoder is frozen: the index would come out the same
-        log.info("Refreshing the index after step %d", finished)
-        self.retrieval.build()
+        if self.retrieval.index is None:
+            self.retrieval.build()
+        elif self.refresh_is_due(finished):
+            log.info("Refreshing the index after step %d", finished)
+            self.retrieval.build()
+
+    def refresh_is_due(self, finished: int) -> bool:
+        """Whether the schedule asks for a new index, and the passage encoder has moved so that it would be another."""
+        moved = self.train_retriever and finished > max(0, self.plan.freeze_retriever_steps)
+        return moved and not self.model.retriever.query_side and self.plan.refresh(finished)
 
     def _count(self, losses: Losses, started: float, prepared: float) -> None:
         self.means.add("loss/train_loss", losses.total)

@@ -225,6 +225,11 @@ def test_quoted_lists_are_taken_apart(files):
     assert parse_config(words(files, train_data=spaced)).run.train_data == (str(spaced),)
 
 
+def test_a_long_quoted_list(files):
+    names = " ".join([str(files / "train.jsonl")] * 300)
+    assert len(parse_config(words(files, train_data=names)).run.train_data) == 300
+
+
 def test_sections_are_frozen(files):
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse_config(words(files)).run.seed = 1
@@ -293,7 +298,7 @@ def test_two_evaluation_files_of_one_name(files, capsys):
 
 
 def test_only_one_rank_complains(files, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         parse_config(words(files, task=None))
     assert capsys.readouterr().err == ""

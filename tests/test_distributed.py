@@ -109,6 +109,67 @@ def test_long_uneven_work_does_not_trip_the_timeout():
     assert run_on_ranks(2, _work_longer_than_the_timeout) == ["done", "done"]
 
 
+def _one_long_thing():
+    distributed.TIMEOUT_SECONDS, distributed.HEARTBEAT_SECONDS = 1.0, 0.1
+    if distributed.rank() == 0:
+        with distributed.busy():
+            time.sleep(2.5)
+    distributed.wait_for_all("one long thing")
+    distributed.TIMEOUT_SECONDS, distributed.HEARTBEAT_SECONDS = 60.0, 5.0
+    return "done"
+
+
+def test_one_long_thing_does_not_trip_the_timeout_either():
+    assert run_on_ranks(2, _one_long_thing) == ["done", "done"]
+
+
+_FAILS = """
+import sys
+from pathlib import Path
+from src import build, distributed
+from src.config import parse_config
+def job(config, device, directory):
+    distributed.any_rank(False)
+    if str(distributed.rank()) in sys.argv[2]:
+        raise eval(sys.argv[3])
+    distributed.wait_for_all("the other rank")
+config = parse_config(["--task", "qa", "--checkpoint_dir", sys.argv[1], "--closed_book", "--reader_model_type", "x",
+    "--eval_data", __file__ if "__file__" in globals() else "Makefile"], program="evaluate")
+build.run(config, job)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "error", "said"),
+    [
+        ("1", "ValueError('a bad row')", "[rank 1] a bad row"),
+        ("01", "ValueError('a bad row')", "a bad row"),
+        ("1", "ZeroDivisionError('a bug')", "[rank 1] ZeroDivisionError: a bug"),
+    ],
+)
+def test_an_error_is_told_once_and_logged_where_it_happened(tmp_path, ranks, error, said):
+    port = _free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _FAILS, str(tmp_path), ranks, error],
+            env={**os.environ, **rank_environment(rank, 2, port), "ATLAS_TIMEOUT_SECONDS": "6"},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    screen = "".join(output + errors for output, errors in outputs)
+    told = [line for line in screen.splitlines() if line.endswith(said)]
+    assert len(told) == 1, screen
+    log = tmp_path / "experiment_name" / "run.rank-1.log"
+    assert "Traceback" in log.read_text() and said.removeprefix("[rank 1] ") in log.read_text()
+
+
 _DIES = """
 import os, sys, time
 from src import distributed

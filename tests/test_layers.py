@@ -63,7 +63,7 @@ def test_one_place_for_collectives_devices_and_the_environment():
         if room(path) not in ("distributed", "parallel"):
             assert "torch.distributed" not in text and "is_initialized" not in text, path
         if room(path) not in ("distributed", "parallel", "device"):
-            if room(path) != "config":  # looks at RANK to complain once, before torch may be imported
+            if room(path) != "config":  # looks at LOCAL_RANK to complain once, before torch may be imported
                 assert "os.environ" not in text and "getenv" not in text, path
             assert "cuda.is_available" not in text, path
         assert ".cuda()" not in text, path

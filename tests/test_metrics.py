@@ -4,7 +4,7 @@ import unicodedata
 import pytest
 import regex
 
-from src.metrics import accuracy, exact_match, f1, has_answer, normalize_answer, retrieval_metrics, rouge
+from src.metrics import accuracy, exact_match, f1, holds_one, normalize_answer, retrieval_metrics, rouge, simple_tokens
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,10 @@ def test_rouge_of_long_texts():
     other = sorted(words)
     expected = longest_common_subsequence(words, other) / 900
     assert rouge(" ".join(words), " ".join(other))["rouge_L"] == pytest.approx(expected)
+
+
+def has_answer(text, answers):
+    return holds_one(text, [simple_tokens(answer) for answer in answers])
 
 
 def dpr_has_answer(text, answers):

@@ -62,7 +62,7 @@ def test_state_there_and_back():
     weights, optimizers = make()
     take(weights, optimizers, range(3))
     state = {name: tensor.clone() for name, tensor in optimizers.state().items()}
-    assert set(state) == {
+    assert set(state) - {"skipped", "loss_scale"} == {
         f"{parameter}/{key}" for parameter in ("reader/w", "retriever/v") for key in ("step", "exp_avg", "exp_avg_sq")
     }
     again, other = make()

@@ -112,6 +112,7 @@ def test_every_sentence_and_question_names_what_it_must():
                 names.append(name)
                 assert all("{e}" in opening and "{a}" in opening for opening, _ in relation.wordings)
                 assert all("{e}" not in following and "{a}" in following for _, following in relation.wordings)
+                assert all(sentence.endswith(" {a}.") for wording in relation.wordings for sentence in wording)
                 assert all("{e}" in question and "{a}" not in question for question in relation.questions)
     assert len(names) == len(set(names)) <= 20
 

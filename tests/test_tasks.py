@@ -15,7 +15,7 @@ LINE = {"question": "who?", "answers": ["Ada", "Ada Lovelace"]}
 def test_base_example():
     task = Task()
     example = task.process({"query": "a query", "target": "a target", "id": 3, "other": 1}, random.Random(0))
-    assert example == Example("a query", "a target", ["a target"], metadata=None, id="3", passages=None)
+    assert example == Example("a query", "a target", ["a target"], metadata=None, id=3, passages=None)
     assert task.score("a target", example) == {"accuracy": 1.0} and task.score("A target", example) == {"accuracy": 0.0}
     assert tuple(task.score("", example)) == task.metrics
     assert task.retrieval_answers(example) is None

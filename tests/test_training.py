@@ -227,3 +227,63 @@ def test_going_on_where_a_run_stopped(tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
     run(tmp_path, name="stopped", total_steps=8, **flags)
     assert "This run is finished" in (again / "run.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"query_side_retriever_training": True}, 4),
+        ({"query_side_retriever_training": True, "accumulation_steps": 2, "save_freq": 3}, 4),  # 3 is within an update
+        ({}, 4),  # tied: the index was built by an encoder that has moved on
+        ({"refresh_index": 3}, 5),
+        ({"refresh_index": 4}, 4),  # a refresh is due right where the run stopped
+        ({"dropout": 0.1, "shuffle": True}, 4),
+    ],
+)
+def test_going_on_computes_what_would_have_been(tmp_path, changes, first):
+    flags = {"eval_data": None, "train_retriever": True, "save_freq": 100, "scheduler_steps": 8} | changes
+    straight = losses_of(run(tmp_path, name="straight", total_steps=8, **flags))
+    run(tmp_path, name="stopped", total_steps=first, **flags)
+    again = run(tmp_path, name="stopped", total_steps=8, **flags)
+    assert losses_of(again) == straight
+    builds = (again / "run.log").read_text().count("Embedding 300 passages")
+    # at the start and after the stop; besides after steps 3 and 6; the one after step 4 is that after the stop
+    assert builds == 2 + {3: 2, 4: 0}.get(changes.get("refresh_index"), 0)
+
+
+def test_saved_only_between_updates(tmp_path):
+    directory = run(tmp_path, total_steps=7, accumulation_steps=2, save_freq=3, eval_data=None)
+    names = sorted(path.name for path in (directory / "checkpoint").iterdir())
+    assert names == ["latest", "step-4", "step-6", "step-7"]
+
+
+def test_restart_sets_the_earlier_run_aside(tmp_path):
+    run(tmp_path, total_steps=6, eval_data=None)
+    directory = run(tmp_path, total_steps=4, save_freq=1, keep_checkpoints=2, restart=True, eval_data=None)
+    assert sorted(path.name for path in (directory / "checkpoint").iterdir()) == ["latest", "step-3", "step-4"]
+    assert load_checkpoint(directory / "checkpoint.before-restart").step == 6
+
+
+def test_a_closed_book_run_passes_the_retriever_on(tmp_path):
+    start = run(tmp_path, name="start", total_steps=1, eval_data=None)
+    config = start / "checkpoint/latest/retriever_config.json"
+    config.write_text(config.read_text().replace("{", '{"uncentered_layer_norm": true,', 1))
+    closed = {"closed_book": True, "passages": None, "eval_data": None}
+    directory = run(tmp_path, name="closed", model_path=start, total_steps=1, **closed)
+    a, b = load_checkpoint(start), load_checkpoint(directory)
+    assert b.retriever_config["uncentered_layer_norm"] is True
+    assert a.retriever and all(torch.equal(b.retriever[name], tensor) for name, tensor in a.retriever.items())
+
+
+def test_evaluating_a_run_leaves_its_options_alone(tmp_path):
+    directory = run(tmp_path, total_steps=1, eval_data=None)
+    options = (directory / "opt.log").read_text()
+    run(tmp_path, "evaluate", train_data=None)
+    assert (directory / "opt.log").read_text() == options
+    assert "train_data: \n" in (directory / "opt.evaluate.log").read_text()
+    assert (directory / "dev-step-1.jsonl").exists()  # named after the step of the checkpoint that was found
+
+
+def test_no_clipping(tmp_path):
+    flags = {"total_steps": 3, "eval_data": None}
+    assert losses_of(run(tmp_path, name="0", clip=0, **flags)) == losses_of(run(tmp_path, name="9", clip=1e9, **flags))

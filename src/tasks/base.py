@@ -15,7 +15,7 @@ class Example:
     target: str  # "" if there is none, which is fine only where nothing is read
     answers: list[str]
     metadata: dict | None = None
-    id: str | None = None
+    id: str | int | None = None
     passages: list[dict] | None = None  # the example's own, for --use_file_passages
 
 
@@ -69,9 +69,9 @@ class Task:
             raise ValueError(f"`{field}` is empty")
         return value
 
-    def identifier(self, record: Mapping) -> str | None:
-        """The `id` as a string, as the ids of passages are."""
-        return None if record.get("id") is None else str(record["id"])
+    def identifier(self, record: Mapping) -> str | int | None:
+        """The `id` as it stands, so that results can be joined with what was asked."""
+        return record.get("id")
 
     def passages(self, record: Mapping) -> list[dict] | None:
         """The line's own passages as they are, or checked and with a title if they are needed. Raises: ValueError."""
