@@ -9,14 +9,13 @@ or test entity, never a question. Both models start from weights that make the f
 """
 
 import argparse
-import itertools
 import json
 import math
 import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,11 +38,20 @@ METASPACE = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
 CONSTANT_DIMENSIONS = 16  # of the retriever's embeddings: see lexical_start
 
 
-READER_VOCABULARY, RETRIEVER_VOCABULARY = 3000, 8000
+READER_VOCABULARY, RETRIEVER_VOCABULARY = 8000, 8000
 READER_WIDTH, READER_LAYERS = 128, (3, 2)
 RETRIEVER_WIDTH, RETRIEVER_LAYERS = 256, 1
-STEPS_PER_MINUTE = (24, 160, 40)  # retriever; reader with one passage, then with FUSED_CONTEXT passages
-SINGLE_BATCH, FUSED_BATCH, FUSED_CONTEXT = 64, 24, 4
+RETRIEVER_STEPS_PER_MINUTE = 10
+
+
+@dataclass(frozen=True)
+class ReaderPhase:
+    steps_per_minute: int
+    batch_size: int
+    n_context: int
+
+
+READER_PHASES = (ReaderPhase(160, 64, 1), ReaderPhase(72, 24, 4))
 
 
 class Passage(NamedTuple):
@@ -114,10 +122,8 @@ def train_retriever_tokenizer(texts: list[str], vocabulary_size: int) -> Tokeniz
 
 def train_tokenizers(texts: list[str], reader_size: int, retriever_size: int) -> tuple[Tokenizer, Tokenizer]:
     """The reader's and the retriever's."""
-    with_prompts = texts + [PROMPT_WORDS] * (1 + len(texts) // 50)
-    return train_reader_tokenizer(with_prompts, vocabulary_size), train_retriever_tokenizer(
-        with_prompts, vocabulary_size
-    )
+    texts = texts + [PROMPT_WORDS] * (1 + len(texts) // 50)
+    return train_reader_tokenizer(texts, reader_size), train_retriever_tokenizer(texts, retriever_size)
 
 
 def pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -404,19 +410,20 @@ def pretrain_retriever(
         progress.report(step + 1, loss, (scores.argmax(1) == torch.arange(len(batch))).float().mean())
 
 
-def mine_distractors(
+def choose_distractors(
     retriever: BertModel, tokenizer: Tokenizer, data: PretrainingData, clozes: list[dict], n: int, seed: int
-) -> dict[str, list[str]]:
-    """For each cloze (by its id), `n` of the passages found for it that do not hold the answer; random ones where too
-    few are found."""
+) -> list[list[str]]:
+    """For each cloze, the ids of `n` passages that do not hold its answer: about half of them found by the retriever,
+    the others random. With either kind alone the reader fails on the other."""
     random_numbers = random.Random(seed)
     ids = list(data.passages)
     embeddings = embed_texts(retriever, tokenizer, [passage.for_retriever() for passage in data.passages.values()])
     queries = embed_texts(retriever, tokenizer, queries_of(clozes))
-    distractors = {}
+    distractors = []
     for cloze, row in zip(clozes, (queries @ embeddings.T).topk(4 * n).indices.tolist(), strict=True):
-        candidates = [ids[i] for i in row] + random_numbers.sample(ids, 4 * n)
-        distractors[cloze["id"]] = [i for i in candidates if cloze["answer"] not in data.passages[i].text][:n]
+        groups = [ids[i] for i in row], random_numbers.sample(ids, 4 * n)
+        wrong = [[i for i in group if cloze["answer"] not in data.passages[i].text][:n] for group in groups]
+        distractors.append(random_numbers.sample([*wrong[0], *wrong[1]], n))
     return distractors
 
 
@@ -437,37 +444,38 @@ def chunks(rows: list, size: int) -> list[list]:
 
 
 def substitute(passages: list[Passage], answer: str, other: str) -> list[Passage]:
-    return [Passage(passage.title, passage.text.replace(answer, other)) for passage in passages]
+    """The passages with the answer, always the end of a sentence, replaced."""
+    return [Passage(passage.title, passage.text.replace(f" {answer}.", f" {other}.")) for passage in passages]
 
 
 def reader_batches(
-    data: PretrainingData, clozes: list[dict], distractors: dict[str, list[str]], batch_size: int, seed: int
-) -> Iterator[tuple[list[str], list[str]]]:
+    data: PretrainingData, clozes: list[dict], distractors: list[list[str]], batch_size: int, seed: int
+) -> list[tuple[list[str], list[str]]]:
     """Reader inputs (B·K, one passage after the other) and targets (B): a passage with the answer and the cloze's
-    distractors. In half of the examples another answer of the same relation takes the answer's place in query, passages
-    and target, so that nothing can be remembered, only read (knowledge substitution, Longpre et al. 2021)."""
+    distractors. In half of the examples another answer of the same relation takes the answer's place in passages and
+    target, so that nothing can be remembered, only read (knowledge substitution, Longpre et al. 2021)."""
     random_numbers = random.Random(seed)
     answers = defaultdict(list)
     for cloze in clozes:
         answers[cloze["relation"]].append(cloze["answer"])
     examples = []
-    for cloze in clozes:
+    for cloze, others in zip(clozes, distractors, strict=True):
         answer = cloze["answer"]
-        ids = [random_numbers.choice(cloze["passages"]), *distractors.get(cloze["id"], [])]
+        ids = [random_numbers.choice(cloze["passages"]), *others]
         passages = [data.passages[i] for i in ids]
         if random_numbers.random() < 0.5:
             other = random_numbers.choice(answers[cloze["relation"]])
             passages, answer = substitute(passages, answer, other), other
         random_numbers.shuffle(passages)
-        inputs = [READER_FORMAT.format(query=cloze["query"], title=p.title, text=p.text) for p in passages]
+        query = QUERY_FORMAT.format(query=cloze["query"])
+        inputs = [READER_FORMAT.format(query=query, title=p.title, text=p.text) for p in passages]
         examples.append((inputs, TARGET_FORMAT.format(answer=answer)))
     batches = []
     for pool in chunks(examples, 16 * batch_size):
         pool.sort(key=lambda example: max(map(len, example[0])))  # little padding
         batches += chunks(pool, batch_size)
     random_numbers.shuffle(batches)
-    for batch in batches:
-        yield [text for inputs, _ in batch for text in inputs], [target for _, target in batch]
+    return [([text for inputs, _ in batch for text in inputs], [target for _, target in batch]) for batch in batches]
 
 
 def use_single_kernels(reader: T5ForConditionalGeneration) -> None:
@@ -485,12 +493,11 @@ def use_single_kernels(reader: T5ForConditionalGeneration) -> None:
 def pretrain_reader(
     reader: T5ForConditionalGeneration,
     tokenizer: Tokenizer,
-    batches: Iterable[tuple[list[str], list[str]]],
-    *,
-    steps: int,
+    batches: list[tuple[list[str], list[str]]],
     learning_rate: float = 2e-3,
 ) -> None:
-    """Fusion-in-Decoder training on `steps` batches of (inputs, targets), see `reader_batches`."""
+    """Fusion-in-Decoder training on batches of (inputs, targets), see `reader_batches`."""
+    steps = len(batches)
     use_single_kernels(reader)
     reader.train()
     optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -550,17 +557,16 @@ def pretrain(data: PretrainingData, output: Path, minutes: float, seed: int) -> 
     readers_tokenizer, retrievers_tokenizer = train_tokenizers(texts, READER_VOCABULARY, RETRIEVER_VOCABULARY)
     reader = build_reader(readers_tokenizer, READER_WIDTH, READER_LAYERS, seed)
     retriever = build_retriever(retrievers_tokenizer, texts, RETRIEVER_WIDTH, RETRIEVER_LAYERS, seed)
-    retriever_steps, single_steps, fused_steps = (round(steps * minutes) for steps in STEPS_PER_MINUTE)
-
-    pretrain_retriever(retriever, retrievers_tokenizer, data, steps=retriever_steps, seed=seed)
-    single = draw_clozes(data.clozes, single_steps * SINGLE_BATCH, random_numbers)
-    fused = draw_clozes(data.clozes, fused_steps * FUSED_BATCH, random_numbers)
-    distractors = mine_distractors(retriever, retrievers_tokenizer, data, fused, FUSED_CONTEXT - 1, seed)
-    batches = itertools.chain(
-        reader_batches(data, single, {}, SINGLE_BATCH, seed),
-        reader_batches(data, fused, distractors, FUSED_BATCH, seed + 1),
+    pretrain_retriever(
+        retriever, retrievers_tokenizer, data, steps=round(RETRIEVER_STEPS_PER_MINUTE * minutes), seed=seed
     )
-    pretrain_reader(reader, readers_tokenizer, batches, steps=single_steps + fused_steps)
+    batches = []
+    for phase in READER_PHASES:
+        steps = round(phase.steps_per_minute * minutes)
+        clozes = draw_clozes(data.clozes, steps * phase.batch_size, random_numbers)
+        distractors = choose_distractors(retriever, retrievers_tokenizer, data, clozes, phase.n_context - 1, seed)
+        batches += reader_batches(data, clozes, distractors, phase.batch_size, seed)
+    pretrain_reader(reader, readers_tokenizer, batches)
     save_reader(reader, readers_tokenizer, output / "reader")
     save_retriever(retriever, retrievers_tokenizer, output / "retriever")
 

@@ -52,7 +52,8 @@ FEW_SHOT = 64
 class Relation:
     """How one fact is told and asked. `{e}` is the entity, `{a}` the answer.
 
-    `wordings` has one pair per passage: the sentence when it opens the passage, and when it follows another one.
+    `wordings` has one pair per passage: the sentence when it opens the passage, and when it follows another one. Every
+    sentence ends with the answer, so that pretraining can put another one in its place.
     """
 
     keyword: str
@@ -86,7 +87,7 @@ RELATIONS: dict[str, dict[str, dict[str, Relation]]] = {
                 "population",
                 (
                     ("The population of {e} is {a}.", "Its population is {a}."),
-                    ("{e} has a population of {a} people.", "About {a} people live there."),
+                    ("The number of people living in {e} is {a}.", "The number of people living there is {a}."),
                 ),
                 ("What is the population of {e}?", "How many people live in {e}?"),
             ),

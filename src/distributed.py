@@ -246,7 +246,7 @@ def raise_anywhere(error: Exception | None) -> None:
 
 
 def main_failed_too(error: Exception, within_seconds: float = 3.0) -> bool:
-    """Whether rank 0 has met with an error of its own and tells it: asked by ranks that are about to end with theirs."""
+    """Whether rank 0 has met with an error of its own and tells it: asked by ranks that are about to end."""
     if is_main():
         if _store is not None:
             _store.set("main has failed", "")
