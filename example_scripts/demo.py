@@ -26,8 +26,10 @@ def call(*words: str | Path) -> None:
     """Print a command and run it, from the repository's root."""
     line = shlex.join(map(str, words))
     print(f"\n$ {line.replace(sys.executable, 'python')}", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // 2)  # two processes share the machine
-    subprocess.run(list(map(str, words)), cwd=ROOT, env={"OMP_NUM_THREADS": str(threads), **os.environ}, check=True)
+    # torchrun's two processes share the processors, and a thread that waits must not keep one busy
+    threads = "1" if any("torchrun" in str(word) for word in words) else str(os.cpu_count() or 1)
+    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
+    subprocess.run([str(word) for word in words], cwd=ROOT, env=environment, check=True)
 
 
 def two_processes(script: str, *flags: str | Path) -> None:
@@ -39,18 +41,22 @@ def two_processes(script: str, *flags: str | Path) -> None:
 LAUNCH = ("--standalone", "--nnodes", "1", "--nproc_per_node", "2")
 
 
-def measure(file: Path) -> tuple[dict[str, float], list[dict]]:
-    """Percentages of a result file: exact match, and recall at some depths; and its rows."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    recalls = [retrieval_metrics(row["passages"], row["answers"]) for row in rows]
-    measured = {"exact match": sum(exact_match(row["generation"], row["answers"]) for row in rows)}
+def read(file: Path) -> list[dict]:
+    """The rows of a result file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def measure(answered: Path, searched: Path) -> dict[str, float]:
+    """Percentages: exact match of the answers, and recall of a deeper search."""
+    answers, recalls = read(answered), [retrieval_metrics(row["passages"], row["answers"]) for row in read(searched)]
+    measured = {"exact match": sum(exact_match(row["generation"], row["answers"]) for row in answers)}
     measured |= {f"recall@{k}": sum(recall[f"recall@{k}"] for recall in recalls) for k in DEPTHS}
-    return {name: 100 * value / len(rows) for name, value in measured.items()}, rows
+    return {name: 100 * value / len(answers) for name, value in measured.items()}
 
 
-def show(before: Path, after: Path, questions: int) -> None:
+def show(before: tuple[Path, Path], after: tuple[Path, Path], questions: int) -> None:
     """The table of both measurements, and a few questions with what was found and answered."""
-    (first, _), (second, rows) = measure(before), measure(after)
+    first, second, rows = measure(*before), measure(*after), read(after[0])
     print(f"\n{len(rows)} test questions about things that no training question is about")
     print(f"{'':14}{'before':>8}{'after 64 examples':>20}")
     for name in first:
@@ -74,7 +80,7 @@ def main() -> None:
     started = time.monotonic()
     home = options.directory if not options.short else options.directory / "short"
     data, models, experiments = home / "data", home / "models", home / "experiments"
-    steps = 6 if options.short else 60
+    steps = 6 if options.short else 40
 
     if not (ROOT / data / "test.jsonl").exists():
         call(sys.executable, "preprocessing/prepare_demo.py", "--output_directory", data)
@@ -88,21 +94,29 @@ def main() -> None:
         test = data / "few.jsonl"
         lines = (ROOT / data / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (ROOT / test).write_text("".join(lines[:40]), encoding="utf-8")
-    common = (
+    corpus = (
         *("--eval_data", test, "--passages", data / "passages.jsonl", "--checkpoint_dir", experiments),
-        *("--reader_model_type", models / "reader", "--retriever_model_path", models / "retriever"),
-        *("--text_maxlength", "128", "--n_context", "20", "--per_gpu_batch_size", "4"),
+        *("--retriever_model_path", models / "retriever", "--text_maxlength", "128"),
     )
-    evaluation = ("--task", "qa", "--write_results", "--generation_max_length", "32", "--precision", "bf16")
-    two_processes("evaluate.py", "--name", "before", *evaluation, *common)
+    reading = ("--reader_model_type", models / "reader", "--n_context", "5", "--per_gpu_batch_size", "8")
+    answer = ("--task", "qa", "--write_results", *reading, "--generation_max_length", "32", "--precision", "bf16")
+    search = ("--task", "qa", "--write_results", "--retrieve_only", "--n_context", "20", "--per_gpu_batch_size", "64")
+    tuned = ("--model_path", experiments / "after")
+
+    two_processes("evaluate.py", "--name", "before", *answer, *corpus)
+    two_processes("evaluate.py", "--name", "before-search", *search, *corpus)
     two_processes(
         "finetune_qa.py",
-        *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *common),
-        *("--retriever_n_context", "20", "--total_steps", str(steps), "--eval_freq", str(steps // 2), "--shuffle"),
-        *("--lr", "4e-4", "--lr_retriever", "1e-4", "--temperature_gold", "0.1", "--temperature_score", "0.1"),
+        *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *corpus, *reading),
+        *("--retriever_n_context", "5", "--total_steps", str(steps), "--eval_freq", str(steps // 2), "--shuffle"),
+        *("--lr", "2e-4", "--lr_retriever", "1e-4", "--temperature_gold", "0.1", "--temperature_score", "0.1"),
+        *("--dropout", "0"),
     )
+    two_processes("evaluate.py", "--name", "after-search", *search, *corpus, *tuned)
     after = experiments / "after" / f"{test.stem}-step-{steps}.jsonl"
-    show(ROOT / experiments / "before" / f"{test.stem}-step-0.jsonl", ROOT / after, questions=3)
+    before = experiments / "before" / f"{test.stem}-step-0.jsonl"
+    searches = [experiments / f"{name}-search" / f"{test.stem}-step-0.jsonl" for name in ("before", "after")]
+    show((ROOT / before, ROOT / searches[0]), (ROOT / after, ROOT / searches[1]), questions=3)
     print(f"\nAll answers with their passages: {after}")
     print(f"The fine-tuned model: {experiments / 'after' / 'checkpoint' / 'latest'}")
     print(f"It took {(time.monotonic() - started) / 60:.1f} minutes.")

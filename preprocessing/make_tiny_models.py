@@ -579,7 +579,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     start = time.monotonic()
-    torch.set_num_threads(2)
     pretrain(PretrainingData.read(arguments.data), arguments.output_directory, arguments.minutes, arguments.seed)
     print(f"Pretrained in {time.monotonic() - start:.0f} s: {arguments.output_directory}/reader and /retriever")
 

@@ -24,7 +24,7 @@ def data_parallel(model: nn.Module, device: torch.device, *, some_unused: bool) 
         device_ids=devices,
         find_unused_parameters=some_unused,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # they are constants: positions of BERT
+        forward_sync_buffers=False,  # they are constants: the positions of BERT
     )
 
 
