@@ -85,7 +85,7 @@ def main() -> None:
     if not (ROOT / data / "test.jsonl").exists():
         call(sys.executable, "preprocessing/prepare_demo.py", "--output_directory", data)
     if not (ROOT / models / "retriever/config.json").exists():
-        minutes = ("--minutes", "0.2") if options.short else ()
+        minutes = ("--minutes", "0.2" if options.short else "1.5")
         call(
             sys.executable, "preprocessing/make_tiny_models.py", "--data", data, "--output_directory", models, *minutes
         )
