@@ -1,7 +1,7 @@
 """How fast the line offsets of a jsonl file are found, against reading it line by line in Python.
 
-    python benchmarks/jsonl_offsets.py --megabytes 1000
-    python benchmarks/jsonl_offsets.py --file corpus.jsonl
+    python -m benchmarks.jsonl_offsets --megabytes 1000
+    python -m benchmarks.jsonl_offsets --file corpus.jsonl
 
 Both ways read the file from the page cache, in turns; the best of the repeats counts. Then rows are read at random.
 """

@@ -1,6 +1,6 @@
 """What the fast paths bring: each against the plain way of doing the same, as a ratio measured in one run.
 
-    python benchmarks/throughput.py
+    python -m benchmarks.throughput
 
 The plain way pads everything to text_maxlength, takes passages in the order they come, embeds the passages of a
 training step again although their encoder is frozen, and runs the encoder twice at evaluation (for the loss and for the
