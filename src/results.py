@@ -52,7 +52,8 @@ def result_row(
     if passages is not None and write_passages:
         row["passages"] = list(passages)
         if scores is not None:
-            row["passages"] = [p | {"score": float(s)} for p, s in zip(passages, scores, strict=True)]
+            # six digits: the others change with the shapes of matrix products, and nobody reads them
+            row["passages"] = [p | {"score": float(f"{s:.6g}")} for p, s in zip(passages, scores, strict=True)]
     if example.metadata is not None:
         row["metadata"] = example.metadata
     if example.id is not None:

@@ -47,6 +47,17 @@ def test_three_ranks_evaluate_like_one(tmp_path):
     assert metrics[0] == metrics[1]
 
 
+def test_result_files_are_the_same_to_the_byte(tmp_path):
+    """From one index, at any number of ranks."""
+    search = {"train_data": None, "reader_model_type": None, "retrieve_only": True}
+    run(tmp_path, "evaluate", name="first", save_index_path=tmp_path / "index", **search)
+    flags = {"train_data": None, "passages": None, "load_index_path": tmp_path / "index"}
+    one = run(tmp_path, "evaluate", name="one", **flags) / "dev-step-0.jsonl"
+    for ranks in (2, 3):
+        many = run_on(ranks, tmp_path, "evaluate", name=f"{ranks}", **flags) / "dev-step-0.jsonl"
+        assert many.read_bytes() == one.read_bytes()
+
+
 def test_query_side_training_moves_the_query_encoder_only(tmp_path):
     run(tmp_path, name="start", total_steps=1, train_retriever=True, lr=0, lr_retriever=0, weight_decay=0)
     directory = run(tmp_path, total_steps=3, **RETRIEVER)
