@@ -20,13 +20,14 @@ from src.config import Config, evaluation_name, refresh_schedule
 from src.data import Data
 from src.evaluator import Evaluator
 from src.index.passages import check_passages, count_duplicates, open_passages
+from src.index.quantized import Compression
 from src.index.sharded import shard_rows
 from src.index.storage import open_index, save_index
 from src.inputs import Inputs
 from src.jsonl import JsonlCorpus
 from src.optim import Optimizers
 from src.reader import FusionInDecoder, load_reader, load_reader_state
-from src.retrieval import Retrieval
+from src.retrieval import ProgressBars, Retrieval
 from src.retriever import DualEncoder, fingerprint, load_retriever, load_retriever_state, state_is_untied
 from src.signals import SIGNALS
 from src.tasks import TASKS, Task
@@ -191,8 +192,6 @@ def _refuse(config: Config, device: torch.device) -> None:
         )
     if training.compute_crossattention_stats:
         raise ValueError("--compute_crossattention_stats is not in this version yet: leave it out")
-    if config.retrieves and config.index.index_mode == "faiss":
-        raise ValueError("--index_mode faiss is not in this version yet: use --index_mode flat, which is exact")
     if config.optimisation.shard_optim or config.optimisation.shard_grads:
         log.info("--shard_optim and --shard_grads: this version trains with plain data parallelism instead")
     if config.retrieves and config.model.n_context > config.model.retriever_n_context and config.run.train_data:
@@ -254,6 +253,13 @@ def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | 
     reader = retriever = reader_tokenizer = retriever_tokenizer = None
     passed_on: dict[str, torch.Tensor] = {}
     passed_on_config = None
+    settings = {
+        "pooling": config.model.retriever_pooling,
+        "normalize": config.model.retriever_normalize,
+        "query_prefix": config.model.retriever_query_prefix,
+        "passage_prefix": config.model.retriever_passage_prefix,
+    }
+    settings = {key: value for key, value in settings.items() if value is not None}
     if not config.model.retrieve_only:
         weights = checkpoint is None or not checkpoint.reader
         reader_tokenizer = load_reader_tokenizer(config.model.reader_model_type)
@@ -276,7 +282,7 @@ def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | 
             dropout=dropout,
             weights=weights,
             gradient_checkpointing=config.optimisation.use_gradient_checkpoint_retriever,
-            overrides=None if weights else checkpoint.retriever_config,
+            overrides=settings if weights else checkpoint.retriever_config | settings,
         )
         if not weights:
             _load_half(load_retriever_state, retriever, checkpoint.retriever, checkpoint)
@@ -298,6 +304,8 @@ def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | 
         decoder_prompt_format=config.model.decoder_prompt_format,
         decoder_start_id=reader.config.decoder_start_token_id if reader is not None else 0,
         retriever_positions=retriever.max_length if retriever is not None else config.model.text_maxlength,
+        query_prefix=retriever.query_prefix if retriever is not None else "",
+        passage_prefix=retriever.passage_prefix if retriever is not None else "",
         pad_multiple=devices.pad_multiple(device),
     )
     return _Model(reader, retriever, inputs, passed_on, passed_on_config)
@@ -325,22 +333,30 @@ def _build_retrieval(
     if not config.retrieves:
         return None
     settings, training = config.index, config.retriever_training
+    compression = _compression(config)
+    wanted = compression.factory(1, model.retriever.dim)  # refuses what cannot be made, before anything is embedded
     index = None
     built_before = own is not None and own.index_encoder() is not None
     if settings.load_index_path is not None and not built_before:
-        index = open_index(
-            Path(settings.load_index_path),
-            device=device,
-            dimension=model.retriever.dim,
-            retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
-            converted=Path(settings.save_index_path or directory / "index"),
-        )
+        with ProgressBars() as progress:
+            index = open_index(
+                Path(settings.load_index_path),
+                device=device,
+                dimension=model.retriever.dim,
+                retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+                converted=Path(settings.save_index_path or directory / "index"),
+                compression=compression,
+                progress=progress,
+            )
         passages = index.passages
         log.info("Opened the index %s: %d passages", settings.load_index_path, len(passages))
-        if settings.save_index_path is not None:
-            log.info("--save_index_path: an index that is loaded is saved only when it is built anew")
     else:
         passages = _open_passages(settings.passages, settings.max_passages)
+    codes_only = settings.save_index_codes_only
+    if codes_only and settings.save_index_path is not None and (index.type if index else wanted) == "flat":
+        raise ValueError(
+            "--save_index_codes_only: a flat index has no codes; ask for --index_mode faiss, or leave it out"
+        )
     retrieval = Retrieval(
         model.retriever,
         model.inputs,
@@ -349,16 +365,36 @@ def _build_retrieval(
         embedder_precision=_embedder_precision(config, device),
         embedder_batch_size=config.run.per_gpu_embedder_batch_size,
         rerank=training.n_to_rerank_with_retrieve_with_rerank if training.retrieve_with_rerank else 0,
+        compression=compression,
+        retrain=settings.faiss_retrain,
+        keep_embeddings=settings.save_index_path is not None and not codes_only,
     )
     retrieval.index = index
     retrieval.keep_builder = training.train_retriever and not model.retriever.query_side
     if settings.save_index_path is not None:
-        retrieval.on_build = lambda: save_index(
-            Path(settings.save_index_path),
-            retrieval.index,
-            retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+        save = partial(save_index, Path(settings.save_index_path), codes_only=codes_only)
+        retrieval.on_build = lambda: save(
+            retrieval.index, retriever_fingerprint=fingerprint(model.retriever.passage_encoder)
         )
+        if index is not None and index.type != index.stored.description.type:  # of another kind than what was loaded
+            save(index, retriever_fingerprint=index.stored.description.retriever)
+            log.info("Saved the index %s, of type %s", settings.save_index_path, index.type)
+        elif index is not None:
+            log.info("--save_index_path: an index that is loaded is saved only when it is built anew")
     return retrieval
+
+
+def _compression(config: Config) -> Compression:
+    settings = config.index
+    return Compression(
+        kind=settings.faiss_index_type if settings.index_mode == "faiss" else None,
+        code_size=settings.faiss_code_size,
+        nlist=settings.faiss_nlist,
+        nprobe=settings.faiss_nprobe,
+        train_size=settings.faiss_train_size,
+        seed=config.run.seed,
+        refine_factor=settings.refine_factor,
+    )
 
 
 def _open_passages(paths: tuple[str, ...], max_passages: int) -> JsonlCorpus:

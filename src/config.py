@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 TASK_NAMES = ("base", "mlm", "lm", "multiple_choice", "kilt", "section", "fever", "qa")
 GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
+POOLINGS = ("average", "sqrt", "cls")
 PERMUTATIONS = ("single", "cyclic", "all")
 
 
@@ -54,10 +55,10 @@ class Run:
 class Index:
     """Index"""
 
-    passages: tuple[str, ...] = flag((), "corpus files; not used with --load_index_path")
+    passages: tuple[str, ...] = flag((), "Atlas or BEIR jsonl, DPR tsv, also .gz; not used with --load_index_path")
     max_passages: int = flag(-1, "index this many passages at most; -1: all", least=-1)
     index_mode: str = flag("flat", "exact search, or Faiss", choices=("flat", "faiss"))
-    faiss_index_type: str = flag("flat", "kind of Faiss index", choices=("flat", "ivfflat", "ivfsq", "ivfpq", "pq"))
+    faiss_index_type: str = flag("flat", "flat, ivfflat, ivfsq, ivfpq, pq, or a Faiss factory string like OPQ64,PQ64")
     faiss_code_size: int | None = flag(None, "bytes per passage of pq and ivfpq; must divide the dimension", least=1)
     load_index_path: str | None = flag(None, "open this saved index, ours or published, instead of building one")
     save_index_path: str | None = flag(None, "save the index here after every build")
@@ -77,6 +78,12 @@ class Model:
 
     reader_model_type: str | None = flag(None, "T5-family hub id or local directory; needed unless --retrieve_only")
     retriever_model_path: str = flag("facebook/contriever", "hub id or local directory of a BERT-type encoder")
+    retriever_pooling: str | None = flag(
+        None, "hidden states to embedding: mean, sum / sqrt(length), or first (as its config says)", choices=POOLINGS
+    )
+    retriever_normalize: bool | None = flag(None, "embeddings of unit length (as its config says)")
+    retriever_query_prefix: str | None = flag(None, "put before every query: 'query: ' (as its config says)")
+    retriever_passage_prefix: str | None = flag(None, "put before every passage: 'passage: ' (as its config says)")
     text_maxlength: int = flag(200, "tokens per query and passage", least=1)
     target_maxlength: int | None = flag(None, "tokens per target; unset or -1: no cut", least=-1)
     n_context: int = flag(1, "passages given to the reader", least=1)

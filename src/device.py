@@ -56,6 +56,14 @@ def search_chunk_rows(device: torch.device) -> int:
     return 2**18 if device.type == "cuda" else 2**13
 
 
+def fast_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU whose matrix products are faster in bf16 (AVX512-BF16 or AMX) than in fp32."""
+    if device.type != "cpu":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def tokenizer_processes(local_world_size: int) -> int:
     """Worker processes that tokenize ahead while this rank embeds."""
     return max(1, min(8, (os.cpu_count() or 1) // local_world_size))

@@ -30,6 +30,7 @@ class Inputs:
         text_maxlength: tokens per query and per passage; target_maxlength: tokens per target, None for no cut.
         decoder_start_id: the token that the decoder starts with.
         retriever_positions: most tokens that the retriever can take.
+        query_prefix, passage_prefix: what the retriever is given before every query and every passage.
         pad_multiple: row lengths are rounded up to it.
     """
 
@@ -47,6 +48,8 @@ class Inputs:
         decoder_prompt_format: str | None = None,
         decoder_start_id: int = 0,
         retriever_positions: int = RETRIEVER_MAXLENGTH,
+        query_prefix: str = "",
+        passage_prefix: str = "",
         pad_multiple: int = 1,
     ) -> None:
         self.reader_tokenizer = reader_tokenizer
@@ -60,6 +63,7 @@ class Inputs:
         self.decoder_format = decoder_format
         self.decoder_prompt_format = decoder_prompt_format
         self.decoder_start_id = decoder_start_id
+        self.query_prefix, self.passage_prefix = query_prefix, passage_prefix
         self.pad_multiple = pad_multiple
 
     def reader(
@@ -109,7 +113,8 @@ class Inputs:
 
     def queries(self, queries: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The retriever's view of the queries: ids and mask (B, L)."""
-        tokens = self.retriever_tokenizer.encode(list(queries), max_length=self.retriever_maxlength)
+        texts = [self.query_prefix + query for query in queries]
+        tokens = self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
         return self._pad(tokens, self.retriever_tokenizer.pad_id)
 
     def passages(self, passages: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +123,7 @@ class Inputs:
 
     def passage_tokens(self, passages: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The retriever's tokens of passages, not padded."""
-        texts = [self._format(self.retriever_format, passage) for passage in passages]
+        texts = [self.passage_prefix + self._format(self.retriever_format, passage) for passage in passages]
         return self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Files of JSON lines larger than memory, read as one sequence of rows."""
+"""Files of one row a line (JSON, or what a format says), larger than memory, read as one sequence of rows."""
 
 import bisect
 import contextlib
@@ -13,7 +13,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,13 @@ class DataError(ValueError):
     """What is wrong with a data file, in one sentence that names the file and, where there is one, the line."""
 
 
+class LineFormat(NamedTuple):
+    """How a file writes its rows."""
+
+    decode: Callable[[bytes], dict]  # a line; raises ValueError(reason)
+    has_header: bool = False  # its first line is no row
+
+
 class JsonlCorpus(Sequence[dict]):
     """Rows of one or several jsonl files, in order: `len(c)`, `c[i]`, `c[2:5]`, `c[[4, 1]]`.
 
@@ -38,11 +45,13 @@ class JsonlCorpus(Sequence[dict]):
     are not rows.
 
     `parse` is applied to a row each time it is read and raises ValueError(reason) if the row is bad. `max_rows` cuts
-    after so many rows over all files, -1 means all. Pickled, it opens the files again.
+    after so many rows over all files, -1 means all. `choose_format` is given a file's path and first line (empty, if it
+    has none) and says how it is to be read; without it every file is JSON lines. Pickled, it opens the files again.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        DataError: a row that is read is not UTF-8, not a JSON object, or refused by `parse`; a damaged `.gz`.
+        DataError: a row that is read is not UTF-8, not a JSON object, or refused by `parse`; a file refused by
+            `choose_format`; a damaged `.gz`.
     """
 
     def __init__(
@@ -50,23 +59,28 @@ class JsonlCorpus(Sequence[dict]):
         paths: str | os.PathLike | Sequence[str | os.PathLike],
         parse: Callable[[dict], dict] | None = None,
         max_rows: int = -1,
+        choose_format: Callable[[Path, bytes], LineFormat] | None = None,
     ):
         paths = [paths] if isinstance(paths, str | os.PathLike) else paths
         self.paths = [decompress(Path(path)) for path in paths]
         self.parse = parse
         self.max_rows = max_rows
+        self.choose_format = choose_format
+        self.formats: list[LineFormat] = []  # of every file
         self._maps: list[mmap.mmap | bytes] = []
         self._offsets: list[np.ndarray] = []
         self._first_rows = [0]  # of every file, and the total at the end
         for path in self.paths:
             text, offsets = open_lines(path)
+            self.formats.append(self._format_of(path, text, offsets))
+            offsets = offsets[int(self.formats[-1].has_header) :]
             total = len(self) + len(offsets)
             self._maps.append(text)
             self._offsets.append(offsets)
             self._first_rows.append(min(total, max_rows) if max_rows >= 0 else total)
 
     def __reduce__(self):
-        return JsonlCorpus, (self.paths, self.parse, self.max_rows)
+        return JsonlCorpus, (self.paths, self.parse, self.max_rows, self.choose_format)
 
     def __len__(self) -> int:
         return self._first_rows[-1]
@@ -77,6 +91,14 @@ class JsonlCorpus(Sequence[dict]):
         if isinstance(rows, Sequence | np.ndarray):
             return [self._row(i) for i in rows]
         return self._row(rows)
+
+    def record(self, row: int) -> dict:
+        """A row before `parse`. Raises: DataError."""
+        return self._read(row, None)
+
+    def format_of(self, row: int) -> LineFormat:
+        """How the file that holds the row is written."""
+        return self.formats[self._locate(row)[0]]
 
     def raw(self, row: int) -> bytes:
         """The line of a row as it stands in the file, without its line end."""
@@ -91,11 +113,22 @@ class JsonlCorpus(Sequence[dict]):
         return f"{self.paths[file]}, line {line_ends + 1}"
 
     def _row(self, row: int) -> dict:
+        return self._read(row, self.parse)
+
+    def _read(self, row: int, parse: Callable[[dict], dict] | None) -> dict:
         try:
-            record = decode(self.raw(row))
-            return record if self.parse is None else self.parse(record)
+            record = self.format_of(row).decode(self.raw(row))
+            return record if parse is None else parse(record)
         except ValueError as error:
             raise DataError(f"{self.where(row)}: {error}") from error
+
+    def _format_of(self, path: Path, text: mmap.mmap | bytes, offsets: np.ndarray) -> LineFormat:
+        if self.choose_format is None:
+            return JSON_LINES
+        try:
+            return self.choose_format(path, line_at(text, int(offsets[0])).removesuffix(b"\r") if len(offsets) else b"")
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from error
 
     def _locate(self, row: int) -> tuple[int, int]:  # which file, and where in it the line starts
         index = operator.index(row) + (len(self) if row < 0 else 0)
@@ -105,11 +138,16 @@ class JsonlCorpus(Sequence[dict]):
         return file, int(self._offsets[file][index - self._first_rows[file]])
 
 
-def decode(line: bytes) -> dict:  # a reason, not a place, in every ValueError: the caller knows the place
+def decode_text(line: bytes) -> str:  # a reason, not a place, in every ValueError: the caller knows the place
     try:
-        record = json.loads(line.decode("utf-8"))
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})") from error
+
+
+def decode(line: bytes) -> dict:
+    try:
+        record = json.loads(decode_text(line))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
     except RecursionError as error:
@@ -122,6 +160,9 @@ def decode(line: bytes) -> dict:  # a reason, not a place, in every ValueError: 
         except UnicodeEncodeError as error:
             raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) in a string") from error
     return record
+
+
+JSON_LINES = LineFormat(decode)
 
 
 def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:

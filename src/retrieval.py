@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from src import device as devices
 from src import distributed
-from src.index.sharded import ShardedIndex, shard_rows
+from src.index.quantized import Compression
+from src.index.sharded import ShardedIndex, compress, index_of_codes, shard_rows
 from src.inputs import Inputs
 from src.jsonl import JsonlCorpus
 from src.retriever import DualEncoder
@@ -28,17 +30,37 @@ class Found(NamedTuple):
     scores: torch.Tensor  # (B, K)
 
 
+class ProgressBars:
+    """One bar after the other: told what is going on, how much of it is done, and of how much (None: nobody knows)."""
+
+    def __init__(self) -> None:
+        self._what, self._bar = "", progress_bar("", 0, "")
+
+    def __enter__(self) -> "ProgressBars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, what: str, done: int, of: int | None) -> None:
+        if what != self._what:
+            self._bar.close()
+            self._what, self._bar = what, progress_bar(what, of, "seconds" if of is None else "passages")
+        self._bar.update(done - self._bar.n)
+
+
 class _Windows(Dataset):
     """Batches of tokenized passages, window by window: item i is a list of (rows, lists of token ids)."""
 
     def __init__(self, passages: JsonlCorpus, rows: range, inputs: Inputs, max_tokens: int) -> None:
         self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
+        self.size = WINDOW  # goes with the object to the processes that read it
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // WINDOW)
+        return -(-len(self.rows) // self.size)
 
     def __getitem__(self, i: int) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        rows = self.rows[i * WINDOW : (i + 1) * WINDOW]
+        rows = self.rows[i * self.size : (i + 1) * self.size]
         tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop])
         return [
             (np.asarray([rows[j] for j in batch]), [np.asarray(tokens[j], np.int32) for j in batch])
@@ -73,6 +95,9 @@ class Retrieval:
         embedder_precision: of both encoders outside of training.
         embedder_batch_size: passages of full length per batch when the corpus is embedded.
         rerank: passages to embed anew per query and sort by fresh scores; 0: take the index's order.
+        compression: the kind of index to build.
+        retrain: train a compressed index's quantizer again whenever the corpus is embedded again.
+        keep_embeddings: have those of a compressed index in memory while `on_build` is called.
     """
 
     def __init__(
@@ -85,11 +110,16 @@ class Retrieval:
         embedder_precision: str,
         embedder_batch_size: int,
         rerank: int = 0,
+        compression: Compression | None = None,
+        retrain: bool = False,
+        keep_embeddings: bool = False,
     ) -> None:
         self.retriever, self.inputs, self.passages = retriever, inputs, passages
         self.device, self.embedder_precision = device, embedder_precision
         self.max_tokens = devices.embedding_tokens(device, embedder_batch_size, inputs.retriever_maxlength)
         self.rerank = rerank
+        self.compression, self.retrain = compression or Compression(), retrain
+        self.keep_embeddings = keep_embeddings or self.compression.refine_factor > 1
         self.index: ShardedIndex | None = None
         self.on_build: Callable[[], None] = lambda: None
         # weights of the passage encoder that built the index, kept where the encoder moves on (see `keep_builder`)
@@ -98,22 +128,56 @@ class Retrieval:
 
     @torch.no_grad()
     def build(self) -> None:
-        """Embed this rank's share of the corpus into the index: a new one, or the rows of the one that is there."""
+        """Embed this rank's share of the corpus into the index: a new one, or the rows of the one that is there.
+
+        Embeddings are kept in memory where the index, or whoever saves it, needs them; where a compressed index does
+        without, passages are encoded as soon as they are embedded, with the quantizer that is there.
+        """
+        index = self.index
+        compressed = index.compressed if index else None
+        wanted = self.compression
+        if compressed and wanted.kind is None:  # opened as what it is
+            wanted = replace(wanted, kind=index.type, nlist=None)
+        quantizer = compressed.quantizer if compressed and not self.retrain else None
         rows = shard_rows(len(self.passages), distributed.rank(), distributed.world_size())
-        if self.index is None:
-            embeddings = torch.zeros(len(rows), self.retriever.dim, dtype=torch.float16, device=self.device)
-        else:
-            embeddings = self.index.embeddings
-        was_training = self.retriever.training
+        embeddings = codes = None
+        if quantizer is None or self.keep_embeddings:
+            embeddings = self._room_for(rows, wanted)
+        if quantizer is not None:
+            codes = np.empty((len(rows), quantizer.code_size), np.uint8)
+        largest_norm = 0.0
+
+        def store(start: int, vectors: torch.Tensor) -> None:  # rows from `start` on: (n, D) fp16
+            nonlocal largest_norm
+            if embeddings is not None:
+                embeddings[start : start + len(vectors)] = vectors
+            if codes is not None:
+                codes[start : start + len(vectors)], norm = quantizer.encode(vectors, rows.start + start)
+                largest_norm = max(largest_norm, norm)
+
+        was_training, error = self.retriever.training, None
         self.retriever.eval()
-        self._embed(rows, embeddings)
+        try:
+            self._embed(rows, store)
+        except ValueError as not_finite:
+            error = not_finite
         self.retriever.train(was_training)
         distributed.wait_for_all("embedding the corpus")
-        self.index = ShardedIndex(self.passages, embeddings)
+        distributed.raise_anywhere(error)
+        if codes is not None:
+            self.index = None  # whose codes take memory
+            self.index = index_of_codes(self.passages, embeddings, quantizer, codes, largest_norm, wanted, self.device)
+        else:
+            self.index = ShardedIndex(self.passages, embeddings)
+            if wanted.compresses:
+                with ProgressBars() as progress:
+                    self.index = compress(self.index, wanted, device=self.device, progress=progress)
         if self.keep_builder:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         self.on_build()
+        if self.index.compressed and self.compression.refine_factor == 1:
+            self.index.embeddings = None
 
     def build_with(self, encoder: dict[str, torch.Tensor]) -> None:
         """Build with these weights of the passage encoder, and give it back its own."""
@@ -122,8 +186,18 @@ class Retrieval:
         self.build()
         self.retriever.passage_encoder.load_state_dict(own)
 
-    def _embed(self, rows: range, embeddings: torch.Tensor) -> None:
-        """Fill the rows' embeddings; other ranks may have more or fewer batches, nothing here waits for them."""
+    def _room_for(self, rows: range, wanted: Compression) -> torch.Tensor:
+        """Where this rank's embeddings go: into those of the index, if it has any."""
+        if self.index is not None and self.index.embeddings is not None:
+            return self.index.embeddings
+        device = torch.device("cpu") if wanted.compresses else self.device  # where codes are searched, only those
+        return torch.zeros(len(rows), self.retriever.dim, dtype=torch.float16, device=device)
+
+    def _embed(self, rows: range, store: Callable[[int, torch.Tensor], None]) -> None:
+        """Hand the rows' embeddings to `store`, window by window.
+
+        Other ranks may have more or fewer batches, nothing here waits for them.
+        """
         windows = _Windows(self.passages, rows, self.inputs, self.max_tokens)
         processes = devices.tokenizer_processes(distributed.local_world_size()) if len(windows) > 1 else 0
         loader = DataLoader(
@@ -137,13 +211,16 @@ class Retrieval:
         share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
         log.info("Embedding %d passages%s", len(rows), share)
         started = time.monotonic()
+        window = torch.empty(min(windows.size, len(rows)), self.retriever.dim, dtype=torch.float16, device=self.device)
         with progress_bar("embedding", len(rows), "passages") as bar:
-            for batches in loader:
+            for number, batches in enumerate(loader):
+                first = number * windows.size
                 for batch_rows, tokens in batches:
-                    places = torch.from_numpy(batch_rows - rows.start).to(self.device)
-                    embeddings[places] = self._embed_batch(tokens).to(torch.float16)
+                    places = torch.from_numpy(batch_rows - rows.start - first).to(self.device)
+                    window[places] = self._embed_batch(tokens).to(torch.float16)
                     bar.update(len(tokens))
                     distributed.progress()
+                store(first, window[: len(rows) - first])
         devices.synchronize(self.device)
         seconds = time.monotonic() - started
         log.info("Embedded %d passages%s in %.1f s: %.0f a second", len(rows), share, seconds, len(rows) / seconds)

@@ -129,7 +129,8 @@ class Trainer:
         if not learns:
             return TrainingTensors(ids, mask, targets)
         query_ids, query_mask = self.inputs.queries(queries)
-        if self.model.retriever.query_side:  # a frozen encoder: what the index holds is what it would say again
+        if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
+            # a frozen encoder: what the index holds is what it would say again
             embeddings = self.retrieval.index.embeddings_of(found.ids)
             return TrainingTensors(ids, mask, targets, query_ids, query_mask, passage_embeddings=embeddings)
         flat = [passage for of_query in found.passages for passage in of_query]

@@ -52,6 +52,10 @@ DEFAULTS = {
     "model": {
         "reader_model_type": None,
         "retriever_model_path": "facebook/contriever",
+        "retriever_pooling": None,  # ours, like the next three
+        "retriever_normalize": None,
+        "retriever_query_prefix": None,
+        "retriever_passage_prefix": None,
         "text_maxlength": 200,
         "target_maxlength": None,
         "n_context": 1,
@@ -210,10 +214,21 @@ def test_each_flag_takes_a_value_of_its_type(files):
         "target_maxlength": ("-1", -1),
         "clip": ("2", 2.0),
         "precision": ("bf16", "bf16"),
+        "faiss_index_type": ("OPQ64,PQ64", "OPQ64,PQ64"),
+        "retriever_pooling": ("cls", "cls"),
+        "retriever_query_prefix": ("query: ", "query: "),
+        "retriever_passage_prefix": ("", ""),
     }
     config = parse_config(words(files, **{name: text for name, (text, _) in given.items()}))
     values = {key: value for name in SECTIONS for key, value in vars(getattr(config, name)).items()}
     assert {name: values[name] for name in given} == {name: value for name, (_, value) in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"), [({}, None), ({"retriever_normalize": True}, True), ({"no-retriever_normalize": True}, False)]
+)
+def test_a_switch_may_be_left_to_the_config(files, switch, value):
+    assert parse_config(words(files, **switch)).model.retriever_normalize is value
 
 
 def test_quoted_lists_are_taken_apart(files):
@@ -259,6 +274,7 @@ REFUSED = [
     ("train", {"closed_book": True, "use_file_passages": True}, "exclude each other"),
     ("train", {"index_mode": "faiss", "faiss_index_type": "pq"}, "--faiss_code_size"),
     ("train", {"index_mode": "faiss", "faiss_index_type": "ivfpq"}, "--faiss_code_size"),
+    ("train", {"retriever_pooling": "max"}, "--retriever_pooling: invalid choice: 'max'"),
     ("train", {"encoder_format": "{question} {text}"}, "--encoder_format uses {question}; it may use {id}, {query}"),
     ("train", {"retriever_format": "{query} {text}"}, "--retriever_format uses {query}"),
     ("train", {"qa_prompt_format": "{query}"}, "--qa_prompt_format uses {query}; it may use {question}"),

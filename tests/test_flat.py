@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from src.index.flat import FlatIndex, _Buffers, _matrix_product, fixed_inner_products
+from src.index import flat
+from src.index.flat import FlatIndex, error_bound, fixed_inner_products
 
 
 def brute_force(embeddings, queries, k):
@@ -33,6 +34,18 @@ def test_fixed_inner_products_are_inner_products(dimension):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * dimension**0.5)
     one_by_one = [fixed_inner_products(queries[i : i + 1], passages[i : i + 1]) for i in range(50)]
     assert torch.equal(found, torch.cat(one_by_one))
+
+
+@pytest.fixture(params=[False, True], ids=["fp32 first", "16 bits first"], autouse=True)
+def half_precision(request, monkeypatch):
+    """Every test with the first passes of every CPU, and with few queries enough for bf16."""
+    monkeypatch.setattr("src.device.fast_bf16", lambda device: request.param)
+    monkeypatch.setattr("src.index.flat._MANY_QUERIES", 3)
+    return request.param
+
+
+def every_first_pass(index, queries):
+    return [index._fp32_pass(queries), *(index._half_pass(queries, d) for d in (torch.float16, torch.bfloat16))]
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3, 10, 64, 199, 200, 1000])
@@ -92,14 +105,16 @@ def test_best_rows_last_and_first():
 @pytest.mark.parametrize("b", [1, 2, 33])
 @pytest.mark.parametrize("dimension", [5, 768])
 def test_the_error_bound_holds(b, dimension):
-    """Both passes differ by less than the bound, with sums that cancel and with sums that only grow."""
-    for shift in (0.0, 3.0):
+    """Both passes differ by less than the bound: sums that cancel, that only grow, that are too small for fp16."""
+    for shift, scale in ((0.0, 1.0), (3.0, 1.0), (0.0, 2.0**-13)):
         embeddings, queries = made_up(500, dimension, b)
-        embeddings, queries = embeddings + shift, queries + shift
+        embeddings, queries = (embeddings + shift) * scale, (queries + shift) * scale
         index = FlatIndex(embeddings)
-        first = _matrix_product(queries, embeddings, _Buffers(embeddings, b, 500))
         scores, rows = brute_force(embeddings, queries, 500)
-        assert (first.gather(1, rows) - scores).abs().max(1, keepdim=True).values.le(index._error_bound(queries)).all()
+        for first_pass in every_first_pass(index, queries):
+            approximate = torch.empty(b, 500)
+            first_pass.score(0, 500, approximate)
+            assert ((approximate.gather(1, rows) - scores).abs() <= first_pass.error).all()
 
 
 def test_the_error_bound_follows_the_precision_that_is_allowed():
@@ -109,7 +124,7 @@ def test_the_error_bound_follows_the_precision_that_is_allowed():
     try:
         for precision in ("highest", "high", "medium"):
             torch.set_float32_matmul_precision(precision)
-            bounds[precision] = index._error_bound(queries)
+            bounds[precision] = error_bound(queries, index.largest_norm)
             assert_same(index.search(queries, 9), brute_force(embeddings, queries, 9))
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -160,11 +175,33 @@ def test_many_queries_shorten_the_chunks(monkeypatch):
     monkeypatch.setattr("src.index.flat._MOST_PAIRS", 10)
     embeddings, queries = made_up(100, 8, 20)
     lengths = []
+    score = flat._candidates
 
-    def counting(queries, rows, buffers):
-        lengths.append(len(rows))
-        return _matrix_product(queries, rows, buffers)
+    def counting(first_pass, start, end, *rest):
+        lengths.append(end - start)
+        return score(first_pass, start, end, *rest)
 
-    monkeypatch.setattr("src.index.flat._matrix_product", counting)
+    monkeypatch.setattr("src.index.flat._candidates", counting)
     assert_same(FlatIndex(embeddings).search(queries, 6), brute_force(embeddings, queries, 6))
     assert max(lengths) == 3
+
+
+def test_fp32_takes_over_where_16_bits_tell_too_little(monkeypatch, half_precision):
+    """Rows that differ by less than bf16 rounds would nearly all need the second pass."""
+    base, queries = torch.randn(2, 1, 64).expand(2, 4, 64)
+    embeddings = base[:1] + 1e-4 * made_up(5000, 64, 0, torch.float32)[0]
+    scored = []
+    exact_scores = flat._exact_scores
+    monkeypatch.setattr(
+        "src.index.flat._exact_scores",
+        lambda q, query, *rest: scored.append(len(query)) or exact_scores(q, query, *rest),
+    )
+    assert_same(FlatIndex(embeddings, chunk_rows=1000).search(queries, 10), brute_force(embeddings, queries, 10))
+    assert sum(scored) < 0.1 * len(queries) * len(embeddings)
+
+
+def test_scores_that_fp16_cannot_hold():
+    embeddings, queries = made_up(500, 16, 1)
+    for factor in (1e3, 1e6, 1e12):
+        large = queries * factor
+        assert_same(FlatIndex(embeddings * 100).search(large, 9), brute_force(embeddings * 100, large, 9))

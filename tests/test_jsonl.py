@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from src import jsonl
-from src.jsonl import DataError, JsonlCorpus, replacing
+from src.jsonl import JSON_LINES, DataError, JsonlCorpus, LineFormat, replacing
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +146,43 @@ def test_parse_is_applied_and_its_reason_given_a_place(tmp_path):
     assert corpus[[0, 2]] == [{"half": 0}, {"half": 2}]
     with pytest.raises(DataError, match=f"^{path}, line 2: 1 is odd$"):
         corpus[1]
+
+
+def decode_number(line):
+    return {"row": int(line)}
+
+
+def numbers_below_a_header(path, first_line):
+    if path.suffix == ".txt" and first_line not in (b"", b"numbers"):
+        raise ValueError(f"no header but {first_line.decode()}")
+    return LineFormat(decode_number, has_header=True) if path.suffix == ".txt" else JSON_LINES
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_each_file_has_its_format(tmp_path, line_end):
+    plain = write_rows(tmp_path / "a.jsonl", [{"row": 0}, {"row": 1}])
+    numbers, empty = tmp_path / "b.txt", tmp_path / "c.txt"
+    numbers.write_bytes(b"\xef\xbb\xbf" + line_end.join(["", "numbers", "2", "", "three", "4", ""]).encode())
+    empty.write_text("")
+    corpus = JsonlCorpus([plain, numbers, empty, plain], choose_format=numbers_below_a_header)
+    for same in (corpus, pickle.loads(pickle.dumps(corpus))):
+        assert len(same) == 7 and same[[0, 1, 2, 4, 5, 6]] == [{"row": i} for i in (0, 1, 2, 4, 0, 1)]
+        assert [same.format_of(i) is JSON_LINES for i in range(7)] == [True, True, False, False, False, True, True]
+        assert same.raw(2) == b"2" and same.where(2) == f"{numbers}, line 3"
+        with pytest.raises(DataError, match=f"^{numbers}, line 5: invalid literal .* b'three'"):
+            same[3]
+    few = JsonlCorpus([plain, numbers], max_rows=3, choose_format=numbers_below_a_header)
+    assert list(few) == [{"row": 0}, {"row": 1}, {"row": 2}]
+    numbers.write_text("7\n8\n")
+    with pytest.raises(DataError, match=f"^{numbers}: no header but 7$"):
+        JsonlCorpus([plain, numbers], choose_format=numbers_below_a_header)
+
+
+def test_a_record_is_what_parse_is_given(tmp_path):
+    corpus = JsonlCorpus(write_rows(tmp_path / "a.jsonl", [{"row": 1}]), parse=refuse_odd)
+    assert corpus.record(0) == {"row": 1}
+    with pytest.raises(DataError, match="1 is odd"):
+        corpus[0]
 
 
 def test_missing_file(tmp_path):

@@ -1,3 +1,5 @@
+import csv
+import gzip
 import hashlib
 import json
 import pickle
@@ -5,7 +7,15 @@ import pickle
 import numpy as np
 import pytest
 
-from src.index.passages import check_passages, count_duplicates, open_passages, parse_passage
+from src.index.passages import (
+    check_passages,
+    count_duplicates,
+    is_verbatim,
+    open_passages,
+    parse_passage,
+    saved_lines,
+    titles_joined,
+)
 from src.jsonl import DataError
 
 
@@ -97,3 +107,142 @@ def test_check_passages_tells_of_its_progress(tmp_path):
     hashes = check_passages(passages, range(2500), calls.append)
     assert calls == [1000, 1000, 500] and count_duplicates(hashes) == 0
     assert check_passages(passages, range(2500)).tolist() == hashes.tolist()
+
+
+# other formats
+
+ATLAS = [{"id": "a1", "title": "T", "section": "S", "text": "x"}, {"id": 2, "text": 'say "y"', "year": [1]}]
+BEIR = [
+    {"_id": "b1", "title": "", "text": "no title", "metadata": {}},
+    {"_id": 7, "title": "U", "text": "x\ty", "section": "V", "metadata": {"url": "http://u", "n": 1.5}},
+]
+DPR = [
+    ["1", 'Aaron ( or ; ""Ahärôn"") is a "prophet", \u4f60', '"Weird Al" Yankovic'],
+    ["2", "tab\there", ""],
+    ["3", "", "only a title"],
+]
+
+
+def write_tsv(path, rows=DPR, header=("id", "text", "title")):
+    """As csv writers do: quoted where needed, quotes doubled."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows([header, *rows])
+    return path
+
+
+def pack(path):
+    packed = path.with_name(path.name + ".gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return packed
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("order", [("atlas", "beir", "dpr"), ("dpr", "atlas", "beir"), ("beir", "dpr", "atlas")])
+def test_formats_are_mixed(tmp_path, packed, order):
+    files = {
+        "atlas": write(tmp_path / "atlas.jsonl", ATLAS),
+        "beir": write(tmp_path / "corpus.jsonl", BEIR),
+        "dpr": write_tsv(tmp_path / "psgs_w100.tsv"),
+    }
+    expected = {
+        "atlas": [ATLAS[0] | {"title": "T: S"}, ATLAS[1] | {"id": "2", "title": ""}],
+        "beir": [
+            {"id": "b1", "title": "", "text": "no title", "metadata": {}},
+            {"id": "7", "title": "U: V", "text": "x\ty", "section": "V", "metadata": {"url": "http://u", "n": 1.5}},
+        ],
+        "dpr": [dict(zip(("id", "text", "title"), row, strict=True)) for row in DPR],
+    }
+    paths = [pack(files[name]) if packed else files[name] for name in order]
+    wanted = [passage for name in order for passage in expected[name]]
+    corpus = open_passages(paths)
+    assert list(corpus) == list(pickle.loads(pickle.dumps(corpus))) == wanted
+    assert check_passages(corpus, range(7)).shape == (7,)
+    for most in range(9):
+        assert list(open_passages(paths, max_passages=most)) == wanted[:most]
+
+
+def test_the_released_tsv_as_it_stands(tmp_path):
+    path = tmp_path / "psgs_w100.tsv"
+    path.write_bytes(
+        b'id\ttext\ttitle\r\n1\t"Aaron Aaron ( or ; ""Ahar\xc3\xb4n"") is a prophet"\tAaron\r\n'
+        b'2\tplain "inside" text\t"""Heroes"" (album)"\r\n'
+    )
+    assert list(open_passages(path)) == [
+        {"id": "1", "text": 'Aaron Aaron ( or ; "Ahar\u00f4n") is a prophet', "title": "Aaron"},
+        {"id": "2", "text": 'plain "inside" text', "title": '"Heroes" (album)'},
+    ]
+
+
+def test_columns_of_a_tsv_go_by_their_names(tmp_path):
+    rows = [["T", "x", "S", "1"]]
+    path = write_tsv(tmp_path / "corpus.txt", rows, ("title", "text", "section", "id"))
+    assert list(open_passages(path)) == [{"id": "1", "text": "x", "title": "T: S", "section": "S"}]
+    path = write_tsv(tmp_path / "two.tsv", [["1", "x"]], ("id", "text"))
+    assert list(open_passages(path)) == [{"id": "1", "text": "x", "title": ""}]
+
+
+@pytest.mark.parametrize("content", ["", "\n", "id\ttext\ttitle\n"])
+def test_a_tsv_without_passages(tmp_path, content):
+    path = tmp_path / "a.tsv"
+    path.write_text(content)
+    assert list(open_passages(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"3\tx", r"expected 3 fields \(id, text, title\) on one line, found 2"),
+        (b"3\tx\ty\tz", "expected 3 fields .* found 4"),
+        (b'3\t"the text goes on', "expected 3 fields .* found 2"),
+        (b"\tx\ty", "a passage needs an `id`"),
+        (b"3\t\xff\ty", r"not UTF-8 \(byte 0xff at position 3\)"),
+        (b"3\t" + b"x" * 200_000 + b"\ty", r"not tsv \(field larger than field limit"),
+    ],
+)
+def test_a_bad_line_of_a_tsv_is_named(tmp_path, line, reason):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"id\ttext\ttitle\n1\tx\ty\n\n" + line + b"\n5\tx\ty\n")
+    corpus = open_passages(path)
+    assert len(corpus) == 3 and corpus[2]["id"] == "5"
+    with pytest.raises(DataError, match=f"^{path}, line 4: {reason}"):
+        corpus[1]
+
+
+def test_a_tsv_without_a_header_and_a_line_of_another_format(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("1\tx\ty\n")
+    with pytest.raises(DataError, match=rf"^{path}: a .tsv corpus needs a first line .*\['1', 'x', 'y'\]"):
+        open_passages(path)
+    mixed = write(tmp_path / "corpus.jsonl", [BEIR[0], ATLAS[0]])
+    with pytest.raises(DataError, match=f"^{mixed}, line 2: .* needs an `_id`, found only id, title, section, text"):
+        open_passages(mixed)[1]
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("nonsense\n")
+    with pytest.raises(DataError, match=f"^{broken}, line 1: not JSON"):
+        open_passages(broken)[0]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_saved_lines_open_as_the_same_passages(tmp_path, joined):
+    atlas = tmp_path / "atlas.jsonl"
+    atlas.write_bytes(b"\n".join(b"  " + json.dumps(record).encode() + b"  \r" for record in ATLAS))
+    beir, dpr = write(tmp_path / "corpus.jsonl", BEIR), write_tsv(tmp_path / "psgs.tsv")
+    for paths in ([atlas], [beir], [dpr], [dpr, atlas, beir], [beir, atlas]):
+        corpus = open_passages(paths, titles_joined=joined)
+        assert is_verbatim(corpus) == (paths == [atlas]) and titles_joined(corpus) == joined
+        lines = list(saved_lines(corpus, range(len(corpus))))
+        assert not any(b"\n" in line for line in lines)
+        saved = tmp_path / "saved.jsonl"
+        saved.write_bytes(b"".join(line + b"\n" for line in lines))
+        again = open_passages(saved, titles_joined=joined)
+        assert list(again) == list(corpus) and is_verbatim(again)
+    assert list(saved_lines(open_passages(atlas), [1])) == [b"  " + json.dumps(ATLAS[1]).encode() + b"  "]
+
+
+def test_an_id_of_ones_own_beside_another_is_the_id(tmp_path):
+    records = [{"id": "1", "_id": "other", "text": "x"}, {"_id": "only", "text": "y"}]
+    corpus = open_passages(write(tmp_path / "a.jsonl", records))
+    assert corpus[0] == records[0] | {"title": ""} and is_verbatim(corpus)
+    with pytest.raises(DataError, match="line 2: a passage needs an `id`"):
+        corpus[1]

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import finetune_qa
+from preprocessing.make_tiny_models import build_tiny_models
 from src.index.storage import save_index
 from src.reader import load_reader
 from src.retrieval import Retrieval
@@ -52,13 +54,11 @@ def start(*words, **environment):
     )
 
 
-@pytest.fixture(scope="module")
-def data_directory(tmp_path_factory):
+def download(home, directory):
     """What the download scripts would have brought, small: questions, a published checkpoint, an index, a corpus."""
-    home, directory = world(), tmp_path_factory.mktemp("data")
     (directory / "nq_data").mkdir()
-    shutil.copy(home / "train.jsonl", directory / "nq_data/train.100-shot.jsonl")
-    shutil.copy(home / "dev.jsonl", directory / "nq_data/test.jsonl")
+    shutil.copy(world() / "train.jsonl", directory / "nq_data/train.100-shot.jsonl")
+    shutil.copy(world() / "dev.jsonl", directory / "nq_data/test.jsonl")
     reader = load_reader(str(home / "models/reader"), dropout=None)
     retriever = load_retriever(str(home / "models/retriever"), query_side=False, dropout=None)
     state = {f"reader.{name}": tensor for name, tensor in reader.state_dict().items()}
@@ -70,12 +70,28 @@ def data_directory(tmp_path_factory):
     return directory
 
 
-def announced(command, directory):
+@pytest.fixture(scope="module")
+def data_directory(tmp_path_factory):
+    return download(world(), tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A world whose embeddings have 192 numbers, which 64 and 192 divide; and what would have been downloaded."""
+    home = tmp_path_factory.mktemp("wide")
+    shutil.copy(world() / "passages.jsonl", home)
+    texts = [f"{p['title']} {p['text']}" for p in read_jsonl(home / "passages.jsonl")]
+    build_tiny_models(texts, home / "models", vocabulary_size=400, retriever_width=192)
+    return home, download(home, tmp_path_factory.mktemp("data"))
+
+
+def announced(command, directory, home=None):
     """The announcement's flags, with tiny local models in place of the hub's, and few passages per question."""
+    home = home or world()
     words = shlex.split(command.replace("$DATA_DIR", str(directory)).replace("\n", " "))
     flags = words[words.index("finetune_qa.py") + 1 :]
-    flags[flags.index("google/t5-xl-lm-adapt")] = str(world() / "models/reader")
-    return ["finetune_qa.py", *flags, "--retriever_model_path", str(world() / "models/retriever")]
+    flags[flags.index("google/t5-xl-lm-adapt")] = str(home / "models/reader")
+    return ["finetune_qa.py", *flags, "--retriever_model_path", str(home / "models/retriever")]
 
 
 @pytest.mark.slow
@@ -93,11 +109,32 @@ def test_the_announced_command(data_directory):
     assert f"results in {directory}/test-step-31.jsonl" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code_size", [192, 64])
-def test_the_announced_compressed_commands_stop_with_a_sentence(data_directory, code_size):
-    done = start(sys.executable, *announced(ANNOUNCED_PQ.format(code_size=code_size), data_directory))
+def test_the_announced_compressed_commands(wide, tmp_path, code_size):
+    """A flat index is loaded and compressed; kept with --save_index_path, it is opened as it is by the next run."""
+    home, directory = wide
+    command = announced(ANNOUNCED_PQ.format(code_size=code_size), directory, home)
+    command += ["--checkpoint_dir", str(tmp_path), "--save_index_path", str(tmp_path / "pq")]
+    done = start(*TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    directory = tmp_path / "my_finetuning_experiment_pq_64_xl"
+    log = (directory / "run.log").read_text()
+    assert f"Training the quantizer PQ{code_size} on 300 of 300 passages" in log
+    rows = read_jsonl(directory / "test-step-31.jsonl")
+    assert all(len(row["passages"]) == 40 for row in rows) and len(rows) == 11
+    assert np.load(tmp_path / "pq/codes.1.npy").shape == (300, code_size)
+    line = ["--index_mode", "flat", "--load_index_path", str(tmp_path / "pq"), "--name", "next", "--restart"]
+    again = start(sys.executable, *command, *line, "--total_steps", 6, "--eval_freq", 3)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"is a compressed index: PQ{code_size}, {code_size} bytes a passage" in again.stdout
+    assert "Training the quantizer" not in again.stdout
+
+
+def test_a_code_size_that_does_not_divide_stops_with_a_sentence(data_directory):
+    done = start(sys.executable, *announced(ANNOUNCED_PQ.format(code_size=192), data_directory))
     assert done.returncode == 1
-    assert "--index_mode faiss is not in this version yet: use --index_mode flat" in done.stderr
+    assert "--faiss_code_size 192 does not divide the embedding size 64; try 64" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 

@@ -5,7 +5,8 @@ import torch
 
 from src import distributed
 from src.index.flat import FlatIndex
-from src.index.sharded import ShardedIndex, shard_rows
+from src.index.quantized import Compression
+from src.index.sharded import ShardedIndex, compress, shard_rows
 from tests.ranks import run_on_ranks
 from tests.test_flat import assert_same, brute_force, made_up
 
@@ -112,3 +113,83 @@ def test_k_below_1_is_refused():
     embeddings, queries = made_up(9, 4, 2)
     with pytest.raises(ValueError, match="at least 1"):
         make_index(embeddings).search(queries, 0)
+
+
+# Compressed
+
+
+def _search_compressed(embeddings, queries, sizes, k, compression):
+    index = compress(make_index(embeddings), compression)
+    hits = index.search(my_part(queries, sizes), k)
+    return hits.scores, hits.ids
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        Compression("pq", 4),
+        Compression("pq", 4, train_size=40, seed=5),
+        Compression("ivfpq", 4, nprobe=1),
+        Compression("ivfsq", nprobe=2),
+        Compression("ivfflat", nprobe=2, nlist=6),
+        Compression("RR12,IVF3,SQ8", nprobe=2),
+        Compression("ivfpq", 4, refine_factor=3),
+        Compression("pq", 2, refine_factor=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [1, 7, 60])
+def test_the_number_of_ranks_changes_nothing(n, compression):
+    """Ranks with other queries, none, and an empty share; few lists, too few of them for k; refined."""
+    embeddings, queries = made_up(n, 12, 6)
+    embeddings[n // 2 :] = embeddings[: n - n // 2].clone()  # ties across shards
+    for k in (1, 5, 40):
+        expected = None
+        for sizes in ([6], [6, 0], [1, 2, 3]):
+            parts = run_on_ranks(len(sizes), _search_compressed, embeddings, queries, sizes, k, compression)
+            found = torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])
+            assert found[0].shape == (6, min(k, n)) and found[0].isfinite().all()
+            assert all(len(set(row)) == len(row) for row in found[1].tolist())
+            expected = expected or found
+            assert_same(found, expected)
+
+
+@pytest.mark.parametrize("refine_factor", [2, 5, 100])
+def test_refined_hits_are_candidates_in_the_order_of_their_embeddings(refine_factor):
+    embeddings, queries = made_up(80, 12, 6)
+    flat = make_index(embeddings)
+    rough = compress(flat, Compression("pq", 2)).search(queries, min(4 * refine_factor, 80))
+    found = compress(flat, Compression("pq", 2, refine_factor=refine_factor)).search(queries, 4)
+    scores, order = brute_force(embeddings, queries, 80)
+    for row, (query_scores, query_order) in enumerate(zip(scores, order, strict=True)):
+        kept = torch.isin(query_order, rough.ids[row])
+        assert_same((found.scores[row], found.ids[row]), (query_scores[kept][:4], query_order[kept][:4]))
+    if refine_factor == 100:  # all are candidates
+        assert_same(found, brute_force(embeddings, queries, 4))
+
+
+def _refuse_to_compress(embeddings, compression):
+    try:
+        compress(ShardedIndex(Passages(len(embeddings)), *_with_local(embeddings)), compression)
+    except ValueError as error:
+        return str(error)
+
+
+def _with_local(embeddings):
+    rows = shard_rows(len(embeddings), distributed.rank(), distributed.world_size())
+    mine = embeddings[rows.start : rows.stop]
+    return mine, FlatIndex(mine, largest_norm=1.0)  # as one that was saved: nobody looks at the values
+
+
+@pytest.mark.parametrize("train_size", [None, 1])
+def test_a_bad_embedding_ends_every_rank_with_its_number(train_size):
+    """Whether it is in the sample, or seen only when it is encoded."""
+    embeddings, _ = made_up(9, 4, 0)
+    embeddings[7, 0] = float("inf")
+    answers = run_on_ranks(2, _refuse_to_compress, embeddings, Compression("pq", 2, train_size=train_size))
+    assert answers == ["the embedding of passage 7 is not finite: has the training diverged?"] * 2
+
+
+def test_what_cannot_be_made_ends_every_rank():
+    answers = run_on_ranks(2, _refuse_to_compress, made_up(9, 4, 0)[0], Compression("pq", 3))
+    assert answers == ["--faiss_code_size 3 does not divide the embedding size 4; try 2 or 4"] * 2

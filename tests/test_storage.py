@@ -1,5 +1,6 @@
 """Saved indices: any number of ranks writes, any number opens; damage is refused; published ones are converted."""
 
+import hashlib
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ from src.index import files
 from src.index.flat import FlatIndex
 from src.index.passages import open_passages
 from src.index.published import convert_published, is_published, load_plain_pickle
-from src.index.sharded import ShardedIndex, shard_rows
-from src.index.storage import open_index, save_index
+from src.index.quantized import Compression, Quantizer, train
+from src.index.sharded import ShardedIndex, compress, shard_rows
+from src.index.storage import compress_index, open_index, save_index
 from tests.parity import parity_kit
 from tests.ranks import run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
@@ -312,6 +314,263 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatc
     assert len(seen) > 5  # the writers did get somewhere
     _save(directory, corpora[0], torch.zeros(300, 64).half())
     assert len(names(directory)) == 4  # what the killed ones left is gone
+
+
+# Compressed indices
+
+KINDS = {"pq": 4, "ivfpq": 4, "ivfsq": None, "ivfflat": None, "flat": None, "OPQ3_6,PQ3": None, "SQ8": None}
+
+
+def asked(kind, **settings):
+    return Compression(kind, code_size=KINDS[kind], **settings)
+
+
+def _compress_and_save(directory, corpus, embeddings, kinds, codes_only=False):
+    for kind in kinds:
+        index = compress(make_index(open_passages(corpus), embeddings), asked(kind))
+        save_index(
+            directory / kind, index, retriever_fingerprint="abc", codes_only=codes_only and index.compressed is not None
+        )
+
+
+def _open_and_search_each(directory, queries, ks, kinds):
+    answers = []
+    for kind in kinds:
+        index = open_index(directory / kind, device=CPU, dimension=queries.shape[1])
+        assert index.type == asked(kind).factory(index.size, index.dimension)
+        mine = queries[distributed.rank() :: distributed.world_size()]  # other queries, and other numbers of them
+        hits = [index.search(mine, k) for k in ks]
+        answers.append([(h.scores, h.ids) for h in hits])
+    return answers
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 200, 1000])
+def test_compressed_indices_are_the_same_at_every_number_of_ranks(n):
+    """Trained, encoded and saved by any number of ranks, opened by any other: the same files, ids and scores."""
+    directory = Path(scratch_directory())
+    embeddings, queries = made_up(n, 8, 7)
+    embeddings[n // 2 :] = embeddings[: n - n // 2].clone()  # ties
+    corpus = write_corpus(directory / "corpus.jsonl", n)
+    kinds = [kind for kind in KINDS if n == 200 or not kind.startswith("OPQ")]  # which takes a second to train
+    ks = (1, 5, n + 3)
+    expected, content = [], {}
+    for writers in (1, 2, 3):
+        run_on_ranks(writers, _compress_and_save, directory / str(writers), corpus, embeddings, kinds)
+        for kind in kinds:
+            for name in {"codes.1.npy", "trained.1.faiss", "embeddings.1.npy"} & set(
+                names(directory / str(writers) / kind)
+            ):
+                found = (directory / str(writers) / kind / name).read_bytes()
+                assert content.setdefault((kind, name), found) == found
+        for kind in () if expected else kinds:
+            index = open_index(directory / str(writers) / kind, device=CPU)
+            decoded, rotated = embeddings, queries
+            if index.compressed:
+                decoded = torch.from_numpy(index.compressed.quantizer.decode(index.compressed.codes()))
+                rotated = index.compressed.quantizer.rotate(queries)
+            expected.append([brute_force(decoded, rotated, k) for k in ks])
+        for readers in (1, 2, 3):
+            answers = run_on_ranks(readers, _open_and_search_each, directory / str(writers), queries, ks, kinds)
+            for rank, of_rank in enumerate(answers):
+                for hits, wanted in zip(of_rank, expected, strict=True):
+                    for found, (scores, ids) in zip(hits, wanted, strict=True):
+                        assert_same(found, (scores[rank::readers], ids[rank::readers]))
+
+
+def compressed(tmp_path, kind="pq", n=300, codes_only=False, name="compressed"):
+    embeddings, queries = made_up(n, 8, 4)
+    corpus = tmp_path / "corpus.jsonl"
+    if not corpus.exists():
+        write_corpus(corpus, n)
+    index = compress(make_index(open_passages(corpus), embeddings), asked(kind))
+    save_index(tmp_path / name, index, retriever_fingerprint="abc", codes_only=codes_only)
+    return tmp_path / name, embeddings, queries
+
+
+@pytest.mark.parametrize("kind", ["pq", "ivfpq", "ivfsq", "SQ8"])
+def test_codes_alone_are_enough(tmp_path, kind):
+    whole, _, queries = compressed(tmp_path, kind)
+    alone, *_ = compressed(tmp_path, kind, codes_only=True, name="alone")
+    assert names(whole) == ["codes.1.npy", "embeddings.1.npy", "index.json", "passages.1.jsonl", "trained.1.faiss"]
+    assert names(alone) == ["codes.1.npy", "index.json", "passages.1.jsonl", "trained.1.faiss"]
+    a, b = open_index(whole, device=CPU), open_index(alone, device=CPU)
+    assert a.has_embeddings and not b.has_embeddings
+    assert_same(a.search(queries, 9), b.search(queries, 9))
+    assert np.array_equal(np.load(alone / "codes.1.npy"), b.compressed.codes())
+
+
+def test_codes_alone_can_be_saved_again(tmp_path):
+    alone, _, queries = compressed(tmp_path, "ivfpq", codes_only=True)
+    index = open_index(alone, device=CPU)
+    save_index(tmp_path / "again", index)
+    assert_same(open_index(tmp_path / "again", device=CPU).search(queries, 9), index.search(queries, 9))
+    flat = make_index(open_passages(tmp_path / "corpus.jsonl"), made_up(300, 8, 4)[0])
+    with pytest.raises(ValueError, match="--save_index_codes_only: a flat index has no codes"):
+        save_index(tmp_path / "flat", flat, codes_only=True)
+
+
+def test_a_compressed_index_is_opened_by_whoever_asks_for_it_or_for_nothing(tmp_path):
+    directory, embeddings, queries = compressed(tmp_path, "ivfpq", codes_only=True)
+    expected = open_index(directory, device=CPU).search(queries, 9)
+    for compression in (asked("ivfpq"), asked("ivfpq", nlist=17), Compression("IVF17,PQ4")):
+        assert_same(open_index(directory, device=CPU, compression=compression).search(queries, 9), expected)
+    for compression, wanted in [
+        (Compression("ivfpq", 2), "IVF17,PQ2"),
+        (asked("ivfpq", nlist=5), "IVF5,PQ4"),
+        (asked("pq"), "PQ4"),
+        (asked("flat"), "flat"),
+    ]:
+        with pytest.raises(ValueError, match=f"of type IVF17,PQ4 without embeddings, and {wanted} is asked for"):
+            open_index(directory, device=CPU, compression=compression)
+    with pytest.raises(ValueError, match="--faiss_code_size 3 does not divide the embedding size 8; try 2 or 4"):
+        open_index(directory, device=CPU, compression=Compression("pq", 3))
+    with pytest.raises(ValueError, match="embeddings of size 8, the retriever makes them of size 16"):
+        open_index(directory, device=CPU, dimension=16)
+
+
+def test_an_index_with_embeddings_becomes_any_other_kind(tmp_path):
+    directory, embeddings, queries = compressed(tmp_path, "ivfpq")
+    flat = open_index(directory, device=CPU, compression=asked("flat"))
+    assert flat.type == "flat" and isinstance(flat.local, FlatIndex)
+    assert_same(flat.search(queries, 9), brute_force(embeddings, queries, 9))
+    other = open_index(directory, device=CPU, compression=asked("pq"))
+    direct = compress(make_index(open_passages(tmp_path / "corpus.jsonl"), embeddings), asked("pq"))
+    assert_same(other.search(queries, 9), direct.search(queries, 9))
+
+
+def test_a_flat_index_is_compressed_without_a_model(tmp_path):
+    """Embeddings and text are linked where they can be, and the retriever is remembered."""
+    flat, embeddings, queries = saved(tmp_path, n=300)
+    told = []
+    compress_index(flat, tmp_path / "pq", asked("pq"), progress=lambda *words: told.append(words))
+    assert (tmp_path / "pq/embeddings.1.npy").samefile(flat / "embeddings.1.npy")
+    assert files.read_description(tmp_path / "pq").retriever == "abc"
+    assert told[-1] == ("encoding", 300, 300) and {what for what, *_ in told} >= {"gathering a sample", "encoding"}
+    compress_index(flat, tmp_path / "alone", asked("pq"), codes_only=True)
+    expected = compress(make_index(open_passages(tmp_path / "corpus.jsonl"), embeddings), asked("pq"))
+    for directory in (tmp_path / "pq", tmp_path / "alone"):
+        assert_same(open_index(directory, device=CPU).search(queries, 9), expected.search(queries, 9))
+    compress_index(flat, flat, asked("pq"))  # in place: what is there already stays
+    assert names(flat) == ["codes.2.npy", "embeddings.1.npy", "index.json", "passages.1.jsonl", "trained.2.faiss"]
+    assert open_index(flat, device=CPU).type == "PQ4"
+
+
+def test_embeddings_are_copied_where_links_do_not_work(tmp_path, monkeypatch):
+    flat, embeddings, _ = saved(tmp_path)
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
+    compress_index(flat, tmp_path / "pq", asked("pq"))
+    assert np.array_equal(np.load(tmp_path / "pq/embeddings.1.npy"), embeddings.numpy())
+
+
+def test_refinement_needs_embeddings(tmp_path):
+    alone, *_ = compressed(tmp_path, codes_only=True)
+    with pytest.raises(ValueError, match="--refine_factor 4 needs the embeddings, and this index holds codes alone"):
+        open_index(alone, device=CPU, compression=Compression(refine_factor=4))
+
+
+def test_writing_into_opened_codes_does_not_change_the_file(tmp_path):
+    directory, _, queries = compressed(tmp_path, codes_only=True)
+    before = open_index(directory, device=CPU).search(queries, 9)
+    open_index(directory, device=CPU).compressed.codes()[:] = 0
+    assert_same(open_index(directory, device=CPU).search(queries, 9), before)
+
+
+@pytest.mark.parametrize("kind", ["pq", "ivfpq"])
+def test_damaged_compressed_files_are_refused_in_one_sentence_or_harmless(tmp_path, kind):
+    directory, _, queries = compressed(tmp_path, kind, n=60)
+    os.unlink(tmp_path / "corpus.jsonl")
+    chance, refused = random.Random(1), 0
+    originals = {name: (directory / name).read_bytes() for name in names(directory)}
+    for i in range(250):
+        name = sorted(originals)[i % len(originals)]
+        (directory / name).write_bytes(damaged(originals[name], chance))
+        try:
+            index = open_index(directory, device=CPU, compression=Compression(refine_factor=2))
+            index.passages_of(index.search(queries, 60).ids)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(directory) in str(error) or "damaged" in str(error)
+        else:
+            assert name in ("embeddings.1.npy", "codes.1.npy")  # other numbers are other numbers
+        (directory / name).write_bytes(originals[name])
+    assert refused > 150
+
+
+def test_a_damaged_quantizer_never_reaches_faiss(tmp_path, monkeypatch):
+    directory, *_ = compressed(tmp_path, n=20)
+    trained = directory / "trained.1.faiss"
+    content = trained.read_bytes()
+    monkeypatch.setattr(Quantizer, "load", None)
+    for other in (content[:-1], content + b"x", content[:100] + bytes([content[100] ^ 1]) + content[101:], b""):
+        trained.write_bytes(other)
+        with pytest.raises(ValueError, match=r"trained.1.faiss was changed or damaged, its checksum does not fit"):
+            open_index(directory, device=CPU)
+    trained.unlink()
+    with pytest.raises(ValueError, match=r"trained.1.faiss, which index.json names, is missing"):
+        open_index(directory, device=CPU)
+
+
+def test_a_quantizer_of_another_index_is_refused(tmp_path):
+    """Even by someone who made the checksums fit."""
+    directory, *_ = compressed(tmp_path, n=20)
+    other, *_ = compressed(tmp_path, "ivfpq", n=20, name="other")
+    content = (other / "trained.1.faiss").read_bytes()
+    (directory / "trained.1.faiss").write_bytes(content)
+    fields = json.loads((directory / "index.json").read_text())
+    fields["compressed"]["trained_checksum"] = hashlib.sha256(content).hexdigest()
+    fields["checksum"] = files._checksum({k: v for k, v in fields.items() if k not in ("version", "checksum")})
+    (directory / "index.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"trained.1.faiss: it holds .* not an empty trained index"):
+        open_index(directory, device=CPU)
+
+
+def _save_compressed_for_ever(directory, corpora, quantizers):
+    for turn in range(10**6):
+        kind = turn % 2
+        flat = make_index(open_passages(corpora[kind]), torch.full((300, 8), float(kind + 1)).half())
+        index = compress(flat, Compression("any"), quantizer=quantizers[kind])
+        save_index(directory, index, codes_only=kind == 1)
+
+
+def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monkeypatch):
+    """Two of different types, with and without embeddings, are saved in turns; 20 kills."""
+    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    corpora = [write_corpus(tmp_path / f"{kind}.jsonl", 300, word) for kind, word in enumerate(("zero", "one"))]
+    sample = made_up(300, 8, 0, torch.float32)[0].numpy()
+    quantizers = [train("PQ4", sample), train("SQ8", sample)]
+    directory, chance, seen = tmp_path / "index", random.Random(0), set()
+    _save(directory, corpora[0], torch.ones(300, 8).half())
+    for _ in range(20):
+        writer = get_context("fork").Process(target=_save_compressed_for_ever, args=(directory, corpora, quantizers))
+        writer.start()
+        time.sleep(chance.uniform(0.02, 0.2))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        index = open_index(directory, device=CPU)
+        kind = {"flat": 0, "PQ4": 0, "SQ8": 1}[index.type]
+        assert {p["text"].split()[0] for p in index.passages} == {["zero", "one"][kind]}
+        if index.compressed:
+            expected, _ = quantizers[kind].encode(torch.full((300, 8), float(kind + 1)).half(), 0)
+            assert np.array_equal(index.compressed.codes(), expected)
+        assert index.has_embeddings == (kind == 0)
+        if index.has_embeddings:
+            assert index.embeddings.unique().tolist() == [1.0]
+        seen.add(json.loads((directory / "index.json").read_text())["passages"])
+    assert len(seen) > 5  # the writers did get somewhere
+    save_index(directory, open_index(directory, device=CPU))
+    assert set(names(directory)) == files.read_description(directory).files() | {"index.json"}
+
+
+def test_a_published_index_is_compressed_as_it_is_opened(tmp_path):
+    embeddings, passages = publish(tmp_path / "published", sizes=(30, 11, 40))
+    queries = made_up(1, 6, 3)[1]
+    opened = {"device": CPU, "converted": tmp_path / "ours", "compression": Compression("pq", 3)}
+    index = open_index(tmp_path / "published", **opened)
+    save_index(tmp_path / "pq", index, codes_only=True)
+    expected = index.search(queries, 5)
+    assert index.type == "PQ3" and list(index.passages) == passages
+    assert_same(open_index(tmp_path / "pq", device=CPU).search(queries, 5), expected)
+    assert list(open_index(tmp_path / "pq", device=CPU).passages) == passages
 
 
 # Published indices

@@ -1,13 +1,16 @@
 """The files of a saved index, and how a directory goes from one whole index to the next.
 
-Files carry the number of their generation: `passages.3.jsonl`, `embeddings.3.npy`. `index.json` says which of them
+Files carry the number of their generation: `passages.3.jsonl`, `embeddings.3.npy`, and of a compressed index
+`trained.3.faiss` (the quantizer) and `codes.3.npy`, which can do without embeddings. `index.json` says which of them
 belong together; it is replaced last and the files it no longer names are removed after that, so a writer killed at any
-moment leaves the old index or the new one. All this is for one process at a time, but for `write_embeddings`.
+moment leaves the old index or the new one. All this is for one process at a time, but for `write_embeddings` and
+`write_codes`.
 """
 
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable
@@ -22,9 +25,10 @@ from src.jsonl import replacing
 
 VERSION = 1
 WRITE_BYTES = 2**26  # written at a time, between two signs of life
-_OURS = re.compile(r"(?:passages\.(\d+)\.jsonl(?:\.offsets\.npy)?|embeddings\.(\d+)\.npy)")
+_OURS = re.compile(r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes)\.\d+\.npy|trained\.\d+\.faiss)")
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 _HEADER_BYTES = 128
+_FP16, _BYTE = np.dtype("<f2"), np.dtype("u1")
 _AGAIN = "copy the index again, or build it anew"
 
 
@@ -38,19 +42,37 @@ class CorpusFingerprint:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """The codes of a compressed index."""
+
+    trained: str  # name of a file: the quantizer
+    trained_checksum: str  # of that file
+    codes: str  # name of a file
+    code_size: int  # bytes per passage
+    largest_norm: float  # bounds the L2 norm of every decoded code
+
+
+@dataclass(frozen=True)
 class Description:
     """What `index.json` says."""
 
-    type: str  # of index: "flat"
+    type: str  # of index: "flat", or the Faiss factory string of its codes
     size: int  # N
     dimension: int  # D
-    largest_norm: float  # bounds the L2 norm of every embedding
+    largest_norm: float | None  # bounds the L2 norm of every embedding
     passages: str  # name of a file
-    embeddings: str  # name of a file
+    embeddings: str | None  # name of a file; a compressed index can do without
     titles_joined: bool  # whether titles hold the section already
     corpus: CorpusFingerprint
     retriever: str | None  # fingerprint of the encoder, where it is known
     source: str | None = None  # fingerprint of the published index that this was made from
+    compressed: Compressed | None = None
+
+    def files(self) -> set[str]:
+        """Names of all files of the index but `index.json`."""
+        codes = {self.compressed.trained, self.compressed.codes} if self.compressed else set()
+        embeddings = {self.embeddings} if self.embeddings else set()
+        return {self.passages, f"{self.passages}.offsets.npy"} | embeddings | codes
 
 
 def has_index(directory: Path) -> bool:
@@ -79,8 +101,11 @@ def read_description(directory: Path) -> Description:
         raise ValueError(f"{path} is of format version {version!r}, this program reads {VERSION}: {_AGAIN}")
     if checksum != _checksum(fields):
         raise ValueError(f"{path} was edited or damaged, its checksum does not fit: {_AGAIN}")
-    description = Description(**fields | {"corpus": CorpusFingerprint(**fields["corpus"])})
-    if not (is_ours(description.passages) and is_ours(description.embeddings)):
+    nested = {"corpus": CorpusFingerprint(**fields["corpus"])}
+    if fields.get("compressed"):
+        nested["compressed"] = Compressed(**fields["compressed"])
+    description = Description(**fields | nested)
+    if not all(map(is_ours, description.files())):
         raise ValueError(f"{path} names files that do not belong to an index: {_AGAIN}")
     return description
 
@@ -88,8 +113,7 @@ def read_description(directory: Path) -> Description:
 def next_generation(directory: Path) -> int:
     """A number that no file in the directory carries; makes the directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    found = [_OURS.fullmatch(path.name) for path in directory.iterdir()]
-    return 1 + max((int(match[1] or match[2]) for match in found if match), default=0)
+    return 1 + max((int(path.name.split(".")[1]) for path in directory.iterdir() if is_ours(path.name)), default=0)
 
 
 def commit(directory: Path, description: Description) -> None:
@@ -100,7 +124,7 @@ def commit(directory: Path, description: Description) -> None:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    kept = {description.passages, f"{description.passages}.offsets.npy", description.embeddings}
+    kept = description.files()
     for path in directory.iterdir():
         half_written = _HALF_WRITTEN.fullmatch(path.name)  # by a writer that was killed
         name = half_written[1] if half_written else path.name
@@ -121,9 +145,12 @@ def fingerprint_corpus(path: Path, rows: int, blocks: int = 64, block_bytes: int
 
 def create_embeddings(path: Path, size: int, dimension: int) -> None:
     """Make the file for `(N, D)` fp16 embeddings, full of zeros."""
-    with open(path, "xb") as file:
-        file.write(_npy_header(size, dimension))
-        file.truncate(_npy_bytes(size, dimension))
+    _create_array(path, size, dimension, _FP16)
+
+
+def create_codes(path: Path, size: int, code_size: int) -> None:
+    """Make the file for `(N, code_size)` bytes, full of zeros."""
+    _create_array(path, size, code_size, _BYTE)
 
 
 def write_embeddings(path: Path, first_row: int, embeddings: torch.Tensor, heartbeat: Callable[[], None]) -> float:
@@ -132,19 +159,21 @@ def write_embeddings(path: Path, first_row: int, embeddings: torch.Tensor, heart
     Raises:
         ValueError: a value is not finite in fp16.
     """
-    n, dimension = embeddings.shape
-    step = max(1, WRITE_BYTES // (2 * dimension))
     largest = 0.0
-    with open(path, "r+b") as file:
-        file.seek(_HEADER_BYTES + 2 * first_row * dimension)
-        for start in range(0, n, step):
-            part = embeddings[start : start + step].to("cpu", torch.float16).contiguous()
-            largest = max(largest, measure_largest_norm(part, first_row + start))
-            file.write(part.numpy().astype("<f2", copy=False).data)
-            heartbeat()
-        file.flush()
-        os.fsync(file.fileno())
+
+    def part(start: int, end: int) -> np.ndarray:
+        nonlocal largest
+        rows = embeddings[start:end].to("cpu", torch.float16).contiguous()
+        largest = max(largest, measure_largest_norm(rows, first_row + start))
+        return rows.numpy().astype(_FP16, copy=False)
+
+    _write_rows(path, first_row, embeddings.shape, 2, part, heartbeat)
     return largest
+
+
+def write_codes(path: Path, first_row: int, codes: np.ndarray, heartbeat: Callable[[], None]) -> None:
+    """Write rows `(n, code_size)` uint8 into their place; several processes may do so at once."""
+    _write_rows(path, first_row, codes.shape, 1, lambda start, end: np.ascontiguousarray(codes[start:end]), heartbeat)
 
 
 def map_embeddings(path: Path, size: int, dimension: int) -> np.ndarray:
@@ -153,17 +182,40 @@ def map_embeddings(path: Path, size: int, dimension: int) -> np.ndarray:
     Raises:
         ValueError: the file is missing, of another size or of another shape.
     """
+    return _map_array(path, size, dimension, _FP16)
+
+
+def map_codes(path: Path, size: int, code_size: int) -> np.ndarray:
+    """The `(N, code_size)` uint8 codes, memory-mapped likewise. Raises: as `map_embeddings`."""
+    return _map_array(path, size, code_size, _BYTE)
+
+
+def forget_pages(mapped: np.ndarray) -> None:
+    """Give back the memory that reading a memory-mapped array took; its content stays what it is.
+
+    Only for an array that nothing was written into: that would be lost.
+    """
+    if isinstance(mapped, np.memmap):
+        mapped.base.madvise(mmap.MADV_DONTNEED)
+
+
+def write_trained(path: Path, content: bytes) -> str:
+    """Write a quantizer and return its checksum."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_trained(path: Path, checksum: str) -> bytes:
+    """A quantizer as it was written. Raises: ValueError when it is missing or changed."""
     if not path.is_file():
         raise ValueError(f"{path}, which index.json names, is missing: {_AGAIN}")
-    expected, found = _npy_bytes(size, dimension), path.stat().st_size
-    if found != expected:
-        raise ValueError(f"{path} is {found} bytes long, {size} x {dimension} fp16 numbers take {expected}: {_AGAIN}")
-    with open(path, "rb") as file:
-        if file.read(_HEADER_BYTES) != _npy_header(size, dimension):
-            raise ValueError(f"{path} does not begin as an array of {size} x {dimension} fp16 numbers: {_AGAIN}")
-    if size == 0:  # nothing to map
-        return np.zeros((0, dimension), np.float16)
-    return np.memmap(path, np.dtype("<f2"), "c", offset=_HEADER_BYTES, shape=(size, dimension))
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != checksum:
+        raise ValueError(f"{path} was changed or damaged, its checksum does not fit: {_AGAIN}")
+    return content
 
 
 def check_corpus(path: Path, expected: CorpusFingerprint) -> None:
@@ -177,15 +229,56 @@ def check_corpus(path: Path, expected: CorpusFingerprint) -> None:
         raise ValueError(f"{path} is not the text that the index was made of, though of the same size: {_AGAIN}")
 
 
-def _npy_header(size: int, dimension: int) -> bytes:
+def _create_array(path: Path, size: int, width: int, dtype: np.dtype) -> None:
+    with open(path, "xb") as file:
+        file.write(_npy_header(size, width, dtype))
+        file.truncate(_npy_bytes(size, width, dtype))
+
+
+def _write_rows(
+    path: Path,
+    first_row: int,
+    shape: tuple[int, int],
+    item_bytes: int,
+    part: Callable[[int, int], np.ndarray],
+    heartbeat: Callable[[], None],
+) -> None:
+    """Write what `part(start, end)` gives for all rows, piece by piece."""
+    n, width = shape
+    step = max(1, WRITE_BYTES // (item_bytes * width))
+    with open(path, "r+b") as file:
+        file.seek(_HEADER_BYTES + first_row * width * item_bytes)
+        for start in range(0, n, step):
+            file.write(part(start, min(start + step, n)).data)
+            heartbeat()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _map_array(path: Path, size: int, width: int, dtype: np.dtype) -> np.ndarray:
+    what = "fp16 numbers" if dtype == _FP16 else "bytes"
+    if not path.is_file():
+        raise ValueError(f"{path}, which index.json names, is missing: {_AGAIN}")
+    expected, found = _npy_bytes(size, width, dtype), path.stat().st_size
+    if found != expected:
+        raise ValueError(f"{path} is {found} bytes long, {size} x {width} {what} take {expected}: {_AGAIN}")
+    with open(path, "rb") as file:
+        if file.read(_HEADER_BYTES) != _npy_header(size, width, dtype):
+            raise ValueError(f"{path} does not begin as an array of {size} x {width} {what}: {_AGAIN}")
+    if size == 0:  # nothing to map
+        return np.zeros((0, width), dtype)
+    return np.memmap(path, dtype, "c", offset=_HEADER_BYTES, shape=(size, width))
+
+
+def _npy_header(size: int, width: int, dtype: np.dtype) -> bytes:
     """Version 1.0 of numpy's format, always of one length, so that it can be compared instead of parsed."""
-    text = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({size}, {dimension}), }}"
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({size}, {width}), }}"
     magic = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
     return magic + text.ljust(_HEADER_BYTES - 11).encode() + b"\n"
 
 
-def _npy_bytes(size: int, dimension: int) -> int:
-    return _HEADER_BYTES + 2 * size * dimension
+def _npy_bytes(size: int, width: int, dtype: np.dtype) -> int:
+    return _HEADER_BYTES + dtype.itemsize * size * width
 
 
 def _checksum(fields: dict) -> str:

@@ -1,12 +1,32 @@
 """The index over all ranks: every rank holds and searches a range of its rows, everybody gets the same answers."""
 
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from src import distributed
-from src.index.flat import FlatIndex, measure_largest_norm
+from src.index.files import WRITE_BYTES, Description
+from src.index.flat import FlatIndex, fixed_inner_products, measure_largest_norm
+from src.index.quantized import (
+    Compression,
+    QuantizedIndex,
+    Quantizer,
+    all_cores,
+    explain_nprobe,
+    train,
+    training_rows,
+)
 from src.jsonl import JsonlCorpus
+
+log = logging.getLogger("atlas")
+Progress = Callable[[str, int, int | None], None]
 
 
 class Hits(NamedTuple):
@@ -28,51 +48,96 @@ def shard_rows(n: int, rank: int, world_size: int) -> range:
     return range(n * rank // world_size, n * (rank + 1) // world_size)
 
 
+class Stored(NamedTuple):
+    """The saved index that embeddings come from."""
+
+    directory: Path
+    description: Description
+
+
 class ShardedIndex:
-    """N passages and their embeddings, this rank's rows in memory.
+    """N passages, and this rank's rows of their embeddings, their codes, or both.
 
     Attributes:
         passages: the corpus of all N passages, random access by row.
         size: N.
         dimension: D.
         rows: the rows of this rank.
-        embeddings: `(len(rows), D)` of this rank. Whoever writes new values into it makes a new `ShardedIndex` of it.
+        embeddings: `(len(rows), D)` of this rank, or None where a compressed index does without them. Whoever writes
+            new values into it makes a new `ShardedIndex` of it.
+        local: searches this rank's rows.
+        stored: the files that hold the same embeddings (or, without any, the same codes); None when there are none.
     """
 
-    def __init__(self, passages: JsonlCorpus, embeddings: torch.Tensor, local: LocalIndex | None = None) -> None:
+    def __init__(
+        self,
+        passages: JsonlCorpus,
+        embeddings: torch.Tensor | None,
+        local: LocalIndex | None = None,
+        *,
+        refine_factor: int = 1,
+        stored: Stored | None = None,
+    ) -> None:
         """Collective: every rank brings the same corpus and the embeddings of `shard_rows` of it.
 
         Args:
-            embeddings: `(n, D)`, fp16 as a rule, on the device that is to search; memory-mapped is fine.
+            embeddings: `(n, D)`, fp16 as a rule; memory-mapped is fine. On the device that is to search, unless `local`
+                does that.
             local: searches this rank's rows; by default exactly.
+            refine_factor: of a compressed index: so many times k candidates are scored again with their embeddings.
 
         Raises:
-            ValueError: on all ranks when, on any of them, the number of rows is another or a value is not finite.
+            ValueError: on all ranks when, on any of them, the number of rows is another, a value is not finite, or
+                there are no embeddings to refine with.
         """
         self.passages, self.size = passages, len(passages)
         self.rows = shard_rows(self.size, distributed.rank(), distributed.world_size())
-        self.embeddings, self.dimension = embeddings, embeddings.shape[-1]
+        self.embeddings, self.refine_factor, self.stored = embeddings, refine_factor, stored
         error = None
-        if len(embeddings) != len(self.rows):
-            error = ValueError(f"{len(embeddings)} embeddings for the {len(self.rows)} passages of this rank")
-        else:
-            try:
-                norm = None if local else measure_largest_norm(embeddings, self.rows.start)
-                self.local = local or FlatIndex(embeddings, largest_norm=norm)
-            except ValueError as bad_embeddings:
-                error = bad_embeddings
+        try:
+            if embeddings is not None and len(embeddings) != len(self.rows):
+                raise ValueError(f"{len(embeddings)} embeddings for the {len(self.rows)} passages of this rank")
+            if local is None:
+                local = FlatIndex(embeddings, largest_norm=measure_largest_norm(embeddings, self.rows.start))
+            if refine_factor > 1 and embeddings is None:
+                raise ValueError(
+                    f"--refine_factor {refine_factor} needs the embeddings, and this index holds codes alone: leave "
+                    "the flag out, or save the index without --save_index_codes_only"
+                )
+        except ValueError as found:
+            error = found
         distributed.raise_anywhere(error)
+        self.local = local
+        self.compressed = local if isinstance(local, QuantizedIndex) else None
+        self.dimension = self.compressed.quantizer.dimension if self.compressed else embeddings.shape[-1]
+        if self.compressed and self.compressed.list_sizes is not None:
+            distributed.sum_over_ranks(self.compressed.list_sizes)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether `embeddings_of` can answer: a compressed index may hold codes alone."""
+        return self.embeddings is not None
+
+    @property
+    def type(self) -> str:
+        """`flat`, or the Faiss factory string of its codes."""
+        return self.compressed.quantizer.factory if self.compressed else "flat"
 
     def search(self, queries: torch.Tensor, k: int) -> Hits:
         """The best min(k, N) passages of each query, whatever rank holds them: `(b, D) -> Hits` on the queries' device.
 
-        Collective. Ranks may bring different b, 0 included, but the same k. Only queries, scores and ids travel. For an
-        exact local index the result is the same, bit for bit, at every world size.
+        Collective. Ranks may bring different b, 0 included, but the same k. Only queries, scores and ids travel. The
+        result is the same, bit for bit, at every world size.
 
         Raises:
             ValueError: k below 1, queries of another D, or values that are not finite.
         """
         k = min(k, self.size) if k > 0 else k
+        if self.compressed is None or self.refine_factor == 1:
+            return self._search(queries, k)
+        return self._refine(queries, self._search(queries, min(self.refine_factor * k, self.size)), k)
+
+    def _search(self, queries: torch.Tensor, k: int) -> Hits:
         mine = len(queries)
         all_queries, sizes = distributed.all_gather_rows(queries.float())  # (B, D), B = Σb
         local_scores, local_rows = self.local.search(all_queries, k)
@@ -89,6 +154,24 @@ class ShardedIndex:
         best = pairs[..., 0].int().view(torch.float32).sort(dim=1, descending=True, stable=True)
         return Hits(best.values[:, :k], pairs[..., 1].gather(1, best.indices[:, :k]))
 
+    def _refine(self, queries: torch.Tensor, hits: Hits, k: int) -> Hits:
+        """The best k of the hits by their embeddings: each rank scores those that it owns. Collective."""
+        ids = hits.ids.sort(dim=1).values  # so that ties stay in ascending order
+        all_queries, sizes = distributed.all_gather_rows(queries.float())
+        all_ids, _ = distributed.all_gather_rows(ids)  # (B, r·k)
+        owned, embeddings = self._owned(all_ids)
+        scores = torch.zeros_like(all_ids, dtype=torch.float32)  # each id is on one rank: the sum adds zeros only
+        scores[owned] = fixed_inner_products(all_queries[owned.nonzero()[:, 0]], embeddings)
+        first = sum(sizes[: distributed.rank()])
+        best = distributed.sum_over_ranks(scores)[first : first + len(ids)].sort(dim=1, descending=True, stable=True)
+        return Hits(best.values[:, :k], ids.gather(1, best.indices[:, :k]))
+
+    def _owned(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the ids (b, k) are this rank's, and the embeddings of those (m, D) in fp32 on the ids' device."""
+        local = ids - self.rows.start
+        owned = (local >= 0) & (local < len(self.rows))
+        return owned, self.embeddings[local[owned].to(self.embeddings.device)].to(ids.device, torch.float32)
+
     def passages_of(self, ids: torch.Tensor) -> list[list[dict[str, Any]]]:
         """The passages with these ids, `(b, k) -> b lists of k`; each is looked up once, and is the caller's own."""
         unique = sorted(set(ids.flatten().tolist()))
@@ -102,9 +185,146 @@ class ShardedIndex:
         needs no second pass.
         """
         all_ids, sizes = distributed.all_gather_rows(ids)  # (B, k)
-        local = all_ids - self.rows.start
-        owned = (local >= 0) & (local < len(self.rows))  # each id on exactly one rank, so the sum adds zeros only
+        owned, embeddings = self._owned(all_ids)  # each id on exactly one rank, so the sum adds zeros only
         filled = torch.zeros((*all_ids.shape, self.dimension), dtype=torch.float32, device=ids.device)  # (B, k, D)
-        filled[owned] = self.embeddings[local[owned].to(self.embeddings.device)].to(ids.device, torch.float32)
+        filled[owned] = embeddings
         first = sum(sizes[: distributed.rank()])
         return distributed.sum_over_ranks(filled)[first : first + len(ids)]
+
+
+def compress(
+    index: ShardedIndex,
+    compression: Compression,
+    *,
+    device: torch.device | None = None,
+    quantizer: Quantizer | None = None,
+    progress: Progress = lambda what, done, of: None,
+) -> ShardedIndex:
+    """An index of another kind made of the embeddings of this one, with which it shares them. Collective.
+
+    Args:
+        device: that is to search; by default that of the embeddings.
+        quantizer: to encode with; by default one is trained, on rank 0, on rows that depend on the seed alone.
+        progress: told what is going on, how much of it is done, and of how much (None: nobody knows).
+
+    Raises:
+        ValueError: the kind cannot be made for this D (a flag is named), an embedding is not finite.
+    """
+    factory = quantizer.factory if quantizer else compression.factory(index.size, index.dimension)
+    device = device or index.embeddings.device
+    if factory == "flat":
+        return ShardedIndex(index.passages, copy_to(index.embeddings, device), stored=index.stored)
+    quantizer = quantizer or _train(index, factory, compression, progress)
+    codes, largest_norm = encode(quantizer, index, progress)
+    return index_of_codes(
+        index.passages, index.embeddings, quantizer, codes, largest_norm, compression, device, stored=index.stored
+    )
+
+
+def index_of_codes(
+    passages: JsonlCorpus,
+    embeddings: torch.Tensor | None,
+    quantizer: Quantizer,
+    codes: np.ndarray,
+    largest_norm: float,
+    compression: Compression,
+    device: torch.device,
+    stored: Stored | None = None,
+) -> ShardedIndex:
+    """An index over codes `(n, code_size)` of this rank's rows; `largest_norm` bounds their norms. Collective."""
+    local = QuantizedIndex(
+        quantizer,
+        codes,
+        largest_norm=max(distributed.gather_objects(largest_norm)),
+        nprobe=compression.nprobe,
+        device=device,
+        heartbeat=distributed.progress,
+    )
+    distributed.wait_for_all("filling the index")
+    if explanation := explain_nprobe(quantizer.lists, compression.nprobe):
+        log.info(explanation)
+    return ShardedIndex(passages, embeddings, local, refine_factor=compression.refine_factor, stored=stored)
+
+
+def encode(
+    quantizer: Quantizer, index: ShardedIndex, progress: Progress = lambda what, done, of: None
+) -> tuple[np.ndarray, float]:
+    """Codes `(n, code_size)` of this rank's embeddings and what bounds the norms of what they stand for. Collective."""
+    n, step = len(index.rows), 2**14
+    codes, largest_norm, error = np.empty((n, quantizer.code_size), np.uint8), 0.0, None
+    try:
+        for start in range(0, n, step):
+            part = index.embeddings[start : start + step]
+            codes[start : start + step], norm = quantizer.encode(part, index.rows.start + start)
+            largest_norm = max(largest_norm, norm)
+            progress("encoding", min(start + step, n), n)
+            distributed.progress()
+    except ValueError as bad_embedding:
+        error = bad_embedding
+    distributed.wait_for_all("encoding the passages")
+    distributed.raise_anywhere(error)
+    return codes, largest_norm
+
+
+def copy_to(embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The embeddings on a device: as they are if they are there, else copied piece by piece."""
+    if embeddings.device.type == device.type:
+        return embeddings
+    copy = torch.empty(embeddings.shape, dtype=embeddings.dtype, device=device)
+    step = max(1, WRITE_BYTES // max(1, embeddings.element_size() * embeddings.shape[1]))
+    for start in range(0, len(embeddings), step):
+        copy[start : start + step] = embeddings[start : start + step]
+        distributed.progress()
+    return copy
+
+
+def _train(index: ShardedIndex, factory: str, compression: Compression, progress: Progress) -> Quantizer:
+    """Train on rank 0 on a sample of all ranks' rows, and give every rank the same quantizer. Collective."""
+    rows = training_rows(factory, index.dimension, index.size, compression.train_size, compression.seed)
+    sample = np.empty((len(rows) if distributed.is_main() else 0, index.dimension), np.float32)
+    step = max(1, WRITE_BYTES // (2 * index.dimension))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        mine = torch.from_numpy(part[(part >= index.rows.start) & (part < index.rows.stop)] - index.rows.start)
+        parts = distributed.gather_on_main(index.embeddings[mine.to(index.embeddings.device)].to("cpu", torch.float16))
+        if distributed.is_main():
+            sample[start : start + len(part)] = torch.cat(parts).numpy()
+        progress("gathering a sample", min(start + step, len(rows)), len(rows))
+    content = error = None
+    if distributed.is_main():
+        log.info("Training the quantizer %s on %d of %d passages", factory, len(rows), index.size)
+        started = time.monotonic()
+        try:
+            if not np.isfinite(sample).all():
+                bad = rows[np.flatnonzero(~np.isfinite(sample).all(1))[0]]
+                raise ValueError(f"the embedding of passage {bad} is not finite: has the training diverged?")
+            with (
+                _every_second(lambda: progress("training the quantizer", round(time.monotonic() - started), None)),
+                all_cores(),
+            ):
+                content = train(factory, sample, all_rows=compression.train_size is not None).serialize()
+            log.info("Trained the quantizer in %.1f s", time.monotonic() - started)
+        except ValueError as found:
+            error = found
+    distributed.wait_for_all("training the quantizer")
+    distributed.raise_anywhere(error)
+    return Quantizer.load(distributed.from_main(content), factory, index.dimension)
+
+
+@contextlib.contextmanager
+def _every_second(report: Callable[[], None]) -> Iterator[None]:
+    """Report, and tell the other ranks that this one is alive, while something runs that cannot say so itself."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(1.0):
+            report()
+            distributed.progress()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
