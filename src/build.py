@@ -373,8 +373,8 @@ def _build_retrieval(
     retrieval.keep_builder = training.train_retriever and not model.retriever.query_side
     if settings.save_index_path is not None:
         save = partial(save_index, Path(settings.save_index_path), codes_only=codes_only)
-        retrieval.on_build = lambda: save(
-            retrieval.index, retriever_fingerprint=fingerprint(model.retriever.passage_encoder)
+        retrieval.on_build = lambda built: save(
+            built, retriever_fingerprint=fingerprint(model.retriever.passage_encoder)
         )
         if index is not None and index.type != index.stored.description.type:  # of another kind than what was loaded
             save(index, retriever_fingerprint=index.stored.description.retriever)

@@ -121,7 +121,7 @@ class Retrieval:
         self.compression, self.retrain = compression or Compression(), retrain
         self.keep_embeddings = keep_embeddings or self.compression.refine_factor > 1
         self.index: ShardedIndex | None = None
-        self.on_build: Callable[[], None] = lambda: None
+        self.on_build: Callable[[ShardedIndex], None] = lambda index: None
         # weights of the passage encoder that built the index, kept where the encoder moves on (see `keep_builder`)
         self.built_by: dict[str, torch.Tensor] | None = None
         self.keep_builder = False
@@ -175,7 +175,7 @@ class Retrieval:
         if self.keep_builder:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        self.on_build()
+        self.on_build(self.index)
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.embeddings = None
 

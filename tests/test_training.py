@@ -1,5 +1,7 @@
 """Whole runs of tiny models: what they must compute whatever the number of ranks, and what they must leave alone."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -278,7 +280,7 @@ def test_restart_sets_the_earlier_run_aside(tmp_path):
 def test_a_closed_book_run_passes_the_retriever_on(tmp_path):
     start = run(tmp_path, name="start", total_steps=1, eval_data=None)
     config = start / "checkpoint/latest/retriever_config.json"
-    config.write_text(config.read_text().replace("{", '{"uncentered_layer_norm": true,', 1))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"uncentered_layer_norm": True}))
     closed = {"closed_book": True, "passages": None, "eval_data": None}
     directory = run(tmp_path, name="closed", model_path=start, total_steps=1, **closed)
     a, b = load_checkpoint(start), load_checkpoint(directory)
