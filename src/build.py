@@ -16,7 +16,7 @@ from src import device as devices
 from src import distributed
 from src.atlas import Atlas
 from src.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
-from src.config import Config, evaluation_name, refresh_schedule
+from src.config import Config, Index, evaluation_name, refresh_schedule
 from src.data import Data
 from src.evaluator import Evaluator
 from src.index.passages import check_passages, count_duplicates, open_passages
@@ -192,6 +192,8 @@ def _refuse(config: Config, device: torch.device) -> None:
         )
     if training.compute_crossattention_stats:
         raise ValueError("--compute_crossattention_stats is not in this version yet: leave it out")
+    if config.index.save_index_n_shards != Index.save_index_n_shards:
+        log.info("--save_index_n_shards has no effect: an index of ours has no shards, any number of ranks opens it")
     if config.optimisation.shard_optim or config.optimisation.shard_grads:
         log.info("--shard_optim and --shard_grads: this version trains with plain data parallelism instead")
     if config.retrieves and config.model.n_context > config.model.retriever_n_context and config.run.train_data:

@@ -300,3 +300,12 @@ def test_evaluating_a_run_leaves_its_options_alone(tmp_path):
 def test_no_clipping(tmp_path):
     flags = {"total_steps": 3, "eval_data": None}
     assert losses_of(run(tmp_path, name="0", clip=0, **flags)) == losses_of(run(tmp_path, name="9", clip=1e9, **flags))
+
+
+def test_flags_without_effect_say_so(tmp_path):
+    directory = run(tmp_path, total_steps=1, eval_data=None, save_index_n_shards=4, shard_optim=True)
+    log = (directory / "run.log").read_text()
+    assert "--save_index_n_shards has no effect" in log and "plain data parallelism" in log
+    assert (
+        "--save_index_n_shards" not in (run(tmp_path, name="b", total_steps=1, eval_data=None) / "run.log").read_text()
+    )
