@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from src.tasks import TASKS, Task
 from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
 from src.tracking import TensorBoard, log, progress_bar, start_log, tell_error
 from src.trainer import Plan, Trainer
+
+T = TypeVar("T")
 
 
 def run(config: Config, job: Callable[[Config, torch.device, Path], None]) -> None:
@@ -80,9 +82,7 @@ def evaluate(config: Config, device: torch.device, directory: Path) -> None:
     _write_options(config, directory / ("opt.evaluate.log" if (directory / "checkpoint").exists() else "opt.log"))
     _refuse(config, device)
     data = _open_data(config, config.run.eval_data)
-    with distributed.busy():  # ranks may read large files at very different speeds
-        model = _build_model(config, device, checkpoint, training=False)
-    distributed.wait_for_all("loading the model")
+    model = _build_model(config, device, checkpoint, training=False)
     retrieval = _build_retrieval(config, device, directory, model)
     if retrieval is not None and retrieval.index is None:
         retrieval.build()
@@ -106,14 +106,12 @@ def train(config: Config, device: torch.device, directory: Path) -> None:
     data = _open_data(config, config.run.eval_data)
     training_data = _make_data(config, _open_corpus(config.run.train_data))
     _check_data(training_data)
-    with distributed.busy():  # ranks may read large files at very different speeds
-        model = _build_model(config, device, checkpoint, training=True)
-    distributed.wait_for_all("loading the model")
+    model = _build_model(config, device, checkpoint, training=True)
     optimizers = _optimizers(config, device, model)
     if own:
         log.info("Going on after step %d of %s", finished, own.path)
         optimizers.load_state(own.optimizer_state() or {})
-    retrieval = _build_retrieval(config, device, directory, model, own)
+    retrieval = _build_retrieval(config, device, directory, model)
     tensorboard = TensorBoard(directory)
     atlas = Atlas(
         model.reader,
@@ -237,19 +235,36 @@ def _open_data(config: Config, paths: tuple[str, ...]) -> dict[str, Data]:
 
 
 def _check_data(data: Data) -> None:
-    """Find a bad line before anything expensive starts: each rank reads its share."""
-    error = None
-    lines = shard_rows(len(data), distributed.rank(), distributed.world_size())
+    """Find a bad line before anything expensive starts."""
+    _read_shares("reading the data", len(data), "lines", data.check)
+
+
+def _read_shares(what: str, n: int, unit: str, read: Callable[[range, Callable[[int], object]], T]) -> T | None:
+    """Let each rank read its share of n rows, with a bar; an error of any rank ends all.
+
+    Args:
+        read: takes the rows and what is to be told how many more have been read.
+    """
+    error = result = None
+    rows = shard_rows(n, distributed.rank(), distributed.world_size())
     try:
-        with progress_bar("reading the data", len(lines), "lines") as bar:
-            data.check(lines, lambda n: (bar.update(n), distributed.progress()))
+        with progress_bar(what, len(rows), unit) as bar:
+            result = read(rows, lambda more: (bar.update(more), distributed.progress()))
     except ValueError as found:
         error = found
-    distributed.wait_for_all("checking the data")
+    distributed.wait_for_all(what)
     distributed.raise_anywhere(error)
+    return result
 
 
 def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | None, *, training: bool) -> _Model:
+    with distributed.busy():  # ranks may read large files at very different speeds
+        model = _load_model(config, device, checkpoint, training=training)
+    distributed.wait_for_all("loading the model")
+    return model
+
+
+def _load_model(config: Config, device: torch.device, checkpoint: Checkpoint | None, *, training: bool) -> _Model:
     """Load configs, tokenizers and weights; the weights come from the checkpoint where there is one."""
     dropout = config.optimisation.dropout
     reader = retriever = reader_tokenizer = retriever_tokenizer = None
@@ -324,29 +339,22 @@ def _embedder_precision(config: Config, device: torch.device) -> str:
     return devices.embedder_precision(device, config.run.embedder_precision)
 
 
-def _build_retrieval(
-    config: Config, device: torch.device, directory: Path, model: _Model, own: Checkpoint | None = None
-) -> Retrieval | None:
-    """With the index opened, if there is a saved one; else it is still to be built.
-
-    Args:
-        own: the checkpoint from which this run goes on. If the run had built an index of its own, that is the one.
-    """
+def _build_retrieval(config: Config, device: torch.device, directory: Path, model: _Model) -> Retrieval | None:
+    """With the index opened, if there is a saved one; else it is still to be built."""
     if not config.retrieves:
         return None
     settings, training = config.index, config.retriever_training
     compression = _compression(config)
     wanted = compression.factory(1, model.retriever.dim)  # refuses what cannot be made, before anything is embedded
     index = None
-    built_before = own is not None and own.index_encoder() is not None
-    if settings.load_index_path is not None and not built_before:
+    if settings.load_index_path is not None:
         with ProgressBars() as progress:
             index = open_index(
                 Path(settings.load_index_path),
                 device=device,
                 dimension=model.retriever.dim,
                 retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
-                converted=Path(settings.save_index_path or directory / "index"),
+                converted=directory / "index",
                 compression=compression,
                 progress=progress,
             )
@@ -405,15 +413,7 @@ def _open_passages(paths: tuple[str, ...], max_passages: int) -> JsonlCorpus:
         passages = open_passages(paths, max_passages)
     if len(passages) == 0:
         raise ValueError(f"--passages {' '.join(paths)}: there is no passage in it")
-    error, hashes = None, None
-    try:
-        rows = shard_rows(len(passages), distributed.rank(), distributed.world_size())
-        with progress_bar("reading the corpus", len(rows), "passages") as bar:
-            hashes = check_passages(passages, rows, lambda n: (bar.update(n), distributed.progress()))
-    except ValueError as found:
-        error = found
-    distributed.wait_for_all("checking the corpus")
-    distributed.raise_anywhere(error)
+    hashes = _read_shares("reading the corpus", len(passages), "passages", partial(check_passages, passages))
     if of_ranks := distributed.gather_on_main(hashes):
         duplicates = count_duplicates(np.concatenate(of_ranks))
         if duplicates:

@@ -309,3 +309,14 @@ def test_flags_without_effect_say_so(tmp_path):
     assert (
         "--save_index_n_shards" not in (run(tmp_path, name="b", total_steps=1, eval_data=None) / "run.log").read_text()
     )
+
+
+def test_going_on_with_a_loaded_index_that_was_refreshed(tmp_path):
+    """The passages come with the index; its embeddings are those of the last refresh."""
+    search = {"train_data": None, "reader_model_type": None, "retrieve_only": True}
+    run(tmp_path, "evaluate", name="first", save_index_path=tmp_path / "index", **search)
+    flags = {"eval_data": None, "passages": None, "load_index_path": tmp_path / "index", "train_retriever": True}
+    flags |= {"refresh_index": 2, "scheduler_steps": 6}
+    straight = losses_of(run(tmp_path, name="straight", total_steps=6, **flags))
+    run(tmp_path, name="stopped", total_steps=3, **flags)
+    assert losses_of(run(tmp_path, name="stopped", total_steps=6, **flags)) == straight
