@@ -1,6 +1,7 @@
 """From a configuration to a run: the only place that sees all of it."""
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from src.index.storage import open_index, save_index
 from src.inputs import Inputs
 from src.jsonl import JsonlCorpus
 from src.optim import Optimizers
+from src.parallel import shard_weights, whole_on_main
 from src.reader import FusionInDecoder, load_reader, load_reader_state
 from src.retrieval import ProgressBars, Retrieval
 from src.retriever import DualEncoder, fingerprint, load_retriever, load_retriever_state, state_is_untied
@@ -38,12 +40,13 @@ from src.trainer import Plan, Trainer
 T = TypeVar("T")
 
 
-def run(config: Config, job: Callable[[Config, torch.device, Path], None]) -> None:
+def run(config: Config, job: Callable[[Config, torch.device, Path], bool]) -> None:
     """Start the ranks and do a job; a mistake of the user's ends it with one sentence and status 1.
 
     ValueError, OSError, a full GPU and a lost rank are such mistakes; anything else is a bug and shows its traceback.
     Tracebacks of both kinds go to the rank's log. A rank that ends so leaves the process group as it is: taking it down
-    alone could wait for the others for ever.
+    alone could wait for the others for ever. A job that was stopped by a signal ends with status 143, which tells
+    schedulers and torchrun to start it again.
     """
     device = devices.pick_device(distributed.local_rank())
     directory = Path(config.run.checkpoint_dir) / config.run.name
@@ -53,7 +56,7 @@ def run(config: Config, job: Callable[[Config, torch.device, Path], None]) -> No
         transformers_logging.set_verbosity_error()  # its advice is about its own trainer
         transformers_logging.disable_progress_bar()
         devices.seed_everything(config.run.seed)
-        job(config, device, directory)
+        stopped = job(config, device, directory)
         distributed.wait_for_all("the end of the run")
     except (ValueError, OSError, torch.OutOfMemoryError, distributed.LostRankError) as error:
         tell_error(error, _sentence(error))
@@ -62,6 +65,8 @@ def run(config: Config, job: Callable[[Config, torch.device, Path], None]) -> No
         tell_error(error, f"{type(error).__name__}: {error}")
         raise
     distributed.stop()
+    if stopped:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _sentence(error: Exception) -> str:
@@ -74,7 +79,7 @@ def _sentence(error: Exception) -> str:
     return str(error)
 
 
-def evaluate(config: Config, device: torch.device, directory: Path) -> None:
+def evaluate(config: Config, device: torch.device, directory: Path) -> bool:
     """`evaluate.py`: measure a model on every evaluation file."""
     path = config.run.model_path
     checkpoint = load_checkpoint(path) if path != "none" else _own_checkpoint(directory)
@@ -90,9 +95,10 @@ def evaluate(config: Config, device: torch.device, directory: Path) -> None:
     _evaluator(config, device, directory, model, retrieval, tensorboard, data)(step)
     tensorboard.close()
     log.info("Done: %s", _what_is_where(config, directory, step))
+    return False
 
 
-def train(config: Config, device: torch.device, directory: Path) -> None:
+def train(config: Config, device: torch.device, directory: Path) -> bool:
     """`train.py` and `finetune_qa.py`: train, evaluate on the way, save; or go on where a run of this name stopped."""
     path, training, optimisation = config.run.model_path, config.retriever_training, config.optimisation
     own = None if optimisation.restart else _own_checkpoint(directory)
@@ -100,7 +106,7 @@ def train(config: Config, device: torch.device, directory: Path) -> None:
     finished = own.step if own else 0
     if finished >= optimisation.total_steps:
         log.info("This run is finished: %s holds step %d. Begin anew with --restart.", directory, finished)
-        return
+        return False
     _write_options(config, directory / "opt.log")
     _refuse(config, device)
     data = _open_data(config, config.run.eval_data)
@@ -111,6 +117,8 @@ def train(config: Config, device: torch.device, directory: Path) -> None:
     if own:
         log.info("Going on after step %d of %s", finished, own.path)
         optimizers.load_state(own.optimizer_state() or {})
+        if own.examples is not None:
+            training_data.resume(finished, own.examples)
     retrieval = _build_retrieval(config, device, directory, model)
     tensorboard = TensorBoard(directory)
     atlas = Atlas(
@@ -134,7 +142,7 @@ def train(config: Config, device: torch.device, directory: Path) -> None:
         n_retrieve=config.model.retriever_n_context if config.retrieves else config.model.n_context,
         train_retriever=training.train_retriever,
         evaluate=_evaluator(config, device, directory, model, retrieval, tensorboard, data),
-        save=partial(_save, config, directory, model, optimizers, retrieval),
+        save=partial(_save, config, directory, model, optimizers, retrieval, training_data),
         own_passages=config.model.use_file_passages,
         tensorboard=tensorboard,
     )
@@ -142,9 +150,11 @@ def train(config: Config, device: torch.device, directory: Path) -> None:
         log.info("--restart: the checkpoints of the earlier run are in %s now", aside)
     if own and (encoder := own.index_encoder()) and not trainer.refresh_is_due(finished):
         retrieval.build_with(encoder)
-    trainer.train(finished)
+    stopped = trainer.train(finished, evaluation_due=own is not None and own.evaluation_due)
     tensorboard.close()
-    log.info("Done: %s", _what_is_where(config, directory, optimisation.total_steps))
+    if not stopped:
+        log.info("Done: %s", _what_is_where(config, directory, optimisation.total_steps))
+    return stopped
 
 
 @dataclass(frozen=True)
@@ -192,8 +202,6 @@ def _refuse(config: Config, device: torch.device) -> None:
         raise ValueError("--compute_crossattention_stats is not in this version yet: leave it out")
     if config.index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: an index of ours has no shards, any number of ranks opens it")
-    if config.optimisation.shard_optim or config.optimisation.shard_grads:
-        log.info("--shard_optim and --shard_grads: this version trains with plain data parallelism instead")
     if config.retrieves and config.model.n_context > config.model.retriever_n_context and config.run.train_data:
         log.warning(
             "--n_context %d is above --retriever_n_context %d: in training the reader reads the %d retrieved",
@@ -288,7 +296,16 @@ def _load_model(config: Config, device: torch.device, checkpoint: Checkpoint | N
         )
         if not weights:
             _load_half(load_reader_state, reader, checkpoint.reader, checkpoint)
-        reader = reader.to(device)
+        if training and config.optimisation.shard_grads and distributed.world_size() > 1:
+            shard_weights(
+                reader,
+                reader.blocks,
+                device,
+                block_dtype=devices.compute_dtype(config.optimisation.precision),
+                forward_methods=("encode",),
+            )
+        else:
+            reader = reader.to(device)
     if config.retrieves:
         weights = checkpoint is None or not checkpoint.retriever
         retriever_tokenizer = load_retriever_tokenizer(config.model.retriever_model_path)
@@ -436,6 +453,7 @@ def _optimizers(config: Config, device: torch.device, model: _Model) -> Optimize
         warmup_steps=settings.warmup_steps,
         total_steps=settings.scheduler_steps or settings.total_steps,
         loss_scaling=settings.precision == "fp16",
+        shard=settings.shard_optim and distributed.world_size() > 1,
     )
 
 
@@ -498,12 +516,16 @@ def _save(
     model: _Model,
     optimizers: Optimizers,
     retrieval: Retrieval | None,
+    data: Data,
     step: int,
+    *,
+    evaluation_due: bool,
 ) -> None:
-    """Rank 0 writes, the others wait for it: they hold the same weights."""
+    """Rank 0 writes what it has or gathers, the others wait for it."""
+    halves = {name: half for name, half in vars(model).items() if name in ("reader", "retriever") and half}
+    weights = {f"{half}.{name}": p.detach() for half, part in halves.items() for name, p in part.named_parameters()}
+    weights, moments = whole_on_main(weights), optimizers.state()
     if distributed.is_main():
-        halves = {name: half for name, half in vars(model).items() if name in ("reader", "retriever") and half}
-        weights = {f"{half}.{name}": t for half, module in halves.items() for name, t in module.state_dict().items()}
         configs = {"retriever": model.passed_on_config} if model.passed_on_config else {}
         if model.reader is not None:
             configs["reader"] = model.reader.config.to_dict()
@@ -514,10 +536,12 @@ def _save(
                 directory,
                 step,
                 model=model.passed_on | weights,
-                optimizer=optimizers.state(),
+                optimizer=moments,
                 index_encoder=retrieval.built_by if retrieval is not None else None,
                 options=dataclasses.asdict(config),
                 configs=configs,
+                examples=data.examples_after(step),
+                evaluation_due=evaluation_due,
                 keep_optimizers=config.optimisation.save_optimizer,
                 keep_checkpoints=config.optimisation.keep_checkpoints,
             )

@@ -32,6 +32,8 @@ class Checkpoint:
     retriever: dict[str, torch.Tensor]
     retriever_config: dict[str, Any]  # what the weights need to be read with, beyond the hub's config
     published: bool
+    examples: int | None = None  # of the training data seen so far, by all ranks together
+    evaluation_due: bool = False  # the run stopped before it could evaluate this step
 
     def optimizer_state(self) -> dict[str, torch.Tensor] | None:
         """Moments of both optimizers; None where they were not kept, and for published checkpoints."""
@@ -94,6 +96,8 @@ def save_checkpoint(
     index_encoder: dict[str, torch.Tensor] | None = None,
     options: dict[str, Any],
     configs: dict[str, dict[str, Any]],
+    examples: int,
+    evaluation_due: bool,
     keep_optimizers: bool,
     keep_checkpoints: int | None,
 ) -> Path:
@@ -105,6 +109,7 @@ def save_checkpoint(
         model: state dict with the prefixes `reader.` and `retriever.`.
         index_encoder: what `Checkpoint.index_encoder` is to give back.
         configs: "reader" and "retriever" -> their configs.
+        examples, evaluation_due: as in `Checkpoint`.
         keep_optimizers: leave the optimizer's state in older checkpoints.
         keep_checkpoints: how many to keep, None for all.
     """
@@ -121,7 +126,8 @@ def save_checkpoint(
     _write_json(beside / "options.json", options)
     for half, config in configs.items():
         _write_json(beside / f"{half}_config.json", config)
-    _write_json(beside / "state.json", {"format": FORMAT, "step": step})
+    state = {"format": FORMAT, "step": step, "examples": examples, "evaluation_due": evaluation_due}
+    _write_json(beside / "state.json", state)
     for file in beside.iterdir():
         _flush(file)
     if final.exists():  # whole, but its writer was killed before `latest` could point at it
@@ -171,7 +177,15 @@ def _load_ours(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: the checkpoint cannot be read ({error})") from error
     # a norm that is not mentioned is the standard one, whatever the directory of the retriever says
     retriever_config = {"uncentered_layer_norm": False} | retriever_config
-    return Checkpoint(path, step, *_split(tensors, path), retriever_config=retriever_config, published=False)
+    return Checkpoint(
+        path,
+        step,
+        *_split(tensors, path),
+        retriever_config=retriever_config,
+        published=False,
+        examples=state.get("examples"),
+        evaluation_due=bool(state.get("evaluation_due")),
+    )
 
 
 def _load_published(path: Path) -> Checkpoint:

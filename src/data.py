@@ -25,6 +25,7 @@ class Data:
             raise ValueError(f"{', '.join(map(str, corpus.paths))}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._resumed = (0, 0)  # a step, and the examples that had been seen after it
         self._order = (-1, np.empty(0, np.int64))  # the epoch that was shuffled last, and its order
 
     def __len__(self) -> int:
@@ -54,9 +55,18 @@ class Data:
         except ValueError as error:
             raise DataError(f"{self.corpus.where(line)}: {error}") from error
 
+    def resume(self, step: int, examples: int) -> None:
+        """Go on behind so many examples, which a run on perhaps another number of ranks has seen in `step` steps."""
+        self._resumed = (step, examples)
+
+    def examples_after(self, step: int) -> int:
+        """How many examples all ranks together have seen after so many steps, skipped ones included."""
+        finished, examples = self._resumed
+        return examples + (step - finished) * self.world_size * self.batch_size
+
     def training_batch(self, step: int, shuffle: bool) -> list[Example]:
         """This rank's examples of a step, counted from 1. The file is gone through again and again."""
-        first = ((step - 1) * self.world_size + self.rank) * self.batch_size
+        first = self.examples_after(step - 1) + self.rank * self.batch_size
         examples = []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, len(self))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import resource
+import signal
 import sys
 from contextlib import AbstractContextManager
 
@@ -34,6 +35,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, _DTYPES[precision])
+
+
+def compute_dtype(precision: str) -> torch.dtype | None:
+    """The number format that matrix products run in, where it is not that of the weights."""
+    return None if precision == "fp32" else _DTYPES[precision]
 
 
 def embedder_precision(device: torch.device, asked: str | None) -> str:
@@ -70,7 +76,12 @@ def tokenizer_processes(local_world_size: int) -> int:
 
 
 def single_threaded_worker(worker: int) -> None:
-    """Set up a tokenizing worker process: its threads would only fight with those of its siblings."""
+    """Set up a tokenizing worker process: its threads would only fight with those of its siblings.
+
+    A scheduler sends its signals to all processes at once; what they mean is for the rank itself to decide.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # also what the tokenizers library asks for after a fork
     torch.set_num_threads(1)
 

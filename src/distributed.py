@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -117,6 +117,15 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def spread(tensors: Sequence[torch.Tensor], owners: Sequence[int]) -> None:
+    """Overwrite each tensor with what its owner, a rank, has in it; all are sent at the same time."""
+    if world_size() > 1:
+        with _naming_the_loss("spread"):
+            sent = [dist.broadcast(t, owner, async_op=True) for t, owner in zip(tensors, owners, strict=True)]
+            for work in sent:
+                work.wait()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """What every rank has to say, on every rank, in the order of the ranks."""
     if world_size() == 1:
@@ -135,6 +144,15 @@ def gather_on_main(value: Any) -> list[Any]:
     with _naming_the_loss("gather_on_main"):
         dist.gather_object(value, values)
     return values or []
+
+
+def sent_to_main(value: Any, owner: int) -> Any:
+    """The value that the rank `owner` has, on rank 0; None elsewhere. Every rank calls, only these two talk."""
+    box = [value]
+    if owner != 0 and rank() in (0, owner):
+        with _naming_the_loss("sent_to_main"):
+            dist.recv_object_list(box, src=owner) if is_main() else dist.send_object_list(box, dst=0)
+    return box[0] if is_main() else None
 
 
 def from_main(value: Any) -> Any:

@@ -10,6 +10,7 @@ from src import distributed
 from src.data import Data
 from src.inputs import Inputs, Targets
 from src.metrics import retrieval_metrics
+from src.parallel import whole_weights
 from src.reader import FusionInDecoder, token_log_probabilities
 from src.results import ResultsWriter, result_row
 from src.retrieval import Retrieval
@@ -66,7 +67,7 @@ class Evaluator:
             self.reader.eval()
         totals: dict[str, tuple[float, float]] = {}
         path = self.results / f"{name}-step-{step}.jsonl" if self.results else None
-        with _writer(path) as write:
+        with _writer(path) as write, whole_weights(self.reader):
             batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")
             for examples in batches:
                 rows = self._evaluate_batch(examples, data, totals)

@@ -77,6 +77,7 @@ class FusionInDecoder(T5ForConditionalGeneration):
             num_beams=num_beams,
             length_penalty=length_penalty,
             do_sample=False,
+            synced_gpus=False,  # ranks answer on their own: see `parallel.whole_weights`
             logits_processor=[ForcedPrompt(prompt, num_beams, hidden.device)] if prompt and any(prompt) else None,
         ).tolist()
         lengths = [len(tokens) for tokens in prompt] if prompt else [0] * len(rows)
@@ -85,6 +86,11 @@ class FusionInDecoder(T5ForConditionalGeneration):
     def _answer(self, row: list[int]) -> list[int]:
         end = self.config.eos_token_id
         return row[: row.index(end)] if end in row else row
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of both stacks: nearly all of the weights."""
+        return [*self.encoder.block, *self.decoder.block]
 
     @property
     def has_dropout(self) -> bool:

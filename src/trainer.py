@@ -1,8 +1,11 @@
 """Training: retrieve, read, distil, update; evaluate and save on the way."""
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +16,7 @@ from src.atlas import Atlas, Losses, TrainingTensors
 from src.data import Data
 from src.inputs import Inputs
 from src.optim import Optimizers
-from src.parallel import data_parallel, local_gradients
+from src.parallel import data_parallel, finish_gradients, local_gradients
 from src.retrieval import Retrieval
 from src.tasks import Example
 from src.tracking import Means, TensorBoard, log, progress_bar
@@ -46,6 +49,27 @@ class Plan:
         return min(self.accumulation_steps, self.total_steps - first)
 
 
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1 inside the block, which would end the process; the second one does so as ever."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python has no handlers
+            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = True
+        self.__exit__()
+
+
 class Trainer:
     """The training loop.
 
@@ -54,7 +78,7 @@ class Trainer:
         own_passages: read the passages in the data files.
         n_retrieve: passages per query in training.
         train_retriever: whether the retriever learns at all.
-        evaluate, save: called with the steps finished.
+        evaluate, save: called with the steps finished; `save` also with whether they are still to be evaluated.
     """
 
     def __init__(
@@ -72,7 +96,7 @@ class Trainer:
         n_retrieve: int,
         train_retriever: bool,
         evaluate: Callable[[int], None],
-        save: Callable[[int], None],
+        save: Callable[..., None],
         own_passages: bool = False,
         tensorboard: TensorBoard | None = None,
     ) -> None:
@@ -83,28 +107,50 @@ class Trainer:
         self.parallel = data_parallel(model, device, some_unused=train_retriever and plan.freeze_retriever_steps > 0)
         self.means = Means()
 
-    def train(self, finished: int = 0) -> None:
-        """Take the steps after `finished` up to `total_steps`; the last one is always evaluated and saved."""
+    def train(self, finished: int = 0, evaluation_due: bool = False) -> bool:
+        """Take the steps after `finished` up to `total_steps`; the last one is always evaluated and saved.
+
+        SIGTERM or SIGUSR1 to any rank ends it early: the update is finished and saved.
+
+        Args:
+            evaluation_due: evaluate first: a run that was stopped in haste had left that undone.
+
+        Returns:
+            Whether it ended early.
+        """
         self.model.train()
+        if evaluation_due:
+            self._refresh(finished)
+            self.evaluate(finished)
         save_is_due = False
-        with progress_bar("training", self.plan.total_steps, "steps", initial=finished) as bar:
+        with progress_bar("training", self.plan.total_steps, "steps", initial=finished) as bar, StopSignals() as stop:
             for step in range(finished + 1, self.plan.total_steps + 1):
                 self._refresh(step - 1)
-                self._step(step)
+                stopped = self._step(step, stop.received)
                 bar.update()
                 last = step == self.plan.total_steps
                 if step % self.plan.log_freq == 0 or last:
                     report = self._report(step)
                     bar.set_postfix(loss=f"{report.get('loss/train_loss', float('nan')):.4g}")
-                if step % self.plan.eval_freq == 0 or last:
+                evaluate = step % self.plan.eval_freq == 0 or last
+                if stopped and not last:
+                    self.save(step, evaluation_due=evaluate)
+                    log.info("Asked to stop: step %d is saved, and the same command goes on from there", step)
+                    return True
+                if evaluate:
                     self.evaluate(step)
                 save_is_due = save_is_due or step % self.plan.save_freq == 0 or last
                 if save_is_due and self.plan.updates_after(step):  # gradients that wait for more are not saved
-                    self.save(step)
+                    self.save(step, evaluation_due=False)
                     save_is_due = False
+        return False
 
-    def _step(self, step: int) -> None:
-        """Forward, backward, and an update where it is due. One wait for the device, in the update."""
+    def _step(self, step: int, stop: bool) -> bool:
+        """Forward, backward, and an update where it is due. One wait for the device, in the update.
+
+        Returns:
+            Whether a rank was asked to stop; told with an update only.
+        """
         started = time.monotonic()
         torch.manual_seed(_mix(self.seed, step, distributed.rank()))  # dropout: the same after a restart
         batch = self._batch(self.data.training_batch(step, self.plan.shuffle), step)
@@ -113,9 +159,15 @@ class Trainer:
             with devices.autocast(self.device, self.precision):
                 losses = self.parallel(batch)
             self.optimizers.backward(losses.total / self.plan.accumulated(step))
-        if self.plan.updates_after(step) and not self.optimizers.step(self.plan.first_of_update(step)):
-            log.warning("Step %d is skipped: its gradients are not finite (%d so far)", step, self.optimizers.skipped)
+        stopped = False
+        if self.plan.updates_after(step):
+            finish_gradients(self.parallel)
+            moved, stopped = self.optimizers.step(self.plan.first_of_update(step), stop)
+            if not moved:
+                skipped = self.optimizers.skipped
+                log.warning("Step %d is skipped: its gradients are not finite (%d so far)", step, skipped)
         self._count(losses, started, prepared)
+        return stopped
 
     def _batch(self, examples: list[Example], step: int) -> TrainingTensors:
         """Retrieve for the examples and make tensors of all that the step needs."""

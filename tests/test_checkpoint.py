@@ -16,7 +16,14 @@ from src.reader import FusionInDecoder, load_reader, load_reader_state
 from src.retriever import load_retriever, load_retriever_state
 from tests.kit import read_jsonl, run, world
 
-SETTINGS = {"options": {"seed": 1}, "configs": {}, "keep_optimizers": False, "keep_checkpoints": None}
+SETTINGS = {
+    "options": {"seed": 1},
+    "configs": {},
+    "examples": 6,
+    "evaluation_due": False,
+    "keep_optimizers": False,
+    "keep_checkpoints": None,
+}
 
 
 def published(directory, model, **more):

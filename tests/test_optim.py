@@ -37,7 +37,7 @@ def make(lr=0.1):
 def take(weights, optimizers, steps):
     for step in steps:
         optimizers.backward(((weights["w"] - 3) ** 2).sum() + (weights["v"] ** 4).sum())
-        assert optimizers.step(step)
+        assert optimizers.step(step).moved
 
 
 def test_equals_plain_adamw_with_one_norm_for_both():
