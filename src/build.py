@@ -304,8 +304,12 @@ def _load_model(config: Config, device: torch.device, checkpoint: Checkpoint | N
                 block_dtype=devices.compute_dtype(config.optimisation.precision),
                 forward_methods=("encode",),
             )
+            log.info("Each of %d ranks keeps its part of the reader", distributed.world_size())
         else:
             reader = reader.to(device)
+        if not training and (dtype := devices.compute_dtype(config.optimisation.precision)):
+            for block in reader.blocks:  # nothing is learnt: the numbers that are computed with are enough
+                block.to(dtype)
     if config.retrieves:
         weights = checkpoint is None or not checkpoint.retriever
         retriever_tokenizer = load_retriever_tokenizer(config.model.retriever_model_path)

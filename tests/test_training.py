@@ -107,6 +107,21 @@ def test_bf16_tracks_fp32(tmp_path):
     assert rounded["reader"] != exact["reader"]
 
 
+def test_updates_below_the_resolution_of_bf16_are_learnt(tmp_path):
+    """60 updates, each of which a weight in bf16 would lose, bring the loss down as far as they do in fp32."""
+    flags = {"eval_data": None, "dropout": 0, "weight_decay": 0, "total_steps": 60, "lr": 5e-6, "clip": 0}
+    train = write_jsonl(tmp_path / "one.jsonl", read_jsonl(world() / "train.jsonl")[:2])
+    exact, rounded = (
+        run(tmp_path, name=precision, precision=precision, train_data=train, **flags) for precision in ("fp32", "bf16")
+    )
+    run(tmp_path, name="start", train_data=train, **flags | {"lr": 0, "total_steps": 1})
+    start = load_checkpoint(tmp_path / "start").reader
+    lost = [((weight.bfloat16() + 5e-6).bfloat16() == weight.bfloat16()).float().mean() for weight in start.values()]
+    assert sum(lost) / len(lost) > 0.95  # an update of AdamW is about as large as the learning rate
+    (first, *_, last), (first_bf16, *_, last_bf16) = (logged(d, "loss/reader_loss") for d in (exact, rounded))
+    assert first - last > 0.02 and first_bf16 - last_bf16 == pytest.approx(first - last, rel=0.2)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     flags = {"total_steps": 3, "eval_data": None, "train_retriever": True}
     plain = losses_of(run(tmp_path, name="plain", **flags))

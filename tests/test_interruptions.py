@@ -1,0 +1,228 @@
+"""Runs that are stopped, killed and started again: they go on as if nothing had happened, and no checkpoint is lost."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from src.checkpoint import latest_checkpoint, load_checkpoint
+from src.data import Data
+from src.jsonl import JsonlCorpus
+from src.tasks import Task
+from src.trainer import StopSignals, Trainer
+from tests.kit import command_line, logged, read_jsonl, run, run_on, write_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+FLAGS = {"train_retriever": True, "query_side_retriever_training": True, "dropout": 0.1, "shuffle": True}
+STEP = re.compile(r"\] (\d+) / \d+ \| (.*?) \| runtime/")
+
+
+def losses_by_step(directory):
+    """Step -> every line that the log has for it, without times: several where the step was taken again."""
+    found: dict[int, set[str]] = {}
+    for line in (directory / "run.log").read_text().splitlines():
+        if match := STEP.search(line):
+            found.setdefault(int(match[1]), set()).add(match[2])
+    return found
+
+
+@pytest.fixture
+def ask_to_stop(monkeypatch):
+    """Sends this process a signal when it has reported a step."""
+
+    def at(step, number):
+        report = Trainer._report
+
+        def report_and_signal(trainer, reported):
+            if reported == step:
+                os.kill(os.getpid(), number)
+            return report(trainer, reported)
+
+        monkeypatch.setattr(Trainer, "_report", report_and_signal)
+
+    return at
+
+
+@pytest.mark.parametrize(("number", "asked", "saved"), [(signal.SIGTERM, 1, 2), (signal.SIGUSR1, 7, 8)])
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, ask_to_stop, monkeypatch, number, asked, saved):
+    flags = {"total_steps": 10, "eval_freq": 4, "save_freq": 100, **FLAGS}
+    straight = run(tmp_path, name="straight", **flags)
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        ask_to_stop(asked, number)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path, name="stopped", **flags)
+        assert ended.value.code == 143 and signal.getsignal(number) == before
+        patch.undo()
+    stopped = tmp_path / "stopped"
+    assert load_checkpoint(stopped).step == saved
+    assert f"Asked to stop: step {saved} is saved" in (stopped / "run.log").read_text().splitlines()[-1]
+    assert load_checkpoint(stopped).evaluation_due == (saved % 4 == 0)
+    assert not (stopped / f"dev-step-{saved}.jsonl").exists()
+    monkeypatch.undo()
+    run(tmp_path, name="stopped", **flags)
+    assert losses_by_step(stopped) == losses_by_step(straight)
+    for step in (4, 8, 10):  # that of step 8 is made up for
+        assert read_jsonl(stopped / f"dev-step-{step}.jsonl") == read_jsonl(straight / f"dev-step-{step}.jsonl")
+
+
+def test_a_stop_waits_for_the_update(tmp_path, ask_to_stop):
+    ask_to_stop(1, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run(tmp_path, total_steps=9, accumulation_steps=4, **FLAGS)
+    assert load_checkpoint(tmp_path / "run").step == 4
+
+
+def test_a_stop_at_the_last_step_changes_nothing(tmp_path, ask_to_stop):
+    ask_to_stop(2, signal.SIGTERM)
+    assert (run(tmp_path, total_steps=3, **FLAGS) / "dev-step-3.jsonl").exists()
+
+
+def test_the_second_signal_is_not_caught():
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        with StopSignals() as stop:
+            assert not stop.received
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.received and signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_order_of_the_data_survives_another_number_of_ranks(tmp_path):
+    lines = [{"query": str(i), "target": "t"} for i in range(13)]
+    corpus = JsonlCorpus((write_jsonl(tmp_path / "data.jsonl", lines),))
+
+    def queries(steps, world_size, batch_size, resumed=(0, 0)):
+        ranks = [
+            Data(corpus, Task(), seed=5, batch_size=batch_size, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        for data in ranks:
+            data.resume(*resumed)
+        seen = [example.query for step in steps for data in ranks for example in data.training_batch(step, True)]
+        return seen, ranks[0].examples_after(steps[-1])
+
+    straight, _ = queries(range(1, 31), 1, 1)
+    first, seen = queries(range(1, 4), 2, 2)
+    second, seen = queries(range(4, 8), 3, 1, (3, seen))
+    third, seen = queries(range(8, 14), 1, 1, (7, seen))
+    assert first + second + third == straight and seen == 30
+
+
+def test_going_on_with_another_number_of_ranks(tmp_path):
+    """2 ranks, and then one that accumulates 2 steps, are one that does so from the start."""
+    flags = {"per_gpu_batch_size": 1, "eval_data": None, "train_retriever": True, "refresh_index": 100}
+    straight = run(tmp_path, name="straight", total_steps=16, accumulation_steps=2, log_freq=2, **flags)
+    run_on(2, tmp_path, name="changed", total_steps=4, **flags)
+    changed = run(tmp_path, name="changed", total_steps=12, accumulation_steps=2, log_freq=2, **flags)
+    for name in ("reader", "retriever"):
+        losses = logged(changed, f"loss/{name}_loss")
+        assert len(losses) == 8 and losses == pytest.approx(logged(straight, f"loss/{name}_loss"), abs=2e-5)
+
+
+def start(*words):
+    """A run in the background; its output goes to where nobody waits for it."""
+    return subprocess.Popen(
+        [*map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ATLAS_TIMEOUT_SECONDS": "30"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process, directory, step, seconds=120):
+    """Until the log has a line of this step or a later one; whether the process still lives then."""
+    end = time.monotonic() + seconds
+    while process.poll() is None:
+        if (directory / "run.log").exists() and max(losses_by_step(directory), default=0) >= step:
+            return True
+        assert time.monotonic() < end, "the run is too slow"
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """40 steps straight, and with ten kills: the same losses at every step, and a good checkpoint at every moment."""
+    flags = {"total_steps": 40, "save_freq": 3, "eval_data": None, "keep_checkpoints": 2, **FLAGS}
+    straight = run(tmp_path, name="straight", **flags)
+    directory, rng, kills = tmp_path / "killed", random.Random(0), 0
+    while kills < 10:
+        done = max(losses_by_step(directory), default=0) if directory.exists() else 0
+        process = start(sys.executable, "train.py", *command_line(tmp_path, name="killed", **flags))
+        if not wait_for_step(process, directory, done + rng.randrange(1, 5)):
+            break  # it was quicker
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.communicate()
+        kills += 1
+        if found := latest_checkpoint(directory):
+            saved = load_checkpoint(found)
+            assert saved.reader and saved.retriever and saved.optimizer_state()
+    assert kills > 5
+    process = start(sys.executable, "train.py", *command_line(tmp_path, name="killed", **flags))
+    assert process.wait(200) == 0, process.stderr.read()
+    assert losses_by_step(directory) == losses_by_step(straight)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_whose_rank_was_killed(tmp_path):
+    flags = {"total_steps": 30, "save_freq": 2, **FLAGS}
+    straight = run_on(2, tmp_path, name="straight", **flags)
+    directory = tmp_path / "killed"
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", 2, "--max-restarts", 1]
+    process = start(*launcher, "train.py", *command_line(tmp_path, name="killed", **flags))
+    assert wait_for_step(process, directory, 5)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
+    assert process.wait(200) == 0, process.stderr.read()
+    assert "Going on after step" in (directory / "run.log").read_text()
+    assert losses_by_step(directory) == losses_by_step(straight)
+    assert read_jsonl(directory / "dev-step-30.jsonl") == read_jsonl(straight / "dev-step-30.jsonl")
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun(tmp_path):
+    """As SLURM ends a job: every rank saves what it has, and the same command goes on."""
+    flags = {"total_steps": 60, "save_freq": 1000, "eval_data": None, **FLAGS}
+    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", 2, "--signals-to-handle", "SIGTERM,SIGUSR1"]
+    command = [*launcher, "train.py", *command_line(tmp_path, **flags)]
+    process = start(*command)
+    assert wait_for_step(process, tmp_path / "run", 3)
+    process.terminate()
+    assert process.wait(60) != 0
+    saved = load_checkpoint(tmp_path / "run").step
+    assert saved == max(losses_by_step(tmp_path / "run"))
+    process = start(*command)
+    assert process.wait(200) == 0, process.stderr.read()
+    assert sorted(losses_by_step(tmp_path / "run")) == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path):
+    """Two launchers of one rank each, as on two machines: one job, one writer, the numbers of two ranks."""
+    flags = {"total_steps": 5, **FLAGS}
+    expected = run_on(2, tmp_path, name="expected", **flags)
+    port = random.Random(os.getpid()).randrange(20000, 30000)
+    launcher = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d"]
+    launcher += ["--rdzv_id", "two", "--rdzv_endpoint", f"127.0.0.1:{port}"]
+    processes = [start(*launcher, "train.py", *command_line(tmp_path, name="two", **flags)) for _ in range(2)]
+    for process in processes:
+        assert process.wait(200) == 0, process.stderr.read()
+    directory = tmp_path / "two"
+    assert losses_by_step(directory) == losses_by_step(expected)
+    assert read_jsonl(directory / "dev-step-5.jsonl") == read_jsonl(expected / "dev-step-5.jsonl")
+    assert json.loads((directory / "checkpoint/latest/state.json").read_text())["examples"] == 5 * 2 * 2
