@@ -33,7 +33,7 @@ from src.retrieval import ProgressBars, Retrieval
 from src.retriever import DualEncoder, fingerprint, load_retriever, load_retriever_state, state_is_untied
 from src.signals import SIGNALS
 from src.tasks import TASKS, Task
-from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
+from src.tokenization import ReaderTokenizer, load_reader_tokenizer, load_retriever_tokenizer
 from src.tracking import TensorBoard, log, progress_bar, start_log, tell_error
 from src.trainer import Plan, Trainer
 
@@ -86,8 +86,9 @@ def evaluate(config: Config, device: torch.device, directory: Path) -> bool:
     step = checkpoint.step if checkpoint and path == "none" else 0
     _write_options(config, directory / ("opt.evaluate.log" if (directory / "checkpoint").exists() else "opt.log"))
     _refuse(config, device)
-    data = _open_data(config, config.run.eval_data)
-    model = _build_model(config, device, checkpoint, training=False)
+    tokenizer = _load_reader_tokenizer(config)
+    data = _open_data(config, config.run.eval_data, tokenizer)
+    model = _build_model(config, device, checkpoint, tokenizer, training=False)
     retrieval = _build_retrieval(config, device, directory, model)
     if retrieval is not None and retrieval.index is None:
         retrieval.build()
@@ -109,10 +110,11 @@ def train(config: Config, device: torch.device, directory: Path) -> bool:
         return False
     _write_options(config, directory / "opt.log")
     _refuse(config, device)
-    data = _open_data(config, config.run.eval_data)
-    training_data = _make_data(config, _open_corpus(config.run.train_data))
+    tokenizer = _load_reader_tokenizer(config)
+    data = _open_data(config, config.run.eval_data, tokenizer)
+    training_data = _make_data(config, _open_corpus(config.run.train_data), tokenizer)
     _check_data(training_data)
-    model = _build_model(config, device, checkpoint, training=True)
+    model = _build_model(config, device, checkpoint, tokenizer, training=True)
     optimizers = _optimizers(config, device, model)
     if own:
         log.info("Going on after step %d of %s", finished, own.path)
@@ -211,14 +213,23 @@ def _refuse(config: Config, device: torch.device) -> None:
         )
 
 
+def _load_reader_tokenizer(config: Config) -> ReaderTokenizer | None:
+    """Before the data are looked at, because `mlm` makes its queries with it."""
+    if config.model.retrieve_only and config.tasks.task != "mlm":
+        return None
+    return load_reader_tokenizer(config.model.reader_model_type)
+
+
 def _open_corpus(paths: tuple[str, ...]) -> JsonlCorpus:
     with distributed.main_first(f"opening {', '.join(paths)}"):  # rank 0 unpacks and finds the lines once
         return JsonlCorpus(paths)
 
 
-def _make_data(config: Config, corpus: JsonlCorpus) -> Data:
+def _make_data(config: Config, corpus: JsonlCorpus, tokenizer: ReaderTokenizer | None) -> Data:
     task: Task = TASKS[config.tasks.task](
         **dataclasses.asdict(config.tasks),
+        tokenizer=tokenizer,
+        text_maxlength=config.model.text_maxlength,
         answers_needed=not config.model.retrieve_only,
         passages_needed=config.model.use_file_passages,
     )
@@ -232,19 +243,24 @@ def _make_data(config: Config, corpus: JsonlCorpus) -> Data:
     )
 
 
-def _open_data(config: Config, paths: tuple[str, ...]) -> dict[str, Data]:
+def _open_data(config: Config, paths: tuple[str, ...], tokenizer: ReaderTokenizer | None) -> dict[str, Data]:
     """Evaluation data by the name of its file."""
     files = {}
     for path in paths:
-        data = _make_data(config, _open_corpus((path,)))
+        data = _make_data(config, _open_corpus((path,)), tokenizer)
         _check_data(data)
         files[evaluation_name(path)] = data
     return files
 
 
 def _check_data(data: Data) -> None:
-    """Find a bad line before anything expensive starts."""
-    _read_shares("reading the data", len(data), "lines", data.check)
+    """Find a bad line, and a file of which nothing is left, before anything expensive starts."""
+    used = sum(distributed.gather_objects(_read_shares("reading the data", len(data), "lines", data.check)))
+    name = ", ".join(map(str, data.corpus.paths))
+    if used == 0:
+        raise ValueError(f"{name}: nothing is left of it, because the task skips {data.task.skips}")
+    if used < len(data):
+        log.info("%s: %d of %d lines are skipped (%s)", name, len(data) - used, len(data), data.task.skips)
 
 
 def _read_shares(what: str, n: int, unit: str, read: Callable[[range, Callable[[int], object]], T]) -> T | None:
@@ -265,17 +281,31 @@ def _read_shares(what: str, n: int, unit: str, read: Callable[[range, Callable[[
     return result
 
 
-def _build_model(config: Config, device: torch.device, checkpoint: Checkpoint | None, *, training: bool) -> _Model:
+def _build_model(
+    config: Config,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    reader_tokenizer: ReaderTokenizer | None,
+    *,
+    training: bool,
+) -> _Model:
     with distributed.busy():  # ranks may read large files at very different speeds
-        model = _load_model(config, device, checkpoint, training=training)
+        model = _load_model(config, device, checkpoint, reader_tokenizer, training=training)
     distributed.wait_for_all("loading the model")
     return model
 
 
-def _load_model(config: Config, device: torch.device, checkpoint: Checkpoint | None, *, training: bool) -> _Model:
-    """Load configs, tokenizers and weights; the weights come from the checkpoint where there is one."""
+def _load_model(
+    config: Config,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    reader_tokenizer: ReaderTokenizer | None,
+    *,
+    training: bool,
+) -> _Model:
+    """Load configs, the retriever's tokenizer and weights; the weights come from the checkpoint where there is one."""
     dropout = config.optimisation.dropout
-    reader = retriever = reader_tokenizer = retriever_tokenizer = None
+    reader = retriever = retriever_tokenizer = None
     passed_on: dict[str, torch.Tensor] = {}
     passed_on_config = None
     settings = {
@@ -287,7 +317,6 @@ def _load_model(config: Config, device: torch.device, checkpoint: Checkpoint | N
     settings = {key: value for key, value in settings.items() if value is not None}
     if not config.model.retrieve_only:
         weights = checkpoint is None or not checkpoint.reader
-        reader_tokenizer = load_reader_tokenizer(config.model.reader_model_type)
         reader = load_reader(
             config.model.reader_model_type,
             dropout=dropout,
@@ -396,6 +425,7 @@ def _build_retrieval(config: Config, device: torch.device, directory: Path, mode
         embedder_precision=_embedder_precision(config, device),
         embedder_batch_size=config.run.per_gpu_embedder_batch_size,
         rerank=training.n_to_rerank_with_retrieve_with_rerank if training.retrieve_with_rerank else 0,
+        overretrieve=training.filtering_overretrieve_ratio,
         compression=compression,
         retrain=settings.faiss_retrain,
         keep_embeddings=settings.save_index_path is not None and not codes_only,

@@ -336,7 +336,6 @@ def _check(config: Config, program: str) -> None:
     for name, value, low, high in (
         ("dropout", optimisation.dropout, 0.0, 1.0),
         ("beta2", optimisation.beta2, 0.0, 1.0),
-        ("mlm_noise_density", tasks.mlm_noise_density, 0.0, 1.0),
     ):
         if not low <= value < high:
             raise ValueError(f"--{name} {value:g} must be at least {low:g} and below {high:g}")
@@ -345,6 +344,8 @@ def _check(config: Config, program: str) -> None:
     for name in ("temperature_gold", "temperature_score"):
         if not getattr(config.retriever_training, name) > 0:
             raise ValueError(f"--{name} must be above 0")
+    if not 0 < tasks.mlm_noise_density < 1:
+        raise ValueError(f"--mlm_noise_density {tasks.mlm_noise_density:g} must be above 0 and below 1")
 
     if tasks.task is None:
         raise ValueError(f"--task is missing: give one of {', '.join(TASK_NAMES)}")
@@ -356,6 +357,8 @@ def _check(config: Config, program: str) -> None:
         raise ValueError("--retrieve_only needs an index: leave out --closed_book and --use_file_passages")
     if model.reader_model_type is None and not model.retrieve_only:
         raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
+    if model.reader_model_type is None and tasks.task == "mlm":
+        raise ValueError("--reader_model_type is missing: --task mlm makes its queries with the reader's tokenizer")
     if training and not run.train_data:
         raise ValueError("--train_data is missing: give at least one jsonl file")
     if not training and not run.eval_data:
@@ -384,7 +387,12 @@ def _check(config: Config, program: str) -> None:
     ):
         _check_format(name, text, fields)
     if tasks.min_lm_context_ratio > tasks.max_lm_context_ratio:
-        raise ValueError("--min_lm_context_ratio is above --max_lm_context_ratio")
+        raise ValueError(
+            f"--min_lm_context_ratio {tasks.min_lm_context_ratio:g} is above "
+            f"--max_lm_context_ratio {tasks.max_lm_context_ratio:g}: lower the first or raise the second"
+        )
+    if tasks.max_lm_context_ratio > 1:
+        raise ValueError(f"--max_lm_context_ratio {tasks.max_lm_context_ratio:g} must be at most 1: it is a share")
     refresh_schedule(index.refresh_index)
     if program == "finetune_qa":
         for name, value in (

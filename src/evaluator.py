@@ -66,11 +66,13 @@ class Evaluator:
         if self.reader is not None:
             self.reader.eval()
         totals: dict[str, tuple[float, float]] = {}
+        n_examples = 0
         path = self.results / f"{name}-step-{step}.jsonl" if self.results else None
         with _writer(path) as write, whole_weights(self.reader):
             batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")
             for examples in batches:
                 rows = self._evaluate_batch(examples, data, totals)
+                n_examples += len(examples)
                 if path is not None:
                     for of_rank in distributed.gather_on_main(rows):
                         for row in of_rank:
@@ -78,11 +80,12 @@ class Evaluator:
                 distributed.progress()
         if self.reader is not None:
             self.reader.train(was_training)
+        n_examples = sum(distributed.gather_objects(n_examples))  # a task may skip lines
         means = {key: value / weight for key, (value, weight) in distributed.sum_statistics(totals).items()}
         metrics = {key: value if key in ("eval_loss", "mrr") else 100 * value for key, value in means.items()}
         log.info("Dataset: %s | %s", f"{name}.jsonl", " | ".join(f"{v:.6g} {k}" for k, v in metrics.items()))
         log.info(
-            "Evaluated %d examples in %.1f s%s", len(data), time.monotonic() - started, f": {path}" if path else ""
+            "Evaluated %d examples in %.1f s%s", n_examples, time.monotonic() - started, f": {path}" if path else ""
         )
         if self.tensorboard:
             self.tensorboard.add({f"{name}/{key}": value for key, value in metrics.items()}, step)
@@ -99,7 +102,7 @@ class Evaluator:
                 totals[key] = (total + value, weight + 1.0)
 
         queries = [example.query for example in examples]
-        passages, scores = self._passages(examples, queries)
+        passages, scores = self._passages(examples, queries, data.task.filters_by_id)
         for example, of_query in zip(examples, passages or [], strict=bool(passages)):
             if answers := data.task.retrieval_answers(example):
                 add(retrieval_metrics(of_query, answers))
@@ -121,11 +124,12 @@ class Evaluator:
         ]
 
     def _passages(
-        self, examples: list[Example], queries: list[str]
+        self, examples: list[Example], queries: list[str], filters_by_id: bool
     ) -> tuple[list[list[dict]] | None, list[list[float]] | None]:
         """What each query's reader is given, and the scores where it was searched for."""
         if self.retrieval is not None:
-            found = self.retrieval.search(queries, self.n_context)
+            exclude = [example.id for example in examples] if filters_by_id else None
+            found = self.retrieval.search(queries, self.n_context, exclude)
             return found.passages, found.scores.tolist()
         if self.own_passages:
             return [example.passages[: self.n_context] for example in examples], None

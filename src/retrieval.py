@@ -29,6 +29,14 @@ class Found(NamedTuple):
     ids: torch.Tensor  # (B, K) rows of the index
     scores: torch.Tensor  # (B, K)
 
+    def select(self, order: torch.Tensor) -> "Found":
+        """Of each query the passages at these places, in this order: (B, k) int64."""
+        passages = [
+            [of_query[i] for i in of_order] for of_query, of_order in zip(self.passages, order.tolist(), strict=True)
+        ]
+        order = order.to(self.ids.device)
+        return Found(passages, self.ids.gather(1, order), self.scores.gather(1, order))
+
 
 class ProgressBars:
     """One bar after the other: told what is going on, how much of it is done, and of how much (None: nobody knows)."""
@@ -95,6 +103,7 @@ class Retrieval:
         embedder_precision: of both encoders outside of training.
         embedder_batch_size: passages of full length per batch when the corpus is embedded.
         rerank: passages to embed anew per query and sort by fresh scores; 0: take the index's order.
+        overretrieve: times the passages to search for where some are excluded.
         compression: the kind of index to build.
         retrain: train a compressed index's quantizer again whenever the corpus is embedded again.
         keep_embeddings: have those of a compressed index in memory while `on_build` is called.
@@ -110,6 +119,7 @@ class Retrieval:
         embedder_precision: str,
         embedder_batch_size: int,
         rerank: int = 0,
+        overretrieve: int = 1,
         compression: Compression | None = None,
         retrain: bool = False,
         keep_embeddings: bool = False,
@@ -117,7 +127,8 @@ class Retrieval:
         self.retriever, self.inputs, self.passages = retriever, inputs, passages
         self.device, self.embedder_precision = device, embedder_precision
         self.max_tokens = devices.embedding_tokens(device, embedder_batch_size, inputs.retriever_maxlength)
-        self.rerank = rerank
+        self.rerank, self.overretrieve = rerank, overretrieve
+        self._told = False  # that too few passages were left
         self.compression, self.retrain = compression or Compression(), retrain
         self.keep_embeddings = keep_embeddings or self.compression.refine_factor > 1
         self.index: ShardedIndex | None = None
@@ -232,11 +243,13 @@ class Retrieval:
             return self.retriever.embed_passages(ids.to(self.device), mask.to(self.device))
 
     @torch.no_grad()
-    def search(self, queries: list[str], k: int) -> Found:
+    def search(self, queries: list[str], k: int, exclude: Sequence[str | int | None] | None = None) -> Found:
         """The best k passages (all, if there are fewer) of each query. Collective: ranks may bring none.
 
         Args:
             queries: formatted by the task.
+            exclude: for each query the `id` of passages to leave out, while there are k others among those found. None
+                leaves out nothing; on all ranks, or on none.
         """
         was_training = self.retriever.training
         self.retriever.eval()
@@ -245,23 +258,48 @@ class Retrieval:
                 vectors = self.retriever.embed_queries(*self.inputs.queries(queries)).float()  # (B, D)
             else:
                 vectors = torch.zeros(0, self.retriever.dim, device=self.device)
-        hits = self.index.search(vectors, max(k, self.rerank))
-        passages = self.index.passages_of(hits.ids)
-        found = Found(passages, hits.ids, hits.scores)
-        if self.rerank and queries:
-            found = self._reranked(vectors, found, k)
+        wanted = max(k, self.rerank)
+        hits = self.index.search(vectors, wanted if exclude is None else wanted * self.overretrieve)
+        found = Found(self.index.passages_of(hits.ids), hits.ids, hits.scores)
+        if queries:
+            own = _own_passages(found.passages, exclude or [None] * len(queries))  # (B, n)
+            order = own.int().argsort(dim=1, stable=True)[:, :wanted]  # what is to be left out comes last
+            found, own = found.select(order), own.gather(1, order)
+            if self.rerank:
+                found = found._replace(scores=self._fresh_scores(vectors, found))
+                to_sort = found.scores.masked_fill(own.to(self.device), -torch.inf)
+                order = to_sort.argsort(dim=1, descending=True, stable=True)[:, :k].cpu()
+                found, own = found.select(order), own.gather(1, order)
+            self._tell_of(own)
         self.retriever.train(was_training)
         return found
 
-    def _reranked(self, queries: torch.Tensor, found: Found, k: int) -> Found:
-        """Sort what was found by scores of the current passage encoder, and take the best k."""
+    def _tell_of(self, own: torch.Tensor) -> None:
+        """Say once if passages that were to be left out are among those found, (B, k) bool."""
+        if not self._told and own.any():
+            self._told = True
+            log.warning(
+                "Fewer than %d passages were found besides an example's own, so its own is read as well, after them: "
+                "raise --filtering_overretrieve_ratio (it is %d), if the %d passages of the corpus allow it",
+                own.shape[1],
+                self.overretrieve,
+                len(self.passages),
+            )
+
+    def _fresh_scores(self, queries: torch.Tensor, found: Found) -> torch.Tensor:
+        """Scores by the current passage encoder, (B, K)."""
         tokens = self.inputs.passage_tokens([passage for of_query in found.passages for passage in of_query])
         vectors = torch.zeros(len(tokens), self.retriever.dim, device=self.device)
         for rows in batches_by_length([len(row) for row in tokens], self.max_tokens):
             vectors[torch.tensor(rows, device=self.device)] = self._embed_batch([tokens[row] for row in rows]).float()
-        fresh = torch.einsum("bd,bkd->bk", queries, vectors.view(len(queries), -1, vectors.shape[-1]))
-        order = fresh.argsort(dim=1, descending=True, stable=True)[:, :k]  # (B, k)
-        passages = [
-            [of_query[i] for i in of_order] for of_query, of_order in zip(found.passages, order.tolist(), strict=True)
+        return torch.einsum("bd,bkd->bk", queries, vectors.view(len(queries), -1, vectors.shape[-1]))
+
+
+def _own_passages(passages: list[list[dict[str, Any]]], ids: Sequence[str | int | None]) -> torch.Tensor:
+    """Which passages have the id that goes with their query, (B, n) bool. A number equals its digits."""
+    return torch.tensor(
+        [
+            [identifier is not None and str(passage["id"]) == str(identifier) for passage in of_query]
+            for of_query, identifier in zip(passages, ids, strict=True)
         ]
-        return Found(passages, found.ids.gather(1, order.to(found.ids.device)), fresh.gather(1, order))
+    )

@@ -21,6 +21,9 @@ from src.retrieval import Retrieval
 from src.tasks import Example
 from src.tracking import Means, TensorBoard, log, progress_bar
 
+# Stands in where a task skips all lines of a rank's batch: the other ranks wait for this one in every collective.
+PLACEHOLDER = Example(query="", target="", answers=[], passages=[])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -153,12 +156,14 @@ class Trainer:
         """
         started = time.monotonic()
         torch.manual_seed(_mix(self.seed, step, distributed.rank()))  # dropout: the same after a restart
-        batch = self._batch(self.data.training_batch(step, self.plan.shuffle), step)
+        examples = self.data.training_batch(step, self.plan.shuffle)
+        weight = 1.0 if examples else 0.0
+        batch = self._batch(examples or [PLACEHOLDER], step)
         prepared = time.monotonic()
         with local_gradients(self.parallel, local=not self.plan.updates_after(step)):
             with devices.autocast(self.device, self.precision):
                 losses = self.parallel(batch)
-            self.optimizers.backward(losses.total / self.plan.accumulated(step))
+            self.optimizers.backward(weight * losses.total / self.plan.accumulated(step))
         stopped = False
         if self.plan.updates_after(step):
             finish_gradients(self.parallel)
@@ -166,13 +171,14 @@ class Trainer:
             if not moved:
                 skipped = self.optimizers.skipped
                 log.warning("Step %d is skipped: its gradients are not finite (%d so far)", step, skipped)
-        self._count(losses, started, prepared)
+        self._count(losses, weight, started, prepared)
         return stopped
 
     def _batch(self, examples: list[Example], step: int) -> TrainingTensors:
         """Retrieve for the examples and make tensors of all that the step needs."""
         queries, learns = [example.query for example in examples], self._retriever_learns(step)
-        found = self.retrieval.search(queries, self.n_retrieve) if self.retrieval else None
+        exclude = [example.id for example in examples] if self.data.task.filters_by_id else None
+        found = self.retrieval.search(queries, self.n_retrieve, exclude) if self.retrieval else None
         passages = found.passages if found else None
         if self.own_passages:
             passages = [example.passages[: self.n_retrieve] for example in examples]
@@ -206,11 +212,11 @@ class Trainer:
         moved = self.train_retriever and finished > max(0, self.plan.freeze_retriever_steps)
         return moved and not self.model.retriever.query_side and self.plan.refresh(finished)
 
-    def _count(self, losses: Losses, started: float, prepared: float) -> None:
-        self.means.add("loss/train_loss", losses.total)
-        self.means.add("loss/reader_loss", losses.reader)
+    def _count(self, losses: Losses, weight: float, started: float, prepared: float) -> None:
+        self.means.add("loss/train_loss", losses.total, weight)
+        self.means.add("loss/reader_loss", losses.reader, weight)
         if losses.retriever is not None:
-            self.means.add("loss/retriever_loss", losses.retriever)
+            self.means.add("loss/retriever_loss", losses.retriever, weight)
         self.means.add("runtime/retrieve", prepared - started)
         self.means.add("runtime/train_step", time.monotonic() - started)
 

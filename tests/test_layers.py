@@ -9,9 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports only from lower layers; inside index/ and tasks/ also from neighbours.
 LAYERS = [
     {"config", "distributed", "device", "metrics", "jsonl", "modules"},
-    {"tokenization", "retriever", "reader", "losses", "parallel", "tracking", "index", "tasks"},
-    {"inputs", "data", "results"},
-    {"signals"},
+    {"tokenization", "retriever", "reader", "losses", "parallel", "tracking", "index"},
+    {"inputs", "tasks"},
+    {"signals", "data", "results"},
     {"retrieval", "atlas"},
     {"optim", "checkpoint"},
     {"evaluator"},

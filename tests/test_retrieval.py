@@ -12,7 +12,7 @@ from src.inputs import Inputs
 from src.retrieval import Retrieval, batches_by_length
 from src.retriever import load_retriever
 from src.tokenization import load_retriever_tokenizer
-from tests.kit import world
+from tests.kit import read_jsonl, world, write_jsonl
 from tests.ranks import run_on_ranks
 
 
@@ -87,3 +87,99 @@ def test_batches_by_length():
         assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+def excluding(tmp_path, rerank=0, overretrieve=2, passages=None):
+    """A retrieval that may exclude passages, over all of the world's or the given ones."""
+    found = make(world())
+    found.rerank, found.overretrieve = rerank, overretrieve
+    if passages is not None:
+        found.passages = open_passages([write_jsonl(tmp_path / "corpus.jsonl", passages)])
+    found.build()
+    return found
+
+
+def plain_search(found, query, k, own, ratio):
+    """One query at a time, lists only: ids of the passages, own ones last and only where there are too few others."""
+    hits = found.index.search(found.retriever.embed_queries(*found.inputs.queries([query])), ratio * k)
+    ids = [passage["id"] for passage in found.index.passages_of(hits.ids)[0]]
+    return ([i for i in ids if i != own] + [i for i in ids if i == own])[:k]
+
+
+QUERIES = ["The bird of Bako is", "trade", "month of", "The river of Kori is Nusel."]
+
+
+@pytest.mark.parametrize("rerank", [0, 20])
+@pytest.mark.parametrize("ratio", [1, 2, 3])
+@torch.no_grad()
+def test_excluded_passages_are_not_found(tmp_path, ratio, rerank):
+    """With an unchanged encoder reranking finds the same, whatever was cut off before it."""
+    found = excluding(tmp_path, rerank, ratio)
+    found.retriever.eval()
+    best = [plain_search(found, query, 5, None, 1) for query in QUERIES]
+    own = [best[0][0], best[1][4], "nowhere", None]
+    result = found.search(QUERIES, 5, exclude=own)
+    for query, ids, exclude, passages in zip(QUERIES, result.ids, own, result.passages, strict=True):
+        names = [passage["id"] for passage in passages]
+        assert names == [found.passages[int(row)]["id"] for row in ids]
+        if ratio > 1 or rerank:
+            assert exclude not in names
+            wanted = plain_search(found, query, 5, exclude, 4)
+        else:
+            wanted = plain_search(found, query, 5, exclude, 1)
+        assert names == wanted if not rerank else sorted(names) == sorted(wanted)
+    scores = found.index.embeddings_of(result.ids) @ found.retriever.embed_queries(
+        *found.inputs.queries(QUERIES)
+    ).unsqueeze(-1)
+    assert torch.allclose(result.scores, scores.squeeze(-1), atol=1e-2)  # they go with their passages
+
+
+@pytest.mark.parametrize("rerank", [0, 2, 9])
+def test_what_is_excluded_comes_last_where_there_is_too_little_else(tmp_path, rerank, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(retrieval.log, "warning", lambda *words: warnings.append(words))
+    passages = [p | {"id": i} for i, p in enumerate(read_jsonl(world() / "passages.jsonl")[:6])]
+    passages[4]["id"] = 3  # both of this id are left out
+    found = excluding(tmp_path, rerank, 3, passages)
+    five = found.search(QUERIES[:2], 5, exclude=[3, "0"])
+    assert [[p["id"] for p in row][4:] for row in five.passages] == [["3"], [five.passages[1][4]["id"]]]
+    assert "0" not in [p["id"] for p in five.passages[1]]
+    assert len(warnings) == 1
+    four = found.search(QUERIES[:2], 4, exclude=["3", 0])
+    assert all(p["id"] != "3" for p in four.passages[0]) and all(p["id"] != "0" for p in four.passages[1])
+    six = found.search(QUERIES[:2], 6, exclude=["3", 0])
+    assert [p["id"] for p in six.passages[0]][4:] == ["3", "3"] and six.passages[1][5]["id"] == "0"
+    assert len(warnings) == 1  # once a run
+
+
+def test_nothing_is_said_of_a_corpus_that_is_merely_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval.log, "warning", None)  # calling it fails
+    found = excluding(tmp_path, passages=read_jsonl(world() / "passages.jsonl")[:3])
+    assert len(found.search(QUERIES[:1], 5, exclude=["elsewhere"]).passages[0]) == 3
+
+
+def _exclude_on_rank(directory, rerank):
+    found = make(directory)
+    found.rerank, found.overretrieve = rerank, 2
+    found.build()
+    n = [0, 1, 3][distributed.rank()]
+    own = [found.passages[i]["id"] for i in range(n)]
+    result = found.search([found.passages[i]["text"] for i in range(n)], 4, exclude=own)
+    return [[p["id"] for p in row] for row in result.passages]
+
+
+@pytest.mark.parametrize("rerank", [0, 10])
+def test_ranks_exclude_alike(rerank):
+    """Also when one of them has no query."""
+    none, one, three = run_on_ranks(3, _exclude_on_rank, world(), rerank)
+    (alone,) = run_on_ranks(1, _exclude_alone, world(), rerank)
+    assert none == [] and one == alone[:1] and three == alone
+    assert all(f"p{i}" not in row and len(row) == 4 for i, row in enumerate(three))
+
+
+def _exclude_alone(directory, rerank):
+    found = make(directory)
+    found.rerank, found.overretrieve = rerank, 2
+    found.build()
+    texts = [found.passages[i]["text"] for i in range(3)]
+    return [[p["id"] for p in row] for row in found.search(texts, 4, exclude=["p0", "p1", "p2"]).passages]

@@ -195,7 +195,9 @@ BAD = [
     ({"retriever_model_path": "nowhere"}, "--retriever_model_path nowhere: cannot load"),
     ({"model_path": "."}, "holds no checkpoint"),
     ({"load_index_path": "."}, "holds no index"),
-    ({"task": "mlm"}, "--task mlm is not in this version yet"),
+    ({"task": "kilt"}, "--task kilt is not in this version yet"),
+    ({"task": "mlm"}, "dev.jsonl, line 1: no `text`: expected `id` and `text` (strings), found question, answers, id"),
+    ({"task": "lm", "eval_data": None, "train_data": "blank.jsonl"}, "blank.jsonl: nothing is left of it"),
     ({"train_retriever": True, "gold_score_mode": "loop"}, "--gold_score_mode loop is not in this version yet"),
 ]
 
@@ -204,6 +206,7 @@ BAD = [
 def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capfd, changes, sentence):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "bad.jsonl", [{"question": "q", "answers": ["a"]}, {"query": "q"}])
+    write_jsonl(tmp_path / "blank.jsonl", [{"id": "1", "text": ""}, {"id": "2", "text": " "}])
     (tmp_path / "broken.jsonl").write_text('{"question": \n')
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(SystemExit) as ended:

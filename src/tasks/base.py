@@ -24,10 +24,16 @@ class Task:
 
     `answers_needed=False` lets lines without target and answers pass: enough to retrieve for them.
     `passages_needed=True` asks for `passages` in every line and checks them.
+
+    Attributes:
+        fields: what a line holds; skips: which lines give no example. Both for messages.
+        filters_by_id: whether a line may be a passage of the corpus, which must not be found for itself.
     """
 
     metrics: tuple[str, ...] = ("accuracy",)
     fields = "`query` and `target` (strings)"
+    skips = "no line"
+    filters_by_id = False
 
     def __init__(self, answers_needed: bool = True, passages_needed: bool = False):
         self.answers_needed = answers_needed
@@ -48,6 +54,10 @@ class Task:
             passages=self.passages(record),
         )
 
+    def check(self, record: Mapping) -> bool:
+        """Whether a line gives an example, for reading a whole file before a run. Raises: ValueError, as `process`."""
+        return self.process(record, random.Random(0)) is not None
+
     def score(self, generation: str, example: Example) -> dict[str, float]:
         """The values, 0 to 1, of `metrics`."""
         return {"accuracy": accuracy(generation, example.answers)}
@@ -56,18 +66,22 @@ class Task:
         """Strings of which a useful passage holds one; None where recall@k and MRR make no sense."""
         return None
 
-    def text(self, record: Mapping, field: str, optional: bool = False) -> str | None:
-        """A string field that is not blank; None if it is optional and missing. Raises: ValueError."""
+    def text(self, record: Mapping, field: str, optional: bool = False, blank: bool = False) -> str | None:
+        """A string field, not blank unless it may be; None if it is optional and missing. Raises: ValueError."""
         value = record.get(field)
         if value is None and optional:
             return None
         if value is None:
-            raise ValueError(f"no `{field}`: expected {self.fields}, found {', '.join(record) or 'no field at all'}")
+            raise self.missing(record, field)
         if not isinstance(value, str):
             raise ValueError(f"`{field}` is a string, found {value!r:.40}")
-        if not value.strip():
+        if not blank and not value.strip():
             raise ValueError(f"`{field}` is empty")
         return value
+
+    def missing(self, record: Mapping, field: str) -> ValueError:
+        """What to say of a line without this field."""
+        return ValueError(f"no `{field}`: expected {self.fields}, found {', '.join(record) or 'no field at all'}")
 
     def identifier(self, record: Mapping) -> str | int | None:
         """The `id` as it stands, so that results can be joined with what was asked."""
