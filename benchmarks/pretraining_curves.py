@@ -1,0 +1,104 @@
+"""Masked language modelling with retrieval and with the book closed: how well hidden spans are guessed, over the steps.
+
+    python -m benchmarks.pretraining_curves --directory curves
+
+Both runs are `train.py --task mlm` on the demo's corpus, from the same tiny models, with the same steps, batches and
+noise. Spans of passages that are never trained on are guessed; a passage cannot retrieve itself, but the corpus tells
+most facts in other words as well. Draws `curves.png` where matplotlib is installed.
+"""
+
+import argparse
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURE = re.compile(r"([\d.]+) (\w+)")
+RETRIEVAL = ("--train_retriever", "--gold_score_mode", "pdist", "--n_context", "5", "--retriever_n_context", "5")
+
+
+def call(*words: object) -> None:
+    """Run a script of this repository."""
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+
+
+def split(passages: Path, directory: Path, held_out: int) -> tuple[Path, Path]:
+    """The corpus's lines to train on, and those to evaluate on."""
+    lines = passages.read_text(encoding="utf-8").splitlines(keepends=True)
+    random.Random(0).shuffle(lines)
+    train, held = directory / "train.jsonl", directory / "held_out.jsonl"
+    held.write_text("".join(lines[:held_out]), encoding="utf-8")
+    train.write_text("".join(lines[held_out:]), encoding="utf-8")
+    return train, held
+
+
+def measured(log: Path, every: int) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (step, value) of the evaluations in a log, which come every so many steps."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    evaluations = [line for line in log.read_text(encoding="utf-8").splitlines() if "Dataset: " in line]
+    for number, line in enumerate(evaluations, 1):
+        for value, name in MEASURE.findall(line.split(" | ", 1)[1]):
+            curves.setdefault(name, []).append((number * every, float(value)))
+    return curves
+
+
+def draw(curves: dict[str, dict[str, list[tuple[int, float]]]], file: Path) -> None:
+    """Accuracy and f1 of both runs over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharex=True)
+    for axis, metric in zip(axes, ("accuracy", "f1"), strict=True):
+        for name, of_run in curves.items():
+            axis.plot(*zip(*of_run[metric], strict=True), marker="o", markersize=3, label=name)
+        axis.set(xlabel="steps", title=f"{metric} of held-out spans (%)", ylim=(0, None))
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Prepare, train twice, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--directory", type=Path, default=Path("curves"), help="where everything goes")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each run")
+    parser.add_argument("--evaluations", type=int, default=8, help="points of a curve")
+    parser.add_argument("--held_out", type=int, default=400, help="passages to evaluate on")
+    parser.add_argument("--minutes", default="1.5", help="of making the tiny models that both runs start from")
+    options = parser.parse_args()
+    home = options.directory.resolve()
+    data, models, every = home / "data", home / "models", options.steps // options.evaluations
+    if not (data / "passages.jsonl").exists():
+        call("preprocessing/prepare_demo.py", "--output_directory", data)
+    if not (models / "reader").exists():
+        script = "preprocessing/make_tiny_models.py"
+        call(script, "--data", data, "--output_directory", models, "--minutes", options.minutes)
+    train, held_out = split(data / "passages.jsonl", home, options.held_out)
+    flags = (
+        *("--task", "mlm", "--train_data", train, "--eval_data", held_out, "--checkpoint_dir", home, "--restart"),
+        *("--reader_model_type", models / "reader", "--retriever_model_path", models / "retriever", "--shuffle"),
+        *("--total_steps", options.steps, "--eval_freq", every, "--save_freq", options.steps, "--log_freq", every),
+        *("--per_gpu_batch_size", 16, "--text_maxlength", 128, "--generation_max_length", 24, "--dropout", 0),
+        *("--lr", 5e-4, "--lr_retriever", 1e-4, "--warmup_steps", 10, "--scheduler", "linear", "--precision", "bf16"),
+        *("--temperature_gold", 0.1, "--temperature_score", 0.1, "--mlm_mean_noise_span_length", 3),
+    )
+    runs = {"with retrieval": ("retrieval", *RETRIEVAL, "--passages", data / "passages.jsonl")}
+    runs |= {"closed book": ("closed", "--closed_book")}
+    curves = {}
+    for title, (name, *more) in runs.items():
+        (home / name / "run.log").unlink(missing_ok=True)
+        call("train.py", "--name", name, *flags, *more)
+        curves[title] = measured(home / name / "run.log", every)
+    for title, of_run in curves.items():
+        for metric in ("accuracy", "f1"):
+            print(f"{title:16}{metric:10}" + " ".join(f"{value:6.1f}" for _, value in of_run[metric]))
+    draw(curves, home / "curves.png")
+    print(home / "curves.png")
+
+
+if __name__ == "__main__":
+    main()
