@@ -29,12 +29,12 @@ from src.jsonl import JsonlCorpus
 from src.optim import Optimizers
 from src.parallel import shard_weights, whole_on_main
 from src.reader import FusionInDecoder, load_reader, load_reader_state
-from src.retrieval import ProgressBars, Retrieval
+from src.retrieval import Retrieval
 from src.retriever import DualEncoder, fingerprint, load_retriever, load_retriever_state, state_is_untied
 from src.signals import SIGNALS
 from src.tasks import TASKS, Task
 from src.tokenization import ReaderTokenizer, load_reader_tokenizer, load_retriever_tokenizer
-from src.tracking import TensorBoard, log, progress_bar, start_log, tell_error
+from src.tracking import ProgressBars, TensorBoard, log, progress_bar, start_log, tell_error
 from src.trainer import Plan, Trainer
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from src.inputs import Inputs
 from src.jsonl import JsonlCorpus
 from src.retriever import DualEncoder
 from src.tokenization import pad_rows
-from src.tracking import log, progress_bar
+from src.tracking import ProgressBars, log, progress_bar
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
 
@@ -36,25 +36,6 @@ class Found(NamedTuple):
         ]
         order = order.to(self.ids.device)
         return Found(passages, self.ids.gather(1, order), self.scores.gather(1, order))
-
-
-class ProgressBars:
-    """One bar after the other: told what is going on, how much of it is done, and of how much (None: nobody knows)."""
-
-    def __init__(self) -> None:
-        self._what, self._bar = "", progress_bar("", 0, "")
-
-    def __enter__(self) -> "ProgressBars":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def __call__(self, what: str, done: int, of: int | None) -> None:
-        if what != self._what:
-            self._bar.close()
-            self._what, self._bar = what, progress_bar(what, of, "seconds" if of is None else "passages")
-        self._bar.update(done - self._bar.n)
 
 
 class _Windows(Dataset):

@@ -63,6 +63,25 @@ def with_progress(items: Iterable[Any], what: str, total: int, unit: str) -> Ite
             bar.update()
 
 
+class ProgressBars:
+    """One bar after the other: told what is going on, how much of it is done, and of how much (None: nobody knows)."""
+
+    def __init__(self) -> None:
+        self._what, self._bar = "", tqdm(disable=True)
+
+    def __enter__(self) -> "ProgressBars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, what: str, done: int, of: int | None) -> None:
+        if what != self._what:
+            self._bar.close()
+            self._what, self._bar = what, progress_bar(what, of, "seconds" if of is None else "passages")
+        self._bar.update(done - self._bar.n)
+
+
 class Means:
     """Weighted means of named numbers since the last report. Tensors stay on their device until then."""
 

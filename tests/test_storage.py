@@ -144,6 +144,39 @@ def test_any_other_corpus_is_copied(tmp_path, monkeypatch, how):
     assert list(index.passages) == list(corpus)
 
 
+@pytest.mark.parametrize("how", ["two files", "cut", "no links", "tsv"])
+def test_text_is_copied_once(tmp_path, monkeypatch, how):
+    """Whatever is saved again is saved with the copy that is there, as long as that and the corpus are the same."""
+    paths, most = [write_corpus(tmp_path / "a.jsonl", 6)], -1
+    if how == "two files":
+        paths.append(write_corpus(tmp_path / "b.jsonl", 3, word="other"))
+    elif how == "cut":
+        most = 5
+    elif how == "tsv":
+        paths = [tmp_path / "a.tsv"]
+        paths[0].write_text("id\ttext\ttitle\n" + "".join(f"{i}\ttext {i}\tT\n" for i in range(6)))
+    else:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
+
+    def save(value):
+        corpus = open_passages(paths, most)
+        _save(tmp_path / "index", paths, torch.full((len(corpus), 4), float(value)).half(), most)
+        index = open_index(tmp_path / "index", device=CPU)
+        assert list(index.passages) == list(corpus) and index.embeddings.unique().tolist() == [value]
+        return files.read_description(tmp_path / "index").passages
+
+    assert [save(value) for value in (1, 2, 3)] == ["passages.1.jsonl"] * 3
+    assert names(tmp_path / "index") == ["embeddings.3.npy", "index.json", "passages.1.jsonl"]
+    os.truncate(tmp_path / "index/passages.1.jsonl", 10)
+    assert save(4) == "passages.4.jsonl"
+    paths[0].write_bytes(paths[0].read_bytes().replace(b"text 2", b"next 2"))
+    assert save(5) == "passages.5.jsonl"
+    if how != "cut":
+        return
+    most = 4
+    assert save(6) == "passages.6.jsonl"
+
+
 def test_saving_an_opened_index_into_its_own_directory(tmp_path, monkeypatch):
     """What a refresh with the same --load_index_path and --save_index_path does: text stays, embeddings change."""
     monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)

@@ -3,17 +3,20 @@
 Files carry the number of their generation: `passages.3.jsonl`, `embeddings.3.npy`, and of a compressed index
 `trained.3.faiss` (the quantizer) and `codes.3.npy`, which can do without embeddings. `index.json` says which of them
 belong together; it is replaced last and the files it no longer names are removed after that, so a writer killed at any
-moment leaves the old index or the new one. All this is for one process at a time, but for `write_embeddings` and
-`write_codes`.
+moment leaves the old index or the new one. A published index that is being converted has `converting.json` until it is
+done. All this is for one process at a time, but for `write_embeddings` and `write_codes`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import mmap
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +26,9 @@ import torch
 from src.index.flat import measure_largest_norm
 from src.jsonl import replacing
 
+log = logging.getLogger("atlas")
 VERSION = 1
+CONVERTING = "converting.json"
 WRITE_BYTES = 2**26  # written at a time, between two signs of life
 _OURS = re.compile(r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes)\.\d+\.npy|trained\.\d+\.faiss)")
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
@@ -66,6 +71,7 @@ class Description:
     corpus: CorpusFingerprint
     retriever: str | None  # fingerprint of the encoder, where it is known
     source: str | None = None  # fingerprint of the published index that this was made from
+    copied_from: str | None = None  # fingerprint of the files that the passages were copied from
     compressed: Compressed | None = None
 
     def files(self) -> set[str]:
@@ -92,6 +98,18 @@ def read_description(directory: Path) -> Description:
         ValueError: it was damaged or edited, or is of another version.
     """
     path = directory / "index.json"
+    fields = read_fields(path)
+    nested = {"corpus": CorpusFingerprint(**fields["corpus"])}
+    if fields.get("compressed"):
+        nested["compressed"] = Compressed(**fields["compressed"])
+    description = Description(**fields | nested)
+    if not all(map(is_ours, description.files())):
+        raise ValueError(f"{path} names files that do not belong to an index: {_AGAIN}")
+    return description
+
+
+def read_fields(path: Path) -> dict:
+    """What `write_fields` wrote. Raises: ValueError when it was damaged or edited, or is of another version."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version, checksum = fields.pop("version"), fields.pop("checksum")
@@ -101,13 +119,16 @@ def read_description(directory: Path) -> Description:
         raise ValueError(f"{path} is of format version {version!r}, this program reads {VERSION}: {_AGAIN}")
     if checksum != _checksum(fields):
         raise ValueError(f"{path} was edited or damaged, its checksum does not fit: {_AGAIN}")
-    nested = {"corpus": CorpusFingerprint(**fields["corpus"])}
-    if fields.get("compressed"):
-        nested["compressed"] = Compressed(**fields["compressed"])
-    description = Description(**fields | nested)
-    if not all(map(is_ours, description.files())):
-        raise ValueError(f"{path} names files that do not belong to an index: {_AGAIN}")
-    return description
+    return fields
+
+
+def write_fields(path: Path, fields: dict) -> None:
+    """Write JSON with a version and a checksum, in one step that survives the machine as well."""
+    content = {"version": VERSION, **fields, "checksum": _checksum(fields)}
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def next_generation(directory: Path) -> int:
@@ -118,18 +139,68 @@ def next_generation(directory: Path) -> int:
 
 def commit(directory: Path, description: Description) -> None:
     """Make this the index of the directory, in one step, and remove the files of the one before."""
-    fields = dataclasses.asdict(description)
-    content = {"version": VERSION, **fields, "checksum": _checksum(fields)}
-    with replacing(directory / "index.json") as beside, open(beside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    kept = description.files()
-    for path in directory.iterdir():
-        half_written = _HALF_WRITTEN.fullmatch(path.name)  # by a writer that was killed
-        name = half_written[1] if half_written else path.name
-        if path.name not in kept and (is_ours(name) or (half_written and name == "index.json")):
+    write_fields(directory / "index.json", dataclasses.asdict(description))
+    tidy(directory)
+
+
+def tidy(directory: Path) -> None:
+    """Remove what writers left, killed ones too: every file of an index that `index.json` does not name."""
+    kept = read_description(directory).files() | {"index.json"} if has_index(directory) else set()
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.name not in kept and is_leftover(path.name):
             path.unlink()
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name was written on the way to an index."""
+    half_written = _HALF_WRITTEN.fullmatch(name)
+    name = half_written[1] if half_written else name
+    return is_ours(name) or name == CONVERTING or (half_written is not None and name == "index.json")
+
+
+def remove_index(directory: Path) -> None:
+    """Remove an index or what there is of one, and the directory, unless it holds other files as well."""
+    (directory / "index.json").unlink(missing_ok=True)
+    tidy(directory)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def existing_directory(path: Path) -> Path:
+    """Where something that is to be written will lie, as far as that is there: says on which file system."""
+    return next(place for place in (path, *path.absolute().parents) if place.is_dir())
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises: ValueError when a file or directory that is to be written needs more bytes than its file system has."""
+    free = shutil.disk_usage(existing_directory(path)).free
+    if needed > free:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.2f} GB, and there are {free / 1e9:.2f} GB free: make room, or choose another "
+            "place"
+        )
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make the directory, and keep out other processes that ask for the same, where the file system can do that.
+
+    Raises: ValueError when another process is in.
+    """
+    import fcntl  # not on every system; all but conversions does without
+
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing into {directory}: wait until it has finished") from error
+        except OSError as error:
+            log.debug("%s cannot be locked: %s", directory, error)
+        yield
+    finally:
+        os.close(handle)
 
 
 def fingerprint_corpus(path: Path, rows: int, blocks: int = 64, block_bytes: int = 4096) -> CorpusFingerprint:

@@ -115,6 +115,14 @@ def make_empty(factory: str, dimension: int) -> faiss.Index:
     return index
 
 
+def code_size(factory: str, dimension: int) -> int:
+    """Bytes per passage of such an index."""
+    if factory == FLAT[0]:
+        return 0
+    index = make_empty(factory, dimension)  # has to live on while the part of it is looked at
+    return _unwrap(index)[1].sa_code_size()
+
+
 def training_rows(factory: str, dimension: int, size: int, train_size: int | None, seed: int) -> np.ndarray:
     """Numbers of the rows to train on, ascending: they depend on N and the seed alone."""
     wanted = train_size or _ROWS_PER_CENTROID * _centroids(make_empty(factory, dimension))
@@ -251,6 +259,28 @@ class Quantizer:
         padded = np.zeros((len(codes), 8), np.uint8)
         padded[:, :width] = codes[:, :width]
         return padded.view("<i8")[:, 0]
+
+    def filled(self, codes: np.ndarray, heartbeat: Callable[[], None] = lambda: None) -> faiss.Index:
+        """A Faiss index of its own kind over codes `(n, code_size)`, for other tools, which searches all lists.
+
+        It holds a copy of the codes, and an inverted file 8 bytes a passage more.
+
+        Raises:
+            ValueError: codes of a list that does not exist.
+        """
+        index = faiss.clone_index(self._index)
+        _, inner = _unwrap(index)
+        if self.lists:
+            inner.nprobe = self.lists
+            _fill_lists(self, inner, codes, heartbeat)
+        else:
+            inner.codes.resize(codes.size)  # take what is needed, at once and no more
+            inner.codes.resize(0)
+            for _, chunk in _chunks(codes):
+                inner.add_sa_codes(chunk)
+                heartbeat()
+        index.ntotal = inner.ntotal
+        return index
 
     def centroids(self) -> np.ndarray:
         """Of the lists, `(lists, D')` fp32."""
@@ -432,21 +462,8 @@ class _Lists:
     ) -> None:
         self._quantizer, self._n, self._nprobe = quantizer, len(codes), min(nprobe, quantizer.lists)
         self._index = index = faiss.clone_index(quantizer.inner)
-        self.sizes = np.zeros(index.nlist, np.int64)
-        for start, chunk in _chunks(codes):
-            numbers = quantizer.list_numbers(chunk)
-            if len(numbers) and not 0 <= numbers.max() < index.nlist:
-                bad = start + int(numbers.argmax())
-                raise ValueError(f"the code of passage {bad} of this rank names a list that does not exist")
-            self.sizes += np.bincount(numbers, minlength=index.nlist)
-            heartbeat()
+        self.sizes = _fill_lists(quantizer, index, codes, heartbeat)
         lists = index.invlists
-        for number, size in enumerate(self.sizes.tolist()):  # take what is needed, at once and no more
-            lists.resize(number, size)
-            lists.resize(number, 0)
-        for start, chunk in _chunks(codes):
-            index.add_sa_codes(chunk, np.arange(start, start + len(chunk)))
-            heartbeat()
         width, sizes = lists.code_size, self.sizes.tolist()
         self._list_codes = [
             faiss.rev_swig_ptr(lists.get_codes(i), size * width).reshape(size, width) if size else np.empty((0, width))
@@ -517,6 +534,31 @@ class _Lists:
         for number, rows in enumerate(self._list_rows):
             places[rows] = (number << 32) + np.arange(len(rows))
         return places
+
+
+def _fill_lists(
+    quantizer: Quantizer, index: faiss.IndexIVF, codes: np.ndarray, heartbeat: Callable[[], None]
+) -> np.ndarray:
+    """Add codes `(n, code_size)` to an empty inverted file, numbered by row; the sizes of its lists (lists,) int64.
+
+    Raises:
+        ValueError: codes of a list that does not exist.
+    """
+    sizes = np.zeros(index.nlist, np.int64)
+    for start, chunk in _chunks(codes):
+        numbers = quantizer.list_numbers(chunk)
+        if len(numbers) and not 0 <= numbers.max() < index.nlist:
+            bad = start + int(numbers.argmax())
+            raise ValueError(f"the code of passage {bad} of this rank names a list that does not exist")
+        sizes += np.bincount(numbers, minlength=index.nlist)
+        heartbeat()
+    for number, size in enumerate(sizes.tolist()):  # take what is needed, at once and no more
+        index.invlists.resize(number, size)
+        index.invlists.resize(number, 0)
+    for start, chunk in _chunks(codes):
+        index.add_sa_codes(chunk, np.arange(start, start + len(chunk)))
+        heartbeat()
+    return sizes
 
 
 def _copy_to_gpu(index: faiss.IndexIVF, device: torch.device) -> faiss.Index | None:

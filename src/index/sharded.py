@@ -214,7 +214,7 @@ def compress(
     device = device or index.embeddings.device
     if factory == "flat":
         return ShardedIndex(index.passages, copy_to(index.embeddings, device), stored=index.stored)
-    quantizer = quantizer or _train(index, factory, compression, progress)
+    quantizer = quantizer or train_quantizer(index, factory, compression, progress)
     codes, largest_norm = encode(quantizer, index, progress)
     return index_of_codes(
         index.passages, index.embeddings, quantizer, codes, largest_norm, compression, device, stored=index.stored
@@ -250,20 +250,31 @@ def encode(
     quantizer: Quantizer, index: ShardedIndex, progress: Progress = lambda what, done, of: None
 ) -> tuple[np.ndarray, float]:
     """Codes `(n, code_size)` of this rank's embeddings and what bounds the norms of what they stand for. Collective."""
-    n, step = len(index.rows), 2**14
-    codes, largest_norm, error = np.empty((n, quantizer.code_size), np.uint8), 0.0, None
+    codes, largest_norm, error = np.empty((len(index.rows), quantizer.code_size), np.uint8), 0.0, None
     try:
-        for start in range(0, n, step):
-            part = index.embeddings[start : start + step]
-            codes[start : start + step], norm = quantizer.encode(part, index.rows.start + start)
+        for start, part, norm in encode_parts(quantizer, index, progress):
+            codes[start : start + len(part)] = part
             largest_norm = max(largest_norm, norm)
-            progress("encoding", min(start + step, n), n)
-            distributed.progress()
     except ValueError as bad_embedding:
         error = bad_embedding
     distributed.wait_for_all("encoding the passages")
     distributed.raise_anywhere(error)
     return codes, largest_norm
+
+
+def encode_parts(
+    quantizer: Quantizer, index: ShardedIndex, progress: Progress = lambda what, done, of: None
+) -> Iterator[tuple[int, np.ndarray, float]]:
+    """Codes of this rank's embeddings part by part: its first row, codes `(m, code_size)`, what bounds their norms.
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    n, step = len(index.rows), 2**14
+    for start in range(0, n, step):
+        yield start, *quantizer.encode(index.embeddings[start : start + step], index.rows.start + start)
+        progress("encoding", min(start + step, n), n)
+        distributed.progress()
 
 
 def copy_to(embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -278,8 +289,12 @@ def copy_to(embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
     return copy
 
 
-def _train(index: ShardedIndex, factory: str, compression: Compression, progress: Progress) -> Quantizer:
-    """Train on rank 0 on a sample of all ranks' rows, and give every rank the same quantizer. Collective."""
+def train_quantizer(index: ShardedIndex, factory: str, compression: Compression, progress: Progress) -> Quantizer:
+    """Train on rank 0 on a sample of all ranks' rows, and give every rank the same quantizer. Collective.
+
+    Raises:
+        ValueError: on every rank, an embedding in the sample is not finite.
+    """
     rows = training_rows(factory, index.dimension, index.size, compression.train_size, compression.seed)
     sample = np.empty((len(rows) if distributed.is_main() else 0, index.dimension), np.float32)
     step = max(1, WRITE_BYTES // (2 * index.dimension))

@@ -1,0 +1,89 @@
+"""Convert a saved index without any model: the published format to ours, ours to a compressed index or a Faiss file.
+
+SOURCE is a published index (embeddings.0.pt, passages.0.pt, ...) or an index of ours; TARGET is
+
+  a directory                          for a flat index of ours, made of a published one
+  a directory, with --faiss_index_type for a compressed index of ours, made of a published or a flat one
+  a file that ends in .faiss           for what `faiss.read_index` reads, made of a flat or compressed index of ours
+
+Indices of ours are what --load_index_path takes, at any number of processes.
+
+Reading a published index can be stopped at any moment: the same command goes on with the shards that it
+had not finished. On the way to a compressed index there is a flat one in TARGET, so there must be room for
+both. A compressed index shares the files of the flat one that it is made of where they are on one file system.
+
+Row i of a .faiss file, from 0, is line i of the index's passages.*.jsonl (blank lines are not counted). A flat
+index becomes an IndexScalarQuantizer of fp16 numbers: the values of an IndexFlatIP in half the bytes. Of an
+index with lists all are searched, unless its nprobe is set. An export takes as much memory as the file is
+long; all else takes that of one shard, or 4 bytes a number of the rows that the quantizer is trained on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+EXAMPLES = """examples:
+  python preprocessing/convert_index.py indices/atlas/wiki/xl my_index
+  python preprocessing/convert_index.py my_index my_pq --faiss_index_type pq --faiss_code_size 64
+  python preprocessing/convert_index.py my_pq my_pq.faiss
+"""
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. Raises: SystemExit with status 2 and one sentence when it is wrong."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s SOURCE TARGET [flags]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="directory of an index, published or ours")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="new directory, or new file that ends in .faiss")
+    compressed = parser.add_argument_group("to compress")
+    kinds = "ivfflat, ivfsq, ivfpq, pq, or a Faiss factory string like OPQ64,PQ64"
+    compressed.add_argument("--faiss_index_type", metavar="TYPE", help=kinds)
+    for name, text in (
+        ("faiss_code_size", "bytes per passage of pq and ivfpq; must divide the dimension"),
+        ("faiss_nlist", "lists of an ivf index (square root of the number of passages)"),
+        ("faiss_train_size", "rows the quantizer is trained on (256 per centroid)"),
+    ):
+        compressed.add_argument(f"--{name}", metavar="N", type=int, help=text)
+    compressed.add_argument("--save_index_codes_only", action="store_true", help="leave the embeddings out")
+    options = parser.parse_args(arguments)
+    for name in ("faiss_code_size", "faiss_nlist", "faiss_train_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} {value} is too small: it must be at least 1")
+    for name in ("faiss_code_size", "faiss_nlist", "faiss_train_size", "save_index_codes_only"):
+        if getattr(options, name) and options.faiss_index_type in (None, "flat", "Flat"):
+            parser.error(f"--{name} says how to compress: give a --faiss_index_type that does")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, convert; a mistake of the user's ends it with one sentence and status 1."""
+    options = parse_options(arguments)
+    # These import torch: a wrong flag is answered before that.
+    from src.index.conversion import convert
+    from src.index.quantized import Compression
+    from src.tracking import ProgressBars, start_log, tell_error
+
+    start_log(None)
+    compression = Compression(
+        kind=options.faiss_index_type,
+        code_size=options.faiss_code_size,
+        nlist=options.faiss_nlist,
+        train_size=options.faiss_train_size,
+    )
+    codes_only = options.save_index_codes_only
+    try:
+        with ProgressBars() as progress:
+            convert(options.source, options.target, compression, codes_only=codes_only, progress=progress)
+    except (ValueError, OSError) as error:
+        tell_error(error, str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
