@@ -1,0 +1,123 @@
+"""The part of a file that has been fetched so far, and of which version of the file it is."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from src.jsonl import replacing
+
+
+class FetchError(Exception):
+    """Why a file is not there, in one sentence that says what to do where something can be done."""
+
+
+class Version(NamedTuple):
+    """What a server has under an address: how many bytes, and what stands for just these bytes; None if unknown."""
+
+    size: int | None
+    validator: str | None
+
+    @classmethod
+    def of(cls, headers: Mapping[str, str]) -> "Version":
+        """What the headers of an answer say."""
+        length, etag = headers.get("Content-Length") or "", headers.get("ETag") or ""
+        # RFC 9110, 13.1.5: a weak ETag (W/"...") does not stand for the same bytes.
+        validator = etag if etag.startswith('"') else headers.get("Last-Modified")
+        return cls(int(length) if length.isdecimal() and len(length) < 20 else None, validator)
+
+
+class PartialFile:
+    """`{target}.part`, which one process at a time may hold, and `{target}.part.json`, which names its version.
+
+    What is in it is the beginning of `version`. It stays when the process ends, unless it is empty, so that the next
+    one can go on. `progress` is told how many bytes were gained (or, negative, lost).
+
+    Raises: FetchError if another process has it.
+    """
+
+    def __init__(self, target: Path, progress: Callable[[int], object]):
+        self.target, self.progress = target, progress
+        self.path = target.with_name(target.name + ".part")
+        self.note = target.with_name(target.name + ".part.json")
+        self._file = open_locked(self.path)
+        self.size = self._file.seek(0, os.SEEK_END)
+        self.version = self._read_note()
+        self.resumed = self.size > 0
+        progress(self.size)
+
+    def __enter__(self) -> "PartialFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.size == 0 and not self._file.closed:
+            self.discard()
+        self._file.close()
+
+    @property
+    def complete(self) -> bool:
+        return self.version is not None and self.size == self.version.size
+
+    def begin(self, version: Version) -> None:
+        """Empty, to be filled with this version."""
+        self.clear()
+        with replacing(self.note) as beside:
+            beside.write_text(json.dumps(version._asdict()), encoding="utf-8")
+        self.version = version
+
+    def append(self, chunk: bytes) -> None:
+        self._file.write(chunk)
+        self.size += len(chunk)
+        self.progress(len(chunk))
+
+    def clear(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self.progress(-self.size)
+        self.size, self.version, self.resumed = 0, None, False
+
+    def discard(self) -> None:
+        self.clear()
+        self.note.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+    def content(self) -> BinaryIO:
+        """To be read from its beginning."""
+        self._file.seek(0)
+        return self._file
+
+    def finish(self) -> None:
+        """Give it its name."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.note.unlink(missing_ok=True)
+        os.replace(self.path, self.target)
+        self._file.close()
+
+    def _read_note(self) -> Version | None:
+        try:
+            note = json.loads(self.note.read_bytes())
+            return Version(note["size"], note["validator"])
+        except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: nobody knows whose beginning this is
+            return None
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """Open for reading and writing, made if absent. Raises: FetchError if another process holds it."""
+    while True:
+        # A link that somebody else laid here is not followed.
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # file systems without locks
+                file.close()
+                raise FetchError(f"{path}: another process is fetching this file; wait for it, or stop it") from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # between the two calls another process finished and renamed it

@@ -1,0 +1,125 @@
+"""Fetch NaturalQuestions and TriviaQA and write their questions and answers, and few-shot training files.
+
+    python preprocessing/prepare_qa.py --output_directory $DATA_DIR
+
+Written to `nq_data/` and `triviaqa_data/`: `train.jsonl`, `dev.jsonl`, `test.jsonl`, with `question`, `answers` and,
+for TriviaQA, `target`, and `train.{n}-shot.jsonl` for each n of `--shots`. 64 are those of the paper; other numbers are
+a seeded choice from train.jsonl, of which a smaller one is the beginning of a larger one. TriviaQA is read from its
+archive piece by piece: its 3 GB are never unpacked, neither to the disk nor into memory.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from preprocessing import preparing, sources
+from preprocessing.archives import read_archive
+from preprocessing.flags import at_least
+from preprocessing.json_stream import array_items
+from src.jsonl import DataError
+
+PUBLISHED_SHOTS = 64
+FEW_SHOT_INDICES = Path(__file__).with_name("few_shot_indices.json")
+SPLITS = ("train", "dev", "test")
+
+
+def naturalquestions(record: dict) -> dict:
+    """A line of NQ-open. Raises: ValueError."""
+    return {"question": preparing.string(record, "question"), "answers": preparing.strings(record, "answer")}
+
+
+def triviaqa(record: dict) -> dict:
+    """An item of TriviaQA's `Data`. Raises: ValueError."""
+    answer = record.get("Answer") if isinstance(record, dict) else None
+    if not isinstance(answer, dict):
+        raise ValueError("no `Answer` (an object)")
+    value = preparing.string(answer, "Value")
+    return {
+        "question": preparing.string(record, "Question"),
+        "target": value.title() if value.isupper() else value,
+        "answers": preparing.strings(answer, "Aliases"),
+    }
+
+
+def read_triviaqa(stream: BinaryIO) -> list[dict]:
+    """Questions, answers and targets; not the search results, which are nearly all of the file. Raises: ValueError."""
+    rows = []
+    for number, record in enumerate(tqdm(array_items(stream, "Data"), "TriviaQA", unit=" questions", disable=None), 1):
+        try:
+            rows.append(triviaqa(record))
+        except ValueError as error:
+            raise ValueError(f"item {number} of `Data`: {error}") from error
+    return rows
+
+
+def read_positions(stream: BinaryIO) -> list[int]:
+    """Which lines a split is made of. Raises: ValueError."""
+    positions = json.load(stream)
+    if not isinstance(positions, list) or not all(type(position) is int for position in positions):
+        raise ValueError("expected a list of whole numbers")
+    return positions
+
+
+def read_files(archive: Path, readers: dict[str, Callable[[BinaryIO], Any]]) -> list:
+    """What the readers make of the files of these names, wherever in the archive they lie. Raises: DataError."""
+
+    def choose(name: PurePosixPath):
+        return readers.get(name.name)
+
+    found = read_archive(archive, choose, sources.UNPACKED_LIMIT[archive.name])
+    by_name = {name.name: result for name, result in found.items()}
+    if len(by_name) < len(found):
+        raise DataError(f"{archive}: {', '.join(map(str, found))}: the same file more than once")
+    if missing := readers.keys() - by_name.keys():
+        raise DataError(f"{archive}: there is no {sorted(missing)[0]} in it")
+    return [by_name[name] for name in readers]
+
+
+def splits(
+    name: str, train: list[dict], dev: list[dict], positions: list[list[int]], shots: list[int], seed: int
+) -> Iterator[tuple[str, list[dict]]]:
+    """File names and rows: train and dev come from the original train file, test from the original dev file."""
+    original = {"train": train, "dev": train, "test": dev}
+    for split, chosen in zip(SPLITS, positions, strict=True):
+        yield f"{split}.jsonl", preparing.pick(original[split], chosen, f"the file that {split} of {name} is from")
+    published = json.loads(FEW_SHOT_INDICES.read_text(encoding="utf-8"))[name]
+    shuffled = list(positions[0])
+    random.Random(f"{seed} {name}").shuffle(shuffled)
+    for number in shots:
+        if number > len(shuffled):
+            raise DataError(f"--shots {number}: {name} has {len(shuffled):,} training questions")
+        chosen = published if number == PUBLISHED_SHOTS else shuffled[:number]
+        yield f"train.{number}-shot.jsonl", preparing.pick(train, chosen, f"the train file of {name}")
+
+
+def prepare(originals: dict[str, Path], shots: list[int], seed: int) -> Iterator[tuple[str, list[dict]]]:
+    """Paths and rows of all files."""
+    index_names = [f"{name}.{split}.idx.json" for name in ("NQ", "TQA") for split in SPLITS]
+    positions = read_files(originals["dataindex.tar.gz"], dict.fromkeys(index_names, read_positions))
+    train, dev = (preparing.read_jsonl(originals[f"NQ-open.{split}.jsonl"], naturalquestions) for split in SPLITS[:2])
+    for file, rows in splits("naturalquestions", train, dev, positions[:3], shots, seed):
+        yield f"nq_data/{file}", rows
+    readers = {f"unfiltered-web-{split}.json": read_triviaqa for split in SPLITS[:2]}
+    train, dev = read_files(originals["triviaqa-unfiltered.tar.gz"], readers)
+    for file, rows in splits("triviaqa", train, dev, positions[3:], shots, seed):
+        yield f"triviaqa_data/{file}", rows
+
+
+def main() -> None:
+    parser = preparing.make_parser(__doc__, sources.QA)
+    parser.add_argument("--shots", type=at_least(1, int), nargs="*", default=[64, 100], help="default: 64 100")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of few-shot questions, except the 64")
+    arguments = parser.parse_args()
+    chosen = {"shots": sorted(set(arguments.shots)), "seed": arguments.seed}
+    preparing.run("prepare_qa", arguments, sources.QA, lambda originals: prepare(originals, **chosen), **chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What the prepare_*.py scripts have in common: fetch the originals, write what is made of them, remember what was."""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from preprocessing import flags
+from preprocessing.fetch import Download, digest
+from src.jsonl import DataError, decode, replacing
+
+Rows = Iterable[dict]
+
+
+def make_parser(document: str, originals: Sequence[str]) -> argparse.ArgumentParser:
+    """The flags of every such script; `document` is its docstring, `originals` the addresses of what it reads."""
+    parser = argparse.ArgumentParser(description=document.split("\n")[0])
+    names = ", ".join(map(file_name, originals))
+    parser.add_argument("--base_url", type=flags.base_url, help=f"a mirror's directory that has {names}")
+    parser.add_argument("--keep_downloads", action="store_true", help="leave them in {output_directory}/downloads")
+    flags.add_flags(parser)
+    return parser
+
+
+def run(
+    name: str,
+    arguments: argparse.Namespace,
+    originals: Sequence[str],
+    prepare: Callable[[dict[str, Path]], Iterator[tuple[str, Rows]]],
+    **settings: Any,
+) -> None:
+    """Write the files that `prepare` gives, as (path below the output directory, rows), unless they are all there.
+
+    `prepare` is given the originals by name. What is there and right is told by `.{name}.json`, which holds the
+    `settings` and the SHA-256 of every file that was written.
+    """
+    output, record = arguments.output_directory, arguments.output_directory / f".{name}.json"
+    with flags.one_sentence():
+        before = read_record(record)
+        if (
+            before["settings"] == settings
+            and before["files"]
+            and all(
+                (output / file).is_file() and digest(output / file) == sha256
+                for file, sha256 in before["files"].items()
+            )
+        ):
+            print(f"{output}: the {len(before['files'])} files of {name}.py are there and as they were written")
+            return
+        downloads = fetch_originals(arguments, originals)
+        written = {}
+        for file, rows in prepare({download.target.name: download.target for download in downloads}):
+            written[file] = write(output / file, rows, before["files"].get(file))
+        with replacing(record) as beside:
+            beside.write_text(json.dumps({"settings": settings, "files": written}, indent=1), encoding="utf-8")
+        if not arguments.keep_downloads:
+            for download in downloads:
+                download.target.unlink()
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                downloads[0].target.parent.rmdir()
+
+
+def fetch_originals(arguments: argparse.Namespace, originals: Sequence[str]) -> list[Download]:
+    """Have the originals in `{output_directory}/downloads/`."""
+    checksums = flags.Checksums(arguments.checksums)
+    downloads = [
+        Download(
+            f"{arguments.base_url}/{file_name(url)}" if arguments.base_url else url,
+            arguments.output_directory / "downloads" / file_name(url),
+            checksums.of(file_name(url)),
+        )
+        for url in originals
+    ]
+    flags.fetcher(arguments).fetch(downloads)
+    return downloads
+
+
+def file_name(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What an earlier run has written; nothing, if there was none or its record is damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(path.read_bytes())
+        if isinstance(record, dict) and isinstance(record.get("files"), dict) and "settings" in record:
+            return record
+    return {"settings": None, "files": {}}
+
+
+def write(path: Path, rows: Rows, ours: str | None) -> str:
+    """Write rows as jsonl; the SHA-256. A file of other content is kept beside, unless it is `ours`, by its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checksum, lines = hashlib.sha256(), 0
+    with replacing(path) as beside, open(beside, "wb") as file:
+        for lines, row in enumerate(rows, 1):
+            try:
+                line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DataError(f"{path}, line {lines}: half of a surrogate pair in a string") from error
+            checksum.update(line)
+            file.write(line)
+        if path.exists() and digest(path) not in (ours, checksum.hexdigest()):
+            names = (path.with_name(f"{path.name}.old-{i}") for i in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            path.rename(kept)
+            print(f"{path} was not written by this script, or changed since: it is kept as {kept.name}")
+    print(f"{path}: {lines} lines")
+    return checksum.hexdigest()
+
+
+def read_jsonl(path: Path, parse: Callable[[dict], dict]) -> list[dict]:
+    """All rows of a file that fits into memory. Raises: DataError that names file and line."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    rows.append(parse(decode(line)))
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+def pick(rows: Sequence[dict], positions: Sequence[int], source: str) -> list[dict]:
+    """The rows at these positions, in their order. Raises: DataError if there are not so many rows."""
+    if positions and not 0 <= min(positions) <= max(positions) < len(rows):
+        raise DataError(
+            f"{source} has {len(rows):,} rows, but positions from {min(positions):,} to {max(positions):,} are asked "
+            "for: it is not the file that was published"
+        )
+    return [rows[position] for position in positions]
+
+
+def string(record: dict, field: str) -> str:
+    """A field that is a string and not blank. Raises: ValueError."""
+    value = record.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"`{field}` is a string that is not empty, found {value!r:.40}")
+    return value
+
+
+def strings(record: dict, field: str) -> list[str]:
+    """A field that is a list of strings. Raises: ValueError."""
+    value = record.get(field)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"`{field}` is a list of strings, found {value!r:.40}")
+    return value

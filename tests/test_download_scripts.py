@@ -1,0 +1,189 @@
+"""download_corpus.py, download_model.py and download_index.py as users type them, against a server on loopback."""
+
+import hashlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from preprocessing import sources
+from tests.origin import ENVIRONMENT, ROOT, fault, one_sentence, run_script, running, serve, status
+
+RELEASED = {"corpus": sources.CORPORA, "model": sources.MODELS, "index": sources.INDICES}
+ANNOUNCED = {"corpus": "corpora/wiki/enwiki-dec2018", "model": "models/atlas/xl", "index": "indices/atlas/wiki/xl"}
+MODEL = "/models/atlas/base/model.pth.tar"
+QUICK = ("--retry_wait", "0.001")
+
+
+@pytest.fixture
+def origin():
+    with running() as origin:
+        for kind, key in ANNOUNCED.items():
+            for file in RELEASED[kind][key]:
+                origin.files[f"/{key}/{file}"] = f"{key}/{file}\n".encode() * 50
+        origin.files[MODEL] = random.Random(0).randbytes(100_000)
+        yield origin
+
+
+def download(kind, origin, directory, *words):
+    return run_script(f"download_{kind}", "--output_directory", directory, "--base_url", origin.url, *QUICK, *words)
+
+
+def files_in(directory) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_the_addresses():
+    keys = [key for released in RELEASED.values() for key in released]
+    assert sources.RELEASED == "https://dl.fbaipublicfiles.com/atlas"
+    assert len(sources.CORPORA) == 5 and len(sources.MODELS) == len(sources.INDICES) == 8
+    assert all(len(files) == 256 for files in sources.INDICES.values())
+    assert sources.INDICES["indices/atlas_nq/wiki/base"][-1] == "embeddings.127.pt"
+    assert len(set(keys)) == 21
+    originals = [*sources.QA, *sources.FEVER, *sources.MMLU, *sources.TEMPLAMA]
+    assert len({address.rpartition("/")[2] for address in originals}) == len(originals)  # one mirror can have them all
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+def test_list(kind):
+    done = run_script(f"download_{kind}", "--list")
+    assert done.returncode == 0 and done.stdout.splitlines() == list(RELEASED[kind])
+
+
+@pytest.mark.parametrize("kind", RELEASED)
+@pytest.mark.parametrize("named", [True, False])
+def test_the_announced_commands(origin, tmp_path, kind, named):
+    key = ANNOUNCED[kind]
+    words = [f"--{kind}", key] if named else [key]
+    done = download(kind, origin, tmp_path, *words)
+    assert done.returncode == 0 and done.stderr == ""
+    number = len(RELEASED[kind][key])
+    assert f"{number} fetched, 0 were there" in done.stdout
+    expected = {path[1:]: content for path, content in origin.files.items() if path.startswith(f"/{key}/")}
+    assert files_in(tmp_path) == expected and len(expected) == number
+    again = download(kind, origin, tmp_path, *words)
+    assert again.returncode == 0 and f"0 fetched, {number} were there" in again.stdout
+    assert all(len(origin.asked(f"/{name}")) == 1 for name in expected)
+
+
+def test_two_keys(origin, tmp_path):
+    done = download("model", origin, tmp_path, "models/atlas/base", "models/atlas/xl")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert set(files_in(tmp_path)) == {"models/atlas/base/model.pth.tar", "models/atlas/xl/model.pth.tar"}
+
+
+def test_ten_drops(origin, tmp_path):
+    origin.faults[MODEL] = [fault(cut=10_000 * i + 7, reset=i % 2 == 1) for i in range(10)]
+    done = download("model", origin, tmp_path, "models/atlas/base")
+    assert done.returncode == 0, done.stderr
+    assert files_in(tmp_path) == {MODEL[1:]: origin.files[MODEL]}
+
+
+def test_permission_denied(origin, tmp_path):
+    origin.heads[MODEL] = status(403)
+    origin.faults[MODEL] = [status(403)]
+    message = one_sentence(download("model", origin, tmp_path, "models/atlas/base"))
+    assert "permission denied (403)" in message and "--base_url" in message and origin.url + MODEL in message
+    assert files_in(tmp_path) == {}
+
+
+def test_a_missing_file(origin, tmp_path):
+    message = one_sentence(download("model", origin, tmp_path, "models/atlas/xxl"))
+    assert "not found (404)" in message and "models/atlas/xxl/model.pth.tar" in message
+
+
+def test_nobody_answers(tmp_path):
+    with running() as origin:
+        gone = origin
+    begun = time.monotonic()
+    message = one_sentence(download("model", gone, tmp_path, "models/atlas/base", "--retries", "2"))
+    assert "refused" in message and "attempt 3" in message and time.monotonic() - begun < 30
+
+
+def test_a_disk_that_is_too_small(origin, tmp_path):
+    origin.heads[MODEL] = fault(length=10**17)
+    message = one_sentence(download("model", origin, tmp_path, "models/atlas/base"))
+    assert "are to be fetched" in message and "free" in message
+    assert origin.asked(MODEL) == [] and files_in(tmp_path) == {}
+
+
+def test_interrupted(origin, tmp_path):
+    gone = threading.Event()
+
+    def stall(handler, content):
+        serve(handler, content, cut=70_000)
+        gone.wait(20)
+
+    origin.faults[MODEL] = [stall]
+    words = ["models/atlas/base", "--output_directory", str(tmp_path), "--base_url", origin.url, "--timeout", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "preprocessing/download_model.py", *words],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    part = tmp_path / (MODEL[1:] + ".part")
+    deadline = time.monotonic() + 20
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=20)
+    gone.set()
+    assert process.returncode == 1 and complaint == "stopped; the same command goes on\n"
+    assert download("model", origin, tmp_path, "models/atlas/base").returncode == 0
+    assert files_in(tmp_path) == {MODEL[1:]: origin.files[MODEL]}
+    first, second = origin.asked(MODEL)
+    assert first is None and second.startswith("bytes=")
+
+
+def test_checksums(origin, tmp_path):
+    right = hashlib.sha256(origin.files[MODEL]).hexdigest()
+    sums, data = tmp_path / "sums", tmp_path / "data"
+    words = ("models/atlas/base", "--checksums", sums)
+    sums.write_text(f"# ours\n{'0' * 64} *./{MODEL[1:]}\n")
+    message = one_sentence(download("model", origin, data, *words))
+    assert right in message and "0" * 64 in message and files_in(data) == {}
+    sums.write_text(f"{right}  {MODEL[1:]}\n")
+    assert download("model", origin, data, *words).returncode == 0
+    (data / MODEL[1:]).write_bytes(b"x" * 100_000)  # the right length
+    assert download("model", origin, data, *words).returncode == 0
+    assert files_in(data) == {MODEL[1:]: origin.files[MODEL]}
+    sums.write_text(f"{right}  elsewhere\n")
+    assert f"no line for {MODEL[1:]}" in one_sentence(download("model", origin, data, *words))
+    for line in (f"{right}", "abc  file", f"{right[:-1]}g  file", f"SHA256 (file) = {right}"):
+        sums.write_text(f"\n{line}\n")
+        assert f"{sums}, line 2" in one_sentence(download("model", origin, data, *words))
+    assert "No such file" in one_sentence(download("model", origin, data, words[0], "--checksums", "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], "no --model given"),
+        (["models/atlas/xs"], "there is no model models/atlas/xs"),
+        (["--model", "corpora/wiki/enwiki-dec2018"], "there are models/atlas/base"),
+        (["models/atlas/xl", "--base_url", "file:///srv"], "only http:// and https://"),
+        (["models/atlas/xl", "--base_url", "/srv"], "only http:// and https://"),
+        (["models/atlas/xl", "--parallel", "0"], "less than 1"),
+        (["models/atlas/xl", "--timeout", "nan"], "less than 0.01"),
+    ],
+)
+def test_wrong_flags(tmp_path, words, expected):
+    done = run_script("download_model", "--output_directory", tmp_path / "data", *words)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("script, words", re.findall(r"^python preprocessing/(\w+)\.py (.*)", README, re.MULTILINE))
+def test_the_flags_in_the_readme(script, words):
+    known = run_script(script, "--help").stdout
+    assert words and all(f"{flag} " in known for flag in re.findall(r"--\w+", words))
