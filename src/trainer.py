@@ -159,6 +159,8 @@ class Trainer:
         self.means.add("loss/reader_loss", losses.reader)
         if losses.retriever is not None:
             self.means.add("loss/retriever_loss", losses.retriever)
+        for name, correlation in losses.correlations.items():
+            self.means.add(f"corr/{name}", correlation.mean, correlation.examples)
         self.means.add("runtime/retrieve", prepared - started)
         self.means.add("runtime/train_step", time.monotonic() - started)
 

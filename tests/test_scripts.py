@@ -196,7 +196,6 @@ BAD = [
     ({"model_path": "."}, "holds no checkpoint"),
     ({"load_index_path": "."}, "holds no index"),
     ({"task": "mlm"}, "--task mlm is not in this version yet"),
-    ({"train_retriever": True, "gold_score_mode": "loop"}, "--gold_score_mode loop is not in this version yet"),
 ]
 
 
