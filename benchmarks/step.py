@@ -25,7 +25,7 @@ from src.inputs import Targets
 from src.optim import Optimizers
 from src.reader import FusionInDecoder
 from src.retriever import Contriever, DualEncoder
-from src.signals import SIGNALS
+from src.signals import MODES
 
 CPU = torch.device("cpu")
 VOCABULARY, MAXLENGTH, TARGET = 32128, 384, 16
@@ -84,7 +84,7 @@ class Step:
         torch.manual_seed(0)
         self.k = k
         self.reader, self.retriever = models(layers, width)
-        self.atlas = Atlas(self.reader, self.retriever, n_context=k, signal=SIGNALS["pdist"])
+        self.atlas = Atlas(self.reader, self.retriever, n_context=k, mode=MODES["pdist"])
         trained = {
             "reader": list(self.reader.named_parameters()),
             "retriever": [(n, p) for n, p in self.retriever.named_parameters() if p.requires_grad],

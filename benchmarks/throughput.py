@@ -29,7 +29,7 @@ from src.optim import Optimizers
 from src.reader import FusionInDecoder, token_log_probabilities
 from src.retrieval import Retrieval
 from src.retriever import Contriever, DualEncoder
-from src.signals import SIGNALS
+from src.signals import MODES
 from src.tokenization import RetrieverTokenizer, load_reader_tokenizer, load_retriever_tokenizer, pad_rows
 
 MAXLENGTH = 384
@@ -134,7 +134,7 @@ class Bench:
 
     def training(self, repeats: int) -> tuple[float, float, float]:
         queries, passages, targets = self.examples()
-        atlas = Atlas(self.reader, self.retriever, n_context=self.k, signal=SIGNALS["pdist"])
+        atlas = Atlas(self.reader, self.retriever, n_context=self.k, mode=MODES["pdist"])
         trained = {
             "reader": list(self.reader.named_parameters()),
             "retriever": [(n, p) for n, p in self.retriever.named_parameters() if p.requires_grad],

@@ -1,6 +1,6 @@
 """The tensor half: a reader's loss and a retriever's loss from tensors, and nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from src.inputs import Targets
-from src.losses import distillation_loss, retriever_scores
-from src.reader import FusionInDecoder
+from src.losses import retriever_scores
+from src.reader import IGNORE, FusionInDecoder
 from src.retriever import DualEncoder
-from src.signals import Signal
+from src.signals import Correlation, Mode, Reading, correlations
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class TrainingTensors:
 
 
 class Losses(NamedTuple):
-    """Scalars; `retriever` is None where it is not trained."""
+    """Scalars; `retriever` is None where it is not trained, `correlations` is empty where they are not asked for."""
 
     reader: torch.Tensor
     retriever: torch.Tensor | None
+    correlations: Mapping[str, Correlation]
 
     @property
     def total(self) -> torch.Tensor:
@@ -58,8 +59,9 @@ class Atlas(nn.Module):
 
     Args:
         retriever: None for a closed book and for passages that come with the data.
-        signal: how the reader judges passages (src/signals.py); None where the retriever is not trained.
+        mode: how the reader judges passages (src/signals.py); None where the retriever is not trained.
         n_context: passages that the reader reads; the retriever learns from all that were retrieved.
+        correlate: measure how the gold scores agree with the decoder's attention.
     """
 
     def __init__(
@@ -68,41 +70,52 @@ class Atlas(nn.Module):
         retriever: DualEncoder | None,
         *,
         n_context: int,
-        signal: Signal | None = None,
+        mode: Mode | None = None,
         temperature_gold: float = 0.01,
         temperature_score: float = 0.01,
+        correlate: bool = False,
     ) -> None:
         super().__init__()
         self.reader = reader
         self.retriever = retriever
         self.n_context = n_context
-        self.signal = signal
+        self.mode = mode
         self.temperature_gold = temperature_gold
         self.temperature_score = temperature_score
+        self.correlate = correlate
 
     def forward(self, batch: TrainingTensors) -> Losses:
         """Losses of one batch; the retriever's when the batch brings its tensors."""
         ids, mask = batch.reader_ids[:, : self.n_context], batch.reader_mask[:, : self.n_context]
         hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
         logits = self.reader.logits(hidden, mask.flatten(1), batch.targets.decoder_ids)  # (B, T, V)
-        reader_loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.labels.flatten(), ignore_index=-100)
+        labels = batch.targets.labels
+        reader_loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        ) / (labels != IGNORE).sum().clamp(min=1)
         if batch.query_ids is None:
-            return Losses(reader_loss, None)
-        gold_scores = self._gold_scores(batch, hidden)
-        scores = self._retriever_scores(batch)
-        retriever_loss = distillation_loss(
-            scores, gold_scores, temperature_score=self.temperature_score, temperature_gold=self.temperature_gold
-        )
-        return Losses(reader_loss, retriever_loss)
+            return Losses(reader_loss, None, {})
+        with torch.no_grad(), evaluating(self.reader):
+            reading = self._reading(batch, hidden)
+            gold = self.mode.signal(reading)  # (B, K), or (B, K, T)
+            found = correlations(reading, gold) if self.correlate else {}
+        retriever_loss = self.mode.loss(self._retriever_scores(batch), gold, reading, self.temperature_score)
+        return Losses(reader_loss, retriever_loss, found)
 
-    @torch.no_grad()
-    def _gold_scores(self, batch: TrainingTensors, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, K), from the reader without dropout."""
-        b, k, length = batch.reader_ids.shape
-        with evaluating(self.reader):
-            if k > self.n_context or self.reader.has_dropout:
-                hidden = self.reader.encode(batch.reader_ids, batch.reader_mask)
-            return self.signal(self.reader, hidden.detach().view(b, k, length, -1), batch.reader_mask, batch.targets)
+    def _reading(self, batch: TrainingTensors, hidden: torch.Tensor) -> Reading:
+        """All K passages as the reader without dropout encodes them; what is encoded already is not encoded again.
+
+        Args:
+            hidden: (B, n_context·L, d), encoded for the reader's loss.
+        """
+        ids, mask = batch.reader_ids, batch.reader_mask  # (B, K, L)
+        if self.reader.has_dropout:
+            hidden = self.reader.encode(ids, mask)
+        elif ids.shape[1] > self.n_context:
+            rest = self.reader.encode(ids[:, self.n_context :], mask[:, self.n_context :])
+            hidden = torch.cat([hidden, rest], dim=1)
+        hidden = hidden.detach().unflatten(1, ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
+        return Reading(self.reader, hidden, mask, batch.targets, self.temperature_gold)
 
     def _retriever_scores(self, batch: TrainingTensors) -> torch.Tensor:
         """(B, K), with gradient into the query encoder, and into the passage encoder when it is the same."""

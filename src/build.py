@@ -31,7 +31,7 @@ from src.parallel import shard_weights, whole_on_main
 from src.reader import FusionInDecoder, load_reader, load_reader_state
 from src.retrieval import Retrieval
 from src.retriever import DualEncoder, fingerprint, load_retriever, load_retriever_state, state_is_untied
-from src.signals import SIGNALS
+from src.signals import MODES
 from src.tasks import TASKS, Task
 from src.tokenization import ReaderTokenizer, load_reader_tokenizer, load_retriever_tokenizer
 from src.tracking import ProgressBars, TensorBoard, log, progress_bar, start_log, tell_error
@@ -127,9 +127,10 @@ def train(config: Config, device: torch.device, directory: Path) -> bool:
         model.reader,
         model.retriever,
         n_context=1 if config.model.closed_book else config.model.n_context,
-        signal=SIGNALS[training.gold_score_mode] if training.train_retriever else None,
+        mode=MODES[training.gold_score_mode] if training.train_retriever else None,
         temperature_gold=training.temperature_gold,
         temperature_score=training.temperature_score,
+        correlate=training.compute_crossattention_stats,
     )
     trainer = Trainer(
         atlas,
@@ -196,12 +197,8 @@ def _refuse(config: Config, device: torch.device) -> None:
     if config.tasks.task not in TASKS:
         raise ValueError(f"--task {config.tasks.task} is not in this version yet; it has {', '.join(sorted(TASKS))}")
     training = config.retriever_training
-    if training.train_retriever and training.gold_score_mode not in SIGNALS:
-        raise ValueError(
-            f"--gold_score_mode {training.gold_score_mode} is not in this version yet; it has {', '.join(SIGNALS)}"
-        )
-    if training.compute_crossattention_stats:
-        raise ValueError("--compute_crossattention_stats is not in this version yet: leave it out")
+    if training.compute_crossattention_stats and not training.train_retriever:
+        log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if config.index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: an index of ours has no shards, any number of ranks opens it")
     if config.retrieves and config.model.n_context > config.model.retriever_n_context and config.run.train_data:

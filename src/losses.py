@@ -12,7 +12,12 @@ def retriever_scores(queries: torch.Tensor, passages: torch.Tensor) -> torch.Ten
 
 
 def distillation_loss(
-    scores: torch.Tensor, gold_scores: torch.Tensor, *, temperature_score: float, temperature_gold: float
+    scores: torch.Tensor,
+    gold_scores: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    temperature_score: float,
+    temperature_gold: float,
 ) -> torch.Tensor:
     """Pull the retriever's distribution over the K passages towards the reader's.
 
@@ -23,10 +28,49 @@ def distillation_loss(
     Args:
         scores: (B, K) of the retriever, with gradient.
         gold_scores: (B, K) of the reader; no gradient flows into them.
+        mask: (B, K), true where there is a passage (None: everywhere); the others have no part in anything.
 
     Returns:
-        A scalar, at least 0.
+        A scalar, at least 0; 0 where nothing counts.
     """
-    log_q = F.log_softmax(scores.float() / temperature_score, dim=-1)
-    p = F.softmax(gold_scores.detach().float() / temperature_gold, dim=-1)
-    return F.kl_div(log_q, p, reduction="none").mean()
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool)
+    log_q = _log_softmax(scores.float() / temperature_score, mask)
+    p = _log_softmax(gold_scores.detach().float() / temperature_gold, mask).exp()
+    divergence = F.kl_div(log_q, p, reduction="none").masked_fill(~mask, 0.0)
+    return divergence.sum() / mask.sum().clamp(min=1)
+
+
+def emdr_loss(
+    scores: torch.Tensor,
+    log_likelihoods: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    temperature_score: float,
+) -> torch.Tensor:
+    """EMDR² (Sachan et al. 2021, arXiv 2106.05346; Izacard et al. 2022, section 2.2): make the target likely.
+
+    Each token's likelihood is a mixture over the passages, `log P(t) = logsumexp_k(log P(t | passage k) + log q_k)`
+    with `q = softmax(scores / temperature_score)`; the loss is minus its mean over the tokens of the batch.
+
+    Args:
+        scores: (B, K) of the retriever, with gradient.
+        log_likelihoods: (B, K, T) of the target's tokens by the reader; no gradient flows into them.
+        labels: (B, T), -100 where nothing is to be learnt.
+        mask: (B, K), true where there is a passage (None: everywhere); the others have no part in anything.
+
+    Returns:
+        A scalar; 0 where no token counts.
+    """
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool)
+    log_q = _log_softmax(scores.float() / temperature_score, mask)
+    mixture = torch.logsumexp(log_likelihoods.detach().float() + log_q[:, :, None], dim=1)  # (B, K, T) -> (B, T)
+    counts = labels != -100
+    return -mixture.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
+
+
+def _log_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (B, K), (B, K) -> (B, K)
+    # the least number and not -inf: a row without any passage stays finite, and 0 · log q is 0
+    return F.log_softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,19 +38,27 @@ class FusionInDecoder(T5ForConditionalGeneration):
         hidden = self.encoder(input_ids=ids.flatten(0, 1), attention_mask=_broadcastable(mask.flatten(0, 1)))[0]
         return hidden.view(ids.shape[0], -1, hidden.shape[-1])  # (B·K, L, d) -> (B, K·L, d)
 
-    def logits(self, hidden: Tensor, mask: Tensor, decoder_ids: Tensor) -> Tensor:
-        """Scores of the token behind each of the decoder's: (B, S, d), (B, S), (B, T) -> (B, T, V)."""
+    def logits(
+        self, hidden: Tensor, mask: Tensor, decoder_ids: Tensor, *, decoder_mask: Tensor | None = None
+    ) -> Tensor:
+        """Scores of the token behind each of the decoder's: (B, S, d), (B, S), (B, T) -> (B, T, V).
+
+        Args:
+            mask: or (B, T, S), which hidden states each of the decoder's positions sees.
+            decoder_mask: (B or 1, T, T), which other positions each one sees; None: itself and all before it.
+        """
         return self(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=mask,
             decoder_input_ids=decoder_ids,
+            decoder_attention_mask=None if decoder_mask is None else _broadcastable(decoder_mask),
             use_cache=False,
         ).logits
 
     @functools.wraps(T5ForConditionalGeneration.forward)  # `generate` reads the signature
     def forward(self, *args, attention_mask: Tensor | None = None, **kwargs):
-        """As T5's, with a 2-D mask widened here: transformers would ask the device whether it hides anything."""
-        if attention_mask is not None and attention_mask.dim() == 2:
+        """As T5's, with masks widened here: transformers would ask the device whether a 2-D one hides anything."""
+        if attention_mask is not None and attention_mask.dim() < 4:
             attention_mask = _broadcastable(attention_mask)
         return super().forward(*args, attention_mask=attention_mask, **kwargs)
 
@@ -82,6 +92,33 @@ class FusionInDecoder(T5ForConditionalGeneration):
         ).tolist()
         lengths = [len(tokens) for tokens in prompt] if prompt else [0] * len(rows)
         return [self._answer(row[1 + length :]) for row, length in zip(rows, lengths, strict=True)]
+
+    @contextmanager
+    def observing_cross_attention(self, watch: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+        """Show `watch` what the decoder attends with inside the block.
+
+        It is called once for each layer that is run, in their order, with the projections of that layer's
+        cross-attention: queries (B, heads, T, d_kv), keys and values (B, heads, S, d_kv). Nothing is kept of them.
+        """
+        hooks = []
+        for block in self.decoder.block:
+            attention, seen = block.layer[1].EncDecAttention, {}
+
+            def keep(name: str, heads: int, seen: dict, module: nn.Module, inputs: object, output: Tensor) -> None:
+                seen[name] = output.detach().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+            def show(seen: dict, module: nn.Module, inputs: object, output: object) -> None:
+                watch(seen.pop("q"), seen.pop("k"), seen.pop("v"))
+
+            for name in "qkv":
+                projection = getattr(attention, name)
+                hooks.append(projection.register_forward_hook(partial(keep, name, attention.n_heads, seen)))
+            hooks.append(attention.register_forward_hook(partial(show, seen)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _answer(self, row: list[int]) -> list[int]:
         end = self.config.eos_token_id
@@ -214,7 +251,7 @@ class SharedBiasAttention(t5.T5Attention):
 
     def forward(self, hidden_states: Tensor, mask=None, key_value_states=None, position_bias=None, **kwargs):
         causal = self.is_decoder and key_value_states is None
-        if not causal and mask is not None:  # (n, 1, 1, L), true where attention is allowed
+        if not causal and mask is not None:  # (n, 1, 1 or T, L), true where attention is allowed
             if position_bias is None:
                 dtype = _matmul_dtype(hidden_states)
                 bias = torch.zeros((), dtype=dtype, device=mask.device)
@@ -251,8 +288,8 @@ FASTER = {
 }
 
 
-def _broadcastable(mask: Tensor) -> Tensor:  # (n, L) -> (n, 1, 1, L)
-    return mask.bool()[:, None, None]
+def _broadcastable(mask: Tensor) -> Tensor:  # (n, L) -> (n, 1, 1, L), or (n, T, L) -> (n, 1, T, L)
+    return mask.bool()[:, None, None] if mask.dim() == 2 else mask.bool()[:, None]
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:

@@ -86,17 +86,17 @@ class Means:
     """Weighted means of named numbers since the last report. Tensors stay on their device until then."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[tuple[Any, float]]] = {}
+        self._values: dict[str, list[tuple[Any, Any]]] = {}
 
-    def add(self, name: str, value: torch.Tensor | float, weight: float = 1.0) -> None:
-        """`value`: a number, or a scalar tensor, which is not waited for."""
+    def add(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float = 1.0) -> None:
+        """`value` and `weight`: numbers, or scalar tensors, which are not waited for."""
         value = value.detach() if isinstance(value, torch.Tensor) else value
         self._values.setdefault(name, []).append((value, weight))
 
     def report(self) -> dict[str, float]:
         """The means over all ranks; starts anew. Collective."""
         sums = {
-            name: (sum(float(value) * weight for value, weight in pairs), sum(weight for _, weight in pairs))
+            name: (sum(float(value * weight) for value, weight in pairs), sum(float(weight) for _, weight in pairs))
             for name, pairs in self._values.items()
         }
         self._values = {}

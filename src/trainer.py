@@ -217,6 +217,8 @@ class Trainer:
         self.means.add("loss/reader_loss", losses.reader, weight)
         if losses.retriever is not None:
             self.means.add("loss/retriever_loss", losses.retriever, weight)
+        for name, correlation in losses.correlations.items():
+            self.means.add(f"corr/{name}", correlation.mean, weight * correlation.examples)
         self.means.add("runtime/retrieve", prepared - started)
         self.means.add("runtime/train_step", time.monotonic() - started)
 

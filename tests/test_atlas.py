@@ -11,7 +11,7 @@ from src.inputs import Inputs
 from src.losses import distillation_loss, retriever_scores
 from src.reader import load_reader
 from src.retriever import load_retriever
-from src.signals import SIGNALS
+from src.signals import MODES, Reading
 from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
 from tests.kit import read_jsonl, world
 
@@ -61,30 +61,6 @@ def test_retriever_scores():
     q, p = torch.randn(2, 16), torch.randn(2, 3, 16)
     slow = [[(q[b] @ p[b, k]).item() / 4 for k in range(3)] for b in range(2)]
     assert torch.allclose(retriever_scores(q, p), torch.tensor(slow), atol=1e-6)
-
-
-@pytest.mark.parametrize("prompt", [None, "{query} is "])
-@pytest.mark.parametrize(("b", "k"), [(1, 1), (1, 6), (3, 1), (3, 6)])
-@pytest.mark.parametrize("mode", ["ppmean", "pdist"])
-def test_perplexity_equals_the_formula(parts, b, k, prompt, mode):
-    reader, _, tokenizers = parts
-    make = inputs(tokenizers, decoder_prompt_format=prompt)
-    queries, targets, passages = batch(b, k)
-    ids, mask = make.reader(queries, passages)
-    wanted = make.targets(queries, targets)
-    with torch.no_grad():
-        hidden = reader.encode(ids, mask).view(b, k, ids.shape[2], -1)
-        fast = SIGNALS[mode](reader, hidden, mask, wanted)
-        for i in range(b):
-            prompt_ids = make.prompts(queries)[i] if prompt else []
-            target_ids = tokenizers[0].encode([targets[i]])[0]
-            for j in range(k):
-                alone, alone_mask = make.reader(queries[i : i + 1], [[passages[i][j]]])  # no padding at all
-                decoder_ids = torch.tensor([[0, *prompt_ids, *target_ids[:-1]]])
-                logits = reader.logits(reader.encode(alone, alone_mask), alone_mask.flatten(1), decoder_ids)[0]
-                log_p = F.log_softmax(logits, -1)[len(prompt_ids) :]
-                slow = sum(log_p[t, token].item() for t, token in enumerate(target_ids)) / len(target_ids)
-                assert fast[i, j].item() == pytest.approx(slow, abs=1e-4)
 
 
 def test_loss_equals_the_formula_and_ignores_padding(parts):
@@ -139,31 +115,117 @@ def test_targets(parts):
     assert formatted.labels[0].tolist() == tokenizer.encode(["ko ba"])[0]
 
 
-def test_gradients_reach_what_is_trained(parts):
+def tensors_of(make, queries, targets, passages, embeddings=None):
+    """All that a step needs; the passages' embeddings, or their tokens."""
+    flat = [passage for of_query in passages for passage in of_query]
+    anew = (None, None) if embeddings is not None else make.passages(flat)
+    reader = make.reader(queries, passages)
+    return TrainingTensors(*reader, make.targets(queries, targets), *make.queries(queries), *anew, embeddings)
+
+
+@pytest.mark.parametrize("query_side", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_retrievers_loss_reaches_what_is_trained_and_nothing_else(parts, mode, query_side):
     reader, _, tokenizers = parts
     make = inputs(tokenizers)
+    retriever = load_retriever(str(world() / "models/retriever"), query_side=query_side, dropout=0.0)
+    atlas = Atlas(reader, retriever, n_context=3, mode=MODES[mode], temperature_gold=1, temperature_score=1)
+    atlas.zero_grad()
     queries, targets, passages = batch(2, 3)
-    ids, mask = make.reader(queries, passages)
-    for query_side in (False, True):
-        retriever = load_retriever(str(world() / "models/retriever"), query_side=query_side, dropout=0.0)
-        atlas = Atlas(reader, retriever, n_context=3, signal=SIGNALS["pdist"], temperature_gold=1, temperature_score=1)
-        atlas.zero_grad()
-        flat = [passage for of_query in passages for passage in of_query]
-        passage_ids, passage_mask = make.passages(flat)
-        tensors = TrainingTensors(
-            ids, mask, make.targets(queries, targets), *make.queries(queries), passage_ids, passage_mask
-        )
-        losses = atlas(tensors)
-        losses.retriever.backward()
-        assert all(p.grad is None for p in reader.parameters())
-        for name, parameter in retriever.named_parameters():
-            trained = not name.startswith("passage_contriever")
-            assert (parameter.grad is not None) == trained, name
-        from_index = retriever.embed_passages(passage_ids, passage_mask).view(2, 3, -1).detach()
-        with_embeddings = TrainingTensors(
-            ids, mask, tensors.targets, tensors.query_ids, tensors.query_mask, passage_embeddings=from_index
-        )
-        assert atlas(with_embeddings).retriever.item() == pytest.approx(losses.retriever.item(), rel=1e-5)
+    losses = atlas(tensors_of(make, queries, targets, passages))
+    losses.retriever.backward()
+    assert all(parameter.grad is None for parameter in reader.parameters())
+    for name, parameter in retriever.named_parameters():
+        if name.startswith("passage_contriever"):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+    with torch.no_grad():
+        embeddings = retriever.embed_passages(*make.passages(sum(passages, []))).view(2, 3, -1)
+    from_index = atlas(tensors_of(make, queries, targets, passages, embeddings)).retriever
+    assert from_index.item() == pytest.approx(losses.retriever.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tied_retriever_learns_from_both_sides(parts, mode):
+    """Its gradient is that of the queries alone and that of the passages alone together."""
+    reader, _, tokenizers = parts
+    make, (queries, targets, passages) = inputs(tokenizers), batch(2, 3)
+    retriever = load_retriever(str(world() / "models/retriever"), query_side=False, dropout=0.0)
+    atlas = Atlas(reader, retriever, n_context=3, mode=MODES[mode], temperature_gold=1, temperature_score=1)
+    tensors = tensors_of(make, queries, targets, passages)
+    with torch.no_grad():
+        hidden = reader.encode(tensors.reader_ids, tensors.reader_mask).unflatten(1, tensors.reader_ids.shape[1:])
+        reading = Reading(reader, hidden, tensors.reader_mask, tensors.targets)
+        gold = MODES[mode].signal(reading)
+
+    def gradients(loss):
+        retriever.zero_grad()
+        loss.backward()
+        return {name: parameter.grad for name, parameter in retriever.named_parameters()}
+
+    def loss_of(queries_learn, passages_learn):
+        q = retriever.embed_queries(tensors.query_ids, tensors.query_mask)
+        p = retriever.embed_passages(tensors.passage_ids, tensors.passage_mask).view(2, 3, -1)
+        scores = retriever_scores(q if queries_learn else q.detach(), p if passages_learn else p.detach())
+        return MODES[mode].loss(scores, gold, reading, 1.0)
+
+    both, of_queries = gradients(atlas(tensors).retriever), gradients(loss_of(True, False))
+    of_passages = gradients(loss_of(False, True))
+    for name, gradient in both.items():
+        assert torch.allclose(gradient, of_queries[name] + of_passages[name], rtol=1e-3, atol=1e-6), name
+        # what is added to every passage alike changes no distribution over them
+        assert name.endswith("layer.0.output.LayerNorm.bias") or of_passages[name].any(), name
+
+
+def test_without_its_tensors_the_retriever_gets_nothing(parts):
+    reader, retriever, tokenizers = parts
+    make, (queries, targets, passages) = inputs(tokenizers), batch(2, 3)
+    atlas = Atlas(reader, retriever, n_context=3)
+    atlas.zero_grad()
+    losses = atlas(TrainingTensors(*make.reader(queries, passages), make.targets(queries, targets)))
+    assert losses.retriever is None and losses.total is losses.reader
+    losses.total.backward()
+    assert all(parameter.grad is None for parameter in retriever.parameters())
+    assert all(parameter.grad.isfinite().all() for parameter in reader.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_passages_are_encoded_once_where_that_can_be(parts, mode, monkeypatch):
+    """Those that the reader reads serve the gold scores too, unless dropout has spoilt them."""
+    _, retriever, tokenizers = parts
+    make, (queries, targets, passages) = inputs(tokenizers), batch(2, 5)
+    tensors = tensors_of(make, queries, targets, passages)
+    read_all = None
+    for dropout, n_context, expected in ((0.0, 5, [5]), (0.0, 2, [2, 3]), (0.3, 5, [5, 5]), (0.3, 2, [2, 5])):
+        reader = load_reader(str(world() / "models/reader"), dropout=dropout)
+        encoded, encode = [], reader.encode
+        monkeypatch.setattr(reader, "encode", lambda ids, mask: encoded.append(ids.shape[1]) or encode(ids, mask))  # noqa: B023
+        atlas = Atlas(reader, retriever, n_context=n_context, mode=MODES[mode], temperature_gold=1, temperature_score=1)
+        atlas.reader.train()
+        loss = atlas(tensors).retriever.item()
+        assert encoded == expected
+        assert reader.training
+        read_all = loss if read_all is None else read_all
+        assert loss == pytest.approx(read_all, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_example_without_target_tokens_counts_nowhere(parts, mode):
+    reader, retriever, tokenizers = parts
+    make, (queries, targets, passages) = inputs(tokenizers), batch(3, 4)
+    atlas = Atlas(reader, retriever, n_context=4, mode=MODES[mode], temperature_gold=1, temperature_score=1)
+    both = tensors_of(make, queries, targets, passages)
+    both.targets.labels[1] = -100
+    rest = tensors_of(make, queries[::2], targets[::2], passages[::2])
+    for with_nothing, without in zip(atlas(both)[:2], atlas(rest)[:2], strict=True):
+        assert with_nothing.item() == pytest.approx(without.item(), rel=1e-4)
+    both.targets.labels[:] = -100
+    atlas.zero_grad()
+    nothing = atlas(both)
+    assert nothing.reader.item() == 0 and nothing.retriever.item() == 0
+    nothing.total.backward()
+    assert all(not parameter.grad.any() for parameter in retriever.parameters())
 
 
 def test_evaluating_restores_each_module():

@@ -198,7 +198,6 @@ BAD = [
     ({"task": "kilt"}, "--task kilt is not in this version yet"),
     ({"task": "mlm"}, "dev.jsonl, line 1: no `text`: expected `id` and `text` (strings), found question, answers, id"),
     ({"task": "lm", "eval_data": None, "train_data": "blank.jsonl"}, "blank.jsonl: nothing is left of it"),
-    ({"train_retriever": True, "gold_score_mode": "loop"}, "--gold_score_mode loop is not in this version yet"),
 ]
 
 

@@ -1,0 +1,136 @@
+"""Each gold-score mode teaches a retriever that knows nothing, by a reader that has learnt to copy."""
+
+import random
+import re
+
+import pytest
+
+from preprocessing.make_tiny_models import build_tiny_models
+from tests.kit import SYLLABLES, run, write_jsonl
+
+KINDS = ("river", "bird", "founder")
+WORDINGS = ("what is the {kind} of {town}?", "which {kind} does {town} have?")
+OTHER_WORDING = "name the {kind} of {town}."
+N_TOWNS = 24
+
+
+def names(rng, n):
+    found = set()
+    while len(found) < n:
+        found.add("".join(rng.choices(SYLLABLES, k=3)).capitalize())
+    return rng.sample(sorted(found), n)
+
+
+def passage(town, kind, fact):
+    """The reader is shown the title, the retriever is not: nothing in a text says which question it answers."""
+    return {"id": f"{town}-{kind}", "title": town, "text": f"The {kind} here is {fact}."}
+
+
+def question(wording, town, kind, fact):
+    return {"question": wording.format(kind=kind, town=town), "answers": [fact]}
+
+
+def copying_lesson(rng, towns, facts):
+    """A question with four passages, one of which answers it: towns and facts are thrown together anew every time."""
+    rows = zip(rng.sample(towns, 4), rng.choices(KINDS, k=4), rng.sample(facts, 4), strict=True)
+    passages = [passage(*row) for row in rows]
+    right = rng.choice(passages)
+    kind, fact = re.fullmatch(r"The (\w+) here is (\w+)\.", right["text"]).groups()
+    asked = question(rng.choice([*WORDINGS, OTHER_WORDING]), right["title"], kind, fact)
+    return asked | {"passages": passages}
+
+
+def last_metrics(directory):
+    """Of the last evaluation in run.log."""
+    line = [line for line in (directory / "run.log").read_text().splitlines() if "Dataset: " in line][-1]
+    return {name: float(value) for value, name in (part.split() for part in line.split(" | ")[1:])}
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory):
+    """A corpus with questions, an untrained retriever, and a reader that has learnt to copy, from other towns."""
+    home, rng = tmp_path_factory.mktemp("school"), random.Random(0)
+    towns, facts = names(rng, 400), names(rng, 400)
+    known = [(towns.pop(), rng.choice(KINDS), facts.pop()) for _ in range(N_TOWNS)]
+    corpus = [passage(*row) for row in known]
+    lessons = [copying_lesson(rng, towns, facts) for _ in range(3000)]
+    write_jsonl(home / "passages.jsonl", corpus)
+    write_jsonl(home / "train.jsonl", [question(wording, *row) for wording in WORDINGS for row in known])
+    write_jsonl(home / "test.jsonl", [question(OTHER_WORDING, *row) for row in known])
+    write_jsonl(home / "lessons.jsonl", lessons[100:])
+    write_jsonl(home / "exam.jsonl", lessons[:100])
+    texts = [f"{p['title']} {p['text']}" for row in [{"passages": corpus}, *lessons[:300]] for p in row["passages"]]
+    texts += [row["question"] for row in lessons[:300]]
+    build_tiny_models(texts, home / "models", vocabulary_size=300)
+    reader = run(
+        home,
+        name="reader",
+        reader_model_type=home / "models/reader",
+        train_data=home / "lessons.jsonl",
+        eval_data=home / "exam.jsonl",
+        passages=None,
+        use_file_passages=True,
+        per_gpu_batch_size=32,
+        total_steps=300,
+        scheduler="linear",
+        warmup_steps=20,
+        lr=3e-3,
+        write_results=False,
+        log_freq=100,
+    )
+    assert last_metrics(reader)["exact_match"] > 50  # always taking the same one of the four passages gives 25
+    return home
+
+
+def train_in(school, name, program="train", **flags):
+    """recall@1 of the questions in another wording than the trained ones."""
+    directory = run(
+        school,
+        program,
+        name=name,
+        model_path=school / "reader",
+        reader_model_type=school / "models/reader",
+        retriever_model_path=school / "models/retriever",
+        retriever_format="{text}",
+        passages=school / "passages.jsonl",
+        train_data=school / "train.jsonl",
+        eval_data=school / "test.jsonl",
+        shuffle=True,
+        per_gpu_batch_size=8,
+        n_context=4,
+        retriever_n_context=N_TOWNS // 2,
+        total_steps=250,
+        lr=1e-4,
+        lr_retriever=2e-3,
+        write_results=False,
+        log_freq=100,
+        **flags,
+    )
+    return last_metrics(directory)["recall@1"]
+
+
+# the tiny reader's mean log-likelihoods differ by some units
+TEMPERATURES = {"pdist": 0.1, "loop": 0.1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", TEMPERATURES)
+def test_the_retriever_learns_from_the_reader(school, mode):
+    settings = {"gold_score_mode": mode, "temperature_gold": TEMPERATURES[mode]}
+    learnt = train_in(school, mode, train_retriever=True, query_side_retriever_training=True, **settings)
+    assert learnt >= 80
+
+
+@pytest.mark.slow
+def test_a_tied_retriever_learns_with_refreshes(school):
+    assert train_in(school, "tied", train_retriever=True, gold_score_mode="pdist", refresh_index=20) >= 80
+
+
+@pytest.mark.slow
+def test_a_frozen_retriever_does_not_learn(school):
+    """It finds hardly more than chance (4 %) at the start, and that does not change unless it is trained."""
+    start = train_in(school, "start", program="evaluate")
+    assert start <= 10
+    assert train_in(school, "untrained") == start
+    waiting = {"train_retriever": True, "freeze_retriever_steps": 250, "weight_decay": 0}
+    assert train_in(school, "waiting", **waiting) == start
