@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,9 @@ def main() -> None:
     for title, of_run in curves.items():
         for metric in ("accuracy", "f1"):
             print(f"{title:16}{metric:10}" + " ".join(f"{value:6.1f}" for _, value in of_run[metric]))
+    if find_spec("matplotlib") is None:
+        print("No plot: matplotlib is not installed")
+        return
     draw(curves, home / "curves.png")
     print(home / "curves.png")
 
