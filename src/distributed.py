@@ -41,6 +41,8 @@ def start(device_type: str) -> None:
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
+    # torchrun's store outlives a restart: ranks would find the addresses of the dead in it
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
