@@ -120,8 +120,10 @@ class Optimizers:
 
     def _rescale(self, moved: bool) -> None:
         """Half the scale after an overflow, twice the scale after many steps without one (Micikevicius et al. 2018)."""
+        if not self._scaling:
+            return
         self._since_scaled = self._since_scaled + 1 if moved else 0
-        if self._scaling and (not moved or self._since_scaled == GROWTH_STEPS):
+        if not moved or self._since_scaled == GROWTH_STEPS:
             self.scale *= 2.0 if moved else 0.5
             self._since_scaled = 0
 

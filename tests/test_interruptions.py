@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from src.checkpoint import latest_checkpoint, load_checkpoint
 from src.data import Data
@@ -36,19 +37,19 @@ def losses_by_step(directory):
 
 @pytest.fixture
 def ask_to_stop(monkeypatch):
-    """Sends this process a signal when it has reported a step."""
+    """Sends this process a signal when so many steps are finished: the next one is taken, and no more."""
 
-    def at(step, number):
-        report = Trainer._report
+    def after(steps, number):
+        refresh = Trainer._refresh
 
-        def report_and_signal(trainer, reported):
-            if reported == step:
+        def signal_and_refresh(trainer, finished):
+            if finished == steps:
                 os.kill(os.getpid(), number)
-            return report(trainer, reported)
+            return refresh(trainer, finished)
 
-        monkeypatch.setattr(Trainer, "_report", report_and_signal)
+        monkeypatch.setattr(Trainer, "_refresh", signal_and_refresh)
 
-    return at
+    return after
 
 
 @pytest.mark.parametrize(("number", "asked", "saved"), [(signal.SIGTERM, 1, 2), (signal.SIGUSR1, 7, 8)])
@@ -56,12 +57,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, ask_to_stop, monkeypa
     flags = {"total_steps": 10, "eval_freq": 4, "save_freq": 100, **FLAGS}
     straight = run(tmp_path, name="straight", **flags)
     before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        ask_to_stop(asked, number)
-        with pytest.raises(SystemExit) as ended:
-            run(tmp_path, name="stopped", **flags)
-        assert ended.value.code == 143 and signal.getsignal(number) == before
-        patch.undo()
+    ask_to_stop(asked, number)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, name="stopped", **flags)
+    assert ended.value.code == 143 and signal.getsignal(number) == before
     stopped = tmp_path / "stopped"
     assert load_checkpoint(stopped).step == saved
     assert f"Asked to stop: step {saved} is saved" in (stopped / "run.log").read_text().splitlines()[-1]
@@ -72,6 +71,30 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, ask_to_stop, monkeypa
     assert losses_by_step(stopped) == losses_by_step(straight)
     for step in (4, 8, 10):  # that of step 8 is made up for
         assert read_jsonl(stopped / f"dev-step-{step}.jsonl") == read_jsonl(straight / f"dev-step-{step}.jsonl")
+
+
+def test_stopped_three_times(tmp_path, ask_to_stop):
+    """40 steps straight, and with stops after steps 1, 7 and 23: the same numbers and, in the end, the same weights."""
+    flags = {"total_steps": 40, "train_retriever": True, "refresh_index": 5, "dropout": 0.1, "shuffle": True}
+    straight, stopped = run(tmp_path, name="straight", **flags), tmp_path / "stopped"
+    for step, number in ((1, signal.SIGTERM), (7, signal.SIGUSR1), (23, signal.SIGTERM)):
+        ask_to_stop(step - 1, number)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path, name="stopped", **flags)
+        assert ended.value.code == 143 and load_checkpoint(stopped).step == step
+    run(tmp_path, name="stopped", **flags)
+    assert sorted(losses_by_step(stopped)) == list(range(1, 41))
+    assert losses_by_step(stopped) == losses_by_step(straight)
+    assert read_jsonl(stopped / "dev-step-40.jsonl") == read_jsonl(straight / "dev-step-40.jsonl")
+    for found, expected in zip(weights(stopped), weights(straight), strict=True):
+        assert found.keys() == expected.keys() and found
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def weights(directory):
+    """Of both halves, and what both optimizers remember."""
+    saved = load_checkpoint(directory)
+    return saved.reader, saved.retriever, saved.optimizer_state()
 
 
 def test_a_stop_waits_for_the_update(tmp_path, ask_to_stop):
