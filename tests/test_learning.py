@@ -12,6 +12,7 @@ KINDS = ("river", "bird", "founder")
 WORDINGS = ("what is the {kind} of {town}?", "which {kind} does {town} have?")
 OTHER_WORDING = "name the {kind} of {town}."
 N_TOWNS = 24
+STEPS = 200
 
 
 def names(rng, n):
@@ -83,7 +84,13 @@ def school(tmp_path_factory):
 
 
 def train_in(school, name, program="train", **flags):
-    """recall@1 of the questions in another wording than the trained ones."""
+    """recall@1 of the questions in another wording than the trained ones.
+
+    All passages are retrieved, so that the reader judges the right one every time, wherever the untrained retriever
+    ranks it. If it only saw the best 12, it would never see that of some questions, would learn their answers by heart,
+    and the bound would be met by luck. EMDR² would not come back from there: its gradient for a passage is in
+    proportion to the share that the retriever gives it.
+    """
     directory = run(
         school,
         program,
@@ -98,10 +105,10 @@ def train_in(school, name, program="train", **flags):
         shuffle=True,
         per_gpu_batch_size=8,
         n_context=4,
-        retriever_n_context=N_TOWNS // 2,
-        total_steps=250,
+        retriever_n_context=N_TOWNS,
+        total_steps=STEPS,
         lr=1e-4,
-        lr_retriever=2e-3,
+        lr_retriever=1e-3,
         write_results=False,
         log_freq=100,
         **flags,
@@ -109,8 +116,8 @@ def train_in(school, name, program="train", **flags):
     return last_metrics(directory)["recall@1"]
 
 
-# the tiny reader's mean log-likelihoods differ by some units
-TEMPERATURES = {"pdist": 0.1, "loop": 0.1}
+# the tiny reader's attention scores differ by some thousandths, its mean log-likelihoods by some units
+TEMPERATURES = {"pdist": 0.1, "adist": 0.001, "loop": 0.1, "emdr": 1.0}
 
 
 @pytest.mark.slow
@@ -132,5 +139,5 @@ def test_a_frozen_retriever_does_not_learn(school):
     start = train_in(school, "start", program="evaluate")
     assert start <= 10
     assert train_in(school, "untrained") == start
-    waiting = {"train_retriever": True, "freeze_retriever_steps": 250, "weight_decay": 0}
+    waiting = {"train_retriever": True, "freeze_retriever_steps": STEPS, "weight_decay": 0}
     assert train_in(school, "waiting", **waiting) == start
