@@ -115,7 +115,8 @@ class Bench:
         index = ("--load_index_path", self.home / row.directory, "--refine_factor", str(row.refine_factor))
         reader = ("--reader_model_type", self.demo / "models/reader", "--n_context", "5", "--per_gpu_batch_size", "8")
         name = row.name.replace(" ", "")
-        answered = self._evaluate(f"{name}-answer", *index, *reader, "--generation_max_length", "32")
+        answer = ("--generation_max_length", "32", "--precision", "bf16")
+        answered = self._evaluate(f"{name}-answer", *index, *reader, *answer)
         return measure(answered, self._evaluate(f"{name}-search", *index, *SEARCH))
 
     def open(self, row: Row) -> ShardedIndex:
