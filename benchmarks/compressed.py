@@ -26,7 +26,9 @@ import faiss
 import torch
 
 from benchmarks.search import process_memory, seconds
-from example_scripts.demo import DEPTHS, ROOT, call, measure, prepare, read
+from example_scripts.demo import DEPTHS, ROOT, measure, prepare, read
+from src import build
+from src.config import parse_config
 from src.index.files import has_index, read_description
 from src.index.quantized import Compression, code_size
 from src.index.sharded import ShardedIndex
@@ -86,18 +88,17 @@ class Bench:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of all that is called
         prepare(demo / "data", demo / "models", minutes=1.5)
         if not has_index(self.home / "flat"):
-            self._evaluate("embed", "--passages", self.demo / "data/passages.jsonl", *self._saving("flat"), *SEARCH)
-
-    def _saving(self, name: str) -> tuple[str | Path, ...]:
-        return "--save_index_path", self.home / name
+            corpus = ("--passages", self.demo / "data/passages.jsonl", "--save_index_path", self.home / "flat")
+            self._evaluate("embed", *corpus, *SEARCH)
 
     def _evaluate(self, name: str, *flags: str | Path) -> Path:
-        """Run evaluate.py over the test questions; where its results are."""
-        call(
-            *(sys.executable, "evaluate.py", "--task", "qa", "--name", name, "--checkpoint_dir", self.home / "runs"),
+        """What evaluate.py does, over the test questions; where its results are."""
+        words = [
+            *("--task", "qa", "--name", name, "--checkpoint_dir", self.home / "runs", "--write_results"),
             *("--eval_data", self.demo / "data/test.jsonl", "--retriever_model_path", self.encoder),
-            *("--text_maxlength", "128", "--write_results", *flags),
-        )
+            *("--text_maxlength", "128", *flags),
+        ]
+        build.run(parse_config([str(word) for word in words], program="evaluate"), build.evaluate)
         return self.home / "runs" / name / "test-step-0.jsonl"
 
     def seconds_to_embed(self) -> float:
