@@ -41,6 +41,15 @@ def two_processes(script: str, *flags: str | Path) -> None:
 LAUNCH = ("--standalone", "--nnodes", "1", "--nproc_per_node", "2")
 
 
+def prepare(data: Path, models: Path, minutes: float) -> None:
+    """Make the corpus with its questions, and the tiny models, unless they are there."""
+    if not (ROOT / data / "test.jsonl").exists():
+        call(sys.executable, "preprocessing/prepare_demo.py", "--output_directory", data)
+    if not (ROOT / models / "retriever/config.json").exists():
+        flags = ("--data", data, "--output_directory", models, "--minutes", str(minutes))
+        call(sys.executable, "preprocessing/make_tiny_models.py", *flags)
+
+
 def read(file: Path) -> list[dict]:
     """The rows of a result file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -82,13 +91,7 @@ def main() -> None:
     data, models, experiments = home / "data", home / "models", home / "experiments"
     steps = 6 if options.short else 40
 
-    if not (ROOT / data / "test.jsonl").exists():
-        call(sys.executable, "preprocessing/prepare_demo.py", "--output_directory", data)
-    if not (ROOT / models / "retriever/config.json").exists():
-        minutes = ("--minutes", "0.2" if options.short else "1.5")
-        call(
-            sys.executable, "preprocessing/make_tiny_models.py", "--data", data, "--output_directory", models, *minutes
-        )
+    prepare(data, models, minutes=0.2 if options.short else 1.5)
     test = data / "test.jsonl"
     if options.short:
         test = data / "few.jsonl"

@@ -201,6 +201,10 @@ def _refuse(config: Config, device: torch.device) -> None:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if config.index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: an index of ours has no shards, any number of ranks opens it")
+    ways = ("faiss_index_type", "faiss_code_size", "faiss_nlist", "faiss_train_size")
+    unused = [f"--{name}" for name in ways if getattr(config.index, name) != getattr(Index, name)]
+    if unused and config.index.index_mode == "flat":
+        log.warning("Without --index_mode faiss there is no effect of %s", ", ".join(unused))
     if config.retrieves and config.model.n_context > config.model.retriever_n_context and config.run.train_data:
         log.warning(
             "--n_context %d is above --retriever_n_context %d: in training the reader reads the %d retrieved",
@@ -409,8 +413,12 @@ def _build_retrieval(config: Config, device: torch.device, directory: Path, mode
         log.info("Opened the index %s: %d passages", settings.load_index_path, len(passages))
     else:
         passages = _open_passages(settings.passages, settings.max_passages)
-    codes_only = settings.save_index_codes_only
-    if codes_only and settings.save_index_path is not None and (index.type if index else wanted) == "flat":
+    kind, codes_only = index.type if index else wanted, settings.save_index_codes_only
+    if settings.refine_factor > 1 and kind == "flat":
+        log.info("--refine_factor has no effect: the search of a flat index is exact")
+    if settings.faiss_nprobe is not None and "IVF" not in kind:
+        log.info("--faiss_nprobe has no effect: an index of type %s has no lists", kind)
+    if codes_only and settings.save_index_path is not None and kind == "flat":
         raise ValueError(
             "--save_index_codes_only: a flat index has no codes; ask for --index_mode faiss, or leave it out"
         )

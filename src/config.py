@@ -372,6 +372,8 @@ def _check(config: Config, program: str) -> None:
     for name, path in (("load_index_path", index.load_index_path), ("model_path", run.model_path)):
         if path not in (None, "none") and not Path(path).is_dir():
             raise ValueError(f"--{name}: there is no directory {path}")
+    if index.save_index_path is not None and Path(index.save_index_path).is_file():
+        raise ValueError(f"--save_index_path {index.save_index_path} is a file: give a directory, new or of an index")
     names = [evaluation_name(path) for path in run.eval_data]
     for name in set(names):
         if names.count(name) > 1:

@@ -23,6 +23,7 @@ CACHE_FROM = 1 << 24  # bytes of a file: the lines of smaller ones are found in 
 NPY_HEADER = 128  # bytes before the numbers in an .npy file of one dimension
 HEADER = 3  # the cached array starts with version, file size and mtime_ns; the offsets follow
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LINE_END = ord("\n")
 
 
 class DataError(ValueError):
@@ -135,7 +136,11 @@ class JsonlCorpus(Sequence[dict]):
         if not 0 <= index < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} rows")
         file = bisect.bisect_right(self._first_rows, index) - 1
-        return file, int(self._offsets[file][index - self._first_rows[file]])
+        start, text = int(self._offsets[file][index - self._first_rows[file]]), self._maps[file]
+        follows_a_line = 0 < start < len(text) and text[start - 1] == LINE_END
+        if start and not follows_a_line and text[: max(0, min(start, 4))] != BYTE_ORDER_MARK:
+            raise DataError(f"{offsets_file(self.paths[file])} is damaged: remove it, and it will be made again")
+        return file, start
 
 
 def decode_text(line: bytes) -> str:  # a reason, not a place, in every ValueError: the caller knows the place
@@ -172,7 +177,7 @@ def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:
         # An empty file cannot be mapped.
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
     header = np.array([CACHE_VERSION, status.st_size, status.st_mtime_ns], np.int64)
-    cache = path.with_name(path.name + ".offsets.npy")
+    cache = offsets_file(path)
     offsets = read_offsets(cache, header)
     if offsets is None:
         offsets = find_offsets(text)
@@ -182,6 +187,10 @@ def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:
         with contextlib.suppress(OSError), replacing(cache) as beside, open(beside, "wb") as file:
             np.save(file, np.concatenate([header, offsets]))
     return text, offsets
+
+
+def offsets_file(path: Path) -> Path:
+    return path.with_name(path.name + ".offsets.npy")
 
 
 def read_offsets(cache: Path, header: np.ndarray) -> np.ndarray | None:

@@ -268,6 +268,7 @@ REFUSED = [
     ("train", {"passages": "nowhere.jsonl"}, "--passages: there is no file nowhere.jsonl"),
     ("train", {"load_index_path": "nowhere"}, "--load_index_path: there is no directory nowhere"),
     ("train", {"model_path": "nowhere"}, "--model_path: there is no directory nowhere"),
+    ("train", {"save_index_path": __file__}, "test_config.py is a file: give a directory, new or of an index"),
     ("train", {"reader_model_type": None}, "--reader_model_type is missing"),
     ("train", {"retrieve_only": True}, "--retrieve_only cannot be trained"),
     ("evaluate", {"retrieve_only": True, "closed_book": True}, "--retrieve_only needs an index"),

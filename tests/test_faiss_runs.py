@@ -198,3 +198,12 @@ def test_mistakes_get_one_sentence(home, tmp_path, monkeypatch, capfd, changes, 
     assert ended.value.code == 1
     said = capfd.readouterr().err
     assert sentence in said and said.count("\n") == 1, said
+
+
+def test_flags_without_effect_say_so(home, tmp_path):
+    flat = {"load_index_path": home[0] / "flat", "retrieve_only": True, "reader_model_type": None} | EVALUATE
+    log = (run(tmp_path, "evaluate", faiss_code_size=8, faiss_nlist=3, **flat) / "run.log").read_text()
+    assert "Without --index_mode faiss there is no effect of --faiss_code_size, --faiss_nlist" in log
+    log = (run(tmp_path, "evaluate", name="b", refine_factor=2, faiss_nprobe=2, **flat) / "run.log").read_text()
+    assert "--refine_factor has no effect: the search of a flat index is exact" in log
+    assert "--faiss_nprobe has no effect: an index of type flat has no lists" in log and "Without" not in log

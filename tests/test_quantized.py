@@ -1,5 +1,6 @@
 """Compressed search over the codes of one shard: equal to scoring every decoded code, and to a plain Faiss index."""
 
+import logging
 import re
 from functools import cache
 
@@ -291,3 +292,55 @@ def test_nothing_to_search_or_to_ask(kind):
         assert scores.shape == rows.shape == (b, 0)
     scores, rows = make_index(kind, 200).search(torch.zeros(0, D), 3)
     assert scores.shape == rows.shape == (0, 3) and empty.codes().shape == (0, quantizer.code_size)
+
+
+# On a GPU, as far as that shows without one
+
+
+@pytest.fixture
+def told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("atlas"), "propagate", True)
+    return caplog
+
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Faiss may well copy the index to the GPU that is there")
+@pytest.mark.parametrize("kind", ["ivfpq", "ivfsq", "ivfflat"])
+def test_what_faiss_cannot_put_on_a_gpu_is_searched_by_the_cpu(told, kind):
+    _, queries = embeddings_of(200)
+    assert_same(make_index(kind, 200, device=CUDA).search(queries, 9), make_index(kind, 200).search(queries, 9))
+    assert "Faiss cannot put the index on the GPU, the CPU searches it: " in told.text
+
+
+def test_the_limits_of_a_gpu_are_told(told, monkeypatch):
+    """In place of the GPU's copy there is one on the CPU, which is asked in the same way."""
+    asked = []
+
+    class OnGpu:
+        def __init__(self, index, device):
+            self.index, self.nprobe = faiss.clone_index(index), 0
+
+        def search_preassigned(self, queries, k, lists, scores):
+            asked.append((self.nprobe, k))
+            self.index.nprobe = self.nprobe
+            return self.index.search_preassigned(queries, k, lists, scores)
+
+    monkeypatch.setattr(quantized, "_copy_to_gpu", OnGpu)
+    monkeypatch.setattr(quantized, "_MOST_ON_GPU", 30)
+    _, queries = embeddings_of(200)
+    for kind, nprobe in (("ivfpq", None), ("ivfsq", 3), ("ivfflat", 5)):
+        index, expected = (make_index(kind, 200, nprobe=nprobe, device=device) for device in (CUDA, None))
+        assert_same(index.search(queries, 9), expected.search(queries, 9))
+        assert asked.pop() == (nprobe or 14, 25) and not told.text
+        asked.clear()
+        for _ in range(2):
+            assert_same(index.search(queries, 20), expected.search(queries, 20))
+        assert not asked and told.text.count("on a GPU Faiss finds at most 30 passages a query") == 1
+        told.clear()
+    monkeypatch.setattr(quantized, "_MOST_ON_GPU", 13)
+    assert_same(make_index("ivfpq", 200, device=CUDA).search(queries, 2), make_index("ivfpq", 200).search(queries, 2))
+    assert not asked and "looks into at most 13 lists a query, --faiss_nprobe is 14" in told.text
+    assert_same(make_index("SQ4", 200, device=CUDA).search(queries, 2), make_index("SQ4", 200).search(queries, 2))
+    assert "The CPU searches the index: Faiss has no IndexScalarQuantizer without lists for a GPU" in told.text

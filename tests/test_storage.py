@@ -24,7 +24,7 @@ from src.index.quantized import Compression, Quantizer, train
 from src.index.sharded import ShardedIndex, compress, shard_rows
 from src.index.storage import compress_index, open_index, save_index
 from tests.parity import parity_kit
-from tests.ranks import run_on_ranks, scratch_directory
+from tests.ranks import _free_port, rank_environment, run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def names(directory):
 
 
 @pytest.mark.parametrize("writers", [1, 2, 3])
-@pytest.mark.parametrize("n", [1, 2, 7, 200])
+@pytest.mark.parametrize("n", [1, 2, 7, 200, 1000])
 def test_any_number_of_ranks_saves_and_any_number_opens(writers, n):
     directory = Path(scratch_directory())
     embeddings, queries = made_up(n, 8, 3)
@@ -289,6 +289,26 @@ def test_damaged_files_are_refused_in_one_sentence_or_harmless(tmp_path):
     assert refused > 250
 
 
+def test_damaged_offsets_of_lines_are_found_again_or_refused_or_harmless(tmp_path, monkeypatch):
+    """The file that says where the lines of a large text are: 250 times no other text is taken for a passage."""
+    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    directory, _, queries = saved(tmp_path)
+    os.unlink(tmp_path / "corpus.jsonl")
+    expected = list(open_index(directory, device=CPU).passages)
+    offsets, chance, refused = directory / "passages.1.jsonl.offsets.npy", random.Random(2), 0
+    content = offsets.read_bytes()
+    for _ in range(250):
+        offsets.write_bytes(damaged(content, chance))
+        try:
+            index = open_index(directory, device=CPU)
+            ids = index.search(queries, 20).ids
+            assert index.passages_of(ids) == [[expected[i] for i in row] for row in ids.tolist()]
+        except ValueError as error:
+            refused += 1
+            assert str(error) == f"{offsets} is damaged: remove it, and it will be made again"
+    assert 0 < refused < 250
+
+
 @pytest.mark.parametrize("at", range(0, 128, 3))
 def test_every_byte_of_the_array_header_is_checked(tmp_path, at):
     directory, *_ = saved(tmp_path, n=3, dimension=2)
@@ -349,13 +369,46 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatc
     assert len(names(directory)) == 4  # what the killed ones left is gone
 
 
+def _save_for_ever_as_rank(rank, port, directory, corpora):
+    os.environ.update(rank_environment(rank, 2, port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    _save_for_ever(directory, corpora)
+
+
+@pytest.mark.slow
+def test_two_writers_killed_one_after_the_other_leave_a_whole_index(tmp_path, monkeypatch):
+    """As above, but each rank writes its rows: 20 times one rank is killed, and the other a moment later."""
+    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    corpora = [write_corpus(tmp_path / f"{kind}.jsonl", 300, word) for kind, word in enumerate(("zero", "one"))]
+    directory, chance, seen = tmp_path / "index", random.Random(0), set()
+    _save(directory, corpora[0], torch.zeros(300, 64).half())
+    for _ in range(20):
+        port = _free_port()
+        arguments = [(rank, port, directory, corpora) for rank in (0, 1)]
+        writers = [get_context("fork").Process(target=_save_for_ever_as_rank, args=a) for a in arguments]
+        for writer in writers:
+            writer.start()
+        time.sleep(chance.uniform(0.5, 2))
+        for writer in chance.sample(writers, 2):
+            os.kill(writer.pid, signal.SIGKILL)
+            time.sleep(chance.uniform(0, 0.1))
+        for writer in writers:
+            writer.join()
+        index = open_index(directory, device=CPU)
+        (kind,) = index.embeddings.unique().tolist()
+        assert {p["text"].split()[0] for p in index.passages} == {["zero", "one"][int(kind)]}
+        seen.add(json.loads((directory / "index.json").read_text())["embeddings"])
+    assert len(seen) > 5  # the writers did get somewhere
+
+
 # Compressed indices
 
 KINDS = {"pq": 4, "ivfpq": 4, "ivfsq": None, "ivfflat": None, "flat": None, "OPQ3_6,PQ3": None, "SQ8": None}
 
 
 def asked(kind, **settings):
-    return Compression(kind, code_size=KINDS[kind], **settings)
+    return Compression(kind, code_size=KINDS.get(kind), **settings)
 
 
 def _compress_and_save(directory, corpus, embeddings, kinds, codes_only=False):
@@ -377,14 +430,22 @@ def _open_and_search_each(directory, queries, ks, kinds):
     return answers
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 200, 1000])
-def test_compressed_indices_are_the_same_at_every_number_of_ranks(n):
+QUICK = [kind for kind in KINDS if "OPQ" not in kind]  # which takes a second to train
+OTHERS = ["OPQ3_6,PQ3", "OPQ2,IVF3,PQ4", "PCAR6,IVF2,SQfp16", "RR8,SQ4"]
+
+
+@pytest.mark.parametrize(
+    ("n", "kinds"),
+    [(n, QUICK) for n in (1, 2, 7, 200, 1000)]
+    + [(200, ["OPQ3_6,PQ3"])]
+    + [pytest.param(n, OTHERS, marks=pytest.mark.slow) for n in (1, 2, 7, 200, 1000)],
+)
+def test_compressed_indices_are_the_same_at_every_number_of_ranks(n, kinds):
     """Trained, encoded and saved by any number of ranks, opened by any other: the same files, ids and scores."""
     directory = Path(scratch_directory())
     embeddings, queries = made_up(n, 8, 7)
     embeddings[n // 2 :] = embeddings[: n - n // 2].clone()  # ties
     corpus = write_corpus(directory / "corpus.jsonl", n)
-    kinds = [kind for kind in KINDS if n == 200 or not kind.startswith("OPQ")]  # which takes a second to train
     ks = (1, 5, n + 3)
     expected, content = [], {}
     for writers in (1, 2, 3):

@@ -322,18 +322,23 @@ class QuantizedIndex:
         if codes.shape[1] != quantizer.code_size:
             raise ValueError(f"codes of {codes.shape[1]} bytes for a quantizer that makes {quantizer.code_size}")
         self.quantizer, self.largest_norm, self._n = quantizer, largest_norm, len(codes)
-        on_gpu = device is not None and device.type != "cpu"
+        nprobe = min(nprobe or quantizer.lists, quantizer.lists)
+        gpu = device if device is not None and device.type != "cpu" else None
+        if gpu is not None and (reason := _why_not_on_gpu(quantizer, nprobe)):
+            log.warning("The CPU searches the index: %s", reason)
+            gpu = None
+        self._told = gpu is None or not quantizer.lists  # that Faiss finds no more than so many on a GPU
         self.list_sizes: torch.Tensor | None = None
         if quantizer.lists:
-            self._codes = _Lists(quantizer, codes, nprobe or quantizer.lists, device if on_gpu else None, heartbeat)
+            self._codes = _Lists(quantizer, codes, nprobe, gpu, heartbeat)
             self.list_sizes = torch.from_numpy(self._codes.sizes)
         else:
             self._codes = _Codes(quantizer, codes)
         self._product: ProductQuantizerSearch | None = None
-        self._many = 0 if on_gpu else _MANY_QUERIES
+        self._many = _MANY_QUERIES if gpu is None else 0
         if isinstance(quantizer.inner, faiss.IndexPQ):
             centroids, _ = from_faiss(quantizer.inner)
-            self._product = ProductQuantizerSearch(torch.from_numpy(codes).to(device or "cpu"), centroids)
+            self._product = ProductQuantizerSearch(torch.from_numpy(codes).to(gpu or "cpu"), centroids)
         coarse = float(np.linalg.norm(quantizer.centroids(), axis=1).max()) if quantizer.lists else 0.0
         self._norm = 4 * (coarse + largest_norm)  # a centroid's part, the residual's, and room for its own rounding
 
@@ -368,6 +373,9 @@ class QuantizedIndex:
         todo = torch.arange(len(queries) if found else 0)
         probes = self._codes.probes(rotated, k, self.list_sizes) if len(todo) else None
         candidates = min(found + _MORE, self._n)
+        if not self._told and candidates > _MOST_ON_GPU:
+            self._told = True
+            log.warning("The CPU searches the index: on a GPU Faiss finds at most %d passages a query", _MOST_ON_GPU)
         while len(todo):
             best, best_rows, sure = self._best(rotated[todo], found, candidates, probes and probes.of(todo))
             scores[todo], rows[todo] = best, best_rows
@@ -568,6 +576,15 @@ def _copy_to_gpu(index: faiss.IndexIVF, device: torch.device) -> faiss.Index | N
     except (RuntimeError, AttributeError) as error:  # a code size it does not know, no memory; a Faiss without GPUs
         log.warning("Faiss cannot put the index on the GPU, the CPU searches it: %s", " ".join(str(error).split()))
         return None
+
+
+def _why_not_on_gpu(quantizer: Quantizer, nprobe: int) -> str | None:
+    """What keeps such an index from being searched on a GPU, by torch or by Faiss; None where nothing is known."""
+    if nprobe > _MOST_ON_GPU:
+        return f"on a GPU Faiss looks into at most {_MOST_ON_GPU} lists a query, --faiss_nprobe is {nprobe}"
+    if not quantizer.lists and not isinstance(quantizer.inner, faiss.IndexPQ):
+        return f"Faiss has no {type(quantizer.inner).__name__} without lists for a GPU"
+    return None
 
 
 def explain_nprobe(lists: int, nprobe: int | None) -> str | None:
