@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.index import quantized
+from src.index import inverted_file, quantized
+from src.index.inverted_file import InvertedFile, centroids_of_lists, list_numbers
 from src.index.quantized import Compression, QuantizedIndex, Quantizer, make_empty, train, training_rows
 from tests.test_flat import assert_same, brute_force, made_up
 
@@ -92,7 +93,7 @@ def test_ivfflat_finds_what_exact_search_finds():
 def test_chunks_change_nothing(monkeypatch, kind, chunk_bytes):
     quantizer, codes, _ = trained(kind, 200)
     _, queries = embeddings_of(200)
-    monkeypatch.setattr(quantized, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(inverted_file, "_CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(quantized, "_MANY_QUERIES", 100)  # Faiss instead of torch
     assert_same(make_index(kind, 200).search(queries, 9), decoded_brute_force(quantizer, codes, queries, 9))
 
@@ -160,8 +161,8 @@ def test_nprobe_looks_into_the_nearest_lists(nprobe):
     assert quantizer.lists == 14
     _, queries = embeddings_of(200)
     index = make_index("ivfpq", 200, nprobe=nprobe)
-    numbers = quantizer.list_numbers(codes)
-    centroids = torch.from_numpy(quantizer.centroids())
+    numbers = list_numbers(quantizer.inner, codes)
+    centroids = torch.from_numpy(centroids_of_lists(quantizer.inner))
     for query in queries:
         nearest = (centroids @ query).argsort(descending=True)
         k = 4
@@ -185,6 +186,31 @@ def test_codes_of_a_list_that_does_not_exist_are_refused():
     codes[7, 0] = 14
     with pytest.raises(ValueError, match="passage 7 of this rank names a list that does not exist"):
         QuantizedIndex(quantizer, codes, largest_norm=norm)
+
+
+@pytest.mark.parametrize("kind", ["ivfpq", "ivfsq", "IVF2,SQfp16"])
+def test_a_copy_for_the_gpu_finds_the_same(kind):
+    """Its row numbers are places, which a GPU gives back."""
+    quantizer, codes, _ = trained(kind, 200)
+    lists = InvertedFile(quantizer.inner, codes, quantizer.lists, None, lambda: None)
+    _, queries = embeddings_of(200)
+    probes = lists.probes(queries, 9, torch.from_numpy(lists.sizes))
+    in_place = lists.candidates(queries.numpy(), 30, probes)
+    lists._on_gpu = lists._copied()
+    for expected, found in zip(in_place, lists.candidates(queries.numpy(), 30, probes), strict=True):
+        assert np.array_equal(expected, found)
+
+
+@pytest.mark.parametrize(("n", "lists", "more"), [(255, 300, -1), (65_535, 300, 0), (70_000, 300, 1), (70_000, 100, 2)])
+def test_an_inverted_file_holds_little_more_than_its_codes(n, lists, more):
+    """Bytes a passage beyond those of its code: of its row number, without those that name the list."""
+    inner = faiss.index_factory(D, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+    inner.train(np.random.default_rng(0).normal(size=(39 * lists, D)).astype(np.float32))
+    codes = np.zeros((n, inner.sa_code_size()), np.uint8)
+    held = InvertedFile(inner, codes, 1, None, lambda: None)
+    arrays = sum(value.nbytes for value in (held._codes, held._rows))
+    assert arrays == codes.nbytes + more * n
+    assert np.array_equal(held.all(), codes)
 
 
 def test_explanation_of_nprobe():
@@ -327,8 +353,9 @@ def test_the_limits_of_a_gpu_are_told(told, monkeypatch):
             self.index.nprobe = self.nprobe
             return self.index.search_preassigned(queries, k, lists, scores)
 
-    monkeypatch.setattr(quantized, "_copy_to_gpu", OnGpu)
-    monkeypatch.setattr(quantized, "_MOST_ON_GPU", 30)
+    monkeypatch.setattr(inverted_file, "_copy_to_gpu", OnGpu)
+    for module in (quantized, inverted_file):
+        monkeypatch.setattr(module, "MOST_ON_GPU", 30)
     _, queries = embeddings_of(200)
     for kind, nprobe in (("ivfpq", None), ("ivfsq", 3), ("ivfflat", 5)):
         index, expected = (make_index(kind, 200, nprobe=nprobe, device=device) for device in (CUDA, None))
@@ -339,7 +366,8 @@ def test_the_limits_of_a_gpu_are_told(told, monkeypatch):
             assert_same(index.search(queries, 20), expected.search(queries, 20))
         assert not asked and told.text.count("on a GPU Faiss finds at most 30 passages a query") == 1
         told.clear()
-    monkeypatch.setattr(quantized, "_MOST_ON_GPU", 13)
+    for module in (quantized, inverted_file):
+        monkeypatch.setattr(module, "MOST_ON_GPU", 13)
     assert_same(make_index("ivfpq", 200, device=CUDA).search(queries, 2), make_index("ivfpq", 200).search(queries, 2))
     assert not asked and "looks into at most 13 lists a query, --faiss_nprobe is 14" in told.text
     assert_same(make_index("SQ4", 200, device=CUDA).search(queries, 2), make_index("SQ4", 200).search(queries, 2))

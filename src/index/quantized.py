@@ -18,7 +18,8 @@ import faiss
 import numpy as np
 import torch
 
-from src.index.flat import FlatIndex, checked_queries, error_bound, fixed_inner_products, measure_largest_norm
+from src.index.flat import checked_queries, error_bound, fixed_inner_products, measure_largest_norm
+from src.index.inverted_file import MOST_ON_GPU, InvertedFile, Probes, centroids_of_lists, chunks, list_sizes
 from src.index.pq_search import ProductQuantizerSearch, from_faiss
 
 log = logging.getLogger("atlas")
@@ -26,11 +27,9 @@ log = logging.getLogger("atlas")
 KINDS = {"ivfflat": "IVF{lists},Flat", "ivfsq": "IVF{lists},SQ4", "ivfpq": "IVF{lists},PQ{bytes}", "pq": "PQ{bytes}"}
 FLAT = ("flat", "Flat")  # exact search
 _BLOCK_ROWS = 1024  # encoded at a time
-_CHUNK_BYTES = 2**22  # codes copied at a time
 _MORE = 16  # candidates beyond k: usually enough to see that nothing else can be among the best k
 _ROWS_PER_CENTROID = 256
 _MANY_QUERIES = 6  # from which on torch searches product quantizer codes faster than Faiss, on a CPU
-_MOST_ON_GPU = 2048  # Faiss's limit of nprobe and k
 _ENCODERS = (faiss.IndexPQ, faiss.IndexScalarQuantizer, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
 
 
@@ -253,14 +252,7 @@ class Quantizer:
             into.copy_(query)
         return rotated
 
-    def list_numbers(self, codes: np.ndarray) -> np.ndarray:
-        """The lists that codes of an inverted file belong to, `(m, code_size) -> (m,)` int64."""
-        width = self.inner.coarse_code_size()
-        padded = np.zeros((len(codes), 8), np.uint8)
-        padded[:, :width] = codes[:, :width]
-        return padded.view("<i8")[:, 0]
-
-    def filled(self, codes: np.ndarray, heartbeat: Callable[[], None] = lambda: None) -> faiss.Index:
+    def filled(self, codes: np.ndarray) -> faiss.Index:
         """A Faiss index of its own kind over codes `(n, code_size)`, for other tools, which searches all lists.
 
         It holds a copy of the codes, and an inverted file 8 bytes a passage more.
@@ -270,21 +262,19 @@ class Quantizer:
         """
         index = faiss.clone_index(self._index)
         _, inner = _unwrap(index)
+        # Take what is needed, at once and no more.
         if self.lists:
             inner.nprobe = self.lists
-            _fill_lists(self, inner, codes, heartbeat)
+            for number, size in enumerate(list_sizes(inner, codes).tolist()):
+                inner.invlists.resize(number, size)
+                inner.invlists.resize(number, 0)
         else:
-            inner.codes.resize(codes.size)  # take what is needed, at once and no more
+            inner.codes.resize(codes.size)
             inner.codes.resize(0)
-            for _, chunk in _chunks(codes):
-                inner.add_sa_codes(chunk)
-                heartbeat()
+        for start, chunk in chunks(codes):
+            inner.add_sa_codes(chunk, np.arange(start, start + len(chunk)))
         index.ntotal = inner.ntotal
         return index
-
-    def centroids(self) -> np.ndarray:
-        """Of the lists, `(lists, D')` fp32."""
-        return self.inner.quantizer.reconstruct_n(0, self.lists)
 
 
 class QuantizedIndex:
@@ -292,7 +282,8 @@ class QuantizedIndex:
 
     Codes of a product quantizer without lists are searched by torch where a GPU does it, or where several queries make
     it the faster way; all others by Faiss, those of an inverted file on the GPU where it can. Codes without lists are
-    read where they are, so a memory-mapped file costs no other memory; those of an inverted file are copied once.
+    read where they are, so a memory-mapped file costs no other memory; those of an inverted file are copied once, list
+    after list, with 1 or 2 bytes a passage more.
 
     Attributes:
         quantizer, largest_norm (bounds the norms of the decoded codes).
@@ -330,7 +321,7 @@ class QuantizedIndex:
         self._told = gpu is None or not quantizer.lists  # that Faiss finds no more than so many on a GPU
         self.list_sizes: torch.Tensor | None = None
         if quantizer.lists:
-            self._codes = _Lists(quantizer, codes, nprobe, gpu, heartbeat)
+            self._codes = InvertedFile(quantizer.inner, codes, nprobe, gpu, heartbeat)
             self.list_sizes = torch.from_numpy(self._codes.sizes)
         else:
             self._codes = _Codes(quantizer, codes)
@@ -339,7 +330,7 @@ class QuantizedIndex:
         if isinstance(quantizer.inner, faiss.IndexPQ):
             centroids, _ = from_faiss(quantizer.inner)
             self._product = ProductQuantizerSearch(torch.from_numpy(codes).to(gpu or "cpu"), centroids)
-        coarse = float(np.linalg.norm(quantizer.centroids(), axis=1).max()) if quantizer.lists else 0.0
+        coarse = float(np.linalg.norm(centroids_of_lists(quantizer.inner), axis=1).max()) if quantizer.lists else 0.0
         self._norm = 4 * (coarse + largest_norm)  # a centroid's part, the residual's, and room for its own rounding
 
     def codes(self) -> np.ndarray:
@@ -373,9 +364,9 @@ class QuantizedIndex:
         todo = torch.arange(len(queries) if found else 0)
         probes = self._codes.probes(rotated, k, self.list_sizes) if len(todo) else None
         candidates = min(found + _MORE, self._n)
-        if not self._told and candidates > _MOST_ON_GPU:
+        if not self._told and candidates > MOST_ON_GPU:
             self._told = True
-            log.warning("The CPU searches the index: on a GPU Faiss finds at most %d passages a query", _MOST_ON_GPU)
+            log.warning("The CPU searches the index: on a GPU Faiss finds at most %d passages a query", MOST_ON_GPU)
         while len(todo):
             best, best_rows, sure = self._best(rotated[todo], found, candidates, probes and probes.of(todo))
             scores[todo], rows[todo] = best, best_rows
@@ -383,7 +374,7 @@ class QuantizedIndex:
         return scores.to(queries.device), rows.to(queries.device)
 
     def _best(
-        self, queries: torch.Tensor, k: int, candidates: int, probes: "_Probes | None"
+        self, queries: torch.Tensor, k: int, candidates: int, probes: Probes | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scores and rows (b, k) of the best among so many candidates, and for which queries no other can be better."""
         approximate, places = self._codes.candidates(queries.numpy(), candidates, probes)  # (b, c)
@@ -413,16 +404,6 @@ class QuantizedIndex:
         return best, best_rows, sure
 
 
-class _Probes:
-    """Lists to look into, (b, p) int64 with -1 for none, and the scores of their centroids (b, p) fp32."""
-
-    def __init__(self, lists: np.ndarray, scores: np.ndarray) -> None:
-        self.lists, self.scores = lists, scores
-
-    def of(self, queries: torch.Tensor) -> "_Probes":
-        return _Probes(*(np.ascontiguousarray(part[queries.numpy()]) for part in (self.lists, self.scores)))
-
-
 class _Codes:
     """Codes without lists, searched by Faiss chunk by chunk; the place of a passage is its row."""
 
@@ -445,7 +426,7 @@ class _Codes:
         """Scores and places (b, c), best first."""
         scores = np.full((len(queries), c), -np.inf, np.float32)
         places = np.full((len(queries), c), -1, np.int64)
-        for start, chunk in _chunks(self._codes):
+        for start, chunk in chunks(self._codes):
             self._index.reset()
             self._index.add_sa_codes(chunk)
             more, positions = self._index.search(queries, min(c, len(chunk)))
@@ -457,131 +438,10 @@ class _Codes:
         return scores, places
 
 
-class _Lists:
-    """Codes of an inverted file; the place of a passage is its list · 2³² + its position in there."""
-
-    def __init__(
-        self,
-        quantizer: Quantizer,
-        codes: np.ndarray,
-        nprobe: int,
-        gpu: torch.device | None,
-        heartbeat: Callable[[], None],
-    ) -> None:
-        self._quantizer, self._n, self._nprobe = quantizer, len(codes), min(nprobe, quantizer.lists)
-        self._index = index = faiss.clone_index(quantizer.inner)
-        self.sizes = _fill_lists(quantizer, index, codes, heartbeat)
-        lists = index.invlists
-        width, sizes = lists.code_size, self.sizes.tolist()
-        self._list_codes = [
-            faiss.rev_swig_ptr(lists.get_codes(i), size * width).reshape(size, width) if size else np.empty((0, width))
-            for i, size in enumerate(sizes)
-        ]
-        self._list_rows = [
-            faiss.rev_swig_ptr(lists.get_ids(i), size) if size else np.empty(0, np.int64)
-            for i, size in enumerate(sizes)
-        ]
-        self._prefixes = _little_endian(index.nlist, index.coarse_code_size())
-        self._centroids = torch.from_numpy(quantizer.centroids())
-        self._nearest = FlatIndex(self._centroids)
-        self._on_gpu = _copy_to_gpu(index, gpu) if gpu is not None else None
-        self._places = self._places_of_rows() if self._on_gpu is not None else None
-
-    def all(self) -> np.ndarray:
-        codes = np.empty((self._n, self._quantizer.code_size), np.uint8)
-        for prefix, rows, part in zip(self._prefixes, self._list_rows, self._list_codes, strict=True):
-            codes[rows, : len(prefix)] = prefix
-            codes[rows, len(prefix) :] = part
-        return codes
-
-    def at(self, places: np.ndarray) -> np.ndarray:
-        numbers, positions = places >> 32, places & 0xFFFFFFFF
-        codes = np.empty((len(places), self._quantizer.code_size), np.uint8)
-        width = self._prefixes.shape[1]
-        codes[:, :width] = self._prefixes[numbers]
-        for i, (number, position) in enumerate(zip(numbers.tolist(), positions.tolist(), strict=True)):
-            codes[i, width:] = self._list_codes[number][position]
-        return codes
-
-    def rows(self, places: np.ndarray) -> np.ndarray:
-        pairs = zip((places >> 32).tolist(), (places & 0xFFFFFFFF).tolist(), strict=True)
-        return np.fromiter((self._list_rows[number][position] for number, position in pairs), np.int64, len(places))
-
-    def probes(self, queries: torch.Tensor, k: int, list_sizes: torch.Tensor) -> _Probes:
-        """`nprobe` lists for each query, and more until they hold k passages."""
-        lists = len(self._centroids)
-        if self._nprobe == lists:
-            return _Probes(np.tile(np.arange(lists), (len(queries), 1)), (queries @ self._centroids.T).numpy())
-        p = self._nprobe
-        while True:
-            scores, numbers = self._nearest.search(queries, p)
-            held = list_sizes[numbers].cumsum(1)
-            if p == lists or bool((held[:, -1] >= k).all()):
-                break
-            p = min(2 * p, lists)
-        before = held - list_sizes[numbers]
-        needed = (torch.arange(p) < self._nprobe) | (before < k)
-        return _Probes(torch.where(needed, numbers, -1).numpy(), scores.numpy())
-
-    def candidates(self, queries: np.ndarray, c: int, probes: _Probes) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and places (b, c), best first; -inf and -1 where the lists hold fewer."""
-        b, p = probes.lists.shape
-        if self._on_gpu is not None and max(p, c) <= _MOST_ON_GPU:
-            self._on_gpu.nprobe = p
-            scores, rows = self._on_gpu.search_preassigned(queries, c, probes.lists, probes.scores)
-            return scores, np.where(rows < 0, -1, self._places[rows])
-        scores, places = np.empty((b, c), np.float32), np.empty((b, c), np.int64)
-        x, lists, coarse, d, labels = map(faiss.swig_ptr, (queries, probes.lists, probes.scores, scores, places))
-        self._index.nprobe = p
-        self._index.search_preassigned_c(b, x, c, lists, coarse, d, labels, True)  # True: places, not rows
-        scores[places < 0] = -np.inf
-        return scores, places
-
-    def _places_of_rows(self) -> np.ndarray:
-        places = np.empty(self._n, np.int64)
-        for number, rows in enumerate(self._list_rows):
-            places[rows] = (number << 32) + np.arange(len(rows))
-        return places
-
-
-def _fill_lists(
-    quantizer: Quantizer, index: faiss.IndexIVF, codes: np.ndarray, heartbeat: Callable[[], None]
-) -> np.ndarray:
-    """Add codes `(n, code_size)` to an empty inverted file, numbered by row; the sizes of its lists (lists,) int64.
-
-    Raises:
-        ValueError: codes of a list that does not exist.
-    """
-    sizes = np.zeros(index.nlist, np.int64)
-    for start, chunk in _chunks(codes):
-        numbers = quantizer.list_numbers(chunk)
-        if len(numbers) and not 0 <= numbers.max() < index.nlist:
-            bad = start + int(numbers.argmax())
-            raise ValueError(f"the code of passage {bad} of this rank names a list that does not exist")
-        sizes += np.bincount(numbers, minlength=index.nlist)
-        heartbeat()
-    for number, size in enumerate(sizes.tolist()):  # take what is needed, at once and no more
-        index.invlists.resize(number, size)
-        index.invlists.resize(number, 0)
-    for start, chunk in _chunks(codes):
-        index.add_sa_codes(chunk, np.arange(start, start + len(chunk)))
-        heartbeat()
-    return sizes
-
-
-def _copy_to_gpu(index: faiss.IndexIVF, device: torch.device) -> faiss.Index | None:
-    """Faiss's copy of an inverted file on the GPU, or None where it cannot make one, with the reason in the log."""
-    try:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
-    except (RuntimeError, AttributeError) as error:  # a code size it does not know, no memory; a Faiss without GPUs
-        log.warning("Faiss cannot put the index on the GPU, the CPU searches it: %s", " ".join(str(error).split()))
-        return None
-
-
 def _why_not_on_gpu(quantizer: Quantizer, nprobe: int) -> str | None:
     """What keeps such an index from being searched on a GPU, by torch or by Faiss; None where nothing is known."""
-    if nprobe > _MOST_ON_GPU:
-        return f"on a GPU Faiss looks into at most {_MOST_ON_GPU} lists a query, --faiss_nprobe is {nprobe}"
+    if nprobe > MOST_ON_GPU:
+        return f"on a GPU Faiss looks into at most {MOST_ON_GPU} lists a query, --faiss_nprobe is {nprobe}"
     if not quantizer.lists and not isinstance(quantizer.inner, faiss.IndexPQ):
         return f"Faiss has no {type(quantizer.inner).__name__} without lists for a GPU"
     return None
@@ -647,15 +507,3 @@ def _signature(index: faiss.Index) -> str:
     if isinstance(inner, faiss.IndexIVF):
         parts.append(f"{inner.nlist} lists")
     return f"{index.d} numbers: {', '.join(parts)}, metric {index.metric_type}"
-
-
-def _chunks(codes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """First rows and contiguous parts of codes, of bounded size."""
-    step = max(1, _CHUNK_BYTES // max(1, codes.shape[1]))
-    for start in range(0, len(codes), step):
-        yield start, np.ascontiguousarray(codes[start : start + step])
-
-
-def _little_endian(n: int, width: int) -> np.ndarray:
-    """The numbers from 0 to n - 1 in so many bytes, (n, width) uint8."""
-    return np.arange(n, dtype="<i8").view(np.uint8).reshape(n, 8)[:, :width]
