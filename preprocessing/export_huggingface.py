@@ -304,9 +304,9 @@ def retriever_card(checkpoint: Any, name: str, name_or_path: str, config: Any, m
     warning = f"""
 **Not quite the same numbers.** This encoder was trained with a layer norm that divides by the root of the mean square
 without subtracting the mean first. BERT has no such norm, so embeddings computed by transformers and
-sentence-transformers differ from those it was trained with, by {gap:.1e} of their length (measured on {len(NORM_PROBES)}
-short texts). Do not search an index that Atlas has built with them. `"uncentered_layer_norm": true` in config.json tells
-Atlas to use the right norm.
+sentence-transformers differ from those it was trained with, by {gap:.1e} of their length (measured on
+{len(NORM_PROBES)} short texts). Do not search an index that Atlas has built with them. `"uncentered_layer_norm": true`
+in config.json tells Atlas to use the right norm.
 """
     normalize = "\n    embeddings = torch.nn.functional.normalize(embeddings, dim=-1)" if config.normalize else ""
     return f"""{front_matter("sentence-transformers", ["sentence-similarity", "bert"], name_or_path)}
