@@ -6,7 +6,7 @@
 # Flags behind the script's name come last on every command line, so they override the script's own. These variables are
 # read from the environment:
 #
-#   DATA_DIR      where the download and preparation scripts put everything (data)
+#   DATA_DIR      where the download and preparation scripts put everything (data, in the repository)
 #   OUT           directory of all experiments ($DATA_DIR/experiments)
 #   SIZE          base, large, xl or xxl: of the reader; each script has its own default
 #   GPUS          processes per machine (what SLURM gives on a node, else 8)
@@ -16,7 +16,7 @@
 #   READER        hub id or directory of the T5 (google/t5-$SIZE-lm-adapt)
 #   RETRIEVER     hub id or directory of the BERT (facebook/contriever)
 #   TORCHRUN      how to start processes (.venv/bin/torchrun if it is there, else torchrun)
-#   SAVE_SECONDS  how long a run that was asked to stop may take to save (300); below the time in `#SBATCH --signal`
+#   SAVE_SECONDS  how long a run that was asked to stop may take to save (300); less than `#SBATCH --signal` gives it
 #
 # Going on after a stop: ten minutes before its time is up, SLURM sends USR1 to the batch script alone (`B:`). The script
 # passes it on to srun, that to the torchruns, these to the processes, which end with a checkpoint. Then the job is put
