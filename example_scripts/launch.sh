@@ -18,11 +18,11 @@
 #   TORCHRUN      how to start processes (.venv/bin/torchrun if it is there, else torchrun)
 #   SAVE_SECONDS  how long a run that was asked to stop may take to save (300); less than `#SBATCH --signal` gives it
 #
-# Going on after a stop: ten minutes before its time is up, SLURM sends USR1 to the batch script alone (`B:`). The script
-# passes it on to srun, that to the torchruns, these to the processes, which end with a checkpoint. Then the job is put
+# Going on after a stop: ten minutes before its time is up, SLURM sends USR1 to the batch script alone (`B:`), which
+# passes it on to srun, that to the torchruns, these to the processes; they end with a checkpoint. Then the job is put
 # into the queue again, under the same number, and goes on there. (`--requeue` by itself covers only lost nodes and
-# preemption.) An evaluation that is going on is not waited for longer than SAVE_SECONDS.
-# Without SLURM, Ctrl-C and SIGTERM end a run with a checkpoint as well, and the same command goes on.
+# preemption.) An evaluation that is going on is not waited for longer than SAVE_SECONDS. Without SLURM, Ctrl-C and
+# SIGTERM end a run with a checkpoint as well, and the same command goes on.
 
 DATA_DIR=${DATA_DIR:-data}
 OUT=${OUT:-$DATA_DIR/experiments}

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from src.retriever import load_retriever, load_retriever_state
 from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer, pad_rows
 from tests.kit import run, world
 from tests.parity import parity_kit
+from tests.ranks import scratch_directory
 from tests.test_checkpoint import published
 
 TEXTS = ["what is the river of Bako?", "The bird of Koriba is Selnu. " * 3, "a  b  ", "Vorethlin <extra_id_0> ,", ""]
@@ -60,9 +63,29 @@ def embed(encoder, texts, max_length=64):
         return encoder(*pad_rows(tokenizer.encode(texts, max_length), tokenizer.pad_id))
 
 
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("scale_decoder_outputs", None)
+    path.write_text(json.dumps(config | changes))
+
+
+@cache
+def v11_reader():
+    """The directory of the tiny reader as a T5 v1.1: with a matrix for the embeddings and another for the output."""
+    directory = Path(scratch_directory()) / "reader"
+    shutil.copytree(world() / "models/reader", directory)
+    change_config(directory, tie_word_embeddings=False)
+    return directory
+
+
+def models():
+    return ["--reader_model_type", str(v11_reader()), "--retriever_model_path", str(world() / "models/retriever")]
+
+
 def untie(checkpoint_directory):
     """A reader whose two matrices differ, in a published checkpoint; its retriever is tied."""
-    reader = load_reader(str(world() / "models/reader"), dropout=None)
+    reader = load_reader(str(v11_reader()), dropout=None)
     reader.tie_output_embeddings(False)
     torch.manual_seed(0)
     reader.lm_head.weight.data.normal_()
@@ -70,13 +93,6 @@ def untie(checkpoint_directory):
     state = {f"reader.{name}": tensor for name, tensor in reader.state_dict().items()}
     state |= {f"retriever.{name}": tensor for name, tensor in retriever.state_dict().items()}
     return published(checkpoint_directory, state)
-
-
-MODELS = ("--reader_model_type", "{home}/models/reader", "--retriever_model_path", "{home}/models/retriever")
-
-
-def models():
-    return [word.format(home=world()) for word in MODELS]
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +201,7 @@ def test_separate_embeddings_survive_and_the_norm_is_told(tmp_path, capsys):
 def test_one_matrix_for_both(tmp_path, tied_in_config):
     """T5 v1.0, whose decoder output is scaled; and a v1.1 whose two matrices are equal."""
     shutil.copytree(world() / "models/reader", tmp_path / "reader")
-    config = json.loads((tmp_path / "reader/config.json").read_text())
-    config.pop("scale_decoder_outputs", None)
-    config = config | {"tie_word_embeddings": tied_in_config}
-    (tmp_path / "reader/config.json").write_text(json.dumps(config))
+    change_config(tmp_path / "reader", tie_word_embeddings=tied_in_config)
     reader = load_reader(str(tmp_path / "reader"), dropout=None)
     reader.tie_output_embeddings(True)
     state = {f"reader.{name}": tensor for name, tensor in reader.state_dict().items()}
@@ -215,8 +228,7 @@ SETTINGS = [
 def pooled(request, tmp_path):
     """A retriever directory with these settings, a checkpoint of it, and the checkpoint's export."""
     shutil.copytree(world() / "models/retriever", tmp_path / "retriever")
-    config = json.loads((tmp_path / "retriever/config.json").read_text()) | request.param
-    (tmp_path / "retriever/config.json").write_text(json.dumps(config))
+    change_config(tmp_path / "retriever", **request.param)
     flags = {"retriever_model_path": tmp_path / "retriever", "total_steps": 1, "eval_data": None}
     run(tmp_path, train_retriever=True, **flags)
     return tmp_path / "run", export(tmp_path / "run", tmp_path / "export") / "retriever"
@@ -271,11 +283,11 @@ def test_sentence_transformers(pooled):
         (["--reader_model_type", "nowhere"], 1, "--reader_model_type nowhere: cannot load"),
         (["--reader_model_type", "wide"], 1, "and --reader_model_type wide: these weights do not fit the reader"),
         (["--reader_model_type", "tied"], 1, "has one matrix for embeddings and output (T5 v1.0), and"),
-        (["--reader_model_type", "{home}/models/reader"], 1, "--retriever_model_path facebook/contriever: cannot load"),
+        (["--reader_model_type", "{reader}"], 1, "--retriever_model_path facebook/contriever: cannot load"),
         (
-            ["--reader_model_type", "{home}/models/reader", "--retriever_model_path", "{home}/models/reader"],
+            ["--reader_model_type", "{reader}", "--retriever_model_path", "{reader}"],
             1,
-            "its config.json says model_type t5, not bert",
+            "/reader: cannot load",
         ),
     ],
 )
@@ -290,11 +302,9 @@ def test_refusals_leave_nothing(tmp_path, monkeypatch, capfd, words, status, sen
         build_tiny_models(["a b c"] * 20, tmp_path, vocabulary_size=300, seed=0)
         (tmp_path / "reader").rename("wide")
     shutil.copytree(world() / "models/reader", tmp_path / "tied")
-    config = json.loads((tmp_path / "tied/config.json").read_text())
-    config.pop("scale_decoder_outputs", None)
-    (tmp_path / "tied/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    change_config(tmp_path / "tied", tie_word_embeddings=True)
     before = sorted(tmp_path.rglob("*"))
-    words = [word.format(home=world()) for word in words]
+    words = [word.format(reader=v11_reader()) for word in words]
     with pytest.raises(SystemExit) as ended:
         export_huggingface.main(["--model_path", "checkpoint", "--output_directory", "export", *words])
     assert ended.value.code == status
