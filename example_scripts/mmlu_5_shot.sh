@@ -15,7 +15,7 @@
 #
 # Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_mmlu.py, and the index
 # converted once for all subjects: convert_index.py $DATA_DIR/indices/atlas/wiki/xl $DATA_DIR/indices/xl_flat.
-# From the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
+# After the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
 # Our choice: updates on 64 examples, 16 for xxl, 32 for xl, 64 for smaller readers; learning rates 5e-5 and 1e-5, 5
 # updates of warm-up; 30 passages, 512 tokens.
 # Checkpoints are large and 57 are many: REMOVE_MODELS=1 removes each one when its subject has been evaluated. A job

@@ -14,7 +14,7 @@
 # MMLU, one model from the five examples of all 57 subjects.
 #
 # Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_mmlu.py.
-# From the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
+# After the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
 # Our choice: updates on 64 examples, 250 for xxl, 500 for xl, 2,000 for smaller readers; learning rates 5e-5 and 1e-5
 # with linear decay after a warm-up of a twentieth; 30 passages, 512 tokens.
 # Score by subject and category: evaluation_scripts/evaluate_mmlu_predictions.py, given the result file.

@@ -14,7 +14,7 @@
 # MMLU, the full (transfer) setting: one model from the auxiliary questions and the five examples of all subjects.
 #
 # Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_mmlu.py.
-# From the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
+# After the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
 # Our choice: updates on 64 examples, 2,000 for xl and xxl, 5,000 for smaller readers; learning rates 5e-5 and 1e-5 with
 # linear decay after a warm-up of a twentieth; 30 passages, 512 tokens.
 # Score by subject and category: evaluation_scripts/evaluate_mmlu_predictions.py, given the result file.

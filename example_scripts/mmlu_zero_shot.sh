@@ -14,7 +14,7 @@
 # MMLU without any training.
 #
 # Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_mmlu.py.
-# From the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
+# After the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
 # Our choice: 30 passages, 512 tokens.
 # Score by subject and category: evaluation_scripts/evaluate_mmlu_predictions.py, given the result file.
 

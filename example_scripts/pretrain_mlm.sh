@@ -15,7 +15,7 @@
 # Contriever (MODEL=none). HELD_OUT takes a jsonl file of passages to evaluate on, CORPUS another directory of passages.
 #
 # Needs: download_corpus.py corpora/wiki/enwiki-dec2021.
-# From the paper (section on pretraining): 10,000 updates on 64 passages, learning rates 1e-4 and 1e-5 with 1,000
+# After the paper (section on pretraining): 10,000 updates on 64 passages, learning rates 1e-4 and 1e-5 with 1,000
 # updates of warm-up and linear decay, the index is built anew every 1,000 updates, 20 passages, perplexity
 # distillation.
 # Our choice: 384 tokens, targets of 128, passages of 20 words or more, and more refreshes at the start, where the
