@@ -84,17 +84,22 @@ class Fetcher:
         return set(missing)
 
     def _each(self, action: Callable, downloads: Sequence[Download]) -> Iterator[tuple[Download, object]]:
-        """Results as they come. The first error stops all the others, which leave their parts for the next time."""
+        """Results as they come. The first error stops all the others, which leave their parts for the next time.
+
+        They are waited for, but not when the user wants to go: a server may be silent for `timeout` seconds.
+        """
+        patient = True
         pool = ThreadPoolExecutor(self.parallel)
         futures = {pool.submit(action, download): download for download in downloads}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
-        except BaseException:
+        except BaseException as error:
             self.stop.set()
+            patient = not isinstance(error, KeyboardInterrupt)
             raise
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=patient, cancel_futures=True)
 
     def _look_up(self, download: Download) -> Version | None:
         """What the server has; None if the target is right."""
@@ -247,7 +252,9 @@ class Fetcher:
                     failures, best = 0, gained()
                 failures += 1
                 if failures > self.retries:
-                    raise FetchError(f"{error} (attempt {failures}, the last one); {MIRROR}") from error
+                    raise FetchError(
+                        f"{error} (attempt {failures}, the last one); the same command goes on, {MIRROR}"
+                    ) from error
                 wait = error.wait if error.wait is not None else self.retry_wait * 2 ** (failures - 1)
                 if self.stop.wait(min(wait, LONGEST_WAIT)):
                     raise FetchError(f"{error}; stopped") from error

@@ -86,4 +86,5 @@ def one_sentence() -> Iterator[None]:
     except (FetchError, DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+        print("stopped; the same command goes on", file=sys.stderr, flush=True)
+        os._exit(1)  # an ordinary end would wait for threads that wait for silent servers

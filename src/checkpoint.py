@@ -31,6 +31,7 @@ class Checkpoint:
     reader: dict[str, torch.Tensor]  # state dicts; empty where the half was not saved
     retriever: dict[str, torch.Tensor]
     retriever_config: dict[str, Any]  # what the weights need to be read with, beyond the hub's config
+    options: dict[str, Any]  # flag -> value, of the run that made it; empty where nobody knows
     published: bool
     examples: int | None = None  # of the training data seen so far, by all ranks together
     evaluation_due: bool = False  # the run stopped before it could evaluate this step
@@ -170,10 +171,13 @@ def _load_ours(path: Path) -> Checkpoint:
             raise ValueError(f"format {state['format']} instead of {FORMAT}: written by another version")
         with safe_open(path / "model.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        config = path / "retriever_config.json"
-        retriever_config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        retriever_config, sections = (
+            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            for file in (path / "retriever_config.json", path / "options.json")
+        )
+        options = {name: value for section in sections.values() for name, value in section.items()}
         step = int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{path}: the checkpoint cannot be read ({error})") from error
     # a norm that is not mentioned is the standard one, whatever the directory of the retriever says
     retriever_config = {"uncentered_layer_norm": False} | retriever_config
@@ -182,6 +186,7 @@ def _load_ours(path: Path) -> Checkpoint:
         step,
         *_split(tensors, path),
         retriever_config=retriever_config,
+        options=options,
         published=False,
         examples=state.get("examples"),
         evaluation_due=bool(state.get("evaluation_due")),
@@ -202,7 +207,12 @@ def _load_published(path: Path) -> Checkpoint:
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError(f"{file}: its `model` holds something else than tensors")
     return Checkpoint(
-        path, step, *_split(tensors, file), retriever_config={"uncentered_layer_norm": True}, published=True
+        path,
+        step,
+        *_split(tensors, file),
+        retriever_config={"uncentered_layer_norm": True},
+        options=vars(saved["opt"]) if isinstance(saved.get("opt"), argparse.Namespace) else {},
+        published=True,
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from src.modules import pretrained_errors
 
@@ -60,6 +61,21 @@ class ReaderTokenizer:
         """Text of each row of ids, with the spaces before punctuation removed as the published system does."""
         texts = self._tokenizer.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special_tokens)
         return [_clean_up(text) for text in texts]
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write tokenizer.json and its config: transformers' AutoTokenizer then gives the same ids and texts."""
+        pipeline = Tokenizer.from_str(self._tokenizer.to_str())
+        end = ("</s>", self.eos_id)
+        pipeline.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[end])
+        pipeline.save(str(directory / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # T5's own class would build another pipeline
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "clean_up_tokenization_spaces": True,
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 class RetrieverTokenizer:

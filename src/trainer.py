@@ -1,5 +1,6 @@
 """Training: retrieve, read, distil, update; evaluate and save on the way."""
 
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from src.retrieval import Retrieval
 from src.tasks import Example
 from src.tracking import Means, TensorBoard, log, progress_bar
 
+ECHO_SECONDS = 10.0
 # Stands in where a task skips all lines of a rank's batch: the other ranks wait for this one in every collective.
 PLACEHOLDER = Example(query="", target="", answers=[], passages=[])
 
@@ -53,10 +55,15 @@ class Plan:
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1 inside the block, which would end the process; the second one does so as ever."""
+    """Notes SIGTERM and SIGUSR1 inside the block, which would end the process; a second one does so as ever.
+
+    What comes within `ECHO_SECONDS` is not a second one: schedulers may signal every process of a job, and torchrun
+    passes on to its own what it has heard.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self._received_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -69,8 +76,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self.received = True
-        self.__exit__()
+        if not self.received:
+            self.received, self._received_at = True, time.monotonic()
+        elif time.monotonic() - self._received_at > ECHO_SECONDS:
+            self.__exit__()
+            os.kill(os.getpid(), number)
 
 
 class Trainer:

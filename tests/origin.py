@@ -118,6 +118,12 @@ def status(code: int, **headers: str) -> Callable[[Handler, bytes], None]:
     return answer
 
 
+def storm(size: int) -> list[Callable[[Handler, bytes], None]]:
+    """Twice busy, ten connections dropped on the way through `size` bytes, then no ranges: all can be borne."""
+    drops = [fault(cut=size * i // 10, reset=i % 2 == 1) for i in range(10)]
+    return [status(503), status(503), *drops, fault(ranges=False)]
+
+
 @contextlib.contextmanager
 def running() -> Iterator[Origin]:
     with Origin() as origin:

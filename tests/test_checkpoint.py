@@ -17,7 +17,7 @@ from src.retriever import load_retriever, load_retriever_state
 from tests.kit import read_jsonl, run, world
 
 SETTINGS = {
-    "options": {"seed": 1},
+    "options": {"run": {"seed": 1}},
     "configs": {},
     "examples": 6,
     "evaluation_due": False,
@@ -171,7 +171,7 @@ def test_what_is_kept(tmp_path):
     loaded = load_checkpoint(tmp_path)
     assert loaded.step == 10 and loaded.reader["a"].tolist() == [10, 10]
     assert loaded.optimizer_state() == {"reader/a/step": torch.ones(())}
-    assert json.loads((folder / "step-10/options.json").read_text()) == {"seed": 1}
+    assert json.loads((folder / "step-10/options.json").read_text()) == {"run": {"seed": 1}}
     settings = SETTINGS | {"keep_checkpoints": 2, "keep_optimizers": True}
     save_checkpoint(tmp_path, 11, model={"reader.a": torch.ones(2)}, optimizer={}, **settings)
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-10", "step-11"]

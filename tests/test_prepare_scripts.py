@@ -15,7 +15,7 @@ from src.jsonl import DataError
 from src.tasks.base import example_rng
 from src.tasks.qa import QA
 from tests.kit import read_jsonl
-from tests.origin import ROOT, fault, one_sentence, run_script, running, status
+from tests.origin import ROOT, one_sentence, run_script, running, status, storm
 
 PUBLISHED = json.loads((ROOT / "preprocessing/few_shot_indices.json").read_text())
 LETTERS = "ABCD"
@@ -114,7 +114,8 @@ def expected_trivia(split, positions):
 
 def test_qa(origin, tmp_path, qa_originals):
     origin.files |= qa_originals
-    origin.faults["/NQ-open.train.jsonl"] = [fault(cut=100_000), status(503), fault(cut=200_000)]
+    for path in ("/NQ-open.train.jsonl", "/triviaqa-unfiltered.tar.gz"):
+        origin.faults[path] = storm(len(origin.files[path]))
     done = prepare("qa", origin, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     made = outputs(tmp_path)
@@ -315,7 +316,7 @@ def test_fever(origin, tmp_path):
         "/shared_task_dev.jsonl": jsonl(dev),
         "/shared_task_test.jsonl": jsonl(test),
     }
-    origin.faults["/train.jsonl"] = [fault(cut=1_000_000)]
+    origin.faults["/train.jsonl"] = storm(len(origin.files["/train.jsonl"]))
     done = prepare("fever", origin, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert (tmp_path / "fever_data/train.jsonl").read_bytes() == b"".join(train)
@@ -380,7 +381,7 @@ def mmlu_examples(files, *names):
 def test_mmlu(origin, tmp_path):
     files = mmlu_files()
     origin.files["/data.tar"] = mmlu_archive(files)
-    origin.faults["/data.tar"] = [fault(cut=3000, reset=True)]
+    origin.faults["/data.tar"] = storm(len(origin.files["/data.tar"]))
     done = prepare("mmlu", origin, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     made = outputs(tmp_path / "data/mmlu_data")
@@ -448,7 +449,7 @@ def test_templama(origin, tmp_path):
     ]
     origin.files |= {f"/{name}.json": jsonl(rows) for name in ("train", "val")}
     origin.files["/test.json"] = jsonl(rows[:1])
-    origin.faults["/val.json"] = [status(500)]
+    origin.faults["/val.json"] = storm(len(origin.files["/val.json"]))
     done = prepare("templama", origin, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     made = outputs(tmp_path / "data/templama_data")
@@ -556,6 +557,7 @@ def hostile() -> dict[str, tuple[bytes, str]]:
 
 
 HOSTILE = hostile()
+OUTSIDE = (Path("/tmp/escaped.py"), ROOT.parent.parent / "escaped.py")  # where they would land
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
@@ -563,7 +565,9 @@ def test_hostile_archives(origin, tmp_path, kind):
     content, words = HOSTILE[kind]
     origin.files["/data.tar"] = content
     home = tmp_path / "a/b/home"
+    before = [path.exists() for path in OUTSIDE]
     message = one_sentence(prepare("mmlu", origin, home))
+    assert [path.exists() for path in OUTSIDE] == before
     assert words in message and "downloads/data.tar" in message
     left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
     assert left == ["a/b/home/downloads/data.tar"]  # as it came; nothing of what is in it

@@ -25,7 +25,7 @@ def test_commands(command):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    script = next(word for word in words if word.endswith(".py"))
+    script = next(word for word in words if word.endswith((".py", ".sh")))
     assert (ROOT / script).is_file()
     if script in ("train.py", "evaluate.py", "finetune_qa.py"):
         flags = words[words.index(script) + 1 :]

@@ -1,0 +1,384 @@
+"""Export a checkpoint to ordinary directories, which transformers and sentence-transformers load without this project.
+
+OUTPUT_DIRECTORY must not exist, or be empty. In it will be
+
+  reader/                                 T5: config, safetensors (fp32), tokenizer, model card
+  retriever/                              BERT with its pooling: as a directory of sentence-transformers, model card
+  query_encoder/ and passage_encoder/     instead of retriever/, if the retriever was trained on the query side
+
+Each model card (README.md) has the code that reads or embeds as this project does. What a checkpoint does not say
+itself, configs and vocabularies, comes from --reader_model_type and --retriever_model_path.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+EXAMPLES = """examples:
+  python preprocessing/export_huggingface.py --model_path experiments/my_experiment --output_directory export
+  python preprocessing/export_huggingface.py --model_path models/atlas/base \\
+      --reader_model_type google/t5-base-lm-adapt --output_directory export
+"""
+SENTENCE_MODES = {"average": "mean_tokens", "sqrt": "mean_sqrt_len_tokens", "cls": "cls_token"}
+POOLING_CODE = {
+    "average": "(hidden * mask).sum(1) / mask.sum(1)",
+    "sqrt": "(hidden * mask).sum(1) / mask.sum(1).sqrt()",
+    "cls": "hidden[:, 0]",
+}
+LICENCE = "The weights are under the licence of the checkpoint that they were exported from."
+NORM_PROBES = ("Paris is the capital of France.", "when was the first bridge over the river built", "aardvark")
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line. Raises: SystemExit with status 2 and one sentence when it is wrong."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --model_path DIR --output_directory DIR [flags]",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model_path", metavar="DIR", required=True, help="checkpoint or run of ours, or published one"
+    )
+    parser.add_argument("--output_directory", metavar="DIR", type=Path, required=True, help="new, or empty")
+    parser.add_argument(
+        "--reader_model_type", metavar="NAME", help="hub id or local directory of its T5 (the one the run was given)"
+    )
+    parser.add_argument(
+        "--retriever_model_path",
+        metavar="NAME",
+        help="hub id or local directory of its BERT (the one the run was given; published: facebook/contriever)",
+    )
+    options = parser.parse_args(arguments)
+    output = options.output_directory
+    if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
+        parser.error(f"--output_directory {output} is there and not empty: give another one, or remove it")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, export; a mistake of the user's ends it with one sentence and status 1."""
+    options = parse_options(arguments)
+    # These import torch: a wrong flag is answered before that.
+    from safetensors import SafetensorError
+
+    from src.tracking import log, start_log, tell_error
+
+    start_log(None)
+    output = options.output_directory.absolute()
+    beside = output.with_name(f"{output.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        names = export(options.model_path, beside, options.reader_model_type, options.retriever_model_path)
+        beside.replace(output)
+    except (ValueError, OSError, SafetensorError) as error:
+        tell_error(error, str(error))
+        sys.exit(1)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    for name in names:
+        log.info("Wrote %s", options.output_directory / name)
+
+
+def export(model_path: str, output: Path, reader_name: str | None, retriever_name: str | None) -> list[str]:
+    """Write the directories of what is in a checkpoint into the directory `output`; their names.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it does not fit the configs.
+        OSError: configs or vocabularies cannot be had, or the disk is full.
+    """
+    from src.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(model_path)
+    flags = checkpoint.options
+    reader_name = reader_name or flags.get("reader_model_type")
+    # published checkpoints name a path of the machine they were made on
+    retriever_name = retriever_name or (None if checkpoint.published else flags.get("retriever_model_path"))
+    names = []
+    if checkpoint.reader:
+        if reader_name is None:
+            raise ValueError(
+                f"{checkpoint.path} does not say which T5 it is: give --reader_model_type (for the published sizes "
+                "google/t5-{base,large,xl,xxl}-lm-adapt)"
+            )
+        names += export_reader(checkpoint, output, reader_name)
+    if checkpoint.retriever:
+        names += export_retriever(checkpoint, output, retriever_name or "facebook/contriever")
+    return names
+
+
+def export_reader(checkpoint: Any, output: Path, name_or_path: str) -> list[str]:
+    """Write `reader/`; its name. Raises: ValueError, OSError."""
+    from transformers.utils.hub import cached_file
+
+    from src.reader import ALIASES, load_reader, load_reader_state
+    from src.tokenization import load_reader_tokenizer
+
+    tokenizer = load_reader_tokenizer(name_or_path)
+    reader = load_reader(name_or_path, dropout=None, weights=False)
+    try:
+        load_reader_state(reader, checkpoint.reader)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path} and --reader_model_type {name_or_path}: {error}") from error
+    config = reader.config
+    one_matrix = reader.lm_head.weight is reader.shared.weight
+    if config.scale_decoder_outputs and not one_matrix:
+        raise ValueError(
+            f"--reader_model_type {name_or_path} has one matrix for embeddings and output (T5 v1.0), and "
+            f"{checkpoint.path} has two: give the T5 that it was trained from"
+        )
+    state = {name: tensor for name, tensor in reader.state_dict().items() if name not in ALIASES}
+    if config.scale_decoder_outputs:
+        del state["lm_head.weight"]
+    elif one_matrix:  # in the file they are two all the same, as the config says
+        state["lm_head.weight"] = state["lm_head.weight"].clone()
+    # In a config this key also says whether the decoder's output is scaled; transformers 5 keeps True in it whatever
+    # the model is.
+    settings = {"tie_word_embeddings": config.scale_decoder_outputs}
+    directory = write_model(output / "reader", "T5ForConditionalGeneration", config, settings, state)
+    tokenizer.save_pretrained(directory)
+    if pieces := cached_file(name_or_path, "spiece.model", _raise_exceptions_for_missing_entries=False):
+        shutil.copyfile(pieces, directory / "spiece.model")
+    write_card(directory, reader_card(checkpoint, name_or_path))
+    return [directory.name]
+
+
+def export_retriever(checkpoint: Any, output: Path, name_or_path: str) -> list[str]:
+    """Write `retriever/`, or a directory for each of its two encoders; their names. Raises: ValueError, OSError."""
+    from transformers import AutoTokenizer
+
+    from src.inputs import RETRIEVER_MAXLENGTH
+    from src.retriever import load_retriever, load_retriever_state, state_is_untied
+    from src.tokenization import load_retriever_tokenizer
+    from src.tracking import log
+
+    tokenizer = load_retriever_tokenizer(name_or_path)
+    untied = state_is_untied(checkpoint.retriever)
+    retriever = load_retriever(
+        name_or_path, query_side=untied, dropout=None, weights=False, overrides=checkpoint.retriever_config
+    )
+    try:
+        load_retriever_state(retriever, checkpoint.retriever)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path} and --retriever_model_path {name_or_path}: {error}") from error
+    encoders = {"retriever": retriever.query_encoder}
+    if untied:
+        encoders = {"query_encoder": retriever.query_encoder, "passage_encoder": retriever.passage_encoder}
+    longest = min(retriever.max_length, RETRIEVER_MAXLENGTH)
+    max_length = min(checkpoint.options.get("text_maxlength", longest), longest)
+    for name, encoder in encoders.items():
+        directory = write_model(output / name, "BertModel", encoder.config, {}, encoder.state_dict())
+        AutoTokenizer.from_pretrained(name_or_path).save_pretrained(directory)
+        write_sentence_files(directory, encoder.config, max_length)
+        gap = norm_gap(encoder, tokenizer) if encoder.config.uncentered_layer_norm else 0.0
+        if gap:
+            log.warning(
+                "%s: its layer norm is that of the published retrievers, which BERT does not have: embeddings of "
+                "transformers differ by %.1e of their length (measured); the model card says so",
+                name,
+                gap,
+            )
+        write_card(directory, retriever_card(checkpoint, name, name_or_path, encoder.config, max_length, gap))
+    return list(encoders)
+
+
+def write_model(directory: Path, kind: str, config: Any, settings: dict[str, Any], state: dict[str, Any]) -> Path:
+    """Write config.json and model.safetensors into a new directory, which is returned."""
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    described = config.to_dict() | {"architectures": [kind], "dtype": "float32"} | settings
+    described.pop("_name_or_path", None)  # may be a path of this machine
+    write_json(directory / "config.json", described)
+    weights = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def write_sentence_files(directory: Path, config: Any, max_length: int) -> None:
+    """What sentence-transformers reads beside a BERT: its modules, their settings, what to put before texts."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * config.normalize
+    write_json(
+        directory / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+    )
+    for path, _ in modules[1:]:
+        (directory / path).mkdir()
+    modes = {f"pooling_mode_{mode}": ours == config.pooling for ours, mode in SENTENCE_MODES.items()}
+    write_json(directory / "1_Pooling/config.json", {"word_embedding_dimension": config.hidden_size, **modes})
+    # there are no weights of a pooler, and none is needed
+    bert = {"max_seq_length": max_length, "do_lower_case": False, "model_args": {"add_pooling_layer": False}}
+    write_json(directory / "sentence_bert_config.json", bert)
+    prompts = {"query": config.query_prefix, "document": config.passage_prefix}
+    write_json(
+        directory / "config_sentence_transformers.json",
+        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "dot"},
+    )
+
+
+def norm_gap(encoder: Any, tokenizer: Any) -> float:
+    """How far embeddings move, in parts of their length, when the encoder gets BERT's layer norm; for good."""
+    import torch
+
+    from src.retriever import UncenteredLayerNorm
+    from src.tokenization import pad_rows
+
+    ids, mask = pad_rows(tokenizer.encode(NORM_PROBES), tokenizer.pad_id)
+    with torch.no_grad():
+        before = encoder(ids, mask)
+        for module in encoder.modules():
+            if isinstance(module, UncenteredLayerNorm):
+                module.__class__ = torch.nn.LayerNorm
+        return ((encoder(ids, mask) - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
+
+
+def reader_card(checkpoint: Any, name_or_path: str) -> str:
+    """The model card of a reader, with code that reads several passages."""
+    from src.config import Model, Tasks
+
+    flags = checkpoint.options
+    encoder_format = flags.get("encoder_format", Model.encoder_format)
+    query = flags.get("qa_prompt_format", Tasks.qa_prompt_format).format(question="what is the capital of France?")
+    longest = flags.get("text_maxlength", Model.text_maxlength)
+    longest_answer = flags.get("generation_max_length", Model.generation_max_length)
+    return f"""{front_matter("transformers", ["fusion-in-decoder", "t5"], name_or_path)}
+# Reader of {origin(checkpoint)}
+
+A T5 that answers from passages as a Fusion-in-Decoder (Izacard & Grave 2021): the encoder reads every passage by
+itself, together with the query, and the decoder attends to all of them at once. It was trained as the reader of
+[Atlas](https://arxiv.org/abs/2208.03299). With one passage it is used as any T5; with several:
+
+```python
+import torch
+from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+directory = "."  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained(directory)
+reader = T5ForConditionalGeneration.from_pretrained(directory).eval()
+
+query = {json.dumps(query, ensure_ascii=False)}
+passages = [
+    {{"id": "1", "title": "Paris", "section": "", "text": "Paris is the capital of France."}},
+    {{"id": "2", "title": "Lyon", "section": "", "text": "Lyon lies where the Rhône meets the Saône."}},
+]
+texts = [{json.dumps(encoder_format, ensure_ascii=False)}.format(query=query, **passage) for passage in passages]
+inputs = tokenizer(texts, padding=True, truncation=True, max_length={longest}, return_tensors="pt")
+mask = inputs.attention_mask.view(1, -1)  # (1, K·L): K passages of L tokens
+with torch.no_grad():
+    hidden = reader.encoder(**inputs).last_hidden_state.flatten(0, 1)[None]  # (1, K·L, d)
+    fused = BaseModelOutput(last_hidden_state=hidden)
+    answer = reader.generate(encoder_outputs=fused, attention_mask=mask, max_length={longest_answer})
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+```
+
+Use the tokenizer that is here. It keeps a token for the space before `<extra_id_0>`, which the reader was trained to
+see and T5's own tokenizer in transformers 5 drops.
+
+{LICENCE}
+"""
+
+
+def retriever_card(checkpoint: Any, name: str, name_or_path: str, config: Any, max_length: int, gap: float) -> str:
+    """The model card of an encoder, with code for transformers and for sentence-transformers."""
+    from src.config import Model, Tasks
+
+    flags = checkpoint.options
+    query = flags.get("qa_prompt_format", Tasks.qa_prompt_format).format(question="what is the capital of France?")
+    passage = flags.get("retriever_format", Model.retriever_format)
+    passage = passage.format(id="1", title="Paris", section="", text="Paris is the capital of France.")
+    which = {
+        "retriever": "It embeds queries and passages alike.",
+        "query_encoder": "It embeds queries; passages are embedded by the encoder in `passage_encoder`.",
+        "passage_encoder": "It embeds passages; queries are embedded by the encoder in `query_encoder`.",
+    }[name]
+    warning = f"""
+**Not quite the same numbers.** This encoder was trained with a layer norm that divides by the root of the mean square
+without subtracting the mean first. BERT has no such norm, so embeddings computed by transformers and
+sentence-transformers differ from those it was trained with, by {gap:.1e} of their length (measured on
+{len(NORM_PROBES)} short texts). Do not search an index that Atlas has built with them. `"uncentered_layer_norm": true`
+in config.json tells Atlas to use the right norm.
+"""
+    normalize = "\n    embeddings = torch.nn.functional.normalize(embeddings, dim=-1)" if config.normalize else ""
+    return f"""{front_matter("sentence-transformers", ["sentence-similarity", "bert"], name_or_path)}
+# {name.replace("_", " ").capitalize()} of {origin(checkpoint)}
+
+A BERT that maps a text to {config.hidden_size} numbers, trained as the retriever of
+[Atlas](https://arxiv.org/abs/2208.03299) to find passages that help its reader. {which}
+Similarity is the inner product.
+{warning if gap else ""}
+With sentence-transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+directory = "."  # where this file lies
+encoder = SentenceTransformer(directory)
+queries = encoder.encode_query([{json.dumps(query, ensure_ascii=False)}])
+passages = encoder.encode_document([{json.dumps(passage, ensure_ascii=False)}])
+print(queries @ passages.T)
+```
+
+With transformers alone:
+
+```python
+import torch
+from transformers import AutoTokenizer, BertModel
+
+directory = "."  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained(directory)
+encoder = BertModel.from_pretrained(directory, add_pooling_layer=False).eval()
+
+
+def embed(texts):
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length={max_length}, return_tensors="pt")
+    with torch.no_grad():
+        hidden = encoder(**inputs).last_hidden_state  # (n, L, D)
+    mask = inputs.attention_mask[..., None]
+    embeddings = {POOLING_CODE[config.pooling]}{normalize}
+    return embeddings
+
+
+queries = embed([{json.dumps(config.query_prefix + query, ensure_ascii=False)}])
+passages = embed([{json.dumps(config.passage_prefix + passage, ensure_ascii=False)}])
+print(queries @ passages.T)
+```
+
+A query is the whole prompt that the reader gets, a passage its title and text, in the forms above.
+
+{LICENCE}
+"""
+
+
+def front_matter(library: str, tags: list[str], name_or_path: str) -> str:
+    """What the hub reads at the head of a card; a local directory is nobody's base model."""
+    base = [] if Path(name_or_path).is_dir() else [f"base_model: {name_or_path}"]
+    return "\n".join(
+        ["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in ["atlas", *tags]), *base, "---"]
+    )
+
+
+def origin(checkpoint: Any) -> str:
+    """Which checkpoint this was, without the path of this machine."""
+    return f"{checkpoint.options.get('name') or checkpoint.path.name}, step {checkpoint.step}"
+
+
+def write_card(directory: Path, text: str) -> None:
+    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
