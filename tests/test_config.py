@@ -259,7 +259,6 @@ def test_no_retrieval_no_retriever_training(files, switch):
 
 REFUSED = [
     ("train", {"task": None}, "--task is missing"),
-    ("train", {"task": "quiz"}, "--task: invalid choice: 'quiz'"),
     ("train", {"train_data": None}, "--train_data is missing"),
     ("train", {"train_data": "nowhere.jsonl"}, "--train_data: there is no file nowhere.jsonl"),
     ("train", {"eval_data": "nowhere.jsonl"}, "--eval_data: there is no file nowhere.jsonl"),
