@@ -105,16 +105,19 @@ def score(row: dict) -> tuple[str, str | None, Score]:
         raise ValueError(f"{len(originals)} of its `permutations` say `is_original` in `metadata`; one should")
     (original,) = originals
     line = original["metadata"]
-    for field in ("dataset", "options", "answer"):
-        if not line.get(field):
+    for field, kind in (("dataset", str), ("options", dict), ("answer", str)):
+        if not isinstance(line.get(field), kind):
             raise ValueError(f"no `{field}` in the `metadata` of `permutations`; found {', '.join(line)}")
     found = DATASET.fullmatch(line["dataset"])
     subject, split = found.groups() if found else (line["dataset"], None)
     if subject not in SUBCATEGORY:
         raise ValueError(f"`dataset` {line['dataset']!r} is none of MMLU's {len(SUBCATEGORY)} subjects")
     options, right = line["options"], line["answer"]
+    probabilities = row.get("choice_probs")
+    if right not in options or (probabilities is not None and set(probabilities) != set(options)):
+        raise ValueError(f"`answer` and `choice_probs` are not of the letters of `options`, {', '.join(options)}")
     debiased = standard = None
-    if probabilities := row.get("choice_probs"):
+    if probabilities is not None:
         chosen = max(probabilities, key=probabilities.get)
         debiased = float(options[chosen] == options[right])
     if "generation" in original:
@@ -123,7 +126,7 @@ def score(row: dict) -> tuple[str, str | None, Score]:
 
 
 def result_files(path: Path) -> list[Path]:
-    """The file itself, or the last step of each evaluation file in a directory and those below it. Raises: DataError."""
+    """The file itself, or the last step of each evaluation file in and below a directory. Raises: DataError."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -172,7 +175,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def table(by_subject: dict[str, list[Score]]) -> Iterator[str]:
-    """Lines of what is to be seen: subjects within subcategories within categories, and all together."""
+    """Lines of what is to be seen: categories, their subcategories, the subjects of these; at the end all together."""
 
     def line(name: str, indent: int, subjects: Iterable[str]) -> Iterator[str]:
         scores = [score for subject in subjects for score in by_subject.get(subject, [])]
@@ -183,11 +186,11 @@ def table(by_subject: dict[str, list[Score]]) -> Iterator[str]:
 
     yield f"{'':44}{'questions':>9}{'debiased':>10}{'standard':>10}"
     for category, subcategories in CATEGORIES.items():
+        yield from line(category, 0, [subject for name in subcategories for subject in SUBJECTS[name]])
         for subcategory in subcategories:
+            yield from line(subcategory, 2, SUBJECTS[subcategory])
             for subject in SUBJECTS[subcategory]:
                 yield from line(subject, 4, [subject])
-            yield from line(subcategory, 2, SUBJECTS[subcategory])
-        yield from line(category, 0, [subject for name in subcategories for subject in SUBJECTS[name]])
     yield from line(f"all ({len(by_subject)} of {len(SUBCATEGORY)} subjects)", 0, SUBCATEGORY)
 
 
