@@ -152,7 +152,7 @@ class Optimisation:
 class Tasks:
     """Tasks"""
 
-    task: str | None = flag(None, f"what to learn or evaluate: {', '.join(TASK_NAMES)}, or one of your own")
+    task: str | None = flag(None, f"{', '.join(TASK_NAMES)}, or one of your own")
     qa_prompt_format: str = flag("question: {question} answer: <extra_id_0>", "query made of a question")
     mlm_noise_density: float = flag(0.15, "share of the tokens that mlm masks")
     mlm_mean_noise_span_length: float = flag(3.0, "mean tokens per masked span", least=1)

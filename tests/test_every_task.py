@@ -34,7 +34,7 @@ def lines_of(task, n):
         lines = [
             {
                 "base": {"query": row["question"], "target": row["target"]},
-                "qa": row,
+                "qa": {"question": row["question"], "answers": row["answers"]},
                 "fever": {"claim": f"{row['question']} {row['target']}", "label": VERDICTS[i % 3]},
                 "kilt": {"input": row["question"], "output": [{"answer": a} for a in row["answers"]] + [{"meta": 1}]},
             }[task]
@@ -70,6 +70,7 @@ def comparable(row):
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_ranks_do_not_change_the_numbers(tmp_path, task):
     """Evaluation, and three steps of training with an evaluation behind them."""

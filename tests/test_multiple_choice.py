@@ -232,7 +232,7 @@ def rounded(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_three_ranks_equal_one(tmp_path, batch_size):
     changes = flags(tmp_path, per_gpu_batch_size=batch_size)
     one = run(tmp_path / "one", "evaluate", **changes)

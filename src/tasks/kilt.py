@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping
 
-from src.metrics import accuracy, exact_match, f1
+from src.metrics import exact_match, f1
 from src.tasks.base import Example, Task, asked
 
 VERDICTS = {"true", "false"}  # no passage is the better for holding one
@@ -47,11 +47,8 @@ class KILT(Task):
         return answers
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
-        return {
-            "accuracy": accuracy(generation, example.answers),
-            "exact_match": exact_match(generation, example.answers),
-            "f1": f1(generation, example.answers),
-        }
+        normalised = {"exact_match": exact_match(generation, example.answers), "f1": f1(generation, example.answers)}
+        return super().score(generation, example) | normalised
 
     def retrieval_answers(self, example: Example) -> list[str] | None:
         return None if set(example.answers) <= VERDICTS else example.answers

@@ -1,4 +1,4 @@
-"""Questions with options, read in several orders so that no letter is preferred (Izacard et al. 2022, section 4.1)."""
+"""Questions with options, read in several orders so that no letter is preferred (Izacard et al. 2022)."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from string import ascii_uppercase as LETTERS
 from src.tasks.base import Example, Task
 from src.tokenization import ReaderTokenizer
 
-PROMPT_TOKENS = 356  # as published; beside 512 tokens per passage that leaves room for 100 words
+PROMPT_TOKENS = 356  # as published: with --text_maxlength 512 that leaves room for a passage
 
 
 class MultipleChoice(Task):
