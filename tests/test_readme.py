@@ -52,7 +52,8 @@ def test_nothing_is_left_to_fill_in():
 
 def test_the_task_of_your_own_runs(tmp_path):
     """Put in as the README says, trained for two steps and evaluated; a bad line is told."""
-    code, line = re.findall(r"```python\n(.*?)```", README.split("## Your own task")[1], re.DOTALL)
+    section = README.split("## Your own task\n")[1].split("\n## ")[0]
+    code, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     home = tmp_path / "atlas"
     shutil.copytree(ROOT / "src", home / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", home)
