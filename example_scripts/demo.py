@@ -16,6 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
+from src.device import fast_bf16
 from src.metrics import exact_match, retrieval_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +105,9 @@ def main() -> None:
         *("--retriever_model_path", models / "retriever", "--text_maxlength", "128"),
     )
     reading = ("--reader_model_type", models / "reader", "--n_context", "5", "--per_gpu_batch_size", "8")
-    answer = ("--task", "qa", "--write_results", *reading, "--generation_max_length", "32", "--precision", "bf16")
+    # most CPUs only emulate bf16, which finetune_qa.py would ask for
+    precision = ("--precision", "bf16" if fast_bf16(torch.device("cpu")) else "fp32")
+    answer = ("--task", "qa", "--write_results", *reading, "--generation_max_length", "32", *precision)
     search = ("--task", "qa", "--write_results", "--retrieve_only", "--n_context", "20", "--per_gpu_batch_size", "64")
     tuned = ("--model_path", experiments / "after")
 
@@ -113,7 +118,7 @@ def main() -> None:
         *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *corpus, *reading),
         *("--retriever_n_context", "5", "--total_steps", str(steps), "--eval_freq", str(steps // 2), "--shuffle"),
         *("--lr", "2e-4", "--lr_retriever", "1e-4", "--temperature_gold", "0.1", "--temperature_score", "0.1"),
-        *("--dropout", "0"),
+        *("--dropout", "0", *precision),
     )
     two_processes("evaluate.py", "--name", "after-search", *search, *corpus, *tuned)
     after = experiments / "after" / f"{test.stem}-step-{steps}.jsonl"

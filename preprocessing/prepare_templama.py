@@ -55,6 +55,7 @@ def prepare(originals: dict[str, Path]) -> Iterator[tuple[str, list[dict]]]:
 def main() -> None:
     arguments = preparing.make_parser(__doc__, sources.TEMPLAMA).parse_args()
     preparing.run("prepare_templama", arguments, sources.TEMPLAMA, prepare)
+    print('The questions hold their gap: train and evaluate with --task qa --qa_prompt_format "{question}"')
 
 
 if __name__ == "__main__":

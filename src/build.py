@@ -17,7 +17,7 @@ from src import device as devices
 from src import distributed
 from src.atlas import Atlas
 from src.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
-from src.config import Config, Index, evaluation_name, refresh_schedule
+from src.config import TOKENIZING_TASKS, Config, Index, evaluation_name, refresh_schedule
 from src.data import Data
 from src.evaluator import Evaluator
 from src.index.passages import check_passages, count_duplicates, open_passages
@@ -81,11 +81,11 @@ def _sentence(error: Exception) -> str:
 
 def evaluate(config: Config, device: torch.device, directory: Path) -> bool:
     """`evaluate.py`: measure a model on every evaluation file."""
+    _refuse(config, device)
     path = config.run.model_path
     checkpoint = load_checkpoint(path) if path != "none" else _own_checkpoint(directory)
     step = checkpoint.step if checkpoint and path == "none" else 0
     _write_options(config, directory / ("opt.evaluate.log" if (directory / "checkpoint").exists() else "opt.log"))
-    _refuse(config, device)
     tokenizer = _load_reader_tokenizer(config)
     data = _open_data(config, config.run.eval_data, tokenizer)
     model = _build_model(config, device, checkpoint, tokenizer, training=False)
@@ -101,6 +101,7 @@ def evaluate(config: Config, device: torch.device, directory: Path) -> bool:
 
 def train(config: Config, device: torch.device, directory: Path) -> bool:
     """`train.py` and `finetune_qa.py`: train, evaluate on the way, save; or go on where a run of this name stopped."""
+    _refuse(config, device)
     path, training, optimisation = config.run.model_path, config.retriever_training, config.optimisation
     own = None if optimisation.restart else _own_checkpoint(directory)
     checkpoint = own or (load_checkpoint(path) if path != "none" else None)
@@ -109,10 +110,9 @@ def train(config: Config, device: torch.device, directory: Path) -> bool:
         log.info("This run is finished: %s holds step %d. Begin anew with --restart.", directory, finished)
         return False
     _write_options(config, directory / "opt.log")
-    _refuse(config, device)
     tokenizer = _load_reader_tokenizer(config)
     data = _open_data(config, config.run.eval_data, tokenizer)
-    training_data = _make_data(config, _open_corpus(config.run.train_data), tokenizer)
+    training_data = _make_data(config, _open_corpus(config.run.train_data), tokenizer, training=True)
     _check_data(training_data)
     model = _build_model(config, device, checkpoint, tokenizer, training=True)
     optimizers = _optimizers(config, device, model)
@@ -194,8 +194,10 @@ def _refuse(config: Config, device: torch.device) -> None:
     """What only the device or this version can tell. Raises: ValueError."""
     devices.refuse_precision(device, config.optimisation.precision, "--precision")
     devices.refuse_precision(device, _embedder_precision(config, device), "--embedder_precision")
+    if config.optimisation.precision == "bf16" and device.type == "cpu" and not devices.fast_bf16(device):
+        log.warning("--precision bf16: this CPU only emulates it; --precision fp32 is many times as fast here")
     if config.tasks.task not in TASKS:
-        raise ValueError(f"--task {config.tasks.task} is not in this version yet; it has {', '.join(sorted(TASKS))}")
+        raise ValueError(f"--task {config.tasks.task} is unknown: give one of {', '.join(TASKS)}")
     training = config.retriever_training
     if training.compute_crossattention_stats and not training.train_retriever:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
@@ -215,8 +217,8 @@ def _refuse(config: Config, device: torch.device) -> None:
 
 
 def _load_reader_tokenizer(config: Config) -> ReaderTokenizer | None:
-    """Before the data are looked at, because `mlm` makes its queries with it."""
-    if config.model.retrieve_only and config.tasks.task != "mlm":
+    """Before the data are looked at, because some tasks make their queries with it."""
+    if config.model.retrieve_only and config.tasks.task not in TOKENIZING_TASKS:
         return None
     return load_reader_tokenizer(config.model.reader_model_type)
 
@@ -226,13 +228,14 @@ def _open_corpus(paths: tuple[str, ...]) -> JsonlCorpus:
         return JsonlCorpus(paths)
 
 
-def _make_data(config: Config, corpus: JsonlCorpus, tokenizer: ReaderTokenizer | None) -> Data:
+def _make_data(config: Config, corpus: JsonlCorpus, tokenizer: ReaderTokenizer | None, *, training: bool) -> Data:
     task: Task = TASKS[config.tasks.task](
         **dataclasses.asdict(config.tasks),
         tokenizer=tokenizer,
         text_maxlength=config.model.text_maxlength,
         answers_needed=not config.model.retrieve_only,
         passages_needed=config.model.use_file_passages,
+        training=training,
     )
     return Data(
         corpus,
@@ -248,7 +251,7 @@ def _open_data(config: Config, paths: tuple[str, ...], tokenizer: ReaderTokenize
     """Evaluation data by the name of its file."""
     files = {}
     for path in paths:
-        data = _make_data(config, _open_corpus((path,)), tokenizer)
+        data = _make_data(config, _open_corpus((path,)), tokenizer, training=False)
         _check_data(data)
         files[evaluation_name(path)] = data
     return files

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-TASK_NAMES = ("base", "mlm", "lm", "multiple_choice", "kilt", "section", "fever", "qa")
+# those that come with this; more can be added in src/tasks, so that only src/build.py can tell an unknown one
+TASK_NAMES = ("base", "qa", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
+TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they make their queries with the reader's tokenizer
 GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
 POOLINGS = ("average", "sqrt", "cls")
 PERMUTATIONS = ("single", "cyclic", "all")
@@ -150,16 +152,16 @@ class Optimisation:
 class Tasks:
     """Tasks"""
 
-    task: str | None = flag(None, "what to learn or evaluate", choices=TASK_NAMES)
+    task: str | None = flag(None, f"{', '.join(TASK_NAMES)}, or one of your own")
     qa_prompt_format: str = flag("question: {question} answer: <extra_id_0>", "query made of a question")
     mlm_noise_density: float = flag(0.15, "share of the tokens that mlm masks")
     mlm_mean_noise_span_length: float = flag(3.0, "mean tokens per masked span", least=1)
     min_words_per_lm_instance: int | None = flag(None, "skip shorter texts in mlm, lm and section", least=0)
     min_lm_context_ratio: float = flag(0.5, "least share of a text that lm gives as the query", least=0)
     max_lm_context_ratio: float = flag(0.5, "largest share of a text that lm gives as the query", least=0)
-    multiple_choice_num_options: int = flag(4, "options per question", least=2)
-    multiple_choice_train_permutations: str = flag("single", "orders of the options in training", choices=PERMUTATIONS)
-    multiple_choice_eval_permutations: str = flag("single", "orders at evaluation", choices=PERMUTATIONS)
+    multiple_choice_num_options: int = flag(4, "most options of a question", least=2)
+    multiple_choice_train_permutations: str = flag("single", "orders of the options to train on", choices=PERMUTATIONS)
+    multiple_choice_eval_permutations: str = flag("single", "orders to evaluate and average over", choices=PERMUTATIONS)
 
 
 @dataclass(frozen=True)
@@ -357,8 +359,10 @@ def _check(config: Config, program: str) -> None:
         raise ValueError("--retrieve_only needs an index: leave out --closed_book and --use_file_passages")
     if model.reader_model_type is None and not model.retrieve_only:
         raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
-    if model.reader_model_type is None and tasks.task == "mlm":
-        raise ValueError("--reader_model_type is missing: --task mlm makes its queries with the reader's tokenizer")
+    if model.reader_model_type is None and tasks.task in TOKENIZING_TASKS:
+        raise ValueError(
+            f"--reader_model_type is missing: --task {tasks.task} makes its queries with the reader's tokenizer"
+        )
     if training and not run.train_data:
         raise ValueError("--train_data is missing: give at least one jsonl file")
     if not training and not run.eval_data:
@@ -395,6 +399,11 @@ def _check(config: Config, program: str) -> None:
         )
     if tasks.max_lm_context_ratio > 1:
         raise ValueError(f"--max_lm_context_ratio {tasks.max_lm_context_ratio:g} must be at most 1: it is a share")
+    if tasks.multiple_choice_num_options > 26:
+        raise ValueError("--multiple_choice_num_options must be at most 26: options have letters")
+    for name in ("multiple_choice_train_permutations", "multiple_choice_eval_permutations"):
+        if getattr(tasks, name) == "all" and tasks.multiple_choice_num_options > 6:
+            raise ValueError(f"--{name} all is for at most 6 options, which have 720 orders: use cyclic")
     refresh_schedule(index.refresh_index)
     if program == "finetune_qa":
         for name, value in (

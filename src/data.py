@@ -14,8 +14,9 @@ T = TypeVar("T")
 class Data:
     """A data file (or several, one behind the other) as batches of examples.
 
-    The global batch of a step is the next `world_size · batch_size` lines; rank r takes the r-th run of `batch_size`.
-    So W ranks see in one step what one rank sees in W steps.
+    The global batch of a step is the next `world_size · batch_size` places; rank r takes the r-th run of `batch_size`.
+    So W ranks see in one step what one rank sees in W steps. A place is a line or, with a task of which a line gives
+    several examples, one of these, all of a line one after the other unless they are shuffled.
 
     Raises:
         ValueError: there is no line.
@@ -27,11 +28,13 @@ class Data:
         if len(corpus) == 0:
             raise ValueError(f"{', '.join(map(str, corpus.paths))}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
+        self.places = len(corpus) * task.examples_per_line
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self._resumed = (0, 0)  # a step, and the examples that had been seen after it
         self._order = (-1, np.empty(0, np.int64))  # the epoch that was shuffled last, and its order
 
     def __len__(self) -> int:
+        """How many lines there are."""
         return len(self.corpus)
 
     def check(self, lines: range, read: Callable[[int], object]) -> int:
@@ -53,9 +56,11 @@ class Data:
             read(len(chunk))
         return used
 
-    def example(self, line: int, epoch: int) -> Example | None:
-        """The example of a line; None where the task skips it. Raises: DataError."""
-        return self._of_line(line, lambda record: self.task.process(record, example_rng(self.seed, epoch, line)))
+    def example(self, place: int, epoch: int) -> Example | None:
+        """The example of a place; None where the task skips it. Raises: DataError."""
+        line, number = divmod(place, self.task.examples_per_line)
+        rng = example_rng(self.seed, epoch, line)
+        return self._of_line(line, lambda record: self.task.example(record, rng, number))
 
     def _of_line(self, line: int, function: Callable[[dict], T]) -> T:
         try:
@@ -77,34 +82,34 @@ class Data:
     def training_batch(self, step: int, shuffle: bool) -> list[Example]:
         """This rank's examples of a step, counted from 1. The file is gone through again and again.
 
-        Skipped lines are not made up for, so that the lines of a step never depend on others: the batch is smaller, or
-        empty.
+        Skipped lines are not made up for, so that the places of a step never depend on others: the batch is smaller,
+        or empty.
         """
         first = self.examples_after(step - 1) + self.rank * self.batch_size
         examples = []
         for position in range(first, first + self.batch_size):
-            epoch, place = divmod(position, len(self))
-            line = self._shuffled(epoch)[place] if shuffle else place
-            examples.append(self.example(int(line), epoch))
+            epoch, place = divmod(position, self.places)
+            place = self._shuffled(epoch)[place] if shuffle else place
+            examples.append(self.example(int(place), epoch))
         return [example for example in examples if example is not None]
 
     def evaluation_batches(self) -> Iterator[list[Example]]:
         """The whole file once, in as many batches on every rank; the last ones of a rank may be empty."""
         everybody = self.world_size * self.batch_size
-        for start in range(0, len(self), everybody):
+        for start in range(0, self.places, everybody):
             first = start + self.rank * self.batch_size
-            lines = range(min(first, len(self)), min(first + self.batch_size, len(self)))
-            examples = [self.example(line, epoch=0) for line in lines]
+            places = range(min(first, self.places), min(first + self.batch_size, self.places))
+            examples = [self.example(place, epoch=0) for place in places]
             yield [example for example in examples if example is not None]
 
     @property
     def evaluation_rounds(self) -> int:
         """How many batches `evaluation_batches` gives."""
-        return -(-len(self) // (self.world_size * self.batch_size))
+        return -(-self.places // (self.world_size * self.batch_size))
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
             # half the memory of int64, which every rank takes: 120 MB for 30 million lines
-            lines = np.arange(len(self), dtype=np.int32 if len(self) < 2**31 else np.int64)
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(lines))
+            places = np.arange(self.places, dtype=np.int32 if self.places < 2**31 else np.int64)
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(places))
         return self._order[1]

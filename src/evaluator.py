@@ -1,7 +1,9 @@
 """Evaluation: every example of a file once, on all ranks together, results in the order of the file."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +16,7 @@ from src.parallel import whole_weights
 from src.reader import FusionInDecoder, token_log_probabilities
 from src.results import ResultsWriter, result_row
 from src.retrieval import Retrieval
-from src.tasks import Example
+from src.tasks import Example, Task
 from src.tracking import TensorBoard, log, with_progress
 
 
@@ -69,15 +71,18 @@ class Evaluator:
         n_examples = 0
         path = self.results / f"{name}-step-{step}.jsonl" if self.results else None
         with _writer(path) as write, whole_weights(self.reader):
+            lines = _Lines(data.task, write, totals)
             batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")
             for examples in batches:
                 rows = self._evaluate_batch(examples, data, totals)
                 n_examples += len(examples)
-                if path is not None:
-                    for of_rank in distributed.gather_on_main(rows):
-                        for row in of_rank:
-                            write(row)
+                if path is not None or data.task.joins:
+                    starts = [example.first_of_line for example in examples]
+                    for of_rank in distributed.gather_on_main(list(zip(starts, rows, strict=True))):
+                        for first, row in of_rank:
+                            lines.add(row, first)
                 distributed.progress()
+            lines.finish()
         if self.reader is not None:
             self.reader.train(was_training)
         n_examples = sum(distributed.gather_objects(n_examples))  # a task may skip lines
@@ -95,32 +100,26 @@ class Evaluator:
         self, examples: list[Example], data: Data, totals: dict[str, tuple[float, float]]
     ) -> list[dict]:
         """Add what is measured to `totals`; the rows of the result file."""
-
-        def add(values: dict[str, float]) -> None:
-            for key, value in values.items():
-                total, weight = totals.get(key, (0.0, 0.0))
-                totals[key] = (total + value, weight + 1.0)
-
         queries = [example.query for example in examples]
         passages, scores = self._passages(examples, queries, data.task.filters_by_id)
         for example, of_query in zip(examples, passages or [], strict=bool(passages)):
             if answers := data.task.retrieval_answers(example):
-                add(retrieval_metrics(of_query, answers))
-        generations: list[str | None] = [None] * len(examples)
+                _add(totals, retrieval_metrics(of_query, answers))
+        readings = [_Reading()] * len(examples)
         if self.reader is not None and examples:
-            targets = self.inputs.targets(queries, [example.target for example in examples])
-            generations, losses = self._read(queries, passages, targets)
-            for example, generation, loss in zip(examples, generations, losses, strict=True):
-                add(data.task.score(generation, example) | {"eval_loss": loss})
+            readings = self._read(examples, queries, passages)
+            for example, reading in zip(examples, readings, strict=True):
+                _add(totals, data.task.score(reading.generation, example) | {"eval_loss": reading.loss})
         return [
             result_row(
                 example,
-                generation,
+                reading.generation,
                 passages[i] if passages is not None else None,
                 scores[i] if scores is not None else None,
-                self.write_passages,
+                self.write_passages and self.results is not None,
+                reading.choice_logits,
             )
-            for i, (example, generation) in enumerate(zip(examples, generations, strict=True))
+            for i, (example, reading) in enumerate(zip(examples, readings, strict=True))
         ]
 
     def _passages(
@@ -136,17 +135,72 @@ class Evaluator:
         return None, None
 
     @torch.no_grad()
-    def _read(
-        self, queries: list[str], passages: list[list[dict]] | None, targets: Targets
-    ) -> tuple[list[str], list[float]]:
-        """Answers, and the target's mean token loss of each example, from one pass of the encoder."""
+    def _read(self, examples: list[Example], queries: list[str], passages: list[list[dict]] | None) -> list["_Reading"]:
+        """What the reader makes of each example, from one pass of the encoder."""
         ids, mask = self.inputs.reader(queries, passages)
+        targets = self.inputs.targets(queries, [example.target for example in examples])
         with devices.autocast(self.device, self.precision):
             hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
             logits = self.reader.logits(hidden, mask.flatten(1), targets.decoder_ids)
             rows = self.reader.write(hidden, mask.flatten(1), prompt=self.inputs.prompts(queries), **self.generation)
-        losses = -token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths
-        return self.inputs.reader_tokenizer.decode(rows), losses.tolist()
+        losses = (-token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths).tolist()
+        choices = self._choice_logits(examples, logits, targets)
+        return list(map(_Reading, self.inputs.reader_tokenizer.decode(rows), losses, choices))
+
+    def _choice_logits(
+        self, examples: list[Example], logits: torch.Tensor, targets: Targets
+    ) -> list[dict[str, float] | None]:
+        """The logits (B, T, V) of each example's choices where the decoder has said `<extra_id_0>`.
+
+        What the target goes on with is of no account: the decoder has not seen it there.
+        """
+        if not any(example.choices for example in examples):
+            return [None] * len(examples)
+        said = (targets.labels == self.inputs.reader_tokenizer.sentinel_ids[0]).int()  # (B, T)
+        if not said[:, :-1].any(1).all():
+            raise ValueError("--target_maxlength leaves no room for the letter behind `<extra_id_0>`: raise it")
+        tokens = sorted({token for example in examples for token in example.choices.values()})
+        rows = torch.arange(len(logits), device=logits.device)
+        of_tokens = logits[rows, said.argmax(1) + 1][:, tokens].tolist()  # (B, T, V) -> (B, V) -> (B, tokens)
+        return [
+            {choice: row[tokens.index(token)] for choice, token in example.choices.items()}
+            for example, row in zip(examples, of_tokens, strict=True)
+        ]
+
+
+class _Reading(NamedTuple):
+    """What the reader made of an example: its answer, the target's mean token loss, the logits of its choices."""
+
+    generation: str | None = None
+    loss: float | None = None
+    choice_logits: dict[str, float] | None = None
+
+
+class _Lines:
+    """Puts the rows of each line's examples together, in their order: on rank 0, over batches and ranks."""
+
+    def __init__(self, task: Task, write: Callable[[dict], object], totals: dict[str, tuple[float, float]]) -> None:
+        self.task, self.write, self.totals = task, write, totals
+        self.rows: list[dict] = []
+
+    def add(self, row: dict, first_of_line: bool) -> None:
+        if first_of_line:
+            self.finish()
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        """Measure and write the line whose rows are there, if there is one."""
+        if self.rows:
+            row, values = self.task.join(self.rows)
+            _add(self.totals, values)
+            self.write(row)
+            self.rows = []
+
+
+def _add(totals: dict[str, tuple[float, float]], values: dict[str, float]) -> None:
+    for key, value in values.items():
+        total, weight = totals.get(key, (0.0, 0.0))
+        totals[key] = (total + value, weight + 1.0)
 
 
 class _writer:

@@ -40,11 +40,13 @@ def result_row(
     passages: Sequence[dict] | None,
     scores: Sequence[float] | None,
     write_passages: bool = True,
+    choice_logits: dict[str, float] | None = None,
 ) -> dict:
     """The row of an example, with the keys of the published result files in their order.
 
     `generation` None: nothing was read. `passages` None: nothing was retrieved. `scores` are those of the passages, in
-    the same order; None leaves the passages as they are. `metadata` and `id` are there if the example has them.
+    the same order; None leaves the passages as they are. `metadata`, `id` and `choice_logits` are there if the example
+    has them.
     """
     row = {"query": example.query, "answers": example.answers}
     if generation is not None:
@@ -52,10 +54,16 @@ def result_row(
     if passages is not None and write_passages:
         row["passages"] = list(passages)
         if scores is not None:
-            # six digits: the others change with the shapes of matrix products, and nobody reads them
-            row["passages"] = [p | {"score": float(f"{s:.6g}")} for p, s in zip(passages, scores, strict=True)]
+            row["passages"] = [p | {"score": six_digits(s)} for p, s in zip(passages, scores, strict=True)]
     if example.metadata is not None:
         row["metadata"] = example.metadata
     if example.id is not None:
         row["id"] = example.id
+    if choice_logits is not None:
+        row["choice_logits"] = {choice: six_digits(logit) for choice, logit in choice_logits.items()}
     return row
+
+
+def six_digits(number: float) -> float:
+    """The digits behind change with the shapes of matrix products, and nobody reads them."""
+    return float(f"{number:.6g}")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,32 @@ def world(n_towns: int = 60) -> Path:
     texts = [f"{p['title']} {p['text']}" for p in passages] + [q["question"] for q in questions]
     build_tiny_models(texts, directory / "models", vocabulary_size=400, seed=0)
     return directory
+
+
+@cache
+def lettered_models() -> Path:
+    """Models beside those of the world, whose vocabulary has the letters of the options of multiple choice."""
+    from preprocessing.make_tiny_models import build_tiny_models
+
+    rows = read_jsonl(world() / "passages.jsonl") + read_jsonl(world() / "train.jsonl")
+    texts = [" ".join(str(value) for value in row.values()) for row in rows]
+    build_tiny_models([*texts, *["A B C D E F G true false maybe"] * 500], world() / "lettered", vocabulary_size=400)
+    return world() / "lettered"
+
+
+def choice_questions(n: int, n_options: Callable[[int], int] = lambda i: 4) -> list[dict[str, Any]]:
+    """Questions of the world with so many options each, the right one at changing places; the texts differ."""
+    questions = read_jsonl(world() / "train.jsonl")
+    names = sorted({row["answers"][0] for row in questions})
+    rows = []
+    for i, row in enumerate(questions[:n]):
+        rng = random.Random(i)
+        wrong = rng.sample([name for name in names if name != row["answers"][0]], n_options(i) - 1)
+        texts = rng.sample([row["answers"][0], *wrong], n_options(i))
+        options = dict(zip("ABCDEFG", texts, strict=False))
+        answer = next(letter for letter, text in options.items() if text == row["answers"][0])
+        rows.append({"question": row["question"], "options": options, "answer": answer, "id": row["id"]})
+    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

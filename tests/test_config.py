@@ -259,7 +259,6 @@ def test_no_retrieval_no_retriever_training(files, switch):
 
 REFUSED = [
     ("train", {"task": None}, "--task is missing"),
-    ("train", {"task": "quiz"}, "--task: invalid choice: 'quiz'"),
     ("train", {"train_data": None}, "--train_data is missing"),
     ("train", {"train_data": "nowhere.jsonl"}, "--train_data: there is no file nowhere.jsonl"),
     ("train", {"eval_data": "nowhere.jsonl"}, "--eval_data: there is no file nowhere.jsonl"),
@@ -299,6 +298,18 @@ REFUSED = [
         "evaluate",
         {"task": "mlm", "retrieve_only": True, "reader_model_type": None},
         "--task mlm makes its queries",
+    ),
+    (
+        "evaluate",
+        {"task": "multiple_choice", "retrieve_only": True, "reader_model_type": None},
+        "--task multiple_choice makes its queries",
+    ),
+    ("train", {"multiple_choice_num_options": 1}, "--multiple_choice_num_options 1 is too small"),
+    ("train", {"multiple_choice_num_options": 27}, "--multiple_choice_num_options must be at most 26"),
+    (
+        "train",
+        {"multiple_choice_num_options": 7, "multiple_choice_eval_permutations": "all"},
+        "--multiple_choice_eval_permutations all is for at most 6 options",
     ),
     ("finetune_qa", {"total_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
     ("finetune_qa", {"total_steps": 9}, "--eval_freq 10 must be below --total_steps 9"),

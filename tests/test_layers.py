@@ -20,6 +20,7 @@ LAYERS = [
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
+SCRIPTS = sorted([*(ROOT / "preprocessing").glob("*.py"), *(ROOT / "evaluation_scripts").glob("*.py")])
 
 
 def room(path):
@@ -51,8 +52,8 @@ def test_imports_come_from_lower_layers(path):
         assert parts[0] not in ("preprocessing", "tests")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "preprocessing").glob("*.py")), ids=lambda path: path.name)
-def test_preparation_scripts_use_the_index_at_most(path):
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_use_the_index_at_most(path):
     used = {name.split(".")[1] for name in imports(path) if name.startswith("src.")}
     # a model that is to be exported has to be loaded
     models = {"checkpoint", "inputs", "reader", "retriever", "tokenization"}
@@ -84,7 +85,7 @@ def test_no_circles_inside_folders():
 
 
 def test_nothing_is_unpickled_by_chance():
-    for path in [*SOURCES, *(ROOT / "preprocessing").glob("*.py")]:
+    for path in [*SOURCES, *SCRIPTS]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue

@@ -2,11 +2,15 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from src import config
+from tests.kit import command_line, read_jsonl, world, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,3 +48,42 @@ def test_files_named_in_the_tour_exist():
 
 def test_nothing_is_left_to_fill_in():
     assert not re.search(r"@[A-Z]+@", README)
+
+
+def test_the_task_of_your_own_runs(tmp_path):
+    """Put in as the README says, trained for two steps and evaluated; a bad line is told."""
+    section = README.split("## Your own task\n")[1].split("\n## ")[0]
+    code, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    home = tmp_path / "atlas"
+    shutil.copytree(ROOT / "src", home / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", home)
+    (home / "src/tasks/year.py").write_text(code, encoding="utf-8")
+    registry = home / "src/tasks/__init__.py"
+    imported, entry = line.splitlines()
+    text = registry.read_text(encoding="utf-8")
+    for before, added in (("from src.tasks.section import Section\n", imported), ("[..., Task]] = {\n", entry)):
+        assert text.count(before) == 1
+        text = text.replace(before, f"{before}{added}\n")
+    registry.write_text(text, encoding="utf-8")
+    towns = read_jsonl(world() / "passages.jsonl")[:5]
+    lines = [
+        {"event": f"the founding of {town['title']}", "year": 1900 + i, "id": town["id"]}
+        for i, town in enumerate(towns)
+    ]
+    data = write_jsonl(tmp_path / "dev.jsonl", lines)
+    changes = {"task": "year", "train_data": data, "eval_data": data, "train_retriever": True, "total_steps": 2}
+
+    def train(**more):
+        words = [sys.executable, "train.py", *command_line(tmp_path, **changes | more)]
+        return subprocess.run(words, cwd=home, capture_output=True, text=True, check=False, timeout=300)
+
+    done = train()
+    assert done.returncode == 0, done.stderr
+    rows = read_jsonl(tmp_path / "run/dev-step-2.jsonl")
+    assert [(row["id"], row["answers"]) for row in rows] == [(line["id"], [str(line["year"])]) for line in lines]
+    assert rows[0]["query"] == f"question: In which year: {lines[0]['event']}? answer: <extra_id_0>"
+    log = (tmp_path / "run/run.log").read_text()
+    assert " accuracy | " in log and " within_ten | " in log and " recall@1 | " in log
+    bad = train(name="bad", eval_data=write_jsonl(tmp_path / "bad.jsonl", [lines[0], {"event": "e", "date": 3}]))
+    expected = "bad.jsonl, line 2: no `year`: expected `event` (a string) and `year` (a number), found event, date"
+    assert bad.returncode == 1 and expected in bad.stderr and bad.stderr.count("\n") == 1

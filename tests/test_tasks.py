@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from src.tasks import TASKS, Example, Task, example_rng
+from src.tasks.fever import Fever
+from src.tasks.kilt import KILT
 from src.tasks.qa import QA
 
 PROMPT = "question: {question} answer: <extra_id_0>"
@@ -141,3 +143,67 @@ def test_registry_takes_the_values_of_all_flags():
     assert TASKS["qa"](qa_prompt_format="{question}?").process(LINE, random.Random(0)).query == "who??"
     assert TASKS["qa"](qa_prompt_format=PROMPT, answers_needed=False).answers_needed is False
     assert type(TASKS["base"](qa_prompt_format=PROMPT)) is Task
+
+
+@pytest.mark.parametrize(("label", "said"), [("SUPPORTS", "true"), ("REFUTES", "false"), ("NOT ENOUGH INFO", "maybe")])
+def test_fever_example(label, said):
+    task = Fever()
+    line = {"id": 3, "claim": "Ada wrote.", "label": label, "evidence": [[[1, 2, "Ada", 0]]], "metadata": {"year": 1}}
+    example = task.process(line, random.Random(0))
+    assert (example.query, example.target) == ("question: Ada wrote. answer: <extra_id_0>", f"<extra_id_0> {said}")
+    assert (example.answers, example.metadata, example.id) == ([said], {"year": 1, "clean_target": said}, 3)
+    assert task.score(said, example) == {"accuracy": 1.0} and task.score(said.title(), example) == {"accuracy": 0.0}
+    assert task.retrieval_answers(example) is None
+    without = {key: value for key, value in line.items() if key != "label"}
+    for wrong, reason in (
+        (line | {"label": "TRUE"}, "one of SUPPORTS, REFUTES, NOT"),
+        (without, "no `label`: expected"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            task.process(wrong, random.Random(0))
+    example = Fever(answers_needed=False).process(without, random.Random(0))  # FEVER's test set: enough to retrieve
+    assert (example.target, example.answers) == ("", [])
+
+
+def test_kilt_example():
+    task = KILT()
+    output = [{"answer": "Ada", "provenance": [{"wikipedia_id": "1"}]}, {"provenance": []}, {"answer": "Ada Lovelace"}]
+    line = {"id": "k1", "input": "who?", "output": output, "meta": {}, "filename": "nq-dev-kilt.jsonl"}
+    found = [task.process(line, example_rng(0, 0, n)) for n in range(50)]
+    assert {example.target for example in found} == {"<extra_id_0> Ada", "<extra_id_0> Ada Lovelace"}
+    for example in found:
+        assert (example.query, example.id) == ("question: who? answer: <extra_id_0>", "k1")
+        assert example.answers == ["Ada", "Ada Lovelace"] == task.retrieval_answers(example)
+        assert f"<extra_id_0> {example.metadata['clean_target']}" == example.target
+    scores = task.score("the ada lovelace", found[0])
+    assert scores == {"accuracy": 0.0, "exact_match": 1.0, "f1": 1.0} and tuple(scores) == task.metrics
+
+
+@pytest.mark.parametrize(("verdict", "said"), [("SUPPORTS", "true"), ("REFUTES", "false"), ("maybe", "false")])
+def test_fever_inside_kilt(verdict, said):
+    line = {"input": "Ada wrote.", "output": [{"answer": verdict}]}
+    example = KILT().process(line | {"filename": "fever-dev-kilt.jsonl"}, random.Random(0))
+    assert (example.target, example.answers) == (f"<extra_id_0> {said}", [said])
+    assert KILT().retrieval_answers(example) is None  # no passage is the better for holding "true"
+    example = KILT().process(line | {"filename": "nq-dev-kilt.jsonl"}, random.Random(0))
+    assert example.answers == [verdict] == KILT().retrieval_answers(example)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"input": None}, "no `input`: expected `input`.*`output`.*found input, output"),
+        ({"output": None}, "no `output`: expected `input`"),
+        ({"output": "Ada"}, "`output` is a list of objects, found 'Ada'"),
+        ({"output": ["Ada"]}, "`output` is a list of objects"),
+        ({"output": [{"answer": 3}]}, r"`answer` in `output` is a string, found \[3\]"),
+        ({"output": [{"provenance": []}]}, "no `answer` in `output`: expected `input`"),
+        ({"filename": 3}, "`filename` is a string, found 3"),
+    ],
+)
+def test_bad_lines_of_kilt(change, reason):
+    line = {"input": "who?", "output": [{"answer": "Ada"}]} | change
+    with pytest.raises(ValueError, match=reason):
+        KILT().process(line, random.Random(0))
+    if "no `" in reason and "input" not in change:
+        assert KILT(answers_needed=False).process(line, random.Random(0)).answers == []

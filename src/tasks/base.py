@@ -17,6 +17,8 @@ class Example:
     metadata: dict | None = None
     id: str | int | None = None
     passages: list[dict] | None = None  # the example's own, for --use_file_passages
+    choices: dict[str, int] | None = None  # what may stand behind `<extra_id_0>`, with the token that says so
+    first_of_line: bool = True  # where a line gives several examples
 
 
 class Task:
@@ -28,12 +30,16 @@ class Task:
     Attributes:
         fields: what a line holds; skips: which lines give no example. Both for messages.
         filters_by_id: whether a line may be a passage of the corpus, which must not be found for itself.
+        examples_per_line: most examples that `example` gives of a line.
+        joins: whether the examples of a line are measured together, by `join`.
     """
 
     metrics: tuple[str, ...] = ("accuracy",)
     fields = "`query` and `target` (strings)"
     skips = "no line"
     filters_by_id = False
+    examples_per_line = 1
+    joins = False
 
     def __init__(self, answers_needed: bool = True, passages_needed: bool = False):
         self.answers_needed = answers_needed
@@ -54,6 +60,10 @@ class Task:
             passages=self.passages(record),
         )
 
+    def example(self, record: Mapping, rng: random.Random, number: int) -> Example | None:
+        """Example `number` of a line, from 0, None if there is none; `rng` is the same for all of a line's examples."""
+        return self.process(record, rng)
+
     def check(self, record: Mapping) -> bool:
         """Whether a line gives an example, for reading a whole file before a run. Raises: ValueError, as `process`."""
         return self.process(record, random.Random(0)) is not None
@@ -61,6 +71,11 @@ class Task:
     def score(self, generation: str, example: Example) -> dict[str, float]:
         """The values, 0 to 1, of `metrics`."""
         return {"accuracy": accuracy(generation, example.answers)}
+
+    def join(self, rows: list[dict]) -> tuple[dict, dict[str, float]]:
+        """A line's row of the result file, of the rows of its examples in order; values, 0 to 1, of the whole line."""
+        (row,) = rows
+        return row, {}
 
     def retrieval_answers(self, example: Example) -> list[str] | None:
         """Strings of which a useful passage holds one; None where recall@k and MRR make no sense."""
@@ -87,6 +102,13 @@ class Task:
         """The `id` as it stands, so that results can be joined with what was asked."""
         return record.get("id")
 
+    def metadata(self, record: Mapping) -> dict:
+        """What goes into the line's row of the result file: here, its own `metadata`. Raises: ValueError."""
+        metadata = record.get("metadata")
+        if not isinstance(metadata or {}, dict):
+            raise ValueError(f"`metadata` is an object, found {metadata!r:.40}")
+        return metadata or {}
+
     def passages(self, record: Mapping) -> list[dict] | None:
         """The line's own passages as they are, or checked and with a title if they are needed. Raises: ValueError."""
         passages = record.get("passages")
@@ -102,6 +124,11 @@ class Task:
             if not isinstance(passage.get("title") or "", str):
                 raise ValueError(f"passage {rank} of `passages`: `title` is a string, found {passage['title']!r:.40}")
         return [passage | {"title": passage.get("title") or ""} for passage in passages]
+
+
+def asked(question: str) -> str:
+    """The query of a question with a short answer, as the published readers were trained."""
+    return f"question: {question} answer: <extra_id_0>"
 
 
 def example_rng(seed: int, epoch: int, line: int) -> random.Random:

@@ -32,7 +32,7 @@ class QA(Task):
             query=self.prompt_format.format(question=question),
             target="" if target is None else f"<extra_id_0> {target}",
             answers=answers,
-            metadata=record.get("metadata") or {},
+            metadata=self.metadata(record),
             id=self.identifier(record),
             passages=self.passages(record),
         )

@@ -28,7 +28,6 @@ class TextTask(Task, ABC):
         """Query and target of a line that `check` lets pass; None to skip it all the same."""
 
     def metadata(self, record: Mapping) -> dict:
-        """What of the line goes into its row of the result file."""
         return {"id": record["id"]}
 
     def check(self, record: Mapping) -> bool:
