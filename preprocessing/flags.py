@@ -79,12 +79,15 @@ def fetcher(arguments: argparse.Namespace) -> Fetcher:
 
 
 @contextlib.contextmanager
-def one_sentence() -> Iterator[None]:
-    """End the script with one sentence and status 1 if something is wrong with files, servers or data."""
+def one_sentence(stopped: str = "the same command goes on") -> Iterator[None]:
+    """End the script with one sentence and status 1 if something is wrong with files, servers or data.
+
+    `stopped` is what the user is told after Ctrl-C.
+    """
     try:
         yield
     except (FetchError, DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr, flush=True)
+        print(f"stopped; {stopped}", file=sys.stderr, flush=True)
         os._exit(1)  # an ordinary end would wait for threads that wait for silent servers

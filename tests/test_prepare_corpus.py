@@ -1,0 +1,178 @@
+"""prepare_corpus.py: folders of documents, and tables, into passages."""
+
+import csv
+
+import pytest
+
+from preprocessing.prepare_corpus import Outline, prepare, read_html, read_markdown, read_text
+from src.jsonl import DataError
+from tests.kit import read_jsonl
+from tests.origin import one_sentence, run_script
+
+
+def sections(outline: Outline, name="name"):
+    document = outline.document("id", name)
+    return document.title, [(section.heading, "|".join(section.blocks)) for section in document.sections]
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(
+        tmp_path / "documents",
+        **{
+            "notes.txt": "First paragraph,\r\ngoes on.\r\n\r\n"
+            + "Second sentence of ten words, which is repeated here. " * 30,
+            "deep__er__guide.md": "# The guide\n\nIntro.\n\n## Setup\n\n- one\n- two\n",
+            "page.HTML": "<html><head><title>Site</title></head><body><h1>Page</h1><p>Text.</p></body></html>",
+            "empty.txt": " \n\n",
+            "only_markup.html": "<script>x()</script>",
+            "picture.png": b"\x89PNG\xff",
+            ".hidden.txt": "no",
+            ".git__config.txt": "no",
+            "bom.txt": b"\xef\xbb\xbfWith a mark.",
+        },
+    )
+
+
+def test_a_folder(folder, tmp_path):
+    done = run_script("prepare_corpus", folder, "--output", tmp_path / "corpus.jsonl", "--words", "50")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    rows = read_jsonl(tmp_path / "corpus.jsonl")
+    assert done.stdout.splitlines() == [
+        f"{tmp_path}/corpus.jsonl: {len(rows)} passages of 4 documents",
+        "left out: empty documents 2, files of other kinds 1",
+    ]
+    assert rows[:4] == [
+        {"id": "bom.txt-0", "title": "bom", "section": "", "text": "With a mark."},
+        {"id": "deep/er/guide.md-0", "title": "The guide", "section": "", "text": "Intro."},
+        {"id": "deep/er/guide.md-1", "title": "The guide", "section": "Setup", "text": "one; two"},
+        rows[3],
+    ]
+    notes = rows[3:-1]
+    assert [row["id"] for row in notes] == [f"notes.txt-{i}" for i in range(len(notes))] and len(notes) > 4
+    assert notes[0]["text"].startswith("First paragraph, goes on. Second") and notes[0]["text"].endswith("here.")
+    assert all(25 <= len(row["text"].split()) <= 50 for row in notes)
+    assert rows[-1] == {"id": "page.HTML-0", "title": "Page", "section": "", "text": "Text."}
+    first = (tmp_path / "corpus.jsonl").read_bytes()
+    prepare(folder, tmp_path / "corpus.jsonl", 50)
+    assert (tmp_path / "corpus.jsonl").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_a_table(tmp_path, name):
+    rows = [
+        ["Text", "title", "id", "section", "year"],
+        ['She said "yes",\nand\ttwo. ' + "word " * 200_000, "Quoted", "q1", "S", "1"],
+        ["short\r\n\r\n* item", "", "", "", ""],
+        ["", "Empty", "e", "", ""],
+    ]
+    with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t" if name.endswith("tsv") else ",").writerows(rows)
+    prepare(tmp_path / name, tmp_path / "made.jsonl", 100)
+    made = read_jsonl(tmp_path / "made.jsonl")
+    assert made[0]["text"].startswith('She said "yes", and two. word')
+    assert {(row["title"], row["section"]) for row in made[:-1]} == {("Quoted", "S")}
+    assert made[-1] == {"id": "2-0", "title": "", "section": "", "text": "short item"} and len(made) > 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d/latin.txt", "Größe".encode("latin-1"), r"d/latin.txt: not UTF-8 \(byte 0xf6 at position 3\); save it as"),
+        ("d/wide.md", "x".encode("utf-16"), "d/wide.md: not UTF-8"),
+        ("d/empty.txt", b"", "no text in it"),
+        ("d/x.pdf", b"%PDF", "no text in it"),
+        ("x.pdf", b"%PDF", "x.pdf: not a folder, and not .txt"),
+        ("t.csv", b"", "line 0: the first line names the columns, `text` among them"),
+        ("t.csv", b"title,body\na,b\n", "line 1: the first line names .* found 'title, body'"),
+        ("t.csv", b"title,text\na,b\nc\n", "line 3: 1 fields, but the header has 2"),
+        ("t.csv", b"id,text\n1,b\n1,c\n", "line 3: the id 1 was in a row before"),
+        ("t.csv", b'id,text\n1,"b\n', "line 2: not csv .unexpected end"),
+        ("t.tsv", b"id\ttext\n1\t\xff\n", "t.tsv: not UTF-8 .byte 0xff.; save"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    source = path.parent if name.startswith("d/") else path
+    with pytest.raises(DataError, match=words):
+        prepare(source, tmp_path / "made/corpus.jsonl", 100)
+    assert not list((tmp_path / "made").iterdir())
+
+
+def test_the_script_says_it_in_one_sentence(tmp_path):
+    said = one_sentence(run_script("prepare_corpus", tmp_path / "absent", "--output", tmp_path / "x.jsonl"))
+    assert "absent does not exist" in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# T\na *b* **c** `d` _e_ f_g_h 2 * 3 * 4\n", ("T", [("", "a b c d e f_g_h 2 * 3 * 4")])),
+        (
+            "intro\n# T\nx\n## A ##\ny\n### B\nz\n## C\n\nw",
+            ("T", [("", "intro"), ("", "x"), ("A", "y"), ("A: B", "z"), ("C", "w")]),
+        ),
+        ("# A\nx\n# B\ny", ("name", [("A", "x"), ("B", "y")])),
+        ("Title\n=====\nx\n\nSub\n---\ny\n\n---\n\nz", ("Title", [("", "x"), ("Sub", "y|z")])),
+        (
+            "---\ntitle: 'Front: matter'\ntags: x\n---\nx\n- a\n+ b\n1. c\n\n> quoted\n> on",
+            ("Front: matter", [("", "x|a;|b;|c.|quoted on")]),
+        ),
+        (
+            "see [the *docs*](http://x.y 'T'), [ref][1],![alt](a.png) <!-- gone\nno --> end\n\n[1]: http://y.z",
+            ("name", [("", "see the docs, ref, end")]),
+        ),
+        ("```python\n# no heading\n* x\n~~~\n```\n# T\ny", ("T", [("", "# no heading * x ~~~"), ("", "y")])),
+        ("| a | b |\n|---|:-:|\n| 1 | 2 |", ("name", [("", "a b|1 2")])),
+        ("#hashtag is text\n#\ny", ("name", [("", "#hashtag is text|y")])),
+        ("", ("name", [])),
+    ],
+)
+def test_markdown(text, expected):
+    title, found = sections(read_markdown(text))
+    assert (title, found) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "<!DOCTYPE html><head><title>A &amp; B</title><style>p{}</style></head><body><nav><ul><li>Home</ul></nav>"
+            "<h2>One</h2><p>x <b>bold</b>&nbsp;y<br>z<p>next<script>if (a<b) {}</script><h2>Two <i>it</i></h2>w",
+            ("A & B", [("One", "x bold y z|next"), ("Two it", "w")]),
+        ),
+        (
+            "<h1>T</h1>intro<h2>A</h2><div>a<div>b</div>c</div><h3>B</h3>d",
+            ("T", [("", "intro"), ("A", "a|b|c"), ("A: B", "d")]),
+        ),
+        ("<ul><li>a</li>\n<li>b <ol><li>c</ol></ul>end", ("name", [("", "a;|b;|c.|end")])),
+        ("<table><tr><td>1</td><td>2</td></tr><tr><td>3</table>", ("name", [("", "1 2|3")])),
+        (
+            "un<b>closed <p>tags &lt;kept&gt; &#233; <!-- gone --> <unknown>x</unknown>",
+            ("name", [("", "unclosed|tags <kept> é|x")]),
+        ),
+        ("<noscript>no<img></noscript><svg><title>no</title></svg>yes</svg>", ("name", [("", "yes")])),
+        ("<p>line\n   ends\n  are spaces</p>\n\n* not a list", ("name", [("", "line ends are spaces|not a list")])),
+        ("<svg/>a<h2>not <i>closed<p>b</p><h3><div>C</div></h3>d", ("not closed", [("", "a"), ("", "b"), ("C", "d")])),
+        ("<h1></h1><h2>  </h2>x", ("name", [("", "x")])),
+        ("<" * 1000 + "x", None),
+    ],
+)
+def test_html(text, expected):
+    found = sections(read_html(text))
+    if expected:
+        assert found == expected
+
+
+def test_plain_text():
+    assert sections(read_text("a\nb\n\n# c\n* d\n* e")) == ("name", [("", "a b|# c|d;|e")])

@@ -1,0 +1,94 @@
+"""Documents into passages of about 100 words."""
+
+import json
+import random
+
+import pytest
+
+from preprocessing.splitting import Section, blocks_of, ends_here, heading_path, passages_of, split, writing
+from src.jsonl import DataError
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_word_once_in_passages_of_about_one_size(seed):
+    rng = random.Random(seed)
+    size = rng.choice([1, 2, 7, 40, 100])
+    words = [f"W{i}" + rng.choice(["", "", "", "", ".", ",", '."', "?"]) for i in range(rng.randrange(1, 700))]
+    cuts = sorted(rng.sample(range(len(words) + 1), min(3, len(words))))
+    blocks = [" ".join(words[start:end]) for start, end in zip([0, *cuts], [*cuts, len(words)], strict=True)]
+    passages = split(blocks, size)
+    assert " ".join(passages).split() == words
+    lengths = [len(passage.split()) for passage in passages]
+    assert max(lengths) <= size
+    if len(words) > size:  # no crumbs
+        assert min(lengths) >= size // 4
+    assert len(passages) <= -(-len(words) // (size / 2))
+
+
+def test_cuts_are_at_the_ends_of_sentences_and_blocks():
+    assert split(["One two three. Four five. Six seven eight nine."], 5) == [
+        "One two three. Four five.",
+        "Six seven eight nine.",
+    ]
+    assert split(["one two three four", "five six seven"], 5) == ["one two three four", "five six seven"]
+    assert split(["a b c d e f g h i"], 4) == ["a b c", "d e f", "g h i"]  # no end anywhere: equal sizes
+    assert split(["One two three four five six. Seven eight."], 100) == ["One two three four five six. Seven eight."]
+    assert split([], 100) == split(["", " \n "], 100) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "following", "ends"),
+    [
+        ("end.", "The", True),
+        ('said."', "Then", True),
+        ("really?", "“Yes”", True),
+        ("(1999).", "It", True),
+        ("end", "The", False),
+        ("end.", "lower", False),
+        ("Dr.", "Smith", False),
+        ("J.", "Smith", False),
+        ("(U.S.", "Army", False),
+        ("Yahoo!", "(a", False),
+    ],
+)
+def test_ends_of_sentences(word, following, ends):
+    assert ends_here(word, following) is ends
+
+
+def test_blocks():
+    text = "A line\nand its\tend.\n\nSecond:\n* one\n** two.\n*\n* three\n\nThird\n* four\nFifth"
+    assert blocks_of(text) == ["A line and its end.", "Second:", "one;", "two.", "three.", "Third", "four.", "Fifth"]
+    assert blocks_of("") == blocks_of(" \n\n* \n") == []
+
+
+def test_heading_paths():
+    above = []
+    paths = [
+        heading_path(above, level, name) for level, name in [(2, "A"), (4, "B"), (3, "C"), (3, ""), (4, "D"), (1, "E")]
+    ]
+    assert paths == ["A", "A: B", "A: C", "A", "A: D", "E"]
+
+
+def test_passages_do_not_cross_sections():
+    sections = [Section("", ["a b c"]), Section("S", ["d"]), Section("S: T", ["e f g h"])]
+    rows = passages_of("7", "Title", sections, words=3)
+    assert rows == [
+        {"id": "7-0", "title": "Title", "section": "", "text": "a b c"},
+        {"id": "7-1", "title": "Title", "section": "S", "text": "d"},
+        {"id": "7-2", "title": "Title", "section": "S: T", "text": "e f"},
+        {"id": "7-3", "title": "Title", "section": "S: T", "text": "g h"},
+    ]
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new/passages.jsonl"
+    with pytest.raises(DataError, match="half of a surrogate pair in 'b'"), writing(path) as write:
+        write({"id": "a", "text": "x"})
+        write({"id": "b", "text": "\ud800"})
+    assert not list(path.parent.iterdir())
+    rows = [{"id": "a", "text": "line\u2028end\x85\nü"}, {"id": "b", "text": ""}]
+    with writing(path) as write:
+        for row in rows:
+            write(row)
+        assert not path.exists()
+    assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == rows
