@@ -8,7 +8,7 @@ READY := .venv/.ready
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-$(READY): requirements.txt requirements-dev.txt requirements-demo.txt
+$(READY): requirements.txt requirements-dev.txt requirements-demo.txt requirements-wikipedia.txt
 	@echo "Installing into .venv (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt

@@ -1,0 +1,320 @@
+"""Make passages of about 100 words, and infoboxes, of a dump of Wikipedia.
+
+    python preprocessing/prepare_wikipedia.py enwiki-20211220-pages-articles.xml.bz2 --output_directory my_wiki
+
+Written to the output directory, as the released corpora are: `text-list-100-sec.jsonl` and `infobox.jsonl`, lines with
+`id`, `title`, `section` and `text`. Redirects, disambiguation pages and pages that are no articles are left out. Dumps
+are `pages-articles` files, plain or .bz2, one or several; they are read once, piece by piece, and what is written does
+not depend on the number of processes. Infoboxes, disambiguation pages, sections of mere references, and templates that
+stand for words are known by the names that they have in the English Wikipedia.
+"""
+
+import argparse
+import bz2
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.parsers import expat
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm
+
+from preprocessing.flags import at_least, one_sentence
+from preprocessing.splitting import Section, add_words_flag, batched, passages_of, writing
+from src.jsonl import DataError, open_existing
+
+PARSER = "mwparserfromhell"
+CHUNK = 1 << 16  # bytes of a dump, unpacked
+PAGE_LIMIT = 1 << 24  # characters of one page, eight times what MediaWiki allows
+BATCH = 16  # pages that a process is given at a time
+PAGE_SECONDS = 30  # of computing for one page; most take hundredths
+AHEAD = 4  # batches a process that are read before they are asked for
+
+
+class Page(NamedTuple):
+    id: str
+    title: str
+    namespace: str
+    is_redirect: bool
+    wikitext: str
+
+
+class DumpReader:
+    """Takes the bytes of a dump piece by piece and gives pages. Never more than one page and a piece is held.
+
+    A document type is where XML declares entities, those that grow to gigabytes among them. Dumps have none, so one
+    that does is refused, and there is nothing to expand.
+
+    Raises: ValueError if the XML is not well-formed or no dump.
+    """
+
+    FIELDS = {
+        ("mediawiki", "siteinfo", "namespaces", "namespace"): "namespace",
+        ("mediawiki", "page", "title"): "title",
+        ("mediawiki", "page", "ns"): "ns",
+        ("mediawiki", "page", "id"): "id",
+        ("mediawiki", "page", "revision", "text"): "text",
+    }
+
+    def __init__(self) -> None:
+        self.file_namespaces: list[str] = []  # what files and categories are called in this language
+        self._parser = expat.ParserCreate()
+        self._parser.buffer_text = True
+        self._parser.StartDoctypeDeclHandler = self._refuse
+        self._parser.StartElementHandler = self._start
+        self._parser.EndElementHandler = self._end
+        self._parser.CharacterDataHandler = self._characters
+        self._path: list[str] = []
+        self._field: str | None = None  # which field the characters are of
+        self._pieces: list[str] = []
+        self._length = 0
+        self._namespace_key = ""
+        self._page: dict[str, str] = {}
+        self._pages: list[Page] = []
+
+    def feed(self, data: bytes, is_last: bool) -> list[Page]:
+        """The pages that end in this piece."""
+        try:
+            self._parser.Parse(data, is_last)
+        except expat.ExpatError as error:
+            reason = expat.ErrorString(error.code)
+            raise ValueError(f"not well-formed XML ({reason}): damaged or cut off, fetch it again") from error
+        pages, self._pages = self._pages, []
+        return pages
+
+    @property
+    def line(self) -> int:
+        return self._parser.CurrentLineNumber
+
+    def _refuse(self, *_: object) -> None:
+        raise ValueError("a document type (<!DOCTYPE ...>), which no dump has and which may hold entity bombs")
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        if not self._path and name != "mediawiki":
+            raise ValueError(f"no dump of a MediaWiki: the first element is <{name[:40]}>, not <mediawiki>")
+        self._path.append(name)
+        self._field = self.FIELDS.get(tuple(self._path))
+        self._pieces, self._length = [], 0
+        self._namespace_key = attributes.get("key", "")
+        if self._path == ["mediawiki", "page"]:
+            self._page = {}
+        elif self._path == ["mediawiki", "page", "redirect"]:
+            self._page["redirect"] = "yes"
+
+    def _characters(self, text: str) -> None:
+        if self._field is not None:
+            self._length += len(text)
+            if self._length > PAGE_LIMIT:
+                raise ValueError(f"a {self._field} of more than {PAGE_LIMIT:,} characters, which no page has")
+            self._pieces.append(text)
+
+    def _end(self, name: str) -> None:
+        if self._field == "namespace" and self._namespace_key in ("6", "14"):  # File and Category, in every language
+            self.file_namespaces.append("".join(self._pieces))
+        elif self._field is not None:
+            self._page[self._field] = "".join(self._pieces)
+        elif self._path == ["mediawiki", "page"]:
+            missing = [field for field in ("id", "title", "text") if field not in self._page]
+            if missing:
+                raise ValueError(f"a page without <{missing[0]}>")
+            page = self._page
+            is_redirect = "redirect" in page or page["text"][:20].lstrip().lower().startswith("#redirect")
+            self._pages.append(Page(page["id"], page["title"], page.get("ns", "0"), is_redirect, page["text"]))
+        self._path.pop()
+        self._field = None
+
+
+def read_dump(path: Path, progress: Callable[[int], object]) -> Iterator[tuple[Page, list[str]]]:
+    """Pages of a dump in its order, with its names of the file and category namespaces.
+
+    `progress` is told how many more bytes of the file have been read.
+
+    Raises: FileNotFoundError; DataError with file and line.
+    """
+    reader, done = DumpReader(), 0
+    with open_existing(path) as packed:
+        is_packed = packed.read(3) == b"BZh"
+        packed.seek(0)
+        file = bz2.BZ2File(packed) if is_packed else packed
+        while True:
+            try:
+                data = file.read(CHUNK)
+                pages = reader.feed(data, is_last=not data)
+            except EOFError as error:
+                raise DataError(f"{path}: cut off ({error}); fetch it again") from error
+            except OSError as error:
+                raise DataError(f"{path}: damaged ({error}); fetch it again") from error
+            except ValueError as error:
+                raise DataError(f"{path}, line {reader.line:,}: {error}") from error
+            progress(packed.tell() - done)
+            done = packed.tell()
+            for page in pages:
+                yield page, reader.file_namespaces
+            if not data:
+                return
+
+
+class Made(NamedTuple):
+    """What was made of a batch of pages."""
+
+    passages: list[dict]
+    infoboxes: list[dict]
+    counts: Counter[str]
+    failures: list[str]  # titles of pages that the parser cannot cope with
+
+
+def read_pages(pages: list[tuple[Page, list[str]]], words: int, seconds: float = PAGE_SECONDS) -> Made:
+    """What other processes do: parse pages and split them. A page that takes longer ends the process."""
+    from mwparserfromhell.parser import ParserError
+
+    from preprocessing.wikitext import read_article
+
+    made = Made([], [], Counter(), [])
+    for page, namespaces in pages:
+        if page.namespace != "0":
+            made.counts["pages that are no articles"] += 1
+            continue
+        if page.is_redirect:
+            made.counts["redirects"] += 1
+            continue
+        try:
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # while the parser is at work, no handler in Python would run
+            article = read_article(page.wikitext, namespaces)
+        except (ParserError, RecursionError):
+            made.failures.append(page.title)
+            continue
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        passages = passages_of(page.id, page.title, article.sections, words)
+        boxes = [Section("", [f"{entry};" for entry in box[:-1]] + box[-1:]) for box in article.infoboxes]
+        infoboxes = passages_of(f"{page.id}-infobox", page.title, boxes, words)
+        if article.is_disambiguation or page.title.endswith("(disambiguation)"):
+            made.counts["disambiguation pages"] += 1
+        elif not passages and not infoboxes:
+            made.counts["articles without text"] += 1
+        else:
+            made.counts["articles"] += 1
+            made.passages.extend(passages)
+            made.infoboxes.extend(infoboxes)
+    return made
+
+
+def start_processes(number: int) -> ProcessPoolExecutor:
+    # "spawn" is the same on every system, and no lock of ours is copied; Ctrl-C is for this process alone.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(number, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+
+
+def in_order(
+    function: Callable[[list, Any], Any], batches: Iterable[list], setting: Any, processes: int, give_up: Callable
+) -> Iterator[Any]:
+    """`function(batch, setting)` for every batch, in their order, by so many processes; only a few batches are held.
+
+    The parser is written in C, and there is wikitext that ends its process or takes it too long. Then the batch is done
+    again in smaller and smaller parts, and for an item that ends a process by itself there is `give_up(item)`.
+    """
+    pool = start_processes(processes)
+    waiting: deque[tuple[list, Future]] = deque()
+
+    def results() -> list:
+        batch, future = waiting.popleft()
+        try:
+            return [future.result()]
+        except BrokenProcessPool:  # all batches that were waiting come here, each is done for itself
+            return in_parts(function, batch, setting, give_up)
+
+    try:
+        for batch in batches:
+            try:
+                future = pool.submit(function, batch, setting)
+            except BrokenProcessPool:
+                pool.shutdown()
+                pool = start_processes(processes)
+                future = pool.submit(function, batch, setting)
+            waiting.append((batch, future))
+            if len(waiting) > AHEAD * processes:
+                yield from results()
+        while waiting:
+            yield from results()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_parts(function: Callable[[list, Any], Any], batch: list, setting: Any, give_up: Callable) -> list:
+    with start_processes(1) as alone:
+        try:
+            return [alone.submit(function, batch, setting).result()]
+        except BrokenProcessPool:
+            if len(batch) == 1:
+                return [give_up(batch[0])]
+    half = len(batch) // 2
+    return [result for part in (batch[:half], batch[half:]) for result in in_parts(function, part, setting, give_up)]
+
+
+def cannot_read(page: tuple[Page, list[str]]) -> Made:
+    return Made([], [], Counter(), [page[0].title])
+
+
+def prepare(dumps: list[Path], output: Path, words: int, processes: int, max_pages: int | None) -> None:
+    """Write both files and say what is in them. Raises: FileNotFoundError, DataError."""
+    for path in dumps:
+        open_existing(path).close()
+    sizes = sum(path.stat().st_size for path in dumps)
+    counts: Counter[str] = Counter()
+    failures: list[str] = []
+    passages_path, infoboxes_path = output / "text-list-100-sec.jsonl", output / "infobox.jsonl"
+    with (
+        tqdm(desc="Wikipedia", total=sizes, unit="B", unit_scale=True, disable=None) as bar,
+        writing(passages_path) as write_passage,
+        writing(infoboxes_path) as write_infobox,
+    ):
+        pages = (page for path in dumps for page in read_dump(path, bar.update))
+        for made in in_order(read_pages, batched(islice(pages, max_pages), BATCH), words, processes, cannot_read):
+            for passage in made.passages:
+                write_passage(passage)
+            for passage in made.infoboxes:
+                write_infobox(passage)
+            counts += made.counts + Counter(passages=len(made.passages), infoboxes=len(made.infoboxes))
+            failures += made.failures
+        if not counts["articles"]:
+            raise DataError(f"{', '.join(map(str, dumps))}: no article in it")
+    articles = counts.pop("articles")
+    print(f"{passages_path}: {counts.pop('passages'):,} passages of {articles:,} articles")
+    print(f"{infoboxes_path}: {counts.pop('infoboxes'):,} passages")
+    if failures:
+        print(f"left out, as {PARSER} cannot read them: {', '.join(failures[:10])}{', ...' * (len(failures) > 10)}")
+        counts["articles that cannot be read"] = len(failures)
+    print("left out:", ", ".join(f"{what} {number:,}" for what, number in sorted(counts.items())) or "nothing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog=__doc__.split("\n\n", 2)[2],
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("dumps", type=Path, nargs="+", metavar="DUMP", help="pages-articles.xml or .xml.bz2")
+    parser.add_argument("--output_directory", type=Path, required=True)
+    add_words_flag(parser)
+    cores = os.cpu_count() or 1
+    parser.add_argument("--processes", type=at_least(1, int), default=cores, help=f"default: all {cores} cores")
+    parser.add_argument("--max_pages", type=at_least(1, int), help="stop after so many pages, for a first look")
+    arguments = parser.parse_args()
+    if importlib.util.find_spec(PARSER) is None:
+        sys.exit(f"error: this needs the package {PARSER}; run: pip install -r requirements-wikipedia.txt")
+    with one_sentence(stopped="nothing was written"):
+        prepare(arguments.dumps, arguments.output_directory, arguments.words, arguments.processes, arguments.max_pages)
+
+
+if __name__ == "__main__":
+    main()
