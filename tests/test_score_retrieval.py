@@ -1,0 +1,184 @@
+"""score_retrieval.py: against numbers computed by hand, a slow reference, and the metrics of a run."""
+
+import math
+import random
+
+import pytest
+
+from preprocessing.score_retrieval import (
+    Result,
+    by_answers,
+    by_judgements,
+    ndcg,
+    read_judgements,
+    read_results,
+    score_files,
+)
+from src.jsonl import DataError
+from src.metrics import RECALL_AT, retrieval_metrics
+from tests.kit import write_jsonl
+from tests.origin import one_sentence, run_script
+
+
+def row(identifier, passages, answers=("Paris",)):
+    """`passages`: ids and texts."""
+    found = [{"id": i, "title": "", "text": text, "score": 9.5 - n} for n, (i, text) in enumerate(passages)]
+    return {"query": "q", "answers": list(answers), "passages": found, "id": identifier}
+
+
+ROWS = [
+    row("q1", [("d1", "Rome"), ("d2", "in Paris."), ("d3", "Paris again"), ("d4", "x")]),
+    row("q2", [("d3", "Paris"), ("d9", "x"), ("d2", "x"), ("d1", "x")]),
+    row("q3", [("d4", "Parisian"), ("d5", "x"), ("d6", "x"), ("d7", "x")]),
+    row("q4", [("d1", "x")], answers=()),
+]
+TREC = "q1 0 d2 2\nq1 0 d4 1\nq1 0 d8 3\nq1 0 d1 0\n\nq2 0 d3 1\nq3 0 d4 0\nq9 0 d1 1\n"
+BEIR = "query-id\tcorpus-id\tscore\n" + "".join(
+    "\t".join([fields[0], *fields[2:]]) + "\n" for fields in map(str.split, TREC.splitlines()) if fields
+)
+
+
+def lines(done):
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_by_answers(tmp_path):
+    """q1: ranks 2 and 3 hold the answer, q2: rank 1, q3: none; q4 has no answers."""
+    results = write_jsonl(tmp_path / "test-step-3.jsonl", ROWS)
+    found = lines(run_script("score_retrieval", results, "--k", "1", "2", "5", "3"))
+    q1_at_3 = (1 / math.log2(3) + 1 / math.log2(4)) / (1 + 1 / math.log2(3))
+    assert found == [
+        "3 of 4 queries have answers",
+        f"recall@1    {100 * 1 / 3:.2f}",
+        f"recall@2    {100 * 2 / 3:.2f}",
+        f"recall@3    {100 * 2 / 3:.2f}",
+        f"ndcg@1      {100 * 1 / 3:.2f}",
+        f"ndcg@2      {100 * (1 / math.log2(3) / (1 + 1 / math.log2(3)) + 1) / 3:.2f}",
+        f"ndcg@3      {100 * (q1_at_3 + 1) / 3:.2f}",
+        f"mrr         {(1 / 2 + 1) / 3:.4f}",
+    ]
+
+
+@pytest.mark.parametrize("qrels", [TREC, BEIR, BEIR.partition("\n")[2]])
+def test_by_judgements(tmp_path, qrels):
+    """q1 finds d1 (0), d2 (2), d3 (not judged), d4 (1), and d8 (3) is missed; q2 finds d3 (1) first."""
+    results = write_jsonl(tmp_path / "r.jsonl", ROWS)
+    (tmp_path / "qrels").write_text(qrels)
+    found = lines(run_script("score_retrieval", results, "--qrels", tmp_path / "qrels", "--k", "1", "4"))
+    dcg, ideal = 2 / math.log2(3) + 1 / math.log2(5), 3 + 2 / math.log2(3) + 1 / math.log2(4)
+    assert found == [
+        "2 of 4 queries have relevant passages",
+        f"4 queries are in {tmp_path}/qrels",
+        f"recall@1    {100 * (0 + 1) / 2:.2f}",
+        f"recall@4    {100 * (2 / 3 + 1) / 2:.2f}",
+        f"ndcg@1      {100 * (0 + 1) / 2:.2f}",
+        f"ndcg@4      {100 * (dcg / ideal + 1) / 2:.2f}",
+        f"mrr         {(1 / 2 + 1) / 2:.4f}",
+    ]
+
+
+def slow_ndcg(found, judged, k):
+    """Textbook: every rank by itself, the ideal by trying which passage is best for every rank."""
+    total, best = 0.0, 0.0
+    left = [max(relevance, 0) for relevance in judged.values()]
+    for rank in range(1, k + 1):
+        discount = math.log(rank + 1) / math.log(2)
+        if rank <= len(found):
+            total += max(judged.get(found[rank - 1], 0), 0) / discount
+        if left:
+            best += left.pop(left.index(max(left))) / discount
+    return total / best if best else 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_judgements_against_a_slow_reference(seed):
+    rng = random.Random(seed)
+    documents = [f"d{i}" for i in range(60)]
+    found = rng.sample(documents, rng.randrange(1, 50))
+    judged = {document: rng.choice([-1, 0, 0, 1, 2, 3]) for document in rng.sample(documents, 25)} | {"d0": 1}
+    result = Result("q", [], [{"id": document, "text": ""} for document in found])
+    metrics = by_judgements(result, {"q": judged}, (1, 5, 10, 100))
+    relevant = {document for document, relevance in judged.items() if relevance > 0}
+    for k in (1, 5, 10, 100):
+        assert metrics[f"recall@{k}"] == len(relevant & set(found[:k])) / len(relevant)
+        assert metrics[f"ndcg@{k}"] == pytest.approx(slow_ndcg(found, judged, k), abs=1e-12)
+        assert ndcg([judged.get(document, 0) for document in found], [0, 0], k) == 0
+    ranks = [1 / rank for rank, document in enumerate(found, 1) if document in relevant]
+    assert metrics["mrr"] == max(ranks, default=0)
+    perfect = Result("q", [], [{"id": d, "text": ""} for d in sorted(judged, key=judged.get, reverse=True)])
+    assert by_judgements(perfect, {"q": judged}, (5,))["ndcg@5"] == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_answers_as_a_run_scores_them(seed):
+    rng = random.Random(seed)
+    passages = [
+        {"id": str(i), "text": rng.choice(["Rome", "the Paris.", "x", "x", "x"])} for i in range(rng.randrange(30))
+    ]
+    answers = rng.choice([["paris"], ["Rome", "paris"], ["nowhere"]])
+    metrics = by_answers(Result("q", answers, passages), RECALL_AT)
+    assert metrics | retrieval_metrics(passages, answers) == metrics
+
+
+def test_a_trec_run(tmp_path):
+    without = ROWS[2] | {"id": None, "passages": [{"id": "d5", "text": ""}, {"id": "d4", "text": ""}]}
+    results = write_jsonl(tmp_path / "r.jsonl", [*ROWS[:2], without])
+    found = lines(run_script("score_retrieval", results, "--trec_run", tmp_path / "new/run.txt", "--tag", "mine"))
+    assert found[-1] == f"{tmp_path}/new/run.txt: the passages of 3 queries"
+    run = [line.split(" ") for line in (tmp_path / "new/run.txt").read_text().splitlines()]
+    assert run[:2] == [["q1", "Q0", "d1", "1", "9.5", "mine"], ["q1", "Q0", "d2", "2", "8.5", "mine"]]
+    assert run[-2:] == [["3", "Q0", "d5", "1", "-1", "mine"], ["3", "Q0", "d4", "2", "-2", "mine"]]
+    assert len(run) == 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "qrels", "words"),
+    [
+        ([{"query": "q", "answers": ["a"]}], None, "r.jsonl, line 1: `passages` is a list of objects, found None"),
+        ([ROWS[0], {"passages": [{"text": "x"}]}], None, "r.jsonl, line 2: a passage needs `id` and `text`"),
+        ([ROWS[0] | {"answers": "Paris"}], None, "r.jsonl, line 1: `answers` is a list of strings"),
+        ([ROWS[0], ROWS[0]], None, "r.jsonl, line 2: the query q1 was in a line before"),
+        ([ROWS[3]], None, "no query has answers"),
+        ([ROWS[2]], TREC, "no query has a relevant passage in"),
+        ([row("q1", [("d1", "x"), ("d1", "x")])], TREC, "query q1: a passage was retrieved twice"),
+        ([ROWS[0]], "q1 0 d1 yes\n", "qrels, line 1: invalid literal"),
+        ([ROWS[0]], "q1 0 d1 1\nq1\n", "qrels, line 2: expected query, .*found 1 fields"),
+        ([row("q 1", [("d1", "x")])], None, "white space in the id"),
+    ],
+)
+def test_mistakes_get_one_sentence(tmp_path, rows, qrels, words):
+    results = write_jsonl(tmp_path / "r.jsonl", rows)
+    judgements = tmp_path / "qrels" if qrels else None
+    if qrels:
+        judgements.write_text(qrels)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(DataError, match=words):
+        score_files([results], judgements, tmp_path / "run" if "white" in words else None, "tag", [1])
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_the_script_says_it_in_one_sentence(tmp_path):
+    assert "absent.jsonl does not exist" in one_sentence(run_script("score_retrieval", tmp_path / "absent.jsonl"))
+    results = write_jsonl(tmp_path / "r.jsonl", ROWS)
+    said = one_sentence(run_script("score_retrieval", results, "--qrels", tmp_path / "absent.tsv"))
+    assert "absent.tsv does not exist" in said
+
+
+def test_queries_are_called_by_id_or_number(tmp_path):
+    rows = [ROWS[0] | {"id": 17}, {key: value for key, value in ROWS[1].items() if key != "id"}]
+    assert [result.id for result in read_results([write_jsonl(tmp_path / "r.jsonl", rows)])] == ["17", "2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "judgements"),
+    [
+        ("query-id\tcorpus-id\tscore\r\n17\td1\t2\r\n17\td2\t-1\r\n", {"17": {"d1": 2, "d2": -1}}),
+        ("\ufeffquery-id\tcorpus-id\tscore\na b\tc d\t1\n", {"a b": {"c d": 1}}),
+        ("1 0 d1 2\n1\t0\td2\t1\n2  Q0  d1  0\n", {"1": {"d1": 2, "d2": 1}, "2": {"d1": 0}}),
+        ("", {}),
+    ],
+)
+def test_forms_of_judgements(tmp_path, text, judgements):
+    (tmp_path / "qrels").write_bytes(text.encode())
+    assert read_judgements(tmp_path / "qrels") == judgements
