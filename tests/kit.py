@@ -83,11 +83,11 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]  # str's would also split at U+2028
 
 
 def command_line(output: str | Path, **changes: Any) -> list[str]:
-    """Flags of a small question-answering run; None leaves one out, True and False are switches."""
+    """Flags of a small question-answering run; None leaves one out, True and False switch, a list is all given."""
     home = world()
     flags = {
         "name": "run",
@@ -120,7 +120,7 @@ def command_line(output: str | Path, **changes: Any) -> list[str]:
         if isinstance(value, bool):
             line.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
-            line += [f"--{name}", str(value)]
+            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return line
 
 
