@@ -283,7 +283,7 @@ def test_wikitext(wikitext, text):
 
 def test_strange_pages_do_not_end_a_run():
     """Some of them end the process that parses them, some take it for ever: they are named, and the others are read."""
-    texts = ["a", "{{a|" * 20_000, "= " * 100_000, "b", *(text * 10_000 + "x" for text in STRANGE), "Ordinary."]
+    texts = ["a", "{{a|" * 20_000, "= " * 100_000 + "x", "b", *(text * 10_000 + "x" for text in STRANGE), "Ordinary."]
     strange = [(Page(str(i), f"Page {i}", "0", False, text), []) for i, text in enumerate(texts)]
     made = list(in_order(partial(read_pages, seconds=1), batched(strange, 4), 100, 1, cannot_read))
     counts, failures = sum((m.counts for m in made), Counter()), [title for m in made for title in m.failures]
