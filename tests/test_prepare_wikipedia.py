@@ -281,6 +281,7 @@ def test_wikitext(wikitext, text):
         assert found == text
 
 
+@pytest.mark.slow
 def test_strange_pages_do_not_end_a_run():
     """Some of them end the process that parses them, some take it for ever: they are named, and the others are read."""
     texts = ["a", "{{a|" * 20_000, "= " * 100_000 + "x", "b", *(text * 10_000 + "x" for text in STRANGE), "Ordinary."]
