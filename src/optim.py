@@ -130,7 +130,8 @@ class Optimizers:
     def state(self) -> dict[str, torch.Tensor]:
         """Moments and counters by the names of their parameters: `{group}/{parameter}/{exp_avg, exp_avg_sq, step}`.
 
-        And `skipped` and `loss_scale`, which belong to no parameter. Collective; the moments are on rank 0 only.
+        And `skipped` and, where the loss is scaled, `loss_scale`, which belong to no parameter. Collective; the moments
+        are on rank 0 only.
         """
         moments = {
             f"{group}/{name}/{key}": value
@@ -138,8 +139,10 @@ class Optimizers:
             for name, parameter in named.items()
             for key, value in moments_on_main(self._optimizers[group], parameter).items()
         }
-        scale = torch.tensor([self.scale, self._since_scaled])
-        return moments | {"skipped": torch.tensor(self.skipped), "loss_scale": scale}
+        counters = {"skipped": torch.tensor(self.skipped)}
+        if self._scaling:  # a run that goes on in fp16 shall not begin with the 1 of another precision
+            counters["loss_scale"] = torch.tensor([self.scale, self._since_scaled])
+        return moments | counters
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take back what `state` gave.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from src.optim import Optimizers, schedule_factor
+from src.optim import FIRST_SCALE, Optimizers, schedule_factor
 
 SETTINGS = {"weight_decay": 0.1, "epsilon": 1e-6, "beta2": 0.99, "clip": 1.0, "scheduler": "linear"}
 
@@ -27,11 +27,11 @@ def test_schedules(warmup, total):
         schedule_factor("wavy", 5, 0, 10)
 
 
-def make(lr=0.1):
+def make(lr=0.1, **settings):
     torch.manual_seed(0)
     weights = {"w": torch.nn.Parameter(torch.randn(4)), "v": torch.nn.Parameter(torch.randn(2))}
     groups = {"reader": ([("w", weights["w"])], lr), "retriever": ([("v", weights["v"])], 2 * lr)}
-    return weights, Optimizers(groups, warmup_steps=2, total_steps=6, **SETTINGS)
+    return weights, Optimizers(groups, warmup_steps=2, total_steps=6, **SETTINGS, **settings)
 
 
 def take(weights, optimizers, steps):
@@ -62,7 +62,7 @@ def test_state_there_and_back():
     weights, optimizers = make()
     take(weights, optimizers, range(3))
     state = {name: tensor.clone() for name, tensor in optimizers.state().items()}
-    assert set(state) - {"skipped", "loss_scale"} == {
+    assert set(state) - {"skipped"} == {
         f"{parameter}/{key}" for parameter in ("reader/w", "retriever/v") for key in ("step", "exp_avg", "exp_avg_sq")
     }
     again, other = make()
@@ -79,3 +79,12 @@ def test_state_of_other_parameters_is_refused():
     _, optimizers = make()
     with pytest.raises(ValueError, match="moments for reader/x"):
         optimizers.load_state({"reader/x/step": torch.tensor(1.0)})
+
+
+def test_the_loss_scale_is_kept_by_fp16_alone():
+    scaling, scaled = make(loss_scaling=True)[1], make(loss_scaling=True)[1]
+    scaling.load_state(make()[1].state())  # of a run in another precision
+    assert scaling.scale == FIRST_SCALE
+    scaled.scale = 4.0
+    scaling.load_state(scaled.state())
+    assert scaling.scale == 4.0

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from src import distributed, retrieval
+from src.index.flat import FlatIndex
 from src.index.passages import open_passages
+from src.index.quantized import Compression
 from src.index.sharded import shard_rows
 from src.inputs import Inputs
 from src.retrieval import Retrieval, batches_by_length
@@ -87,6 +89,24 @@ def test_batches_by_length():
         assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+def test_reranking_makes_up_for_coarse_codes(one_by_one):
+    """With every passage among those to rerank, one byte a passage finds what the exact search finds."""
+    found = make(world())
+    found.compression = Compression(kind="pq", code_size=1)
+    found.build()
+    assert not found.index.has_embeddings
+    exact = FlatIndex(one_by_one)
+    vectors = found.retriever.eval().embed_queries(*found.inputs.queries(QUERIES)).detach()
+    wanted = [
+        [p["id"] for p in row] for row in found.index.passages_of(exact.search(vectors, 5)[1])
+    ]  # distinct scores, so there is one order
+    assert [[p["id"] for p in row] for row in found.search(QUERIES, 5).passages] != wanted
+    found.rerank = len(found.passages)
+    again = found.search(QUERIES, 5)
+    assert [[p["id"] for p in row] for row in again.passages] == wanted
+    assert torch.allclose(again.scores, exact.search(vectors, 5)[0], atol=2e-2)
 
 
 def excluding(tmp_path, rerank=0, overretrieve=2, passages=None):
