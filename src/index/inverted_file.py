@@ -12,7 +12,7 @@ from src.index.flat import FlatIndex
 
 log = logging.getLogger("atlas")
 
-_CHUNK_BYTES = 2**22  # codes copied at a time
+_CHUNK_BYTES = 2**20  # codes copied at a time
 MOST_ON_GPU = 2048  # Faiss's limit of nprobe and k
 
 
