@@ -191,7 +191,7 @@ def find_files(folder: Path) -> list[Path]:
 
 def read_table(path: Path) -> Iterator[Document]:
     """Raises: DataError with file and line."""
-    csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 128 KiB
+    limit = csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 128 KiB
     seen = set()
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter=TABLES[path.suffix.lower()], strict=True)
@@ -217,6 +217,8 @@ def read_table(path: Path) -> Iterator[Document]:
             raise DataError(f"{path}, line {rows.line_num}: not {path.suffix[1:]} ({error})") from error
         except ValueError as error:
             raise DataError(f"{path}, line {rows.line_num}: {error}") from error
+        finally:
+            csv.field_size_limit(limit)
 
 
 def read_source(source: Path, counts: Counter[str]) -> Iterator[Document]:

@@ -197,7 +197,7 @@ def test_headers(script):
         "time": "24:00:00", "output": "%x-%j.log", "open-mode": "append", "requeue": "", "signal": "B:USR1@600",
     }  # fmt: skip
     said = "\n".join(head)
-    assert "Needs:" in said and re.search("From the paper|Our choice|The settings are", said)
+    assert "Needs:" in said and re.search("After the paper|Our choice|The settings are", said)
     assert os.access(ROOT / f"example_scripts/{script}.sh", os.X_OK)
 
 
