@@ -59,7 +59,7 @@ def embedding_tokens(device: torch.device, rows: int, length: int) -> int:
 
 def search_chunk_rows(device: torch.device) -> int:
     """Rows of the index compared to the queries at a time: bounds the memory of a search."""
-    return 2**18 if device.type == "cuda" else 2**13
+    return 2**18 if device.type == "cuda" else 2**15
 
 
 def fast_bf16(device: torch.device) -> bool:
