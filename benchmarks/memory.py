@@ -1,0 +1,358 @@
+"""Memory of a training step on each GPU, from base to xxl, without a GPU: the tables of docs/training.md.
+
+    python -m benchmarks.memory
+
+The step is the real one (src/atlas.py, src/optim.py, src/parallel.py), run on fake tensors: they have shapes and no
+contents, and a step over them allocates and frees what a real one would. Added to that is what is on a GPU between the
+steps (weights, gradients, AdamW's moments, the index), which is a matter of counting.
+"""
+
+import argparse
+import contextlib
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BertConfig, T5Config
+
+from src import device as devices
+from src import optim
+from src.atlas import Atlas, TrainingTensors
+from src.inputs import Targets
+from src.optim import Optimizers
+from src.parallel import agree_on_norm, finish_gradients, local_part, shard_weights
+from src.reader import FusionInDecoder
+from src.retriever import Contriever, DualEncoder
+from src.signals import MODES
+
+CPU = torch.device("cpu")
+GIB = 2**30
+QUERY = 64  # tokens of a question
+PASSAGES = 32_000_000  # of the Wikipedia index
+PASSAGE_BYTES = {"flat (fp16)": 2 * 768, "pq, code size 64": 64}
+READERS = {  # google/t5-{size}-lm-adapt: d_model, d_ff, layers of each stack, heads
+    "base": (768, 2048, 12, 12),
+    "large": (1024, 2816, 24, 16),
+    "xl": (2048, 5120, 24, 32),
+    "xxl": (4096, 10240, 24, 64),
+}
+WHOLE = "no sharding"
+SHARDINGS = {  # as the tables call them
+    WHOLE: {},
+    "`--shard_optim`": {"shard_optim": True},
+    "`--shard_optim --shard_grads`": {"shard_optim": True, "shard_grads": True},
+}
+
+
+class Settings(NamedTuple):
+    """What the memory of a step depends on; the names are those of the flags."""
+
+    per_gpu_batch_size: int = 1
+    n_context: int = 40
+    text_maxlength: int = 384
+    target_maxlength: int = 32
+    precision: str = "bf16"
+    gradient_checkpoint: bool = True
+    dropout: float = 0.1
+    shard_optim: bool = False
+    shard_grads: bool = False
+
+
+class Held(NamedTuple):
+    """Bytes on one GPU between forward and backward passes."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside the block and are alive (`now`), and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._storages: dict[int, tuple[weakref.ref, int]] = {}
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> "LiveMemory":
+        live = self
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            result = live._resize(storage, size)  # FSDP2 frees and fills gathered weights so, past the dispatcher
+            live._add(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        known = self._storages.get(key)
+        if known is None:
+            self._storages[key] = (weakref.ref(storage, lambda _: self._forget(key)), size)
+        elif known[1] != size:
+            self._storages[key] = (known[0], size)
+        self.now += size - (known[1] if known else 0)
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._storages.pop(key)[1]
+
+
+def reader_config(size: str | tuple[int, int, int, int], dropout: float) -> T5Config:
+    """The config of a T5 v1.1 of a size in `READERS`, or of another shape."""
+    width, inner, layers, heads = READERS[size] if isinstance(size, str) else size
+    return T5Config(
+        vocab_size=32128,
+        d_model=width,
+        d_kv=64,
+        d_ff=inner,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
+
+
+def build(reader: T5Config, retriever: BertConfig, settings: Settings) -> tuple[Atlas, Optimizers]:
+    """Models and optimizers of query-side training on this rank, as src/build.py makes them, with random weights."""
+    fusion = FusionInDecoder(reader)
+    fusion.tie_output_embeddings(False)
+    contriever = Contriever(retriever)
+    if settings.gradient_checkpoint:
+        fusion.activation_checkpointing_enable({"use_reentrant": False})
+        contriever.activation_checkpointing_enable({"use_reentrant": False})
+    if settings.shard_grads:
+        dtype = devices.compute_dtype(settings.precision)
+        shard_weights(fusion, fusion.blocks, CPU, block_dtype=dtype, forward_methods=("encode",))
+    encoders = DualEncoder(contriever, query_side=True)
+    atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=MODES["pdist"])
+    groups = {
+        name: ([(key, p) for key, p in half.named_parameters() if p.requires_grad], 1e-5)
+        for name, half in (("reader", fusion), ("retriever", encoders))
+    }
+    schedule = {"scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
+    optimizers = Optimizers(
+        groups, weight_decay=0.01, epsilon=1e-6, beta2=0.999, clip=1.0, shard=settings.shard_optim, **schedule
+    )
+    return atlas.train(), optimizers
+
+
+def batch_of(settings: Settings, vocabulary: int, embedding: int) -> TrainingTensors:
+    """A batch whose rows are all as long as they may be."""
+    n, k, length = settings.per_gpu_batch_size, settings.n_context, settings.text_maxlength
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.randint(3, vocabulary, shape)
+
+    def mask(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bool)
+
+    targets = Targets(ids(n, settings.target_maxlength), ids(n, settings.target_maxlength))
+    embeddings = torch.randn(n, k, embedding)
+    query = ids(n, QUERY), mask(n, QUERY)
+    return TrainingTensors(ids(n, k, length), mask(n, k, length), targets, *query, passage_embeddings=embeddings)
+
+
+@contextlib.contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Attention, norms and dropout in the kernels that CUDA has for them; those of a CPU keep more tensors.
+
+    Attention goes to the memory-efficient kernel: flash attention takes no bias, this one also gives it a gradient.
+    """
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.where(attn_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+
+    def rms_norm(hidden, shape, weight=None, eps=None):
+        return torch.ops.aten._fused_rms_norm(hidden, shape, weight, eps)[0]
+
+    def dropout(hidden, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(hidden, p, True)[0] if training and p > 0 else hidden
+
+    kernels = {"scaled_dot_product_attention": attention, "rms_norm": rms_norm, "dropout": dropout}
+    with mock.patch.multiple(F, **kernels):
+        yield
+
+
+@contextlib.contextmanager
+def imagined_ranks(world_size: int) -> Iterator[None]:
+    """This process is rank 0 of a group whose other ranks do not exist: for fake tensors, which nobody reads."""
+    if world_size > 1:
+        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> None:
+    """One step as src/trainer.py makes it."""
+    with devices.autocast(CPU, precision):
+        losses = atlas(batch)
+    optimizers.backward(losses.total)
+    finish_gradients(atlas)
+    optimizers.step(0)
+
+
+def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
+    """What this rank really holds: bytes of its weights, of the gradients that wait, and of its moments."""
+
+    def size(tensors: Iterable[torch.Tensor | None]) -> int:
+        storages = {}
+        for tensor in tensors:
+            if tensor is not None:
+                storage = local_part(tensor.detach()).untyped_storage()
+                storages[storage._cdata] = storage.nbytes()
+        return sum(storages.values())
+
+    states = [state for adamw in optimizers._optimizers.values() for state in adamw.state.values()]
+    moments = size(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
+    return Held(size(atlas.parameters()), size(p.grad for p in atlas.parameters()), moments)
+
+
+def held(reader: T5Config, retriever: BertConfig, settings: Settings, world_size: int) -> Held:
+    """The same by counting, for query-side training: trained are reader and query encoder, all weights are fp32."""
+    with torch.device("meta"):
+        fusion = FusionInDecoder(reader)
+        fusion.tie_output_embeddings(False)
+        encoder = [p.numel() for p in Contriever(retriever).parameters()]
+    parameters = list(fusion.parameters())
+    if settings.shard_grads:  # rows are dealt out; rank 0 never has fewer than another
+        of_reader = [-(-len(p) // world_size) * (p.numel() // len(p)) for p in parameters]
+    else:
+        of_reader = [p.numel() for p in parameters]
+
+    def moments(sizes: list[int], whole: bool) -> int:
+        # whole tensors go to the ranks that have least: the largest of them may be more than an equal share
+        return max(max(sizes), -(-sum(sizes) // world_size)) if settings.shard_optim and whole else sum(sizes)
+
+    return Held(
+        weights=4 * (sum(of_reader) + 2 * sum(encoder)),
+        gradients=4 * (sum(of_reader) + sum(encoder)),
+        moments=8 * (moments(of_reader, whole=not settings.shard_grads) + moments(encoder, whole=True)),
+    )
+
+
+def working(reader: T5Config, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> int:
+    """Bytes that a step needs at its peak beside those of `held`: a real step on fake tensors.
+
+    They are activations, and copies of weights: in the precision of the computation, or gathered from all ranks.
+    """
+
+    def norm(parameters, stop):
+        agree_on_norm(parameters, stop)
+        return np.ones(2)  # what it says cannot be read from fake tensors
+
+    kernels = as_on_cuda() if cuda else contextlib.nullcontext()
+    with imagined_ranks(world_size), kernels, mock.patch.object(optim, "agree_on_norm", norm), FakeTensorMode():
+        atlas, optimizers = build(reader, retriever, settings)
+        batch = batch_of(settings, retriever.vocab_size, retriever.hidden_size)
+        wait_for_gradients(atlas)
+        optimizers.step(0)  # makes the moments
+        wait_for_gradients(atlas)
+        with LiveMemory() as live:
+            update(atlas, optimizers, batch, settings.precision)
+    return live.peak
+
+
+def wait_for_gradients(atlas: Atlas) -> None:
+    """Put zeros where a step adds its gradients: they are there all the time in DDP, and when steps are accumulated."""
+    for parameter in atlas.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def memory_per_gpu(size: str, settings: Settings, world_size: int, at_work: int | None = None) -> dict[str, int]:
+    """Bytes by what they are for, while training a reader of a size in `READERS` with a retriever of BERT's base size.
+
+    Args:
+        at_work: what `working` found, which is the same for every number of GPUs but for parts of a per cent.
+    """
+    reader, retriever = reader_config(size, settings.dropout), BertConfig(vocab_size=30522)
+    parts = held(reader, retriever, settings, world_size)._asdict()
+    return parts | {"working": at_work or working(reader, retriever, settings, world_size)}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str | float]]) -> str:
+    """In Markdown; numbers, which are bytes, in GiB."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[cell if isinstance(cell, str) else f"{cell / GIB:.1f}" for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sizes", nargs="+", choices=READERS, default=list(READERS), help="of the reader")
+    parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 8, 64], help="numbers of GPUs")
+    for name in ("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"):
+        parser.add_argument(f"--{name}", type=int, default=Settings._field_defaults[name], help="as in training")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="as in training")
+    parser.add_argument("--dropout", type=float, default=0.1, help="as in training")
+    parser.add_argument(
+        "--gradient_checkpoint", action=argparse.BooleanOptionalAction, default=True, help="of reader and retriever"
+    )
+    options = vars(parser.parse_args(arguments))
+    sizes, world_sizes = options.pop("sizes"), options.pop("world_sizes")
+    kinds = {name: Settings(**options, **flags) for name, flags in SHARDINGS.items()}
+    columns = [(n, name) for n in world_sizes for name in kinds if n > 1 or name == WHOLE]
+    totals, details = [], []
+    for size in sizes:
+        at_work: dict[bool, int] = {}  # by whether weights are sharded
+        row: list[str | float] = [size]
+        for world_size, name in columns:
+            settings = kinds[name]
+            parts = memory_per_gpu(size, settings, world_size, at_work.get(settings.shard_grads))
+            at_work[settings.shard_grads] = parts["working"]
+            row.append(sum(parts.values()))
+            details.append([size, f"{world_size}, {name}", *parts.values(), row[-1]])
+        totals.append(row)
+    print(f"GiB on each GPU, without the index: {Settings(**options)._asdict()}\n")
+    print(table(["reader", *(f"{n}, {name}" for n, name in columns)], totals), "\n")
+    print(table(["reader", "GPUs", "weights", "gradients", "moments", "working memory", "sum"], details), "\n")
+    shares = [[name, *(PASSAGES * size / n for n in world_sizes)] for name, size in PASSAGE_BYTES.items()]
+    print(table(["index", *map(str, world_sizes)], shares))
+
+
+if __name__ == "__main__":
+    main()
