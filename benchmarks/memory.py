@@ -10,7 +10,6 @@ steps (weights, gradients, AdamW's moments, the index), which is a matter of cou
 import argparse
 import contextlib
 import sys
-import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +21,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, T5Config
 
 from src import device as devices
-from src import optim
+from src import optim, parallel
 from src.atlas import Atlas, TrainingTensors
 from src.inputs import Targets
 from src.optim import Optimizers
@@ -83,22 +85,32 @@ class Held(NamedTuple):
         return sum(self)
 
 
+def storages_of(tree: Any) -> list[torch.UntypedStorage]:
+    """Of the tensors in nested tuples, lists and dicts."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside the block and are alive (`now`), and the most there were."""
+    """Counts the bytes of tensors that were made inside the block and are alive, and the most there were (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._storages: dict[int, tuple[weakref.ref, int]] = {}
+        self.peak = 0
+        self._sizes: dict[StorageWeakRef, int] = {}
+        self._bound = 0  # of the bytes alive: some that have died may still be counted
         self._resize = torch.UntypedStorage.resize_
 
-    def __enter__(self) -> "LiveMemory":
-        live = self
+    @property
+    def now(self) -> int:
+        """Bytes that are alive."""
+        self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
+        self._bound = sum(self._sizes.values())
+        return self._bound
 
-        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            result = live._resize(storage, size)  # FSDP2 frees and fills gathered weights so, past the dispatcher
-            live._add(storage)
-            return result
+    def __enter__(self) -> "LiveMemory":
+        def resize(storage: torch.UntypedStorage, size: int) -> None:
+            self._resize(storage, size)  # FSDP2 frees and fills gathered weights so, past the dispatcher
+            self._count(storage)
 
         torch.UntypedStorage.resize_ = resize
         return super().__enter__()
@@ -108,24 +120,21 @@ class LiveMemory(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # comes back with the tensors of this rank
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+        given = {storage._cdata for storage in storages_of((args, kwargs))}
+        for storage in storages_of(result):
+            if storage._cdata not in given:  # neither a view nor changed in place
+                self._count(storage)
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        known = self._storages.get(key)
-        if known is None:
-            self._storages[key] = (weakref.ref(storage, lambda _: self._forget(key)), size)
-        elif known[1] != size:
-            self._storages[key] = (known[0], size)
-        self.now += size - (known[1] if known else 0)
-        self.peak = max(self.peak, self.now)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._storages.pop(key)[1]
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        reference = StorageWeakRef(storage)
+        self._bound += storage.nbytes() - self._sizes.get(reference, 0)
+        self._sizes[reference] = storage.nbytes()
+        if self._bound > self.peak:
+            self.peak = max(self.peak, self.now)
 
 
 def reader_config(size: str | tuple[int, int, int, int], dropout: float) -> T5Config:
@@ -237,12 +246,8 @@ def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
     """What this rank really holds: bytes of its weights, of the gradients that wait, and of its moments."""
 
     def size(tensors: Iterable[torch.Tensor | None]) -> int:
-        storages = {}
-        for tensor in tensors:
-            if tensor is not None:
-                storage = local_part(tensor.detach()).untyped_storage()
-                storages[storage._cdata] = storage.nbytes()
-        return sum(storages.values())
+        storages = storages_of([local_part(tensor.detach()) for tensor in tensors if tensor is not None])
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     states = [state for adamw in optimizers._optimizers.values() for state in adamw.state.values()]
     moments = size(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
@@ -282,8 +287,13 @@ def working(reader: T5Config, retriever: BertConfig, settings: Settings, world_s
         agree_on_norm(parameters, stop)
         return np.ones(2)  # what it says cannot be read from fake tensors
 
+    def mesh(*arguments):
+        with unset_fake_temporarily():  # the numbers of the ranks are read
+            return init_device_mesh(*arguments)
+
     kernels = as_on_cuda() if cuda else contextlib.nullcontext()
-    with imagined_ranks(world_size), kernels, mock.patch.object(optim, "agree_on_norm", norm), FakeTensorMode():
+    real = mock.patch.multiple(parallel, init_device_mesh=mesh), mock.patch.multiple(optim, agree_on_norm=norm)
+    with imagined_ranks(world_size), kernels, real[0], real[1], FakeTensorMode():
         atlas, optimizers = build(reader, retriever, settings)
         batch = batch_of(settings, retriever.vocab_size, retriever.hidden_size)
         wait_for_gradients(atlas)
