@@ -8,12 +8,14 @@ steps (weights, gradients, AdamW's moments, the index), which is a matter of cou
 """
 
 import argparse
-import contextlib
+import gc
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -195,9 +197,8 @@ def batch_of(settings: Settings, vocabulary: int, embedding: int) -> TrainingTen
     return TrainingTensors(ids(n, k, length), mask(n, k, length), targets, *query, passage_embeddings=embeddings)
 
 
-@contextlib.contextmanager
-def as_on_cuda() -> Iterator[None]:
-    """Attention, norms and dropout in the kernels that CUDA has for them; those of a CPU keep more tensors.
+def use_cuda_kernels() -> None:
+    """Attention, norms and dropout in the kernels that CUDA has for them, for good; those of a CPU keep more tensors.
 
     Attention goes to the memory-efficient kernel: flash attention takes no bias, this one also gives it a gradient.
     """
@@ -216,21 +217,7 @@ def as_on_cuda() -> Iterator[None]:
     def dropout(hidden, p=0.5, training=True, inplace=False):
         return torch.native_dropout(hidden, p, True)[0] if training and p > 0 else hidden
 
-    kernels = {"scaled_dot_product_attention": attention, "rms_norm": rms_norm, "dropout": dropout}
-    with mock.patch.multiple(F, **kernels):
-        yield
-
-
-@contextlib.contextmanager
-def imagined_ranks(world_size: int) -> Iterator[None]:
-    """This process is rank 0 of a group whose other ranks do not exist: for fake tensors, which nobody reads."""
-    if world_size > 1:
-        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    F.scaled_dot_product_attention, F.rms_norm, F.dropout = attention, rms_norm, dropout
 
 
 def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> None:
@@ -280,20 +267,42 @@ def held(reader: T5Config, retriever: BertConfig, settings: Settings, world_size
 def working(reader: T5Config, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> int:
     """Bytes that a step needs at its peak beside those of `held`: a real step on fake tensors.
 
-    They are activations, and copies of weights: in the precision of the computation, or gathered from all ranks.
-    """
+    They are activations, and copies of weights: in the precision of the computation, or gathered from all ranks. It is
+    run in a process of its own: after one torch 2.13 may crash whenever it collects garbage.
 
-    def norm(parameters, stop):
+    Raises:
+        RuntimeError: that process died.
+    """
+    context = get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send_working, args=(theirs, reader, retriever, settings, world_size, cuda))
+    process.start()
+    theirs.close()
+    try:
+        return mine.recv()
+    except EOFError as error:
+        process.join()
+        raise RuntimeError(f"the process of the fake step died with code {process.exitcode}") from error
+
+
+def _send_working(
+    answer: Connection, reader: T5Config, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool
+) -> None:
+    def norm(parameters: list[torch.nn.Parameter], stop: bool) -> np.ndarray:
         agree_on_norm(parameters, stop)
         return np.ones(2)  # what it says cannot be read from fake tensors
 
-    def mesh(*arguments):
+    def mesh(*arguments: Any) -> DeviceMesh:
         with unset_fake_temporarily():  # the numbers of the ranks are read
             return init_device_mesh(*arguments)
 
-    kernels = as_on_cuda() if cuda else contextlib.nullcontext()
-    real = mock.patch.multiple(parallel, init_device_mesh=mesh), mock.patch.multiple(optim, agree_on_norm=norm)
-    with imagined_ranks(world_size), kernels, real[0], real[1], FakeTensorMode():
+    gc.disable()
+    optim.agree_on_norm, parallel.init_device_mesh = norm, mesh
+    if cuda:
+        use_cuda_kernels()
+    if world_size > 1:  # this is rank 0; that the others do not exist is no harm where nothing is read
+        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    with FakeTensorMode():
         atlas, optimizers = build(reader, retriever, settings)
         batch = batch_of(settings, retriever.vocab_size, retriever.hidden_size)
         wait_for_gradients(atlas)
@@ -301,7 +310,8 @@ def working(reader: T5Config, retriever: BertConfig, settings: Settings, world_s
         wait_for_gradients(atlas)
         with LiveMemory() as live:
             update(atlas, optimizers, batch, settings.precision)
-    return live.peak
+    answer.send(live.peak)
+    os._exit(0)
 
 
 def wait_for_gradients(atlas: Atlas) -> None:
