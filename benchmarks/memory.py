@@ -8,6 +8,7 @@ steps (weights, gradients, AdamW's moments, the index), which is a matter of cou
 """
 
 import argparse
+import functools
 import gc
 import os
 import sys
@@ -53,6 +54,7 @@ READERS = {  # google/t5-{size}-lm-adapt: d_model, d_ff, layers of each stack, h
     "xl": (2048, 5120, 24, 32),
     "xxl": (4096, 10240, 24, 64),
 }
+Size = str | tuple[int, int, int, int]  # of `READERS`, or another shape
 WHOLE = "no sharding"
 SHARDINGS = {  # as the tables call them
     WHOLE: {},
@@ -81,10 +83,6 @@ class Held(NamedTuple):
     weights: int
     gradients: int
     moments: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
 
 
 def storages_of(tree: Any) -> list[torch.UntypedStorage]:
@@ -139,10 +137,10 @@ class LiveMemory(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
 
 
-def reader_config(size: str | tuple[int, int, int, int], dropout: float) -> T5Config:
-    """The config of a T5 v1.1 of a size in `READERS`, or of another shape."""
+def make_reader(size: Size, dropout: float) -> FusionInDecoder:
+    """A reader with random weights as large as a T5 v1.1."""
     width, inner, layers, heads = READERS[size] if isinstance(size, str) else size
-    return T5Config(
+    config = T5Config(
         vocab_size=32128,
         d_model=width,
         d_kv=64,
@@ -155,12 +153,21 @@ def reader_config(size: str | tuple[int, int, int, int], dropout: float) -> T5Co
         decoder_start_token_id=0,
         tie_word_embeddings=False,
     )
+    reader = FusionInDecoder(config)
+    reader.tie_output_embeddings(False)
+    return reader
 
 
-def build(reader: T5Config, retriever: BertConfig, settings: Settings) -> tuple[Atlas, Optimizers]:
+@functools.cache
+def shapes_of_reader(size: Size) -> list[torch.Size]:
+    """Of all its weights."""
+    with torch.device("meta"):
+        return [parameter.shape for parameter in make_reader(size, 0.0).parameters()]
+
+
+def build(reader: Size, retriever: BertConfig, settings: Settings) -> tuple[Atlas, Optimizers]:
     """Models and optimizers of query-side training on this rank, as src/build.py makes them, with random weights."""
-    fusion = FusionInDecoder(reader)
-    fusion.tie_output_embeddings(False)
+    fusion = make_reader(reader, settings.dropout)
     contriever = Contriever(retriever)
     if settings.gradient_checkpoint:
         fusion.activation_checkpointing_enable({"use_reentrant": False})
@@ -241,17 +248,13 @@ def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
     return Held(size(atlas.parameters()), size(p.grad for p in atlas.parameters()), moments)
 
 
-def held(reader: T5Config, retriever: BertConfig, settings: Settings, world_size: int) -> Held:
+def held(reader: Size, retriever: BertConfig, settings: Settings, world_size: int) -> Held:
     """The same by counting, for query-side training: trained are reader and query encoder, all weights are fp32."""
     with torch.device("meta"):
-        fusion = FusionInDecoder(reader)
-        fusion.tie_output_embeddings(False)
         encoder = [p.numel() for p in Contriever(retriever).parameters()]
-    parameters = list(fusion.parameters())
-    if settings.shard_grads:  # rows are dealt out; rank 0 never has fewer than another
-        of_reader = [-(-len(p) // world_size) * (p.numel() // len(p)) for p in parameters]
-    else:
-        of_reader = [p.numel() for p in parameters]
+    ranks = world_size if settings.shard_grads else 1
+    # rows are dealt out; rank 0 never has fewer than another
+    of_reader = [-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes_of_reader(reader)]
 
     def moments(sizes: list[int], whole: bool) -> int:
         # whole tensors go to the ranks that have least: the largest of them may be more than an equal share
@@ -264,7 +267,7 @@ def held(reader: T5Config, retriever: BertConfig, settings: Settings, world_size
     )
 
 
-def working(reader: T5Config, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> int:
+def working(reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> int:
     """Bytes that a step needs at its peak beside those of `held`: a real step on fake tensors.
 
     They are activations, and copies of weights: in the precision of the computation, or gathered from all ranks. It is
@@ -286,7 +289,7 @@ def working(reader: T5Config, retriever: BertConfig, settings: Settings, world_s
 
 
 def _send_working(
-    answer: Connection, reader: T5Config, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool
+    answer: Connection, reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool
 ) -> None:
     def norm(parameters: list[torch.nn.Parameter], stop: bool) -> np.ndarray:
         agree_on_norm(parameters, stop)
@@ -327,9 +330,9 @@ def memory_per_gpu(size: str, settings: Settings, world_size: int, at_work: int 
     Args:
         at_work: what `working` found, which is the same for every number of GPUs but for parts of a per cent.
     """
-    reader, retriever = reader_config(size, settings.dropout), BertConfig(vocab_size=30522)
-    parts = held(reader, retriever, settings, world_size)._asdict()
-    return parts | {"working": at_work or working(reader, retriever, settings, world_size)}
+    retriever = BertConfig(vocab_size=30522)
+    parts = held(size, retriever, settings, world_size)._asdict()
+    return parts | {"working": at_work or working(size, retriever, settings, world_size)}
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str | float]]) -> str:

@@ -1,10 +1,12 @@
 """The memory calculator against memory that was measured: real tensors, real gradients, real moments, real ranks."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.profiler import profile
 from transformers import BertConfig
 
 from benchmarks.memory import (
@@ -13,6 +15,7 @@ from benchmarks.memory import (
     PASSAGES,
     READERS,
     SHARDINGS,
+    Held,
     LiveMemory,
     Settings,
     batch_of,
@@ -20,32 +23,20 @@ from benchmarks.memory import (
     held,
     held_by,
     main,
-    reader_config,
     update,
     wait_for_gradients,
     working,
 )
 from tests.ranks import run_on_ranks
 
-DOCS = (Path(__file__).resolve().parent.parent / "docs/training.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 SHAPE = (192, 512, 3, 3)  # d_model, d_ff, layers, heads
 RETRIEVER = BertConfig(
     vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256
 )
 STEP = Settings(n_context=6, text_maxlength=96, target_maxlength=16)
 SHARDED = [{}, {"shard_optim": True}, {"shard_grads": True}, {"shard_optim": True, "shard_grads": True}]
-
-
-def allocated_at_peak(function):
-    """By the account of the allocator, which sees scratch space inside of operations as well."""
-    with profile(profile_memory=True) as profiler:
-        function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def test_live_memory():
@@ -73,36 +64,66 @@ def test_live_memory():
     "changes",
     [
         {},
-        {"gradient_checkpoint": False},
-        {"precision": "fp32", "dropout": 0.0},
-        {"per_gpu_batch_size": 2, "target_maxlength": 48},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"gradient_checkpoint": False},
+                {"precision": "fp32", "dropout": 0.0},
+                {"per_gpu_batch_size": 2, "target_maxlength": 48},
+            )
+        ),
     ],
 )
 def test_a_fake_step_takes_what_a_real_one_takes(changes):
     settings = STEP._replace(**changes)
-    config = reader_config(SHAPE, settings.dropout)
-    atlas, optimizers = build(config, RETRIEVER, settings)
+    atlas, optimizers = build(SHAPE, RETRIEVER, settings)
     batch = batch_of(settings, RETRIEVER.vocab_size, RETRIEVER.hidden_size)
-
-    def step():
-        update(atlas, optimizers, batch, settings.precision)
-
-    step()
+    update(atlas, optimizers, batch, settings.precision)
     wait_for_gradients(atlas)
     with LiveMemory() as live:
-        step()
+        update(atlas, optimizers, batch, settings.precision)
+    assert working(SHAPE, RETRIEVER, settings, world_size=1, cuda=False) == pytest.approx(live.peak, rel=0.01)
+
+
+def _growth_of_the_process(settings):
+    """(bytes by which this process grew during a step, what `LiveMemory` says of the next one)."""
+    atlas, optimizers = build((256, 512, 3, 4), RETRIEVER, settings)
+    batch = batch_of(settings, RETRIEVER.vocab_size, RETRIEVER.hidden_size)
+
+    def resident(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    update(atlas, optimizers, batch, settings.precision)
     wait_for_gradients(atlas)
-    allocated = allocated_at_peak(step)
-    fake = working(config, RETRIEVER, settings, world_size=1, cuda=False)
-    assert fake == pytest.approx(live.peak, rel=0.01)
-    assert fake == pytest.approx(allocated, rel=0.05)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    update(atlas, optimizers, batch, settings.precision)
+    grown = resident("VmHWM") - before
+    wait_for_gradients(atlas)
+    with LiveMemory() as live:
+        update(atlas, optimizers, batch, settings.precision)
+    return grown, live.peak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process")
+def test_a_process_grows_by_what_is_counted():
+    settings = Settings(n_context=20, text_maxlength=128, target_maxlength=16)
+    names = "Settings, _growth_of_the_process"
+    command = f"from tests.test_memory import {names}; print(*_growth_of_the_process({settings!r}))"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # frees go to the system
+    words = [sys.executable, "-c", command]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    grown, counted = map(int, done.stdout.split())
+    assert grown == pytest.approx(counted, rel=0.05)
 
 
 def _memory_of_a_rank(flags):
     """(held, working): what this rank really has after a backward pass, and what a step took beside it."""
     torch.manual_seed(0)
     settings = STEP._replace(**flags)
-    atlas, optimizers = build(reader_config(SHAPE, settings.dropout), RETRIEVER, settings)
+    atlas, optimizers = build(SHAPE, RETRIEVER, settings)
     batch = batch_of(settings, RETRIEVER.vocab_size, RETRIEVER.hidden_size)
     update(atlas, optimizers, batch, settings.precision)
     wait_for_gradients(atlas)
@@ -114,20 +135,23 @@ def _memory_of_a_rank(flags):
 
 @pytest.mark.parametrize("flags", SHARDED, ids=" ".join)
 def test_two_ranks_hold_what_is_counted(flags):
-    settings, config = STEP._replace(**flags), reader_config(SHAPE, STEP.dropout)
-    counted = held(config, RETRIEVER, settings, 2)
-    fake = working(config, RETRIEVER, settings, 2, cuda=False)
-    ranks = run_on_ranks(2, _memory_of_a_rank, flags)
-    for part in range(3):
-        of_ranks = [between[part] for between, _ in ranks]
-        assert max(of_ranks) == pytest.approx(counted[part], rel=0.02), Settings._fields
-    assert max(peak for _, peak in ranks) == pytest.approx(fake, rel=0.02)
+    counted = held(SHAPE, RETRIEVER, STEP._replace(**flags), 2)
+    of_ranks = [between for between, _ in run_on_ranks(2, _memory_of_a_rank, flags)]
+    for part, expected in enumerate(counted):
+        assert max(rank[part] for rank in of_ranks) == pytest.approx(expected, rel=0.02), Held._fields[part]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", SHARDED[::3], ids=" ".join)
+def test_fake_ranks_take_what_real_ones_take(flags):
+    fake = working(SHAPE, RETRIEVER, STEP._replace(**flags), 2, cuda=False)
+    assert max(peak for _, peak in run_on_ranks(2, _memory_of_a_rank, flags)) == pytest.approx(fake, rel=0.02)
 
 
 @pytest.mark.parametrize("size", READERS)
 def test_the_documented_parts(size):
     for name, flags in SHARDINGS.items():
-        parts = held(reader_config(size, 0.1), BertConfig(vocab_size=30522), Settings(**flags), 8)
+        parts = held(size, BertConfig(vocab_size=30522), Settings(**flags), 8)
         assert f"| {size} | 8, {name} | " + " | ".join(f"{part / GIB:.1f}" for part in parts) in DOCS
 
 
