@@ -109,6 +109,7 @@ def _growth_of_the_process(settings):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process")
 def test_a_process_grows_by_what_is_counted():
+    # long enough that activations are most of it, as in the large models
     settings = Settings(n_context=20, text_maxlength=128, target_maxlength=16)
     names = "Settings, _growth_of_the_process"
     command = f"from tests.test_memory import {names}; print(*_growth_of_the_process({settings!r}))"
