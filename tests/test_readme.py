@@ -1,10 +1,11 @@
-"""The README's commands: every flag in them exists, every script and file they name is there."""
+"""The commands of the README and of docs/: every flag in them exists, every script and file they name is there."""
 
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from tests.kit import command_line, read_jsonl, world, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+PAGES = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
 COMMANDS = [
     command.strip()
-    for block in BLOCKS
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for command in re.sub(r"\\\n", " ", block).splitlines()
     if command.strip() and not command.startswith("#")
 ]
@@ -29,6 +31,8 @@ def test_commands(command):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
+    if "-m" in words:  # python -m benchmarks.memory
+        words = [f"{word.replace('.', '/')}.py" if before == "-m" else word for before, word in pairwise(words)]
     script = next(word for word in words if word.endswith((".py", ".sh")))
     assert (ROOT / script).is_file()
     if script in ("train.py", "evaluate.py", "finetune_qa.py"):
@@ -46,8 +50,15 @@ def test_files_named_in_the_tour_exist():
     assert {path.name for path in (ROOT / "src").glob("*.py")} - {"__init__.py"} <= in_tour
 
 
+def test_links_between_pages():
+    for name in ("README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
+        path = ROOT / name
+        for target in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{name}: {target}"
+
+
 def test_nothing_is_left_to_fill_in():
-    assert not re.search(r"@[A-Z]+@", README)
+    assert not any(re.search(r"@[A-Z]+@", page) for page in PAGES)
 
 
 def test_the_task_of_your_own_runs(tmp_path):

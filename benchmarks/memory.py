@@ -1,0 +1,381 @@
+"""Memory of a training step on each GPU, from base to xxl, without a GPU: the tables of docs/training.md.
+
+    python -m benchmarks.memory
+
+The step is the real one (src/atlas.py, src/optim.py, src/parallel.py), run on fake tensors: they have shapes and no
+contents, and a step over them allocates and frees what a real one would. Added to that is what is on a GPU between the
+steps (weights, gradients, AdamW's moments, the index), which is a matter of counting.
+"""
+
+import argparse
+import functools
+import gc
+import os
+import sys
+from collections.abc import Iterable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BertConfig, T5Config
+
+from src import device as devices
+from src import optim, parallel
+from src.atlas import Atlas, TrainingTensors
+from src.inputs import Targets
+from src.optim import Optimizers
+from src.parallel import agree_on_norm, finish_gradients, local_part, shard_weights
+from src.reader import FusionInDecoder
+from src.retriever import Contriever, DualEncoder
+from src.signals import MODES
+
+CPU = torch.device("cpu")
+GIB = 2**30
+QUERY = 64  # tokens of a question
+PASSAGES = 32_000_000  # of the Wikipedia index
+PASSAGE_BYTES = {"flat (fp16)": 2 * 768, "pq, code size 64": 64}
+READERS = {  # google/t5-{size}-lm-adapt: d_model, d_ff, layers of each stack, heads
+    "base": (768, 2048, 12, 12),
+    "large": (1024, 2816, 24, 16),
+    "xl": (2048, 5120, 24, 32),
+    "xxl": (4096, 10240, 24, 64),
+}
+Size = str | tuple[int, int, int, int]  # of `READERS`, or another shape
+WHOLE = "no sharding"
+SHARDINGS = {  # as the tables call them
+    WHOLE: {},
+    "`--shard_optim`": {"shard_optim": True},
+    "`--shard_optim --shard_grads`": {"shard_optim": True, "shard_grads": True},
+}
+
+
+class Settings(NamedTuple):
+    """What the memory of a step depends on; the names are those of the flags."""
+
+    per_gpu_batch_size: int = 1
+    n_context: int = 40
+    text_maxlength: int = 384
+    target_maxlength: int = 32
+    precision: str = "bf16"
+    gradient_checkpoint: bool = True
+    dropout: float = 0.1
+    shard_optim: bool = False
+    shard_grads: bool = False
+
+
+class Held(NamedTuple):
+    """Bytes on one GPU between forward and backward passes."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+
+def storages_of(tree: Any) -> list[torch.UntypedStorage]:
+    """Of the tensors in nested tuples, lists and dicts."""
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of tensors that were made inside the block and are alive, and the most there were (`peak`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._sizes: dict[StorageWeakRef, int] = {}
+        self._bound = 0  # of the bytes alive: some that have died may still be counted
+        self._resize = torch.UntypedStorage.resize_
+
+    @property
+    def now(self) -> int:
+        """Bytes that are alive."""
+        self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
+        self._bound = sum(self._sizes.values())
+        return self._bound
+
+    def __enter__(self) -> "LiveMemory":
+        def resize(storage: torch.UntypedStorage, size: int) -> None:
+            self._resize(storage, size)  # FSDP2 frees and fills gathered weights so, past the dispatcher
+            self._count(storage)
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # comes back with the tensors of this rank
+        result = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages_of((args, kwargs))}
+        for storage in storages_of(result):
+            if storage._cdata not in given:  # neither a view nor changed in place
+                self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        reference = StorageWeakRef(storage)
+        self._bound += storage.nbytes() - self._sizes.get(reference, 0)
+        self._sizes[reference] = storage.nbytes()
+        if self._bound > self.peak:
+            self.peak = max(self.peak, self.now)
+
+
+def make_reader(size: Size, dropout: float) -> FusionInDecoder:
+    """A reader with random weights as large as a T5 v1.1."""
+    width, inner, layers, heads = READERS[size] if isinstance(size, str) else size
+    config = T5Config(
+        vocab_size=32128,
+        d_model=width,
+        d_kv=64,
+        d_ff=inner,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+        tie_word_embeddings=False,
+    )
+    reader = FusionInDecoder(config)
+    reader.tie_output_embeddings(False)
+    return reader
+
+
+@functools.cache
+def shapes_of_reader(size: Size) -> list[torch.Size]:
+    """Of all its weights."""
+    with torch.device("meta"):
+        return [parameter.shape for parameter in make_reader(size, 0.0).parameters()]
+
+
+def build(reader: Size, retriever: BertConfig, settings: Settings) -> tuple[Atlas, Optimizers]:
+    """Models and optimizers of query-side training on this rank, as src/build.py makes them, with random weights."""
+    fusion = make_reader(reader, settings.dropout)
+    contriever = Contriever(retriever)
+    if settings.gradient_checkpoint:
+        fusion.activation_checkpointing_enable({"use_reentrant": False})
+        contriever.activation_checkpointing_enable({"use_reentrant": False})
+    if settings.shard_grads:
+        dtype = devices.compute_dtype(settings.precision)
+        shard_weights(fusion, fusion.blocks, CPU, block_dtype=dtype, forward_methods=("encode",))
+    encoders = DualEncoder(contriever, query_side=True)
+    atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=MODES["pdist"])
+    groups = {
+        name: ([(key, p) for key, p in half.named_parameters() if p.requires_grad], 1e-5)
+        for name, half in (("reader", fusion), ("retriever", encoders))
+    }
+    schedule = {"scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
+    optimizers = Optimizers(
+        groups, weight_decay=0.01, epsilon=1e-6, beta2=0.999, clip=1.0, shard=settings.shard_optim, **schedule
+    )
+    return atlas.train(), optimizers
+
+
+def batch_of(settings: Settings, vocabulary: int, embedding: int) -> TrainingTensors:
+    """A batch whose rows are all as long as they may be."""
+    n, k, length = settings.per_gpu_batch_size, settings.n_context, settings.text_maxlength
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.randint(3, vocabulary, shape)
+
+    def mask(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bool)
+
+    targets = Targets(ids(n, settings.target_maxlength), ids(n, settings.target_maxlength))
+    embeddings = torch.randn(n, k, embedding)
+    query = ids(n, QUERY), mask(n, QUERY)
+    return TrainingTensors(ids(n, k, length), mask(n, k, length), targets, *query, passage_embeddings=embeddings)
+
+
+def use_cuda_kernels() -> None:
+    """Attention, norms and dropout in the kernels that CUDA has for them, for good; those of a CPU keep more tensors.
+
+    Attention goes to the memory-efficient kernel: flash attention takes no bias, this one also gives it a gradient.
+    """
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.where(attn_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
+
+    def rms_norm(hidden, shape, weight=None, eps=None):
+        return torch.ops.aten._fused_rms_norm(hidden, shape, weight, eps)[0]
+
+    def dropout(hidden, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(hidden, p, True)[0] if training and p > 0 else hidden
+
+    F.scaled_dot_product_attention, F.rms_norm, F.dropout = attention, rms_norm, dropout
+
+
+def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> None:
+    """One step as src/trainer.py makes it."""
+    with devices.autocast(CPU, precision):
+        losses = atlas(batch)
+    optimizers.backward(losses.total)
+    finish_gradients(atlas)
+    optimizers.step(0)
+
+
+def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
+    """What this rank really holds: bytes of its weights, of the gradients that wait, and of its moments."""
+
+    def size(tensors: Iterable[torch.Tensor | None]) -> int:
+        storages = storages_of([local_part(tensor.detach()) for tensor in tensors if tensor is not None])
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    states = [state for adamw in optimizers._optimizers.values() for state in adamw.state.values()]
+    moments = size(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
+    return Held(size(atlas.parameters()), size(p.grad for p in atlas.parameters()), moments)
+
+
+def held(reader: Size, retriever: BertConfig, settings: Settings, world_size: int) -> Held:
+    """The same by counting, for query-side training: trained are reader and query encoder, all weights are fp32."""
+    with torch.device("meta"):
+        encoder = [p.numel() for p in Contriever(retriever).parameters()]
+    ranks = world_size if settings.shard_grads else 1
+    # rows are dealt out; rank 0 never has fewer than another
+    of_reader = [-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes_of_reader(reader)]
+
+    def moments(sizes: list[int], whole: bool) -> int:
+        # whole tensors go to the ranks that have least: the largest of them may be more than an equal share
+        return max(max(sizes), -(-sum(sizes) // world_size)) if settings.shard_optim and whole else sum(sizes)
+
+    return Held(
+        weights=4 * (sum(of_reader) + 2 * sum(encoder)),
+        gradients=4 * (sum(of_reader) + sum(encoder)),
+        moments=8 * (moments(of_reader, whole=not settings.shard_grads) + moments(encoder, whole=True)),
+    )
+
+
+def working(reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> int:
+    """Bytes that a step needs at its peak beside those of `held`: a real step on fake tensors.
+
+    They are activations, and copies of weights: in the precision of the computation, or gathered from all ranks. It is
+    run in a process of its own: after one torch 2.13 may crash whenever it collects garbage.
+
+    Raises:
+        RuntimeError: that process died.
+    """
+    context = get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send_working, args=(theirs, reader, retriever, settings, world_size, cuda))
+    process.start()
+    theirs.close()
+    try:
+        return mine.recv()
+    except EOFError as error:
+        process.join()
+        raise RuntimeError(f"the process of the fake step died with code {process.exitcode}") from error
+
+
+def _send_working(
+    answer: Connection, reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool
+) -> None:
+    def norm(parameters: list[torch.nn.Parameter], stop: bool) -> np.ndarray:
+        agree_on_norm(parameters, stop)
+        return np.ones(2)  # what it says cannot be read from fake tensors
+
+    def mesh(*arguments: Any) -> DeviceMesh:
+        with unset_fake_temporarily():  # the numbers of the ranks are read
+            return init_device_mesh(*arguments)
+
+    gc.disable()
+    optim.agree_on_norm, parallel.init_device_mesh = norm, mesh
+    if cuda:
+        use_cuda_kernels()
+    if world_size > 1:  # this is rank 0; that the others do not exist is no harm where nothing is read
+        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    with FakeTensorMode():
+        atlas, optimizers = build(reader, retriever, settings)
+        batch = batch_of(settings, retriever.vocab_size, retriever.hidden_size)
+        wait_for_gradients(atlas)
+        optimizers.step(0)  # makes the moments
+        wait_for_gradients(atlas)
+        with LiveMemory() as live:
+            update(atlas, optimizers, batch, settings.precision)
+    answer.send(live.peak)
+    os._exit(0)
+
+
+def wait_for_gradients(atlas: Atlas) -> None:
+    """Put zeros where a step adds its gradients: they are there all the time in DDP, and when steps are accumulated."""
+    for parameter in atlas.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def memory_per_gpu(size: str, settings: Settings, world_size: int, at_work: int | None = None) -> dict[str, int]:
+    """Bytes by what they are for, while training a reader of a size in `READERS` with a retriever of BERT's base size.
+
+    Args:
+        at_work: what `working` found, which is the same for every number of GPUs but for parts of a per cent.
+    """
+    retriever = BertConfig(vocab_size=30522)
+    parts = held(size, retriever, settings, world_size)._asdict()
+    return parts | {"working": at_work or working(size, retriever, settings, world_size)}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str | float]]) -> str:
+    """In Markdown; numbers, which are bytes, in GiB."""
+    header = list(header)
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[cell if isinstance(cell, str) else f"{cell / GIB:.1f}" for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sizes", nargs="+", choices=READERS, default=list(READERS), help="of the reader")
+    parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 8, 64], help="numbers of GPUs")
+    for name in ("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"):
+        parser.add_argument(f"--{name}", type=int, default=Settings._field_defaults[name], help="as in training")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="as in training")
+    parser.add_argument("--dropout", type=float, default=0.1, help="as in training")
+    parser.add_argument(
+        "--gradient_checkpoint", action=argparse.BooleanOptionalAction, default=True, help="of reader and retriever"
+    )
+    options = vars(parser.parse_args(arguments))
+    sizes, world_sizes = options.pop("sizes"), options.pop("world_sizes")
+    kinds = {name: Settings(**options, **flags) for name, flags in SHARDINGS.items()}
+    columns = [(n, name) for n in world_sizes for name in kinds if n > 1 or name == WHOLE]
+    totals, details = [], []
+    for size in sizes:
+        at_work: dict[bool, int] = {}  # by whether weights are sharded
+        row: list[str | float] = [size]
+        for world_size, name in columns:
+            settings = kinds[name]
+            parts = memory_per_gpu(size, settings, world_size, at_work.get(settings.shard_grads))
+            at_work[settings.shard_grads] = parts["working"]
+            row.append(sum(parts.values()))
+            details.append([size, f"{world_size}, {name}", *parts.values(), row[-1]])
+        totals.append(row)
+    print(f"GiB on each GPU, without the index: {Settings(**options)._asdict()}\n")
+    print(table(["reader", *(f"{n}, {name}" for n, name in columns)], totals), "\n")
+    print(table(["reader", "GPUs", "weights", "gradients", "moments", "working memory", "sum"], details), "\n")
+    shares = [[name, *(PASSAGES * size / n for n in world_sizes)] for name, size in PASSAGE_BYTES.items()]
+    print(table(["index", *map(str, world_sizes)], shares))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The memory calculator against memory that was measured: real tensors, real gradients, real moments, real ranks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from benchmarks.memory import (
+    GIB,
+    PASSAGE_BYTES,
+    PASSAGES,
+    READERS,
+    SHARDINGS,
+    Held,
+    LiveMemory,
+    Settings,
+    batch_of,
+    build,
+    held,
+    held_by,
+    main,
+    update,
+    wait_for_gradients,
+    working,
+)
+from tests.ranks import run_on_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+SHAPE = (192, 512, 3, 3)  # d_model, d_ff, layers, heads
+RETRIEVER = BertConfig(
+    vocab_size=2000, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256
+)
+STEP = Settings(n_context=6, text_maxlength=96, target_maxlength=16)
+SHARDED = [{}, {"shard_optim": True}, {"shard_grads": True}, {"shard_optim": True, "shard_grads": True}]
+
+
+def test_live_memory():
+    with LiveMemory() as live:
+        a = torch.zeros(1000)
+        view, b = a[:10].view(2, 5), torch.zeros(500, dtype=torch.float64)
+        assert live.now == live.peak == 8000
+        del a
+        assert live.now == 8000  # the view keeps it
+        del view
+        assert (live.now, live.peak) == (4000, 8000)
+        b.untyped_storage().resize_(0)
+        assert live.now == 0
+        b.untyped_storage().resize_(16000)
+        b.add_(1)
+        assert (live.now, live.peak) == (16000, 16000)
+    del b
+    assert live.now == 0
+    storage = torch.zeros(1).untyped_storage()
+    storage.resize_(8)
+    assert live.peak == 16000  # nothing is counted outside the block
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"gradient_checkpoint": False},
+                {"precision": "fp32", "dropout": 0.0},
+                {"per_gpu_batch_size": 2, "target_maxlength": 48},
+            )
+        ),
+    ],
+)
+def test_a_fake_step_takes_what_a_real_one_takes(changes):
+    settings = STEP._replace(**changes)
+    atlas, optimizers = build(SHAPE, RETRIEVER, settings)
+    batch = batch_of(settings, RETRIEVER.vocab_size, RETRIEVER.hidden_size)
+    update(atlas, optimizers, batch, settings.precision)
+    wait_for_gradients(atlas)
+    with LiveMemory() as live:
+        update(atlas, optimizers, batch, settings.precision)
+    assert working(SHAPE, RETRIEVER, settings, world_size=1, cuda=False) == pytest.approx(live.peak, rel=0.01)
+
+
+def _growth_of_the_process(settings):
+    """(bytes by which this process grew during a step, what `LiveMemory` says of the next one)."""
+    atlas, optimizers = build((256, 512, 3, 4), RETRIEVER, settings)
+    batch = batch_of(settings, RETRIEVER.vocab_size, RETRIEVER.hidden_size)
+
+    def resident(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    update(atlas, optimizers, batch, settings.precision)
+    wait_for_gradients(atlas)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    update(atlas, optimizers, batch, settings.precision)
+    grown = resident("VmHWM") - before
+    wait_for_gradients(atlas)
+    with LiveMemory() as live:
+        update(atlas, optimizers, batch, settings.precision)
+    return grown, live.peak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process")
+def test_a_process_grows_by_what_is_counted():
+    # long enough that activations are most of it, as in the large models
+    settings = Settings(n_context=20, text_maxlength=128, target_maxlength=16)
+    names = "Settings, _growth_of_the_process"
+    command = f"from tests.test_memory import {names}; print(*_growth_of_the_process({settings!r}))"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # frees go to the system
+    words = [sys.executable, "-c", command]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    grown, counted = map(int, done.stdout.split())
+    assert grown == pytest.approx(counted, rel=0.05)
+
+
+def _memory_of_a_rank(flags):
+    """(held, working): what this rank really has after a backward pass, and what a step took beside it."""
+    torch.manual_seed(0)
+    settings = STEP._replace(**flags)
+    atlas, optimizers = build(SHAPE, RETRIEVER, settings)
+    batch = batch_of(settings, RETRIEVER.vocab_size, RETRIEVER.hidden_size)
+    update(atlas, optimizers, batch, settings.precision)
+    wait_for_gradients(atlas)
+    between = held_by(atlas, optimizers)
+    with LiveMemory() as live:
+        update(atlas, optimizers, batch, settings.precision)
+    return tuple(between), live.peak
+
+
+@pytest.mark.parametrize("flags", SHARDED, ids=" ".join)
+def test_two_ranks_hold_what_is_counted(flags):
+    counted = held(SHAPE, RETRIEVER, STEP._replace(**flags), 2)
+    of_ranks = [between for between, _ in run_on_ranks(2, _memory_of_a_rank, flags)]
+    for part, expected in enumerate(counted):
+        assert max(rank[part] for rank in of_ranks) == pytest.approx(expected, rel=0.02), Held._fields[part]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", SHARDED[::3], ids=" ".join)
+def test_fake_ranks_take_what_real_ones_take(flags):
+    fake = working(SHAPE, RETRIEVER, STEP._replace(**flags), 2, cuda=False)
+    assert max(peak for _, peak in run_on_ranks(2, _memory_of_a_rank, flags)) == pytest.approx(fake, rel=0.02)
+
+
+@pytest.mark.parametrize("size", READERS)
+def test_the_documented_parts(size):
+    for name, flags in SHARDINGS.items():
+        parts = held(size, BertConfig(vocab_size=30522), Settings(**flags), 8)
+        assert f"| {size} | 8, {name} | " + " | ".join(f"{part / GIB:.1f}" for part in parts) in DOCS
+
+
+@pytest.mark.slow
+def test_the_documented_tables(capsys):
+    """The docs show what the script prints, and XL with the presets of finetune_qa.py leaves room on a GPU of 80 GB."""
+    main(["--sizes", "base", "xl"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(lines) > 15 and all(line in DOCS for line in lines)
+    presets = next(line for line in lines if line.startswith("| xl | 8, `--shard_optim --shard_grads` |"))
+    total = float(presets.split("|")[-2]) + PASSAGES * PASSAGE_BYTES["flat (fp16)"] / 8 / GIB
+    assert total < 0.75 * 80e9 / GIB
