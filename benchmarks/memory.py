@@ -371,8 +371,8 @@ def main(arguments: list[str] | None = None) -> None:
             details.append([size, f"{world_size}, {name}", *parts.values(), row[-1]])
         totals.append(row)
     print(f"GiB on each GPU, without the index: {Settings(**options)._asdict()}\n")
-    print(table(["reader", *(f"{n}, {name}" for n, name in columns)], totals), "\n")
-    print(table(["reader", "GPUs", "weights", "gradients", "moments", "working memory", "sum"], details), "\n")
+    print(table(["reader", *(f"{n}, {name}" for n, name in columns)], totals) + "\n")
+    print(table(["reader", "GPUs", "weights", "gradients", "moments", "working memory", "sum"], details) + "\n")
     shares = [[name, *(PASSAGES * size / n for n in world_sizes)] for name, size in PASSAGE_BYTES.items()]
     print(table(["index", *map(str, world_sizes)], shares))
 
