@@ -683,6 +683,6 @@ def test_wrong_flags_are_answered_before_torch_is_imported():
 
 def test_commands_of_the_readme():
     commands = [shlex.split(command) for command in COMMANDS if "convert_index.py" in command]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for words in commands:
         parse_options(words[2:])
