@@ -1,8 +1,8 @@
 """The whole system in minutes, on two CPU processes: `make demo`.
 
-Prepares a corpus of facts and questions, builds and briefly pretrains a tiny reader and a tiny retriever, measures
-them, fine-tunes both together on 64 questions with finetune_qa.py, and shows what changed. Every command is printed as
-it could be typed; what is there already is not made again.
+Prepares a corpus of facts and questions, measures the tiny reader and the tiny retriever of models/tiny on it,
+fine-tunes both together on 64 questions with finetune_qa.py, and shows what changed. Every command is printed as it
+could be typed; a corpus that is there already is not made again.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from src.device import fast_bf16
 from src.metrics import exact_match, retrieval_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+MODELS = Path("models/tiny")  # pretrained by example_scripts/demo_pretrain.py
 DEPTHS = (1, 5, 20)
 
 
@@ -44,13 +45,10 @@ def two_processes(script: str, *flags: str | Path) -> None:
 LAUNCH = ("--standalone", "--nnodes", "1", "--nproc_per_node", "2")
 
 
-def prepare(data: Path, models: Path, minutes: float) -> None:
-    """Make the corpus with its questions, and the tiny models, unless they are there."""
+def prepare(data: Path) -> None:
+    """Make the corpus with its questions, unless it is there."""
     if not (ROOT / data / "test.jsonl").exists():
         call(sys.executable, "preprocessing/prepare_demo.py", "--output_directory", data)
-    if not (ROOT / models / "retriever/config.json").exists():
-        flags = ("--data", data, "--output_directory", models, "--minutes", str(minutes))
-        call(sys.executable, "preprocessing/make_tiny_models.py", *flags)
 
 
 def read(file: Path) -> list[dict]:
@@ -87,14 +85,15 @@ def main() -> None:
     """Prepare, measure, train, measure, show."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
+    parser.add_argument("--models", type=Path, default=MODELS, help=f"to start from (default: {MODELS})")
     parser.add_argument("--short", action="store_true", help="a fraction of the training, to see that it runs")
     options = parser.parse_args()
     started = time.monotonic()
     home = options.directory if not options.short else options.directory / "short"
-    data, models, experiments = home / "data", home / "models", home / "experiments"
+    data, models, experiments = home / "data", options.models, home / "experiments"
     steps = 6 if options.short else 40
 
-    prepare(data, models, minutes=0.2 if options.short else 1.5)
+    prepare(data)
     test = data / "test.jsonl"
     if options.short:
         test = data / "few.jsonl"

@@ -2,7 +2,7 @@
 
 OUTPUT_DIRECTORY must not exist, or be empty. In it will be
 
-  reader/                                 T5: config, safetensors (fp32), tokenizer, model card
+  reader/                                 T5: config, safetensors, tokenizer, model card
   retriever/                              BERT with its pooling: as a directory of sentence-transformers, model card
   query_encoder/ and passage_encoder/     instead of retriever/, if the retriever was trained on the query side
 
@@ -54,6 +54,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="hub id or local directory of its BERT (the one the run was given; published: facebook/contriever)",
     )
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights (fp32)")
     options = parser.parse_args(arguments)
     output = options.output_directory
     if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
@@ -75,7 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        names = export(options.model_path, beside, options.reader_model_type, options.retriever_model_path)
+        names = export(
+            options.model_path, beside, options.reader_model_type, options.retriever_model_path, options.dtype
+        )
         beside.replace(output)
     except (ValueError, OSError, SafetensorError) as error:
         tell_error(error, str(error))
@@ -86,7 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
         log.info("Wrote %s", options.output_directory / name)
 
 
-def export(model_path: str, output: Path, reader_name: str | None, retriever_name: str | None) -> list[str]:
+def export(
+    model_path: str, output: Path, reader_name: str | None, retriever_name: str | None, dtype: str = "fp32"
+) -> list[str]:
     """Write the directories of what is in a checkpoint into the directory `output`; their names.
 
     Raises:
@@ -107,13 +112,13 @@ def export(model_path: str, output: Path, reader_name: str | None, retriever_nam
                 f"{checkpoint.path} does not say which T5 it is: give --reader_model_type (for the published sizes "
                 "google/t5-{base,large,xl,xxl}-lm-adapt)"
             )
-        names += export_reader(checkpoint, output, reader_name)
+        names += export_reader(checkpoint, output, reader_name, dtype)
     if checkpoint.retriever:
-        names += export_retriever(checkpoint, output, retriever_name or "facebook/contriever")
+        names += export_retriever(checkpoint, output, retriever_name or "facebook/contriever", dtype)
     return names
 
 
-def export_reader(checkpoint: Any, output: Path, name_or_path: str) -> list[str]:
+def export_reader(checkpoint: Any, output: Path, name_or_path: str, dtype: str) -> list[str]:
     """Write `reader/`; its name. Raises: ValueError, OSError."""
     from transformers.utils.hub import cached_file
 
@@ -141,7 +146,7 @@ def export_reader(checkpoint: Any, output: Path, name_or_path: str) -> list[str]
     # In a config this key also says whether the decoder's output is scaled; transformers 5 keeps True in it whatever
     # the model is.
     settings = {"tie_word_embeddings": config.scale_decoder_outputs}
-    directory = write_model(output / "reader", "T5ForConditionalGeneration", config, settings, state)
+    directory = write_model(output / "reader", "T5ForConditionalGeneration", config, settings, state, dtype)
     tokenizer.save_pretrained(directory)
     if pieces := cached_file(name_or_path, "spiece.model", _raise_exceptions_for_missing_entries=False):
         shutil.copyfile(pieces, directory / "spiece.model")
@@ -149,7 +154,7 @@ def export_reader(checkpoint: Any, output: Path, name_or_path: str) -> list[str]
     return [directory.name]
 
 
-def export_retriever(checkpoint: Any, output: Path, name_or_path: str) -> list[str]:
+def export_retriever(checkpoint: Any, output: Path, name_or_path: str, dtype: str) -> list[str]:
     """Write `retriever/`, or a directory for each of its two encoders; their names. Raises: ValueError, OSError."""
     from transformers import AutoTokenizer
 
@@ -173,7 +178,7 @@ def export_retriever(checkpoint: Any, output: Path, name_or_path: str) -> list[s
     longest = min(retriever.max_length, RETRIEVER_MAXLENGTH)
     max_length = min(checkpoint.options.get("text_maxlength", longest), longest)
     for name, encoder in encoders.items():
-        directory = write_model(output / name, "BertModel", encoder.config, {}, encoder.state_dict())
+        directory = write_model(output / name, "BertModel", encoder.config, {}, encoder.state_dict(), dtype)
         AutoTokenizer.from_pretrained(name_or_path).save_pretrained(directory)
         write_sentence_files(directory, encoder.config, max_length)
         gap = norm_gap(encoder, tokenizer) if encoder.config.uncentered_layer_norm else 0.0
@@ -188,15 +193,19 @@ def export_retriever(checkpoint: Any, output: Path, name_or_path: str) -> list[s
     return list(encoders)
 
 
-def write_model(directory: Path, kind: str, config: Any, settings: dict[str, Any], state: dict[str, Any]) -> Path:
+def write_model(
+    directory: Path, kind: str, config: Any, settings: dict[str, Any], state: dict[str, Any], dtype: str
+) -> Path:
     """Write config.json and model.safetensors into a new directory, which is returned."""
+    import torch
     from safetensors.torch import save_file
 
     directory.mkdir()
-    described = config.to_dict() | {"architectures": [kind], "dtype": "float32"} | settings
+    to = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    described = config.to_dict() | {"architectures": [kind], "dtype": str(to).removeprefix("torch.")} | settings
     described.pop("_name_or_path", None)  # may be a path of this machine
     write_json(directory / "config.json", described)
-    weights = {name: tensor.contiguous() for name, tensor in state.items()}
+    weights = {name: tensor.to(to).contiguous() for name, tensor in state.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 

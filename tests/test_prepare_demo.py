@@ -42,7 +42,7 @@ def test_the_same_seed_gives_the_same_files(demo, tmp_path):
 @needs_packages
 def test_passages_come_in_two_wordings_with_unique_ids(demo):
     passages = read(demo, "passages.jsonl")
-    assert 15_000 < len(passages) < 25_000
+    assert 20_000 < len(passages) < 25_000
     assert len({passage["id"] for passage in passages}) == len(passages)
     assert all(passage[field] for passage in passages for field in ("id", "title", "section", "text"))
     groups = Counter((*entity_of(passage), passage["section"]) for passage in passages)
@@ -65,30 +65,59 @@ def test_no_dev_or_test_entity_is_ever_trained_on(demo):
     trained = {entity_of(row) for name in ("train", "train.64-shot", "pretrain") for row in read(demo, f"{name}.jsonl")}
     dev, test = ({entity_of(row) for row in read(demo, f"{name}.jsonl")} for name in ("dev", "test"))
     assert not trained & (dev | test) and not dev & test
-    held_out = {row["id"] for row in read(demo, "held_out.jsonl")}
-    assert {"-".join(entity) for entity in dev | test} <= {"-".join(name.split("-")[:2]) for name in held_out}
-    assert not held_out & {i for row in read(demo, "pretrain.jsonl") for i in row["passages"]}
+    seen = {entity_of(passage) for passage in read(demo, "passages.train.jsonl")}
+    passages = read(demo, "passages.jsonl")
+    assert trained <= seen and not seen & (dev | test)
+    assert [row for row in passages if entity_of(row) in seen] == read(demo, "passages.train.jsonl")
     titles = Counter(passage["title"].lower() for passage in read(demo, "passages.jsonl"))
     assert len(titles) == len({entity_of(passage) for passage in read(demo, "passages.jsonl")})
 
 
 @needs_packages
-def test_few_shot_examples_are_balanced_training_questions(demo):
-    few, train = read(demo, "train.64-shot.jsonl"), read(demo, "train.jsonl")
-    assert len(few) == 64 and len({row["id"] for row in few}) == 64
+@pytest.mark.parametrize("shots", prepare_demo.SHOTS)
+def test_few_shot_examples_are_balanced_training_questions(demo, shots):
+    few, train = read(demo, f"train.{shots}-shot.jsonl"), read(demo, "train.jsonl")
+    assert len(few) == shots and len({row["id"] for row in few}) == shots
     assert {row["id"] for row in few} <= {row["id"] for row in train}
     counts = Counter(row["relation"] for row in few)
-    assert set(counts) == {row["relation"] for row in train}
+    assert set(counts) <= {row["relation"] for row in train} and len(counts) == min(shots, 20)
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
 @needs_packages
-def test_clozes_name_only_passages_that_hold_the_answer(demo):
-    passages = {passage["id"]: passage for passage in read(demo, "passages.jsonl")}
+def test_clozes_are_answered_by_passages_about_their_entity(demo):
+    passages = {passage["id"]: passage for passage in read(demo, "passages.train.jsonl")}
+    texts: dict[tuple, list[str]] = {}
+    for passage in passages.values():
+        texts.setdefault(entity_of(passage), []).append(passage["text"])
     questions = {row["question"] for row in read(demo, "train.jsonl")}
-    for cloze in read(demo, "pretrain.jsonl"):
-        assert cloze["query"] not in questions
-        assert cloze["passages"] and all(cloze["answer"] in passages[i]["text"] for i in cloze["passages"])
+    clozes = read(demo, "pretrain.jsonl")
+    assert len(clozes) == prepare_demo.PRETRAIN_LINES
+    masked = 0
+    for cloze in clozes:
+        answer = cloze["answers"][0]
+        assert cloze["query"] not in questions and cloze["query"].count("<extra_id_0>") == 1
+        assert sum(answer in text for text in texts[entity_of(cloze)]) >= 2
+        if cloze["id"] in passages:  # masked in this passage, which will not be found for it
+            masked += 1
+            assert cloze["query"].replace("<extra_id_0>", answer) == passages[cloze["id"]]["text"]
+    assert 0.45 < masked / len(clozes) < 0.55
+    counts = Counter(row["relation"] for row in clozes)
+    facts = Counter(row["relation"] for row in read(demo, "train.jsonl"))
+    for one in counts:
+        for other in counts:
+            expected = math.sqrt(facts[one] / facts[other])
+            assert 0.85 * expected < counts[one] / counts[other] < 1.15 * expected
+
+
+def test_a_masked_answer_is_the_whole_answer():
+    entity = Entity("city", "Springfield", {"country": "Niger", "time_zone": "Africa/Niger"})
+    passages = [
+        {"id": "p", "text": "The time zone of Springfield is Africa/Niger. It is a city in the country of Niger."}
+    ]
+    clozes = prepare_demo.write_clozes(3, entity, passages)["city.country"]
+    (masked,) = {row["query"] for row in clozes if row["id"] == "p"}
+    assert masked == "The time zone of Springfield is Africa/Niger. It is a city in the country of <extra_id_0>."
 
 
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch):

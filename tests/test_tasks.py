@@ -165,6 +165,18 @@ def test_fever_example(label, said):
     assert (example.target, example.answers) == ("", [])
 
 
+def test_cloze_example():
+    line = {"id": "p1", "query": "The river of Bako is <extra_id_0>.", "answers": ["Selnu"]}
+    task = TASKS["cloze"]()
+    example = task.process(line, random.Random(0))
+    assert task.filters_by_id and example.id == "p1"
+    assert (example.query, example.target, example.answers) == (line["query"], "<extra_id_0> Selnu", ["Selnu"])
+    assert task.score("selnu", example) == {"exact_match": 1.0, "f1": 1.0}
+    assert task.retrieval_answers(example) == ["Selnu"]
+    with pytest.raises(ValueError, match="has no <extra_id_0>, where the answer belongs: 'The river of Bako"):
+        task.process(line | {"query": "The river of Bako is"}, random.Random(0))
+
+
 def test_kilt_example():
     task = KILT()
     output = [{"answer": "Ada", "provenance": [{"wikipedia_id": "1"}]}, {"provenance": []}, {"answer": "Ada Lovelace"}]

@@ -8,6 +8,7 @@ whether the examples are to be learnt.
 from collections.abc import Callable
 
 from src.tasks.base import Example, Task, example_rng
+from src.tasks.cloze import Cloze
 from src.tasks.fever import Fever
 from src.tasks.kilt import KILT
 from src.tasks.lm import LM
@@ -20,6 +21,7 @@ __all__ = ["TASKS", "Example", "Task", "example_rng"]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "base": lambda **others: Task(**_needs(**others)),
+    "cloze": lambda **others: Cloze(**_needs(**others)),
     "qa": lambda qa_prompt_format, **others: QA(qa_prompt_format, **_needs(**others)),
     "mlm": lambda tokenizer, text_maxlength, mlm_noise_density, mlm_mean_noise_span_length, **others: MLM(
         tokenizer, text_maxlength, mlm_noise_density, mlm_mean_noise_span_length, **_of_texts(**others)

@@ -21,7 +21,7 @@ class QA(Task):
         self.prompt_format = prompt_format
 
     def process(self, record: Mapping, rng: random.Random) -> Example:
-        question = self.text(record, "question")
+        question = self.question(record)
         target = self.text(record, "target", optional=True)
         answers = self.answers(record) or ([] if target is None else [target])
         if not answers and self.answers_needed:
@@ -36,6 +36,10 @@ class QA(Task):
             id=self.identifier(record),
             passages=self.passages(record),
         )
+
+    def question(self, record: Mapping) -> str:
+        """What is asked, to be put into `prompt_format`. Raises: ValueError."""
+        return self.text(record, "question")
 
     def answers(self, record: Mapping) -> list[str]:
         answers = record.get("answers")
