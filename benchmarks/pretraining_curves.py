@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from example_scripts.demo import MODELS
 from src.device import fast_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="steps of each run")
     parser.add_argument("--evaluations", type=int, default=8, help="points of a curve")
     parser.add_argument("--held_out", type=int, default=400, help="passages to evaluate on")
-    parser.add_argument("--minutes", default="1.5", help="of making the tiny models that both runs start from")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file: .png, .svg or .pdf")
     options = parser.parse_args()
     if options.steps % options.evaluations:
@@ -84,12 +84,9 @@ def main() -> None:
     if options.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed here: pip install matplotlib")
     home = options.directory.resolve()
-    data, models, every = home / "data", home / "models", options.steps // options.evaluations
+    data, models, every = home / "data", ROOT / MODELS, options.steps // options.evaluations
     if not (data / "passages.jsonl").exists():
         call("preprocessing/prepare_demo.py", "--output_directory", data)
-    if not (models / "reader").exists():
-        script = "preprocessing/make_tiny_models.py"
-        call(script, "--data", data, "--output_directory", models, "--minutes", options.minutes)
     train, held_out = split(data / "passages.jsonl", home, options.held_out)
     precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"  # bf16 is many times slower where it is emulated
     flags = (

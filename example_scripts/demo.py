@@ -24,6 +24,14 @@ from src.metrics import exact_match, retrieval_metrics
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = Path("models/tiny")  # pretrained by example_scripts/demo_pretrain.py
 DEPTHS = (1, 5, 20)
+READING = ("--task", "qa", "--text_maxlength", "128", "--n_context", "5", "--generation_max_length", "32")
+SEARCHING = ("--task", "qa", "--text_maxlength", "128", "--n_context", str(max(DEPTHS)), "--retrieve_only")
+# chosen on dev.jsonl
+FINE_TUNING = (
+    *("--retriever_n_context", "5", "--lr", "2e-4", "--lr_retriever", "1e-4", "--dropout", "0", "--shuffle"),
+    *("--temperature_gold", "0.1", "--temperature_score", "0.1"),
+)
+FINE_TUNING_STEPS = 40  # with 16 examples in each
 
 
 def call(*words: str | Path) -> None:
@@ -91,7 +99,7 @@ def main() -> None:
     started = time.monotonic()
     home = options.directory if not options.short else options.directory / "short"
     data, models, experiments = home / "data", options.models, home / "experiments"
-    steps = 6 if options.short else 40
+    steps = 6 if options.short else FINE_TUNING_STEPS
 
     prepare(data)
     test = data / "test.jsonl"
@@ -99,27 +107,24 @@ def main() -> None:
         test = data / "few.jsonl"
         lines = (ROOT / data / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (ROOT / test).write_text("".join(lines[:40]), encoding="utf-8")
-    corpus = (
+    flags = (
         *("--eval_data", test, "--passages", data / "passages.jsonl", "--checkpoint_dir", experiments),
-        *("--retriever_model_path", models / "retriever", "--text_maxlength", "128"),
+        *("--retriever_model_path", models / "retriever", "--write_results"),
     )
-    reading = ("--reader_model_type", models / "reader", "--n_context", "5", "--per_gpu_batch_size", "8")
+    search = (*flags, *SEARCHING, "--per_gpu_batch_size", "64")
     # most CPUs only emulate bf16, which finetune_qa.py would ask for
-    precision = ("--precision", "bf16" if fast_bf16(torch.device("cpu")) else "fp32")
-    answer = ("--task", "qa", "--write_results", *reading, "--generation_max_length", "32", *precision)
-    search = ("--task", "qa", "--write_results", "--retrieve_only", "--n_context", "20", "--per_gpu_batch_size", "64")
-    tuned = ("--model_path", experiments / "after")
+    precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+    answer = (*flags, *READING, "--per_gpu_batch_size", "8", "--precision", precision)
+    answer += ("--reader_model_type", models / "reader")
 
-    two_processes("evaluate.py", "--name", "before", *answer, *corpus)
-    two_processes("evaluate.py", "--name", "before-search", *search, *corpus)
+    two_processes("evaluate.py", "--name", "before", *answer)
+    two_processes("evaluate.py", "--name", "before-search", *search)
     two_processes(
         "finetune_qa.py",
-        *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *corpus, *reading),
-        *("--retriever_n_context", "5", "--total_steps", str(steps), "--eval_freq", str(steps // 2), "--shuffle"),
-        *("--lr", "2e-4", "--lr_retriever", "1e-4", "--temperature_gold", "0.1", "--temperature_score", "0.1"),
-        *("--dropout", "0", *precision),
+        *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *answer, *FINE_TUNING),
+        *("--total_steps", str(steps), "--eval_freq", str(steps)),
     )
-    two_processes("evaluate.py", "--name", "after-search", *search, *corpus, *tuned)
+    two_processes("evaluate.py", "--name", "after-search", *search, "--model_path", experiments / "after")
     after = experiments / "after" / f"{test.stem}-step-{steps}.jsonl"
     before = experiments / "before" / f"{test.stem}-step-0.jsonl"
     searches = [experiments / f"{name}-search" / f"{test.stem}-step-0.jsonl" for name in ("before", "after")]

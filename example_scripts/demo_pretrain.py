@@ -1,10 +1,11 @@
 """Pretrain the demo's tiny models from nothing, as those of models/tiny were: `make demo-pretrain`.
 
-Prepares the corpus, builds an untrained reader and retriever with tokenizers of their own, pretrains both together with
-train.py on statements with a gap (at most an hour on two cores), and exports them to ordinary directories. Nothing of
-it sees a passage about, or a question for, the things that are asked about in dev.jsonl and test.jsonl. A run that was
-stopped goes on when the same command is typed again. With the same seed, on the same machine, the models come out the
-same, bit for bit.
+Prepares the corpus, builds an untrained reader and retriever with tokenizers of their own, and pretrains them with
+train.py on statements with a gap, in two stages: first the reader alone learns to copy from one passage, then both
+learn together, the retriever from nothing but the reader's judgement of four passages. The models are exported to
+ordinary directories. It takes at most an hour on two cores. Nothing of it sees a passage about, or a question on, the
+things that dev.jsonl and test.jsonl ask about. A run that was stopped goes on when the same command is typed again;
+with the same seed, on the same machine, the models come out the same, bit for bit.
 """
 
 import argparse
@@ -15,61 +16,67 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from example_scripts.demo import ROOT, call, prepare, two_processes
 
-STEPS = 3000
-TRAINING = (
-    *("--task", "cloze", "--n_context", "4", "--retriever_n_context", "4", "--text_maxlength", "128"),
-    *("--per_gpu_batch_size", "16", "--lr", "2e-3", "--scheduler", "linear", "--warmup_steps", "50"),
+STEPS = (1000, 1500)  # of the stages
+OPTIMISATION = (
+    *("--task", "cloze", "--text_maxlength", "128", "--shuffle", "--scheduler", "linear", "--warmup_steps", "50"),
     *("--weight_decay", "0.01", "--beta2", "0.98", "--clip", "1", "--dropout", "0", "--precision", "fp32"),
 )
+READER = ("--n_context", "1", "--per_gpu_batch_size", "32", "--lr", "2e-3")
+JOINT = ("--n_context", "4", "--retriever_n_context", "4", "--per_gpu_batch_size", "16", "--lr", "1e-3")
 DISTILLATION = (
     *("--train_retriever", "--gold_score_mode", "pdist", "--temperature_gold", "0.1", "--temperature_score", "0.1"),
     *("--lr_retriever", "3e-4", "--refresh_index", "100"),
 )
 
 
-def start_models(data: Path, models: Path, seed: int) -> None:
+def build(data: Path, models: Path, seed: int) -> None:
     """Make untrained models, unless they are there."""
     if not (ROOT / models / "retriever/tokenizer_config.json").exists():
         flags = ("--passages", data / "passages.train.jsonl", "--output_directory", models, "--seed", str(seed))
         call(sys.executable, "preprocessing/make_tiny_models.py", *flags)
 
 
-def flags_of_pretraining(
-    data: Path, models: Path, *, steps: int, seed: int, distillation: bool = True
-) -> tuple[str | Path, ...]:
-    """Flags of train.py, without the run's name and place."""
-    return (
-        *("--train_data", data / "pretrain.jsonl", "--passages", data / "passages.train.jsonl"),
-        *("--reader_model_type", models / "reader", "--retriever_model_path", models / "retriever"),
-        *("--total_steps", str(steps), "--seed", str(seed), "--log_freq", "50", *TRAINING),
-        *(DISTILLATION if distillation else ()),
+def pretrain(
+    data: Path, start: Path, runs: Path, seed: int, steps: tuple[int, int] = STEPS, distillation: bool = True
+) -> Path:
+    """Both stages, as runs in `runs`; the directory of the second, which without distillation trains the reader."""
+    train(data, start, runs, "reader", steps[0], seed, *READER)
+    name = "joint" if distillation else "without-distillation"
+    learning = DISTILLATION if distillation else ()
+    train(data, start, runs, name, steps[1], seed + 1, *JOINT, *learning, "--model_path", runs / "reader")
+    return runs / name
+
+
+def train(data: Path, start: Path, runs: Path, name: str, steps: int, seed: int, *flags: str | Path) -> None:
+    """One run of train.py; a finished one is left as it is."""
+    two_processes(
+        "train.py",
+        *("--name", name, "--checkpoint_dir", runs, "--total_steps", str(steps), "--seed", str(seed)),
+        *("--train_data", data / "pretrain.jsonl", "--passages", data / "passages.train.jsonl", *OPTIMISATION),
+        *("--reader_model_type", start / "reader", "--retriever_model_path", start / "retriever"),
+        *("--log_freq", "50", "--save_freq", "250", *flags),
     )
 
 
 def export(run: Path, models: Path) -> None:
-    """Write a run's models as ordinary directories, in half precision."""
-    flags = ("--model_path", run, "--output_directory", models, "--dtype", "fp16")
-    call(sys.executable, "preprocessing/export_huggingface.py", *flags)
+    """Write a run's models as ordinary directories, in half precision, unless they are there."""
+    if not (ROOT / models).exists():
+        flags = ("--model_path", run, "--output_directory", models, "--dtype", "fp16")
+        call(sys.executable, "preprocessing/export_huggingface.py", *flags)
 
 
 def main() -> None:
     """Prepare, build, pretrain, export."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of pretraining (default: {STEPS})")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    home = options.directory
-    data, start, models = home / "data", home / "pretraining/start", home / "pretraining/models"
+    data, home = options.directory / "data", options.directory / "pretraining"
     prepare(data)
-    start_models(data, start, options.seed)
-    flags = flags_of_pretraining(data, start, options.steps, options.seed)
-    place = ("--name", "run", "--checkpoint_dir", home / "pretraining", "--save_freq", "500", "--keep_checkpoints", "1")
-    two_processes("train.py", *place, *flags)
-    if not (ROOT / models).exists():
-        export(home / "pretraining/run", models)
-    print(f"\nThe pretrained models: {models}/reader and /retriever. See what they can do:")
-    print(f"python example_scripts/demo.py --directory {home} --models {models}")
+    build(data, home / "start", options.seed)
+    export(pretrain(data, home / "start", home, options.seed), home / "models")
+    print(f"\nThe pretrained models: {home}/models/reader and {home}/models/retriever. See what they can do:")
+    print(f"python example_scripts/demo.py --directory {options.directory} --models {home / 'models'}")
 
 
 if __name__ == "__main__":
