@@ -14,6 +14,7 @@ VERDICTS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
 METRICS = {
     "base": ["accuracy"],
     "qa": ["exact_match", "f1"],
+    "cloze": ["exact_match", "f1"],
     "mlm": ["accuracy", "f1", "rouge_1", "rouge_2", "rouge_L"],
     "lm": ["accuracy", "f1", "rouge_1", "rouge_2", "rouge_L"],
     "section": ["accuracy", "f1", "rouge_1", "rouge_2", "rouge_L"],
@@ -35,6 +36,7 @@ def lines_of(task, n):
             {
                 "base": {"query": row["question"], "target": row["target"]},
                 "qa": {"question": row["question"], "answers": row["answers"]},
+                "cloze": {"query": f"{row['question']} <extra_id_0>", "answers": row["answers"]},
                 "fever": {"claim": f"{row['question']} {row['target']}", "label": VERDICTS[i % 3]},
                 "kilt": {"input": row["question"], "output": [{"answer": a} for a in row["answers"]] + [{"meta": 1}]},
             }[task]
@@ -92,7 +94,7 @@ def test_ranks_do_not_change_the_numbers(tmp_path, task):
         measured = [name for name in metrics if name != "mrr" and not name.startswith("recall@")]
         joined = ["debiased_accuracy"] if task == "multiple_choice" else []
         assert measured == [*METRICS[task], "eval_loss", *joined]
-        assert ("recall@1" in metrics) == (task in ("qa", "kilt"))
+        assert ("recall@1" in metrics) == (task in ("qa", "cloze", "kilt"))
         assert metrics == pytest.approx(last_metrics(two), abs=2e-3)
 
 
@@ -111,6 +113,7 @@ def test_passages_that_stand_in_the_data(tmp_path, task):
 NEEDED = {
     "base": ("query", "target"),
     "qa": ("question", "answers"),
+    "cloze": ("query", "answers"),
     "mlm": ("id", "text"),
     "lm": ("id", "text"),
     "section": ("id", "title", "text"),
@@ -156,7 +159,7 @@ def test_metadata_is_an_object_of_the_line(task):
     given = (
         TASKS[task](**options()).process(lines_of(task, 1)[0] | {"metadata": {"year": 1}}, random.Random(0)).metadata
     )
-    if task in ("qa", "fever", "kilt"):
+    if task in ("qa", "cloze", "fever", "kilt"):
         assert given["year"] == 1
         with pytest.raises(ValueError, match="`metadata` is an object, found 3"):
             TASKS[task](**options()).process(lines_of(task, 1)[0] | {"metadata": 3}, random.Random(0))

@@ -195,7 +195,7 @@ BAD = [
     ({"retriever_model_path": "nowhere"}, "--retriever_model_path nowhere: cannot load"),
     ({"model_path": "."}, "holds no checkpoint"),
     ({"load_index_path": "."}, "holds no index"),
-    ({"task": "quiz"}, "--task quiz is unknown: give one of base, qa, mlm, "),
+    ({"task": "quiz"}, "--task quiz is unknown: give one of base, qa, cloze, mlm, "),
     ({"task": "mlm"}, "dev.jsonl, line 1: no `text`: expected `id` and `text` (strings), found question, answers, id"),
     ({"task": "lm", "eval_data": None, "train_data": "blank.jsonl"}, "blank.jsonl: nothing is left of it"),
 ]

@@ -246,4 +246,4 @@ def test_passages_of_the_line(name):
 
 def test_which_tasks_may_find_their_own_passages():
     filters = {name for name in TASKS if TASKS[name](**options()).filters_by_id}
-    assert filters == {"mlm", "lm", "section"}
+    assert filters == {"cloze", "mlm", "lm", "section"}
