@@ -29,7 +29,7 @@ from benchmarks.search import process_memory, seconds
 from example_scripts.demo import DEPTHS, MODELS, ROOT, measure, prepare, read
 from src import build
 from src.config import parse_config
-from src.device import fast_bf16
+from src.device import cpu_precision
 from src.index.files import has_index, read_description
 from src.index.quantized import Compression, code_size
 from src.index.sharded import ShardedIndex
@@ -117,7 +117,7 @@ class Bench:
         index = ("--load_index_path", self.home / row.directory, "--refine_factor", str(row.refine_factor))
         reader = ("--reader_model_type", ROOT / MODELS / "reader", "--n_context", "5", "--per_gpu_batch_size", "8")
         name = row.name.replace(" ", "")
-        answer = ("--generation_max_length", "32", "--precision", "bf16" if fast_bf16(CPU) else "fp32")
+        answer = ("--generation_max_length", "32", "--precision", cpu_precision())
         answered = self._evaluate(f"{name}-answer", *index, *reader, *answer)
         return measure(answered, self._evaluate(f"{name}-search", *index, *SEARCH))
 

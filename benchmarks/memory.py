@@ -90,51 +90,88 @@ def storages_of(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+class Sum(NamedTuple):
+    """Of two gradients of the same tensor, just made."""
+
+    storage: StorageWeakRef
+    size: int
+    term: StorageWeakRef  # to which the other gradient was added
+    before: int  # bytes alive before it was made
+
+
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside the block and are alive, and the most there were (`peak`)."""
+    """Counts the bytes of tensors that were made inside the block and are alive, and the most there were (`peak`).
+
+    Autograd adds a tensor's second gradient to the first one in place where nothing else holds that one, but not under
+    a dispatch mode (`isTensorSubclassLike` in ATen/TensorSubclassLikeUtils.h): such a sum is counted as if it were in
+    place. For a shared embedding it is as large as the whole vocabulary.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
         self._sizes: dict[StorageWeakRef, int] = {}
         self._bound = 0  # of the bytes alive: some that have died may still be counted
+        self._sum: Sum | None = None  # the result of the last operation, not yet counted
         self._resize = torch.UntypedStorage.resize_
 
     @property
     def now(self) -> int:
         """Bytes that are alive."""
+        self._settle()
+        return self._alive()
+
+    def _alive(self) -> int:
         self._sizes = {storage: size for storage, size in self._sizes.items() if not storage.expired()}
         self._bound = sum(self._sizes.values())
         return self._bound
 
     def __enter__(self) -> "LiveMemory":
         def resize(storage: torch.UntypedStorage, size: int) -> None:
+            self._settle()
             self._resize(storage, size)  # FSDP2 frees and fills gathered weights so, past the dispatcher
-            self._count(storage)
+            self._count(StorageWeakRef(storage), storage.nbytes())
 
         torch.UntypedStorage.resize_ = resize
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize
+        self._settle()
         super().__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
             return NotImplemented  # comes back with the tensors of this rank
+        self._settle()
         result = function(*args, **(kwargs or {}))
         given = {storage._cdata for storage in storages_of((args, kwargs))}
         for storage in storages_of(result):
             if storage._cdata not in given:  # neither a view nor changed in place
-                self._count(storage)
+                self._made(function, args, StorageWeakRef(storage), storage.nbytes())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        reference = StorageWeakRef(storage)
-        self._bound += storage.nbytes() - self._sizes.get(reference, 0)
-        self._sizes[reference] = storage.nbytes()
+    def _made(self, function: torch._ops.OpOverload, args: tuple, storage: StorageWeakRef, size: int) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()  # and not recomputing
+        if in_backward and function is torch.ops.aten.add.Tensor:
+            self._sum = Sum(storage, size, StorageWeakRef(args[0].untyped_storage()), self._alive())
+        else:
+            self._count(storage, size)
+
+    def _settle(self) -> None:
+        """Count the last sum, now that its term has died if nothing but autograd held it."""
+        made, self._sum = self._sum, None
+        if made is None:
+            return
+        if not made.term.expired():
+            self.peak = max(self.peak, made.before + made.size)
+        self._count(made.storage, made.size)
+
+    def _count(self, storage: StorageWeakRef, size: int) -> None:
+        self._bound += size - self._sizes.get(storage, 0)
+        self._sizes[storage] = size
         if self._bound > self.peak:
-            self.peak = max(self.peak, self.now)
+            self.peak = max(self.peak, self._alive())
 
 
 def make_reader(size: Size, dropout: float) -> FusionInDecoder:

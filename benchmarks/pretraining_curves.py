@@ -15,10 +15,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from example_scripts.demo import MODELS
-from src.device import fast_bf16
+from src.device import cpu_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURE = re.compile(r"([\d.]+) (\w+)")
@@ -88,7 +86,6 @@ def main() -> None:
     if not (data / "passages.jsonl").exists():
         call("preprocessing/prepare_demo.py", "--output_directory", data)
     train, held_out = split(data / "passages.jsonl", home, options.held_out)
-    precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"  # bf16 is many times slower where it is emulated
     flags = (
         *("--task", "mlm", "--train_data", train, "--eval_data", held_out, "--checkpoint_dir", home, "--restart"),
         *("--reader_model_type", models / "reader", "--retriever_model_path", models / "retriever", "--shuffle"),
@@ -96,7 +93,7 @@ def main() -> None:
         *("--per_gpu_batch_size", 16, "--text_maxlength", 128, "--generation_max_length", 24, "--dropout", 0),
         *("--lr", 5e-4, "--lr_retriever", 1e-4, "--warmup_steps", 10, "--scheduler", "linear"),
         *("--temperature_gold", 0.1, "--temperature_score", 0.1, "--mlm_mean_noise_span_length", 3),
-        *("--precision", precision),
+        *("--precision", cpu_precision()),
     )
     runs = {"with retrieval": ("retrieval", *RETRIEVAL, "--passages", data / "passages.jsonl")}
     runs |= {"closed book": ("closed", "--closed_book")}

@@ -16,9 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from src.device import fast_bf16
+from src.device import cpu_precision
 from src.metrics import exact_match, retrieval_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,8 +111,7 @@ def main() -> None:
     )
     search = (*flags, *SEARCHING, "--per_gpu_batch_size", "64")
     # most CPUs only emulate bf16, which finetune_qa.py would ask for
-    precision = "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
-    answer = (*flags, *READING, "--per_gpu_batch_size", "8", "--precision", precision)
+    answer = (*flags, *READING, "--per_gpu_batch_size", "8", "--precision", cpu_precision())
     answer += ("--reader_model_type", models / "reader")
 
     two_processes("evaluate.py", "--name", "before", *answer)

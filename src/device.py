@@ -70,6 +70,11 @@ def fast_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def cpu_precision() -> str:
+    """The precision in which this CPU computes fastest: bf16 is many times slower where it is only emulated."""
+    return "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+
+
 def tokenizer_processes(local_world_size: int) -> int:
     """Worker processes that tokenize ahead while this rank embeds."""
     return max(1, min(8, (os.cpu_count() or 1) // local_world_size))

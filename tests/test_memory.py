@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import BertConfig
 
 from benchmarks.memory import (
@@ -60,6 +61,22 @@ def test_live_memory():
     assert live.peak == 16000  # nothing is counted outside the block
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_are_added_in_place_unless_something_holds_them(hooked):
+    size = 4 * 100_000
+    weight, gradients = torch.zeros(100_000, requires_grad=True), []
+    weight.grad = torch.zeros_like(weight)
+    with LiveMemory() as live:
+        first, second = weight.view(-1), weight.view(-1)  # whose gradients add up to the weight's
+        if hooked:
+            for each in (first, second):
+                each.register_hook(gradients.append)
+        losses = F.embedding(torch.arange(3), first[:, None]), F.embedding(torch.arange(3), second[:, None])
+        sum(loss.sum() for loss in losses).backward()
+    tensors = 3 if hooked else 2
+    assert tensors * size <= live.peak < tensors * size + 1000
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -85,9 +102,9 @@ def test_a_fake_step_takes_what_a_real_one_takes(changes):
     assert working(SHAPE, RETRIEVER, settings, world_size=1, cuda=False) == pytest.approx(live.peak, rel=0.01)
 
 
-def _growth_of_the_process(settings):
+def _growth_of_the_process(shape, settings):
     """(bytes by which this process grew during a step, what `LiveMemory` says of the next one)."""
-    atlas, optimizers = build((256, 512, 3, 4), RETRIEVER, settings)
+    atlas, optimizers = build(shape, RETRIEVER, settings)
     batch = batch_of(settings, RETRIEVER.vocab_size, RETRIEVER.hidden_size)
 
     def resident(key):
@@ -108,11 +125,17 @@ def _growth_of_the_process(settings):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process")
-def test_a_process_grows_by_what_is_counted():
-    # long enough that activations are most of it, as in the large models
-    settings = Settings(n_context=20, text_maxlength=128, target_maxlength=16)
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        # long enough that activations are most of it, as in the large models
+        pytest.param((256, 512, 3, 4), Settings(n_context=20, text_maxlength=128, target_maxlength=16), id="long"),
+        pytest.param(SHAPE, STEP, id="narrow"),  # the vocabulary is most of it, of embeddings and of scores
+    ],
+)
+def test_a_process_grows_by_what_is_counted(shape, settings):
     names = "Settings, _growth_of_the_process"
-    command = f"from tests.test_memory import {names}; print(*_growth_of_the_process({settings!r}))"
+    command = f"from tests.test_memory import {names}; print(*_growth_of_the_process({shape}, {settings!r}))"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # frees go to the system
     words = [sys.executable, "-c", command]
     done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
