@@ -63,8 +63,14 @@ class Run:
     path: Path | None = None
     shots: int = 64
     seed: int = 0
-    flags: tuple[str, ...] = ()  # over those of the demo
-    searches: bool = True  # for recall@k; nothing is searched with the book closed
+    tuning: tuple[str, ...] = ()  # flags of finetune_qa.py, over those of the demo
+    flags: tuple[str, ...] = ()  # of all scripts
+    retrieves: bool = True
+
+    @property
+    def moves(self) -> bool:
+        """Whether the passages are embedded otherwise than by `models`."""
+        return self.path is not None or "--no-query_side_retriever_training" in self.tuning
 
 
 @dataclass(frozen=True)
@@ -94,43 +100,59 @@ class Bench:
             if subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode:
                 raise SystemExit(f"{words[0]} failed: see {log}")
 
+    def embed(self, models: Path) -> None:
+        """Save an index of the corpus: the runs that embed it alike open it."""
+        index = self._index(models)
+        if not (ROOT / index / "index.json").exists():
+            corpus = ("--passages", self.data / "passages.jsonl", "--save_index_path", index)
+            self._evaluate(f"index-{index.name}", models, *SEARCHING, *corpus)
+
     def run(self, run: Run) -> Measured:
-        """Train and evaluate, unless the results are there."""
-        steps = FINE_TUNING_STEPS if run.shots else 0
-        answered = ROOT / self.home / "runs" / run.name / f"test-step-{steps}.jsonl"
-        if not answered.exists():
-            reading = (*READING, "--reader_model_type", run.models / "reader", "--precision", "fp32")
-            flags = (*self._flags(run.name, run), *reading, "--per_gpu_batch_size", "16", "--seed", str(run.seed))
-            if run.path:
-                flags += ("--model_path", run.path)
-            if run.shots:
-                tuning = ("--train_data", self.data / f"train.{run.shots}-shot.jsonl", *FINE_TUNING, "--restart")
-                length = ("--total_steps", str(steps), "--eval_freq", str(steps - 1))
-                self.script(run.name, "finetune_qa.py", *flags, *tuning, *length, *run.flags)
-            else:
-                self.script(run.name, "evaluate.py", *flags, *run.flags)
-        right = np.array([exact_match(row["generation"], row["answers"]) for row in read(answered)], dtype=float)
-        return Measured(right, self._recall(run) if run.searches else {})
+        """Train, read, search."""
+        flags = run.flags
+        if run.moves:
+            flags += ("--passages", self.data / "passages.jsonl")
+        elif run.retrieves:
+            flags += ("--load_index_path", self._index(run.models))
+        path = run.path
+        if run.shots:
+            path = self.home / "runs" / run.name
+            if not (ROOT / path / f"checkpoint/step-{FINE_TUNING_STEPS}").exists():
+                self._tune(run, *flags)
+        if path is not None:
+            flags += ("--model_path", path)
+        batch = ("--per_gpu_batch_size", "32")
+        reading = (*READING, "--reader_model_type", run.models / "reader", "--precision", "fp32", *batch)
+        rows = self._evaluate(f"{run.name}-read", run.models, *reading, *flags)
+        right = np.array([exact_match(row["generation"], row["answers"]) for row in rows], dtype=float)
+        if not run.retrieves:
+            return Measured(right, {})
+        rows = self._evaluate(f"{run.name}-search", run.models, *SEARCHING, *batch, *flags)
+        recalls = [retrieval_metrics(row["passages"], row["answers"]) for row in rows]
+        return Measured(right, {k: np.array([row[f"recall@{k}"] for row in recalls], dtype=float) for k in DEPTHS})
 
-    def _recall(self, run: Run) -> dict[int, np.ndarray]:
-        """Recall@k of a search with a run's models, deeper than it reads."""
-        name = f"{run.name}-search"
-        found = ROOT / self.home / "runs" / name / "test-step-0.jsonl"
-        if not found.exists():
-            path = self.home / "runs" / run.name if run.shots else run.path
-            from_path = ("--model_path", path) if path else ()
-            index = run.flags if not run.shots else ()
-            batch = ("--per_gpu_batch_size", "64")
-            self.script(name, "evaluate.py", *self._flags(name, run), *SEARCHING, *batch, *from_path, *index)
-        recalls = [retrieval_metrics(row["passages"], row["answers"]) for row in read(found)]
-        return {k: np.array([recall[f"recall@{k}"] for recall in recalls], dtype=float) for k in DEPTHS}
+    def _index(self, models: Path) -> Path:
+        return self.home / "indices" / "-".join(models.parts[-2:])
 
-    def _flags(self, name: str, run: Run) -> tuple:
-        return (
-            *("--name", name, "--checkpoint_dir", self.home / "runs", "--write_results"),
-            *("--eval_data", self.data / "test.jsonl", "--passages", self.data / "passages.jsonl"),
-            *("--retriever_model_path", run.models / "retriever"),
+    def _tune(self, run: Run, *flags: object) -> None:
+        """Fine-tune as the demo does, in one process."""
+        self.script(
+            *(run.name, "finetune_qa.py", "--name", run.name, "--checkpoint_dir", self.home / "runs", "--restart"),
+            *("--train_data", self.data / f"train.{run.shots}-shot.jsonl", *READING, *FINE_TUNING),
+            *("--reader_model_type", run.models / "reader", "--retriever_model_path", run.models / "retriever"),
+            *("--total_steps", str(FINE_TUNING_STEPS), "--per_gpu_batch_size", "16", "--precision", "fp32"),
+            *("--seed", str(run.seed), *flags, *run.tuning),
         )
+
+    def _evaluate(self, name: str, models: Path, *flags: object) -> list[dict]:
+        """The rows of evaluate.py's results on the test questions."""
+        results = ROOT / self.home / "runs" / name / "test-step-0.jsonl"
+        if not results.exists():
+            self.script(
+                *(name, "evaluate.py", "--name", name, "--checkpoint_dir", self.home / "runs", "--write_results"),
+                *("--eval_data", self.data / "test.jsonl", "--retriever_model_path", models / "retriever", *flags),
+            )
+        return read(results)
 
     def pretrained(self, *, distillation: bool) -> Path:
         """Models pretrained for a part of the steps, exported; the directory."""
@@ -174,7 +196,6 @@ def groups(bench: Bench, pretraining: Path) -> list[Group]:
     start = pretraining / "start"
     few = over_seeds(Run("few"))
     tied = ("--no-query_side_retriever_training",)
-    closed = ("--closed_book",)
     part = {name: bench.pretrained(distillation=name == "with") for name in ("with", "without")}
     return [
         Group(
@@ -183,7 +204,7 @@ def groups(bench: Bench, pretraining: Path) -> list[Group]:
             "that match words and are ready to copy. With the book closed the reader sees the question alone.",
             {
                 "pretrained": few,
-                "book closed": over_seeds(Run("closed", flags=closed, searches=False)),
+                "book closed": over_seeds(Run("closed", flags=("--closed_book",), retrieves=False)),
                 "not pretrained": over_seeds(Run("unpretrained", models=start)),
             },
         ),
@@ -204,15 +225,15 @@ def groups(bench: Bench, pretraining: Path) -> list[Group]:
             "or at the end only.",
             {
                 "query encoder": few,
-                "nothing": over_seeds(Run("frozen", flags=("--no-train_retriever",))),
-                "both encoders": over_seeds(Run("tied", flags=tied)),
-                "both, index refreshed": over_seeds(Run("refreshed", flags=(*tied, "--refresh_index", "10"))),
+                "nothing": over_seeds(Run("frozen", tuning=("--no-train_retriever",))),
+                "both encoders": over_seeds(Run("tied", tuning=tied)),
+                "both, index refreshed": over_seeds(Run("refreshed", tuning=(*tied, "--refresh_index", "10"))),
             },
         ),
         Group(
             "How the reader judges passages",
             "On 64 examples.",
-            {"pdist": few} | {mode: over_seeds(Run(mode, flags=("--gold_score_mode", mode))) for mode in MODES},
+            {"pdist": few} | {mode: over_seeds(Run(mode, tuning=("--gold_score_mode", mode))) for mode in MODES},
         ),
         Group(
             "Compressed indices",
@@ -324,6 +345,7 @@ def main() -> None:
     runs += [run for points in all_curves.values() for row in points.values() for run in row]
     runs = list(dict.fromkeys(runs))
     with ThreadPoolExecutor(2) as pool:
+        list(pool.map(bench.embed, sorted({run.models for run in runs if run.retrieves and not run.moves})))
         measured = dict(zip(runs, pool.map(bench.run, runs), strict=True))
     plot = options.output.with_suffix(".png")
     draw(all_curves, measured, ROOT / plot)

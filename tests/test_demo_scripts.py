@@ -70,26 +70,34 @@ def built(flags, questions):
         (output / name / "tokenizer_config.json").touch()
 
 
-def evaluated(program, flags, questions):
-    config = parse_config(flags, program=program, **(finetune_qa.PRESET if program == "finetune_qa" else {}))
-    steps = 0 if program == "evaluate" else config.optimisation.total_steps
+def tuned(flags, questions):
+    config = parse_config(flags, program="finetune_qa", **finetune_qa.PRESET)
+    step = f"step-{config.optimisation.total_steps}"
+    (Path(config.run.checkpoint_dir) / config.run.name / "checkpoint" / step).mkdir(parents=True)
+
+
+def evaluated(flags, questions):
+    config = parse_config(flags, program="evaluate")
     directory = Path(config.run.checkpoint_dir) / config.run.name
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True)
+    if config.index.save_index_path:
+        Path(config.index.save_index_path).mkdir(parents=True)
+        (Path(config.index.save_index_path) / "index.json").touch()
     rng = random.Random(config.run.name)
     rows = [
         {"query": row["question"], "answers": row["answers"], "generation": str(rng.randrange(3))}
         | {"passages": [{"id": str(k), "title": "", "text": str(rng.randrange(40))} for k in range(20)]}
         for row in questions
     ]
-    (directory / f"test-step-{steps}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "test-step-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 SCRIPTS = {
     "train.py": trained,
     "make_tiny_models.py": built,
     "export_huggingface.py": exported,
-    "finetune_qa.py": lambda *others: evaluated("finetune_qa", *others),
-    "evaluate.py": lambda *others: evaluated("evaluate", *others),
+    "finetune_qa.py": tuned,
+    "evaluate.py": evaluated,
 }
 
 
