@@ -26,7 +26,7 @@ READING = ("--task", "qa", "--text_maxlength", "128", "--n_context", "5", "--gen
 SEARCHING = ("--task", "qa", "--text_maxlength", "128", "--n_context", str(max(DEPTHS)), "--retrieve_only")
 # chosen on dev.jsonl
 FINE_TUNING = (
-    *("--retriever_n_context", "5", "--lr", "2e-4", "--lr_retriever", "1e-4", "--dropout", "0", "--shuffle"),
+    *("--retriever_n_context", "5", "--lr", "5e-4", "--lr_retriever", "1e-4", "--dropout", "0", "--shuffle"),
     *("--temperature_gold", "0.1", "--temperature_score", "0.1"),
 )
 FINE_TUNING_STEPS = 40  # with 16 examples in each
@@ -119,7 +119,7 @@ def main() -> None:
     two_processes(
         "finetune_qa.py",
         *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *answer, *FINE_TUNING),
-        *("--total_steps", str(steps), "--eval_freq", str(steps)),
+        *("--total_steps", str(steps), "--eval_freq", str(steps // 2)),
     )
     two_processes("evaluate.py", "--name", "after-search", *search, "--model_path", experiments / "after")
     after = experiments / "after" / f"{test.stem}-step-{steps}.jsonl"
