@@ -70,13 +70,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
-    data, home = options.directory / "data", options.directory / "pretraining"
+    directory = options.directory / "short" if options.short else options.directory
+    data, home, steps = directory / "data", directory / "pretraining", (6, 6) if options.short else STEPS
     prepare(data)
     build(data, home / "start", options.seed)
-    export(pretrain(data, home / "start", home, options.seed), home / "models")
+    export(pretrain(data, home / "start", home, options.seed, steps), home / "models")
     print(f"\nThe pretrained models: {home}/models/reader and {home}/models/retriever. See what they can do:")
-    print(f"python example_scripts/demo.py --directory {options.directory} --models {home / 'models'}")
+    print(f"python example_scripts/demo.py --directory {directory} --models {home / 'models'}")
 
 
 if __name__ == "__main__":
