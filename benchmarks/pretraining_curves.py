@@ -28,13 +28,15 @@ def call(*words: object) -> None:
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
-def split(passages: Path, directory: Path, held_out: int) -> tuple[Path, Path]:
-    """The corpus's lines to train on, and those to evaluate on."""
-    lines = passages.read_text(encoding="utf-8").splitlines(keepends=True)
-    random.Random(0).shuffle(lines)
+def split(data: Path, directory: Path, held_out: int) -> tuple[Path, Path]:
+    """The corpus's lines to train on, and those to evaluate on: about things that the models were not pretrained on."""
+    corpus, seen = ((data / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("passages", "passages.train"))
+    seen = seen.splitlines(keepends=True)
+    others = sorted(set(corpus.splitlines(keepends=True)) - set(seen))
+    random.Random(0).shuffle(others)
     train, held = directory / "train.jsonl", directory / "held_out.jsonl"
-    held.write_text("".join(lines[:held_out]), encoding="utf-8")
-    train.write_text("".join(lines[held_out:]), encoding="utf-8")
+    held.write_text("".join(others[:held_out]), encoding="utf-8")
+    train.write_text("".join(seen), encoding="utf-8")
     return train, held
 
 
@@ -85,7 +87,7 @@ def main() -> None:
     data, models, every = home / "data", ROOT / MODELS, options.steps // options.evaluations
     if not (data / "passages.jsonl").exists():
         call("preprocessing/prepare_demo.py", "--output_directory", data)
-    train, held_out = split(data / "passages.jsonl", home, options.held_out)
+    train, held_out = split(data, home, options.held_out)
     flags = (
         *("--task", "mlm", "--train_data", train, "--eval_data", held_out, "--checkpoint_dir", home, "--restart"),
         *("--reader_model_type", models / "reader", "--retriever_model_path", models / "retriever", "--shuffle"),

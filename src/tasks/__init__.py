@@ -21,8 +21,8 @@ __all__ = ["TASKS", "Example", "Task", "example_rng"]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "base": lambda **others: Task(**_needs(**others)),
-    "cloze": lambda **others: Cloze(**_needs(**others)),
     "qa": lambda qa_prompt_format, **others: QA(qa_prompt_format, **_needs(**others)),
+    "cloze": lambda **others: Cloze(**_needs(**others)),
     "mlm": lambda tokenizer, text_maxlength, mlm_noise_density, mlm_mean_noise_span_length, **others: MLM(
         tokenizer, text_maxlength, mlm_noise_density, mlm_mean_noise_span_length, **_of_texts(**others)
     ),
