@@ -208,6 +208,8 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capfd, changes, senten
     write_jsonl(tmp_path / "blank.jsonl", [{"id": "1", "text": ""}, {"id": "2", "text": " "}])
     (tmp_path / "broken.jsonl").write_text('{"question": \n')
     (tmp_path / "empty.jsonl").write_text("\n")
+    world()  # the first test that needs it makes it, with progress bars
+    capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, **changes)
     assert ended.value.code == 1
