@@ -18,7 +18,7 @@ $(READY): requirements.txt requirements-dev.txt requirements-demo.txt requiremen
 demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions on 2 processes, show what was learnt
 	$(BIN)/python example_scripts/demo.py $(DEMO_FLAGS)
 
-demo-pretrain: $(READY) ## pretrain these tiny models from nothing (an hour)
+demo-pretrain: $(READY) ## pretrain these tiny models from nothing (half an hour)
 	$(BIN)/python example_scripts/demo_pretrain.py $(DEMO_FLAGS)
 
 test: $(READY)   ## the quick tests

