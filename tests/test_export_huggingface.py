@@ -115,6 +115,21 @@ def test_what_is_written(trained):
     assert not torch.equal(*(load_weights(output / f"{side}_encoder") for side in ("query", "passage")))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("fp16", 2**-11), ("bf16", 2**-8)])
+def test_in_half_the_bytes(trained, tmp_path, dtype, error):
+    run_directory, whole = trained
+    half = export(run_directory, tmp_path / "half", "--dtype", dtype)
+    for side in ("query", "passage"):
+        weights = [load_weights(output / f"{side}_encoder") for output in (whole, half)]
+        assert weights[1].dtype == torch.float32  # rounded in the file, computed with as ever
+        assert_close(weights[1], weights[0], rtol=error, atol=1e-6)
+    sizes = [(output / "reader/model.safetensors").stat().st_size for output in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert T5ForConditionalGeneration.from_pretrained(half / "reader").dtype == getattr(
+        torch, {"fp16": "float16", "bf16": "bfloat16"}[dtype]
+    )
+
+
 def load_weights(directory):
     retriever = load_retriever(str(directory), query_side=False, dropout=None)
     return torch.cat([tensor.flatten() for tensor in retriever.query_encoder.state_dict().values()])
