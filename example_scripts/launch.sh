@@ -60,13 +60,13 @@ run() {
     if [ -z "${SLURM_JOB_ID:-}" ]; then
         "${words[@]}" --standalone "$@" "${OVERRIDES[@]}" &
     else
-        local head
-        head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        local hosts # not `| head -n 1`: closing the pipe early would kill scontrol, and with pipefail this script
+        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
         # One torchrun on each node. Since SLURM 22.05 srun does not take over --cpus-per-task. A node that has saved
         # and ended must not take the others down.
         srun --ntasks "$NODES" --ntasks-per-node 1 --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 \
             "${words[@]}" --nnodes "$NODES" --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" \
-            --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))" "$@" "${OVERRIDES[@]}" &
+            --rdzv_endpoint "${hosts%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))" "$@" "${OVERRIDES[@]}" &
     fi
     local child=$! status=0 asked=""
     trap 'asked=requeue; kill -USR1 "$child" || true' USR1

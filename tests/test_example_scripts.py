@@ -220,7 +220,7 @@ signal.signal(signal.SIGUSR1, forward)
 sys.exit(max(abs(task.wait()) for task in tasks))
 """
 SCONTROL = """#!/bin/sh
-if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "$@" >> {calls}; fi
+if [ "$1" = show ]; then echo 127.0.0.1; sleep 0.2; echo other; else echo "$@" >> {calls}; fi
 """
 
 
