@@ -265,6 +265,34 @@ def percent(values: list[np.ndarray]) -> str:
     return f"{np.mean(means):.1f}" + (f" ± {np.std(means, ddof=1):.1f}" if len(means) > 1 else "")
 
 
+def verdict(p: float) -> str:
+    """As a cell: p, and whether it shows anything where ten or more differences of one page are looked at."""
+    return f"{p:.4f}" if p < 0.01 else f"{p:.2g}: not shown"
+
+
+def aims(bench: Bench, all_groups: list[Group], measured: dict[Run, Measured]) -> str:
+    """The table of what had been asked of the models before any of them was made, and what became of it."""
+    after, distilled = (all_groups[i].rows for i in (0, 1))
+    right = {name: 100 * float(np.mean([measured[run].right for run in runs])) for name, runs in after.items()}
+    found = 100 * float(np.mean([measured[run].recall[5] for run in after["pretrained"]]))
+    sides = [[measured[run].recall[5] for run in runs] for runs in distilled.values()]  # with, without
+    gain, p = 100 * float(np.mean(sides[0]) - np.mean(sides[1])), significance(*sides)
+    guess = 100 * bench.commonest()
+    lines = [
+        ("exact match after 64 examples: 60 or more", right["pretrained"], right["pretrained"] >= 60),
+        ("recall@5 after 64 examples: 90 or more", found, found >= 90),
+        (
+            f"book closed: at most {guess + 3:.1f}, of guessing and 3",
+            right["book closed"],
+            right["book closed"] <= guess + 3,
+        ),
+        ("not pretrained: exact match of 5 or less", right["not pretrained"], right["not pretrained"] <= 5),
+        (f"distillation: 5 points of recall@5 or more, p < 0.01 (p = {p:.4f})", gain, gain >= 5 and p < 0.01),
+    ]
+    rows = [[asked, f"{value:.1f}", "holds" if holds else "**does not hold**"] for asked, value, holds in lines]
+    return table(["asked", "measured", ""], rows)
+
+
 def lines_of(group: Group, measured: dict[Run, Measured]) -> str:
     """The table of a group: with p of each difference from the first row."""
     base, lines = None, []
@@ -276,9 +304,9 @@ def lines_of(group: Group, measured: dict[Run, Measured]) -> str:
             base = here
             cells += ["", ""]
         else:
-            cells.append(f"{significance([one.right for one in base], [one.right for one in here]):.4f}")
+            cells.append(verdict(significance([one.right for one in base], [one.right for one in here])))
             recalls = [[one.recall[5] for one in side] if side[0].recall else None for side in (base, here)]
-            cells.append(f"{significance(*recalls):.4f}" if all(recalls) else "")
+            cells.append(verdict(significance(*recalls)) if all(recalls) else "")
         lines.append(cells)
     head = ["", "exact match", *(f"recall@{k}" for k in DEPTHS), "p (exact match)", "p (recall@5)"]
     return table(head, lines)
@@ -320,12 +348,15 @@ def page(bench: Bench, all_groups: list[Group], measured: dict[Run, Measured], p
         f"Written by `python -m benchmarks.evidence`: {n} test questions over {relations} relations, about things that "
         "neither pretraining nor any example is about. Where a ± stands, three seeds of fine-tuning, their mean and "
         "standard deviation; p is of the difference from a table's first row, by flipping the signs of the questions' "
-        "differences (two-sided). Recall@k is the share of questions for which one of the first k passages holds the "
-        "answer, as in question answering at large: an answer that many passages hold, like a continent, is easily "
-        f"found. Always giving the commonest answer to a relation would be right for {100 * bench.commonest():.1f} %.",
+        "differences (two-sided); one of 0.01 or more counts as not shown. Recall@k is the share of questions for "
+        "which one of the first k passages holds the answer, as in question answering at large: an answer that many "
+        "passages hold, like a continent, is easily found. Guessing, always the commonest answer to a relation, would "
+        f"be right for {100 * bench.commonest():.1f} %.",
         f"![Exact match and recall over pretraining and over examples]({plot})",
         "Left: the models as pretraining leaves them, without any example; first the reader learns alone, then both. "
         "Right: after fine-tuning.",
+        "## What had been asked for",
+        aims(bench, all_groups, measured),
     ]
     for group in all_groups:
         parts += [f"## {group.title}", group.text, lines_of(group, measured)]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,8 @@ def test_the_page_of_evidence(commands, monkeypatch, tmp_path):
     assert len(names) == len(set(names)) > 50
     page = (tmp_path / "docs/evidence.md").read_text()
     assert "40 test questions over 2 relations" in page and "would be right for 35.0 %" in page
+    assert re.search(r"\| exact match after 64 examples: 60 or more \| [2-4]\d\.\d \| \*\*does not hold\*\* \|", page)
+    assert re.search(r"\| recall@5 after 64 examples: 90 or more \| \d+\.\d \| ", page)
     assert (tmp_path / "docs/evidence.png").stat().st_size > 10_000
     for row in ("book closed", "not pretrained", "without distillation", "loop", "both, index refreshed", "OPQ-32"):
         assert f"\n| {row} | " in page
