@@ -73,7 +73,8 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
     directory = options.directory / "short" if options.short else options.directory
-    data, home, steps = directory / "data", directory / "pretraining", (6, 6) if options.short else STEPS
+    data, steps = directory / "data", (6, 6) if options.short else STEPS
+    home = directory / (f"pretraining-{options.seed}" if options.seed else "pretraining")
     prepare(data)
     build(data, home / "start", options.seed)
     export(pretrain(data, home / "start", home, options.seed, steps), home / "models")
