@@ -93,6 +93,10 @@ class Bench:
         (ROOT / home / "logs").mkdir(exist_ok=True)
         self.questions, self.train = (read(ROOT / self.data / f"{name}.jsonl") for name in ("test", "train"))
         self._same_as_before()
+        for seed in SEEDS[1:]:
+            drawn = random.Random(seed).sample(self.train, len(self.train))
+            for shots in SHOTS[1:]:
+                write_jsonl(ROOT / self._examples(shots, seed), balance(drawn, shots))
 
     def _same_as_before(self) -> None:
         """Raises: SystemExit, where the runs in the directory are of other models or questions."""
@@ -158,12 +162,8 @@ class Bench:
         return self.home / "indices" / "-".join(models.parts[-3:])
 
     def _examples(self, shots: int, seed: int) -> Path:
-        """A file of training questions, of all relations alike: for seed 0 that of the demo."""
-        if seed == 0:
-            return self.data / f"train.{shots}-shot.jsonl"
-        file = self.home / f"train.{shots}-shot.{seed}.jsonl"
-        write_jsonl(ROOT / file, balance(random.Random(seed).sample(self.train, len(self.train)), shots))
-        return file
+        """A file of training questions: for seed 0 that of the demo."""
+        return self.data / f"train.{shots}-shot.jsonl" if seed == 0 else self.home / f"train.{shots}-shot.{seed}.jsonl"
 
     def _tune(self, run: Run, *flags: object) -> Path:
         """Fine-tune as the demo does, in one process; the run's directory."""
