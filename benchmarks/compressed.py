@@ -6,12 +6,13 @@
 Embeds the 20,338 passages of the demo once (all-MiniLM-L6-v2: 384 numbers, mean pooling, unit length), compresses that
 index in several ways, and measures each: bytes per passage, resident memory, seconds to build, queries/s, and what
 evaluate.py makes of it: recall@k of the search, and exact match of the demo's tiny reader, which knows nothing of this
-encoder. Prints two Markdown tables, the second with what these bytes mean for larger corpora. What `make demo` or an
-earlier call has left is used again: the corpus, the embeddings.
+encoder. Prints two Markdown tables, the second with what these bytes mean for larger corpora. The embeddings of an
+earlier call are used again.
 """
 
 import argparse
 import gc
+import hashlib
 import importlib.util
 import os
 import re
@@ -29,7 +30,6 @@ from benchmarks.search import process_memory, seconds
 from example_scripts.demo import DEPTHS, MODELS, READING, ROOT, SEARCHING, measure, prepare, read
 from src import build
 from src.config import parse_config
-from src.device import cpu_precision
 from src.index.files import has_index, read_description
 from src.index.quantized import Compression, code_size
 from src.index.sharded import ShardedIndex
@@ -80,6 +80,19 @@ def find_encoder() -> Path:
     return Path(package.origin).parent / "model"
 
 
+def only_of(directory: Path, *files: Path) -> None:
+    """Mark what will lie in `directory` as made of these files.
+
+    Raises:
+        SystemExit: it was made of others.
+    """
+    mark = directory / "made_of"
+    hashes = " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    if mark.exists() and mark.read_text() != hashes:
+        sys.exit(f"{directory} was made of other data or models: remove it, or give another directory")
+    mark.write_text(hashes)
+
+
 class Bench:
     """The corpus, the models, and the embeddings, made once."""
 
@@ -88,6 +101,8 @@ class Bench:
         self.encoder = find_encoder()
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of all that is called
         prepare(demo / "data")
+        self.home.mkdir(exist_ok=True)
+        only_of(self.home, self.demo / "data/passages.jsonl", self.encoder / "model.safetensors")
         if not has_index(self.home / "flat"):
             corpus = ("--passages", self.demo / "data/passages.jsonl", "--save_index_path", self.home / "flat")
             self._evaluate("embed", *corpus, *SEARCH)
@@ -117,7 +132,7 @@ class Bench:
         index = ("--load_index_path", self.home / row.directory, "--refine_factor", str(row.refine_factor))
         reader = ("--reader_model_type", ROOT / MODELS / "reader", "--per_gpu_batch_size", "8")
         name = row.name.replace(" ", "")
-        answered = self._evaluate(f"{name}-answer", *index, *READING, *reader, "--precision", cpu_precision())
+        answered = self._evaluate(f"{name}-answer", *index, *READING, *reader, "--precision", "fp32")
         return measure(answered, self._evaluate(f"{name}-search", *index, *SEARCH))
 
     def open(self, row: Row) -> ShardedIndex:
@@ -203,8 +218,10 @@ def main() -> None:
     described = read_description(bench.home / "flat")
     lines = []
     for row, measured, resident in zip(all_rows, quality, memory, strict=True):
-        cells = [row.name, str(row.bytes_per_passage(described.dimension)), f"{resident / 1e6:.1f}"]
-        cells += [f"{built.get(row.directory, embedding):.1f}", f"{options.batch / speed[row.name]:.0f}"]
+        disk = f" (+ {2 * described.dimension} on disk)" if row.refine_factor > 1 else ""
+        building = f"{built[row.directory]:.1f}" if row.directory in built else f"{embedding:.1f} (embedding)"
+        cells = [row.name, f"{row.bytes_per_passage(described.dimension)}{disk}", f"{resident / 1e6:.1f}", building]
+        cells.append(f"{options.batch / speed[row.name]:.0f}")
         lines.append(cells + [f"{measured[f'recall@{k}']:.1f}" for k in DEPTHS] + [f"{measured['exact match']:.1f}"])
     head = ["", "bytes per passage", "memory, MB", "build, s", "queries/s", *(f"recall@{k}" for k in DEPTHS), "EM"]
     print(f"\n{described.size} passages of {described.dimension} numbers, {options.batch} queries at once,", end=" ")

@@ -13,7 +13,6 @@ times), where a question's value is the mean over the seeds.
 """
 
 import argparse
-import hashlib
 import importlib.util
 import os
 import random
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.compressed import table
+from benchmarks.compressed import only_of, table
 from example_scripts.demo import (
     DEPTHS,
     FINE_TUNING,
@@ -92,25 +91,12 @@ class Bench:
         prepare(self.data)
         (ROOT / home / "logs").mkdir(exist_ok=True)
         self.questions, self.train = (read(ROOT / self.data / f"{name}.jsonl") for name in ("test", "train"))
-        self._same_as_before()
+        models = [ROOT / pretraining / f"{name}/reader/model.safetensors" for name in ("start", "models")]
+        only_of(ROOT / home, ROOT / self.data / "test.jsonl", *models)
         for seed in SEEDS[1:]:
             drawn = random.Random(seed).sample(self.train, len(self.train))
             for shots in SHOTS[1:]:
                 write_jsonl(ROOT / self._examples(shots, seed), balance(drawn, shots))
-
-    def _same_as_before(self) -> None:
-        """Raises: SystemExit, where the runs in the directory are of other models or questions."""
-        files = [
-            self.data / "test.jsonl",
-            *(self.pretraining / f"{m}/reader/model.safetensors" for m in ("start", "models")),
-        ]
-        now = " ".join(hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in files)
-        mark = ROOT / self.home / "made_of"
-        if mark.exists() and mark.read_text() != now:
-            raise SystemExit(
-                f"{self.home} has runs of other models or questions: remove it, or give another --directory"
-            )
-        mark.write_text(now)
 
     def script(self, name: str, done: Path, *words: object) -> None:
         """Run a script in one thread, unless the same command has made `done`. Raises: SystemExit."""

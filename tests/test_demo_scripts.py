@@ -187,7 +187,7 @@ def test_the_page_of_evidence(written, tmp_path):
     assert {words[words.index("--name") + 1] for words in commands if "--name" in words} <= stages
     assert (tmp_path / "docs/evidence.md").read_text() == page
     (tmp_path / "demo/pretraining/models/reader/model.safetensors").write_text("others")
-    with pytest.raises(SystemExit, match="demo/evidence has runs of other models or questions: remove it"):
+    with pytest.raises(SystemExit, match="demo/evidence was made of other data or models: remove it"):
         evidence.main()
 
 
