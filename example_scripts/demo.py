@@ -102,22 +102,25 @@ def main() -> None:
         lines = (ROOT / data / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (ROOT / test).write_text("".join(lines[:40]), encoding="utf-8")
     flags = (
-        *("--eval_data", test, "--passages", data / "passages.jsonl", "--checkpoint_dir", experiments),
-        *("--retriever_model_path", models / "retriever", "--write_results"),
+        *("--eval_data", test, "--checkpoint_dir", experiments, "--retriever_model_path", models / "retriever"),
+        "--write_results",
     )
+    # the passages are embedded once: fine-tuning changes the encoder of queries only
+    embed = ("--passages", data / "passages.jsonl", "--save_index_path", home / "index")
+    index = ("--load_index_path", home / "index")
     search = (*flags, *SEARCHING, "--per_gpu_batch_size", "64")
     # not bf16, which finetune_qa.py would ask for: the figures are the same on all CPUs then
     answer = (*flags, *READING, "--per_gpu_batch_size", "8", "--precision", "fp32")
     answer += ("--reader_model_type", models / "reader")
 
-    two_processes("evaluate.py", "--name", "before", *answer)
-    two_processes("evaluate.py", "--name", "before-search", *search)
+    two_processes("evaluate.py", "--name", "before", *answer, *embed)
+    two_processes("evaluate.py", "--name", "before-search", *search, *index)
     two_processes(
         "finetune_qa.py",
         *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *answer, *FINE_TUNING),
-        *("--total_steps", str(steps), "--eval_freq", str(steps // 2)),
+        *("--total_steps", str(steps), "--eval_freq", str(steps // 2), *index),
     )
-    two_processes("evaluate.py", "--name", "after-search", *search, "--model_path", experiments / "after")
+    two_processes("evaluate.py", "--name", "after-search", *search, *index, "--model_path", experiments / "after")
     after = experiments / "after" / f"{test.stem}-step-{steps}.jsonl"
     before = experiments / "before" / f"{test.stem}-step-0.jsonl"
     searches = [experiments / f"{name}-search" / f"{test.stem}-step-0.jsonl" for name in ("before", "after")]
