@@ -595,7 +595,7 @@ def _what_is_where(config: Config, directory: Path, step: int) -> str:
     """The last line of a run: where to look."""
     places = [f"log in {directory / 'run.log'}"]
     if config.run.train_data and (latest := latest_checkpoint(directory)):
-        places.append(f"model in {latest}")
+        places.append(f"model in {directory / 'checkpoint' / latest.name}")
     if config.run.write_results:
         names = map(evaluation_name, config.run.eval_data)
         places += [f"results in {directory / f'{name}-step-{step}.jsonl'}" for name in names]
