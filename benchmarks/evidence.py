@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -204,11 +205,15 @@ def over_seeds(run: Run) -> list[Run]:
     return [replace(run, name=f"{run.name}-{seed}", seed=seed) for seed in SEEDS]
 
 
+@cache
+def random_signs(n: int) -> np.ndarray:
+    return np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, n))
+
+
 def significance(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     """Two-sided p of the difference of means, by flipping the signs of the questions' differences."""
     differences = np.mean(one, axis=0) - np.mean(other, axis=0)  # (n,)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], (FLIPS, len(differences)))
-    as_far = np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9
+    as_far = np.abs(random_signs(len(differences)) @ differences) >= abs(differences.sum()) - 1e-9
     return (1 + int(as_far.sum())) / (1 + FLIPS)
 
 
