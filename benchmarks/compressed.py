@@ -100,7 +100,6 @@ class Bench:
         self.demo, self.home = ROOT / demo, ROOT / demo / "compressed"
         self.encoder = find_encoder()
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of all that is called
-        prepare(demo / "data")
         self.home.mkdir(exist_ok=True)
         only_of(self.home, self.demo / "data/passages.jsonl", self.encoder / "model.safetensors")
         if not has_index(self.home / "flat"):
@@ -204,6 +203,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     faiss.omp_set_num_threads(options.threads)
     start_log(None)  # what is being trained
+    if not options.memory_of:  # that measures on what is there
+        prepare(options.directory / "data")
     bench, all_rows = Bench(options.directory, options.threads), rows(options.refine_factor)
     if options.memory_of:
         print(bench.memory(next(row for row in all_rows if row.name == options.memory_of), options.batch))
