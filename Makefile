@@ -8,7 +8,7 @@ READY := .venv/.ready
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
-$(READY): requirements.txt requirements-dev.txt requirements-demo.txt requirements-wikipedia.txt
+$(READY): pyproject.toml requirements.txt requirements-dev.txt requirements-demo.txt
 	@echo "Installing into .venv (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
@@ -16,10 +16,10 @@ $(READY): requirements.txt requirements-dev.txt requirements-demo.txt requiremen
 	@touch $(READY)
 
 demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions on 2 processes, show what was learnt
-	$(BIN)/python example_scripts/demo.py $(DEMO_FLAGS)
+	$(BIN)/python -m example_scripts.demo $(DEMO_FLAGS)
 
 demo-pretrain: $(READY) ## pretrain these tiny models from nothing (half an hour)
-	$(BIN)/python example_scripts/demo_pretrain.py $(DEMO_FLAGS)
+	$(BIN)/python -m example_scripts.demo_pretrain $(DEMO_FLAGS)
 
 test: $(READY)   ## the quick tests
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,12 +1,12 @@
 """Evaluate a model, or with --retrieve_only its retriever: `torchrun ... evaluate.py --task ...` or plain `python`."""
 
-from src.config import parse_config
+from atlas.config import parse_config
 
 
 def main() -> None:
     """Parse, build, run."""
     config = parse_config(program="evaluate")
-    from src import build  # imports torch: a wrong flag is answered before that
+    from atlas import build  # imports torch: a wrong flag is answered before that
 
     build.run(config, build.evaluate)
 

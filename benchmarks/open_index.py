@@ -26,13 +26,13 @@ import faiss
 import numpy as np
 import torch
 
+from atlas.index import files
+from atlas.index.flat import FlatIndex
+from atlas.index.passages import open_passages
+from atlas.index.quantized import Compression
+from atlas.index.sharded import ShardedIndex
+from atlas.index.storage import compress_index, open_index, save_index
 from benchmarks.search import process_memory, random_embeddings
-from src.index import files
-from src.index.flat import FlatIndex
-from src.index.passages import open_passages
-from src.index.quantized import Compression
-from src.index.sharded import ShardedIndex
-from src.index.storage import compress_index, open_index, save_index
 
 CPU = torch.device("cpu")
 LONGER = 10  # times as long are the texts of the second corpus

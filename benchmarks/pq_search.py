@@ -11,8 +11,8 @@ from functools import partial
 import faiss
 import torch
 
+from atlas.index.pq_search import ProductQuantizerSearch
 from benchmarks.search import seconds
-from src.index.pq_search import ProductQuantizerSearch
 
 
 def compare_speed(n: int, dimension: int, code_size: int, batches: list[int], k: int, rounds: int) -> None:

@@ -15,8 +15,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from atlas.runtime.device import cpu_precision
 from example_scripts.demo import MODELS
-from src.device import cpu_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURE = re.compile(r"([\d.]+) (\w+)")

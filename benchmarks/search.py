@@ -20,7 +20,7 @@ from pathlib import Path
 import faiss
 import torch
 
-from src.index.flat import FlatIndex
+from atlas.index.flat import FlatIndex
 
 
 def random_embeddings(n: int, dimension: int) -> torch.Tensor:

@@ -14,25 +14,21 @@ it (AVX512-BF16 or AMX), elsewhere in fp32: there the ratios are those of the ot
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, T5Config
 
-from src import device as devices
-from src.atlas import Atlas, TrainingTensors
-from src.inputs import Targets
-from src.optim import Optimizers
-from src.reader import FusionInDecoder
-from src.retriever import Contriever, DualEncoder
-from src.signals import MODES
+from atlas.model.atlas import Atlas, TrainingTensors
+from atlas.model.inputs import Targets
+from atlas.model.reader import FusionInDecoder
+from atlas.model.retriever import Contriever, DualEncoder
+from atlas.model.signals import MODES
+from atlas.runtime import device as devices
+from atlas.training.optim import Optimizers
 
 CPU = torch.device("cpu")
 PRECISION = devices.cpu_precision()

@@ -11,26 +11,23 @@ ones.
 import argparse
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import torch.nn.functional as F
 from transformers import BertConfig, T5Config
 
-from src.atlas import Atlas, TrainingTensors
-from src.inputs import Inputs, Targets
-from src.optim import Optimizers
-from src.reader import FusionInDecoder, token_log_probabilities
-from src.retrieval import Retrieval
-from src.retriever import Contriever, DualEncoder
-from src.signals import MODES
-from src.tokenization import RetrieverTokenizer, load_reader_tokenizer, load_retriever_tokenizer, pad_rows
+from atlas.model.atlas import Atlas, TrainingTensors
+from atlas.model.inputs import Inputs, Targets
+from atlas.model.reader import FusionInDecoder, token_log_probabilities
+from atlas.model.retriever import Contriever, DualEncoder
+from atlas.model.signals import MODES
+from atlas.model.tokenization import RetrieverTokenizer, load_reader_tokenizer, load_retriever_tokenizer, pad_rows
+from atlas.retrieval import Retrieval
+from atlas.training.optim import Optimizers
 
 MAXLENGTH = 384
 CPU = torch.device("cpu")

@@ -16,9 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from src.jsonl import DataError, JsonlCorpus
+from atlas.files.jsonl import DataError, JsonlCorpus
 
 # The 57 subjects by subcategory, and these by category (Hendrycks et al. 2021)
 SUBJECTS = {

@@ -14,9 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from src.metrics import exact_match, retrieval_metrics
+from atlas.metrics import exact_match, retrieval_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = Path("models/tiny")  # pretrained by example_scripts/demo_pretrain.py

@@ -12,8 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from example_scripts.demo import ROOT, call, prepare, two_processes
 
 STEPS = (1000, 1500)  # of the stages

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from src.jsonl import DataError
+from atlas.files.jsonl import DataError
 
 MEMBERS_LIMIT = 10_000
 HEADER_LIMIT = 1 << 20  # bytes of one member's headers, which tarfile reads in one piece

@@ -22,8 +22,6 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 EXAMPLES = """examples:
   python preprocessing/convert_index.py indices/atlas/wiki/xl my_index
   python preprocessing/convert_index.py my_index my_pq --faiss_index_type pq --faiss_code_size 64
@@ -65,9 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, convert; a mistake of the user's ends it with one sentence and status 1."""
     options = parse_options(arguments)
     # These import torch: a wrong flag is answered before that.
-    from src.index.conversion import convert
-    from src.index.quantized import Compression
-    from src.tracking import ProgressBars, start_log, tell_error
+    from atlas.index.convert import convert
+    from atlas.index.quantized import Compression
+    from atlas.runtime.tracking import ProgressBars, start_log, tell_error
 
     start_log(None)
     compression = Compression(

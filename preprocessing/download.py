@@ -4,9 +4,9 @@ import argparse
 import itertools
 from collections.abc import Mapping, Sequence
 
-from preprocessing import flags
-from preprocessing.fetch import Download, readable
-from preprocessing.sources import RELEASED
+import flags
+from fetch import Download, readable
+from sources import RELEASED
 
 
 def main(kind: str, released: Mapping[str, Sequence[str]]) -> None:

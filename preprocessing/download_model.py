@@ -3,13 +3,8 @@
 python preprocessing/download_model.py --model models/atlas/xl --output_directory $DATA_DIR
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from preprocessing import download
-from preprocessing.sources import MODELS
+import download
+from sources import MODELS
 
 if __name__ == "__main__":
     download.main("model", MODELS)

@@ -17,8 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 EXAMPLES = """examples:
   python preprocessing/export_huggingface.py --model_path experiments/my_experiment --output_directory export
   python preprocessing/export_huggingface.py --model_path models/atlas/base \\
@@ -68,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     # These import torch: a wrong flag is answered before that.
     from safetensors import SafetensorError
 
-    from src.tracking import log, start_log, tell_error
+    from atlas.runtime.tracking import log, start_log, tell_error
 
     start_log(None)
     output = options.output_directory.absolute()
@@ -98,7 +96,7 @@ def export(
         ValueError: there is no such checkpoint, or it does not fit the configs.
         OSError: configs or vocabularies cannot be had, or the disk is full.
     """
-    from src.checkpoint import load_checkpoint
+    from atlas.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(model_path)
     flags = checkpoint.options
@@ -122,8 +120,8 @@ def export_reader(checkpoint: Any, output: Path, name_or_path: str, dtype: str) 
     """Write `reader/`; its name. Raises: ValueError, OSError."""
     from transformers.utils.hub import cached_file
 
-    from src.reader import ALIASES, load_reader, load_reader_state
-    from src.tokenization import load_reader_tokenizer
+    from atlas.model.reader import ALIASES, load_reader, load_reader_state
+    from atlas.model.tokenization import load_reader_tokenizer
 
     tokenizer = load_reader_tokenizer(name_or_path)
     reader = load_reader(name_or_path, dropout=None, weights=False)
@@ -158,10 +156,10 @@ def export_retriever(checkpoint: Any, output: Path, name_or_path: str, dtype: st
     """Write `retriever/`, or a directory for each of its two encoders; their names. Raises: ValueError, OSError."""
     from transformers import AutoTokenizer
 
-    from src.inputs import RETRIEVER_MAXLENGTH
-    from src.retriever import load_retriever, load_retriever_state, state_is_untied
-    from src.tokenization import load_retriever_tokenizer
-    from src.tracking import log
+    from atlas.model.inputs import RETRIEVER_MAXLENGTH
+    from atlas.model.retriever import load_retriever, load_retriever_state, state_is_untied
+    from atlas.model.tokenization import load_retriever_tokenizer
+    from atlas.runtime.tracking import log
 
     tokenizer = load_retriever_tokenizer(name_or_path)
     untied = state_is_untied(checkpoint.retriever)
@@ -238,8 +236,8 @@ def norm_gap(encoder: Any, tokenizer: Any) -> float:
     """How far embeddings move, in parts of their length, when the encoder gets BERT's layer norm; for good."""
     import torch
 
-    from src.retriever import UncenteredLayerNorm
-    from src.tokenization import pad_rows
+    from atlas.model.retriever import UncenteredLayerNorm
+    from atlas.model.tokenization import pad_rows
 
     ids, mask = pad_rows(tokenizer.encode(NORM_PROBES), tokenizer.pad_id)
     with torch.no_grad():
@@ -252,7 +250,7 @@ def norm_gap(encoder: Any, tokenizer: Any) -> float:
 
 def reader_card(checkpoint: Any, name_or_path: str) -> str:
     """The model card of a reader, with code that reads several passages."""
-    from src.config import Model, Tasks
+    from atlas.config import Model, Tasks
 
     flags = checkpoint.options
     encoder_format = flags.get("encoder_format", Model.encoder_format)
@@ -299,7 +297,7 @@ see and T5's own tokenizer in transformers 5 drops.
 
 def retriever_card(checkpoint: Any, name: str, name_or_path: str, config: Any, max_length: int, gap: float) -> str:
     """The model card of an encoder, with code for transformers and for sentence-transformers."""
-    from src.config import Model, Tasks
+    from atlas.config import Model, Tasks
 
     flags = checkpoint.options
     query = flags.get("qa_prompt_format", Tasks.qa_prompt_format).format(question="what is the capital of France?")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from preprocessing.partial import FetchError, PartialFile, Version
+from partial import FetchError, PartialFile, Version
 
 CHUNK = 1 << 20  # bytes
 LONGEST_WAIT = 300  # seconds between two attempts

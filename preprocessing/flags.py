@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from preprocessing.fetch import Fetcher, check_address
-from preprocessing.partial import FetchError
-from src.jsonl import DataError
+from atlas.files.jsonl import DataError
+from fetch import Fetcher, check_address
+from partial import FetchError
 
 
 class Checksums:

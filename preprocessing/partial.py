@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from src.jsonl import replacing
+from atlas.files.jsonl import replacing
 
 
 class FetchError(Exception):

@@ -22,14 +22,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from markdown_it import MarkdownIt
 from tqdm import tqdm
 
-from preprocessing.flags import one_sentence
-from preprocessing.splitting import Section, add_words_flag, blocks_of, heading_path, passages_of, writing
-from src.jsonl import DataError, decode_text, open_existing
+from atlas.files.jsonl import DataError, decode_text, open_existing
+from flags import one_sentence
+from splitting import Section, add_words_flag, blocks_of, heading_path, passages_of, writing
 
 FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|$)", re.DOTALL)
 

@@ -7,13 +7,11 @@ training claims of the paper. Lines have `claim`, `label` and the other fields o
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from preprocessing import preparing, sources
+import preparing
+import sources
 
 FEW_SHOT_INDICES = Path(__file__).with_name("few_shot_indices.json")
 LABELS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")

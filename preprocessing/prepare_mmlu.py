@@ -14,16 +14,14 @@ Written to `data/mmlu_data/`, lines with `question`, `options` {A, B, C, D}, `an
 import csv
 import io
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from preprocessing import preparing, sources
-from preprocessing.archives import read_archive
-from src.jsonl import DataError
+import preparing
+import sources
+from archives import read_archive
+from atlas.files.jsonl import DataError
 
 LETTERS = "ABCD"
 ORIGINAL_NAMES = {"train": "dev", "valid": "val", "test": "test"}  # the five examples are in MMLU's dev

@@ -10,20 +10,18 @@ archive piece by piece: its 3 GB are never unpacked, neither to the disk nor int
 
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tqdm import tqdm
 
-from preprocessing import preparing, sources
-from preprocessing.archives import read_archive
-from preprocessing.flags import at_least
-from preprocessing.json_stream import array_items
-from src.jsonl import DataError
+import preparing
+import sources
+from archives import read_archive
+from atlas.files.jsonl import DataError
+from flags import at_least
+from json_stream import array_items
 
 PUBLISHED_SHOTS = 64
 FEW_SHOT_INDICES = Path(__file__).with_name("few_shot_indices.json")

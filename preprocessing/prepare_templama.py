@@ -7,13 +7,11 @@ Written to `data/templama_data/`: `temp_lama.{train,valid,test}.{2017,2020}.json
 in the same order. They are for the task qa with `--qa_prompt_format "{question}"`.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from preprocessing import preparing, sources
+import preparing
+import sources
 
 FIRST_YEAR, LATER_YEAR = YEARS = ("2017", "2020")
 ORIGINAL_NAMES = {"train": "train", "valid": "val", "test": "test"}

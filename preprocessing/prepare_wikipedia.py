@@ -25,13 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.parsers import expat
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tqdm import tqdm
 
-from preprocessing.flags import at_least, one_sentence
-from preprocessing.splitting import Section, add_words_flag, batched, passages_of, writing
-from src.jsonl import DataError, open_existing
+from atlas.files.jsonl import DataError, open_existing
+from flags import at_least, one_sentence
+from splitting import Section, add_words_flag, batched, passages_of, writing
 
 PARSER = "mwparserfromhell"
 CHUNK = 1 << 16  # bytes of a dump, unpacked
@@ -177,7 +175,7 @@ def read_pages(pages: list[tuple[Page, list[str]]], words: int, seconds: float =
     """What other processes do: parse pages and split them. A page that takes longer ends the process."""
     from mwparserfromhell.parser import ParserError
 
-    from preprocessing.wikitext import read_article
+    from wikitext import read_article
 
     made = Made([], [], Counter(), [])
     for page, namespaces in pages:
@@ -311,7 +309,7 @@ def main() -> None:
     parser.add_argument("--max_pages", type=at_least(1, int), help="stop after so many pages, for a first look")
     arguments = parser.parse_args()
     if importlib.util.find_spec(PARSER) is None:
-        sys.exit(f"error: this needs the package {PARSER}; run: pip install -r requirements-wikipedia.txt")
+        sys.exit(f"error: this needs the package {PARSER}; run: pip install mwparserfromhell")
     with one_sentence(stopped="nothing was written"):
         prepare(arguments.dumps, arguments.output_directory, arguments.words, arguments.processes, arguments.max_pages)
 

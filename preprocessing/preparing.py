@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from preprocessing import flags
-from preprocessing.fetch import Download, digest
-from src.jsonl import DataError, decode, replacing
+import flags
+from atlas.files.jsonl import DataError, decode, replacing
+from fetch import Download, digest
 
 Rows = Iterable[dict]
 

@@ -23,19 +23,16 @@ DCG = sum of relevance / log2(rank + 1) over ranks 1 to k: the gain is the relev
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from tqdm import tqdm
 
-from preprocessing.flags import at_least, one_sentence
-from src.jsonl import DataError, JsonlCorpus, open_existing, replacing
-from src.metrics import RECALL_AT, holds_one, simple_tokens
+from atlas.files.jsonl import DataError, JsonlCorpus, open_existing, replacing
+from atlas.metrics import RECALL_AT, holds_one, simple_tokens
+from flags import at_least, one_sentence
 
 Judgements = dict[str, dict[str, int]]  # query to passage to relevance
 

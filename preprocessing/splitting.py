@@ -14,8 +14,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from preprocessing.flags import at_least
-from src.jsonl import DataError, replacing
+from atlas.files.jsonl import DataError, replacing
+from flags import at_least
 
 WORDS = 100
 SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’»)\]]*$""")

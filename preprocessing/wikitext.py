@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mwparserfromhell
 from mwparserfromhell import nodes
 
-from preprocessing.splitting import Section, batched, blocks_of, heading_path
+from splitting import Section, batched, blocks_of, heading_path
 
 # Sections of nothing but references, and names of other articles.
 SKIPPED_SECTIONS = {

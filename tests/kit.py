@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from src import build
-from src.config import parse_config
+from atlas import build
+from atlas.config import parse_config
 from tests.ranks import run_on_ranks, scratch_directory
 
 SYLLABLES = ["ba", "ko", "ri", "nu", "sel", "tam", "vor", "eth", "lin", "gra", "dus", "mon", "pel", "zor", "qua", "fim"]
@@ -24,7 +24,7 @@ def _name(rng: random.Random) -> str:
 @cache
 def world(n_towns: int = 60) -> Path:
     """A directory with passages.jsonl, train.jsonl, dev.jsonl, models/reader and models/retriever."""
-    from preprocessing.make_tiny_models import build_tiny_models
+    from make_tiny_models import build_tiny_models
 
     rng = random.Random(0)
     directory = Path(scratch_directory())
@@ -54,7 +54,7 @@ def world(n_towns: int = 60) -> Path:
 @cache
 def lettered_models() -> Path:
     """Models beside those of the world, whose vocabulary has the letters of the options of multiple choice."""
-    from preprocessing.make_tiny_models import build_tiny_models
+    from make_tiny_models import build_tiny_models
 
     rows = read_jsonl(world() / "passages.jsonl") + read_jsonl(world() / "train.jsonl")
     texts = [" ".join(str(value) for value in row.values()) for row in rows]
@@ -138,7 +138,7 @@ def run_on(world_size: int, output: str | Path, program: str = "train", **change
 
 
 def _run_as_rank(arguments: list[str], program: str) -> None:
-    from src import distributed
+    from atlas.runtime import distributed
 
     stop, distributed.stop = distributed.stop, lambda: None  # the process group goes on living
     try:

@@ -51,7 +51,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Any) -> None:
     os.environ.update(rank_environment(rank, world_size, port), OMP_NUM_THREADS="1", ATLAS_TIMEOUT_SECONDS="60")
     import torch
 
-    from src import distributed
+    from atlas.runtime import distributed
 
     torch.set_num_threads(1)
     distributed.start("cpu")

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from src.atlas import Atlas, TrainingTensors, evaluating
-from src.inputs import Inputs
-from src.losses import distillation_loss, retriever_scores
-from src.reader import load_reader
-from src.retriever import load_retriever
-from src.signals import MODES, Reading
-from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
+from atlas.model.atlas import Atlas, TrainingTensors, evaluating
+from atlas.model.inputs import Inputs
+from atlas.model.losses import distillation_loss, retriever_scores
+from atlas.model.reader import load_reader
+from atlas.model.retriever import load_retriever
+from atlas.model.signals import MODES, Reading
+from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer
 from tests.kit import read_jsonl, world
 
 CPU = torch.device("cpu")

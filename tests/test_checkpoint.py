@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import T5Config
 
-from src import checkpoint as checkpoints
-from src.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from src.reader import FusionInDecoder, load_reader, load_reader_state
-from src.retriever import load_retriever, load_retriever_state
+from atlas import checkpoint as checkpoints
+from atlas.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state
+from atlas.model.retriever import load_retriever, load_retriever_state
 from tests.kit import read_jsonl, run, world
 
 SETTINGS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import finetune_qa
-from src.config import SECTIONS, parse_config, refresh_schedule
+from atlas.config import SECTIONS, parse_config, refresh_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 

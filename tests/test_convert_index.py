@@ -23,12 +23,12 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.convert_index import main, parse_options
-from src.index import files, published, storage
-from src.index.conversion import convert
-from src.index.published import convert_published, load_plain_pickle
-from src.index.quantized import Compression, train
-from src.index.storage import compress_index, open_index, save_index
+from atlas.index import files, published, storage
+from atlas.index.convert import convert
+from atlas.index.published import convert_published, load_plain_pickle
+from atlas.index.quantized import Compression, train
+from atlas.index.storage import compress_index, open_index, save_index
+from convert_index import main, parse_options
 from tests.parity import parity_kit
 from tests.ranks import run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
@@ -114,7 +114,7 @@ def test_converting_again_changes_nothing(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("src.jsonl.CHUNK", 2**14)  # of the text, whose lines are counted at the end
+    monkeypatch.setattr("atlas.files.jsonl.CHUNK", 2**14)  # of the text, whose lines are counted at the end
 
     def peak(shards):
         publish(tmp_path / str(shards), sizes=(2000,) * shards)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from src.data import Data
-from src.jsonl import DataError, JsonlCorpus
-from src.tasks import TASKS
-from src.tokenization import load_reader_tokenizer
+from atlas.files.jsonl import DataError, JsonlCorpus
+from atlas.model.tokenization import load_reader_tokenizer
+from atlas.tasks import TASKS
+from atlas.tasks.data import Data
 from tests.kit import read_jsonl, world, write_jsonl
 
 

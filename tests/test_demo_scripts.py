@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import export_huggingface
 import finetune_qa
+from atlas.config import parse_config
 from benchmarks import evidence
 from example_scripts import demo, demo_pretrain
-from preprocessing import export_huggingface
-from src.config import parse_config
 
 
 @pytest.fixture

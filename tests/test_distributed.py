@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import distributed
+from atlas.runtime import distributed
 from tests.ranks import _free_port, rank_environment, run_on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,8 +126,9 @@ def test_one_long_thing_does_not_trip_the_timeout_either():
 _FAILS = """
 import sys
 from pathlib import Path
-from src import build, distributed
-from src.config import parse_config
+from atlas import build
+from atlas.runtime import distributed
+from atlas.config import parse_config
 def job(config, device, directory):
     distributed.any_rank(False)
     if str(distributed.rank()) in sys.argv[2]:
@@ -172,7 +173,7 @@ def test_an_error_is_told_once_and_logged_where_it_happened(tmp_path, ranks, err
 
 _DIES = """
 import os, sys, time
-from src import distributed
+from atlas.runtime import distributed
 import torch
 distributed.start("cpu")
 distributed.any_rank(False)

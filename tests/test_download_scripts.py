@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from preprocessing import sources
+import sources
 from tests.origin import ENVIRONMENT, ROOT, fault, one_sentence, run_script, running, serve, status, storm
 
 RELEASED = {"corpus": sources.CORPORA, "model": sources.MODELS, "index": sources.INDICES}

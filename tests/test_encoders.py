@@ -8,11 +8,11 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoTokenizer, BertModel
 
-from src.checkpoint import load_checkpoint
-from src.index.passages import open_passages
-from src.inputs import Inputs
-from src.retriever import SETTINGS, fingerprint, load_retriever
-from src.tokenization import load_retriever_tokenizer
+from atlas.checkpoint import load_checkpoint
+from atlas.index.passages import open_passages
+from atlas.model.inputs import Inputs
+from atlas.model.retriever import SETTINGS, fingerprint, load_retriever
+from atlas.model.tokenization import load_retriever_tokenizer
 from tests.kit import logged, read_jsonl, run, world
 
 MINILM = {"pooling": "average", "normalize": True}

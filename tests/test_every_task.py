@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from src.config import TASK_NAMES
-from src.tasks import TASKS
+from atlas.config import TASK_NAMES
+from atlas.tasks import TASKS
 from tests.kit import choice_questions, lettered_models, read_jsonl, run, run_on, world, write_jsonl
 from tests.test_pretraining import last_metrics, results_of
 from tests.test_training import losses_of
@@ -140,8 +140,8 @@ def options():
     """All that a task's factory may ask for."""
     from dataclasses import asdict
 
-    from src.config import Tasks
-    from src.tokenization import load_reader_tokenizer
+    from atlas.config import Tasks
+    from atlas.model.tokenization import load_reader_tokenizer
 
     tokenizer = load_reader_tokenizer(str(lettered_models() / "reader"))
     return {**asdict(Tasks()), "tokenizer": tokenizer, "text_maxlength": 64}

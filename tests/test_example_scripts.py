@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import finetune_qa
-from preprocessing import sources
-from src.checkpoint import load_checkpoint
-from src.config import Config, parse_config
+import sources
+from atlas.checkpoint import load_checkpoint
+from atlas.config import Config, parse_config
 from tests.kit import read_jsonl, world, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,13 +11,13 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-from preprocessing import export_huggingface
-from preprocessing.make_tiny_models import build_tiny_models
-from src.checkpoint import load_checkpoint
-from src.inputs import Inputs
-from src.reader import load_reader, load_reader_state
-from src.retriever import load_retriever, load_retriever_state
-from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer, pad_rows
+import export_huggingface
+from atlas.checkpoint import load_checkpoint
+from atlas.model.inputs import Inputs
+from atlas.model.reader import load_reader, load_reader_state
+from atlas.model.retriever import load_retriever, load_retriever_state
+from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer, pad_rows
+from make_tiny_models import build_tiny_models
 from tests.kit import run, world
 from tests.parity import parity_kit
 from tests.ranks import scratch_directory

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.index.storage import open_index
-from src.retrieval import Retrieval
+from atlas.index.storage import open_index
+from atlas.retrieval import Retrieval
 from tests.kit import logged, read_jsonl, run, run_on, world
 from tests.ranks import scratch_directory
 from tests.test_retrieval import make

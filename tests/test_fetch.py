@@ -16,9 +16,9 @@ from urllib.request import Request
 
 import pytest
 
-from preprocessing import fetch
-from preprocessing.fetch import Download, Fetcher, FetchError, seconds_to_wait
-from preprocessing.partial import PartialFile, Version
+import fetch
+from fetch import Download, Fetcher, FetchError, seconds_to_wait
+from partial import PartialFile, Version
 from tests.origin import ENVIRONMENT, ROOT, Origin, fault, running, serve, status
 
 CONTENT = random.Random(0).randbytes(200_000)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from src.index import flat
-from src.index.flat import FlatIndex, error_bound, fixed_inner_products
+from atlas.index import flat
+from atlas.index.flat import FlatIndex, error_bound, fixed_inner_products
 
 
 def brute_force(embeddings, queries, k):
@@ -39,8 +39,8 @@ def test_fixed_inner_products_are_inner_products(dimension):
 @pytest.fixture(params=[False, True], ids=["fp32 first", "16 bits first"], autouse=True)
 def half_precision(request, monkeypatch):
     """Every test with the first passes of every CPU, and with few queries enough for bf16."""
-    monkeypatch.setattr("src.device.fast_bf16", lambda device: request.param)
-    monkeypatch.setattr("src.index.flat._MANY_QUERIES", 3)
+    monkeypatch.setattr("atlas.runtime.device.fast_bf16", lambda device: request.param)
+    monkeypatch.setattr("atlas.index.flat._MANY_QUERIES", 3)
     return request.param
 
 
@@ -171,8 +171,8 @@ def test_damage_in_a_saved_index_is_found_by_the_search(bad):
 
 
 def test_many_queries_shorten_the_chunks(monkeypatch):
-    monkeypatch.setattr("src.index.flat._MOST_SCORES", 64)
-    monkeypatch.setattr("src.index.flat._MOST_PAIRS", 10)
+    monkeypatch.setattr("atlas.index.flat._MOST_SCORES", 64)
+    monkeypatch.setattr("atlas.index.flat._MOST_PAIRS", 10)
     embeddings, queries = made_up(100, 8, 20)
     lengths = []
     score = flat._candidates
@@ -181,7 +181,7 @@ def test_many_queries_shorten_the_chunks(monkeypatch):
         lengths.append(end - start)
         return score(first_pass, start, end, *rest)
 
-    monkeypatch.setattr("src.index.flat._candidates", counting)
+    monkeypatch.setattr("atlas.index.flat._candidates", counting)
     assert_same(FlatIndex(embeddings).search(queries, 6), brute_force(embeddings, queries, 6))
     assert max(lengths) == 3
 
@@ -193,7 +193,7 @@ def test_fp32_takes_over_where_16_bits_tell_too_little(monkeypatch, half_precisi
     scored = []
     exact_scores = flat._exact_scores
     monkeypatch.setattr(
-        "src.index.flat._exact_scores",
+        "atlas.index.flat._exact_scores",
         lambda q, query, *rest: scored.append(len(query)) or exact_scores(q, query, *rest),
     )
     assert_same(FlatIndex(embeddings, chunk_rows=1000).search(queries, 10), brute_force(embeddings, queries, 10))

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import trainer
-from src.checkpoint import latest_checkpoint, load_checkpoint
-from src.data import Data
-from src.jsonl import JsonlCorpus
-from src.tasks import Task
-from src.trainer import StopSignals, Trainer
+from atlas.checkpoint import latest_checkpoint, load_checkpoint
+from atlas.files.jsonl import JsonlCorpus
+from atlas.tasks import Task
+from atlas.tasks.data import Data
+from atlas.training import trainer
+from atlas.training.trainer import StopSignals, Trainer
 from tests.kit import command_line, logged, read_jsonl, run, run_on, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from src import jsonl
-from src.jsonl import JSON_LINES, DataError, JsonlCorpus, LineFormat, replacing
+from atlas.files import jsonl
+from atlas.files.jsonl import JSON_LINES, DataError, JsonlCorpus, LineFormat, replacing
 
 
 @pytest.fixture(autouse=True)

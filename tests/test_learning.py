@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from preprocessing.make_tiny_models import build_tiny_models
+from make_tiny_models import build_tiny_models
 from tests.kit import SYLLABLES, run, write_jsonl
 
 KINDS = ("river", "bird", "founder")

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertModel, T5ForConditionalGeneration
 
-from preprocessing import make_tiny_models as tiny
-from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
+import make_tiny_models as tiny
+from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer
 
 SYLLABLES = ["ba", "ko", "ri", "nu", "sel", "tam", "vor", "eth", "lin", "gra", "dus", "mon"]
 

@@ -4,7 +4,16 @@ import unicodedata
 import pytest
 import regex
 
-from src.metrics import accuracy, exact_match, f1, holds_one, normalize_answer, retrieval_metrics, rouge, simple_tokens
+from atlas.metrics import (
+    accuracy,
+    exact_match,
+    f1,
+    holds_one,
+    normalize_answer,
+    retrieval_metrics,
+    rouge,
+    simple_tokens,
+)
 
 
 @pytest.mark.parametrize(

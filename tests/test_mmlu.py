@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import prepare_mmlu
 from evaluation_scripts.evaluate_mmlu_predictions import CATEGORIES, SUBCATEGORY, SUBJECTS, result_files
-from preprocessing import prepare_mmlu
 from tests.kit import lettered_models, read_jsonl, run, write_jsonl
 from tests.test_prepare_scripts import mmlu_archive, mmlu_files
 from tests.test_pretraining import last_metrics

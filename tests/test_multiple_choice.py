@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 
-from src.data import Data
-from src.inputs import Inputs
-from src.jsonl import JsonlCorpus
-from src.reader import load_reader
-from src.tasks import TASKS
-from src.tokenization import load_reader_tokenizer
+from atlas.files.jsonl import JsonlCorpus
+from atlas.model.inputs import Inputs
+from atlas.model.reader import load_reader
+from atlas.model.tokenization import load_reader_tokenizer
+from atlas.tasks import TASKS
+from atlas.tasks.data import Data
 from tests.kit import choice_questions, lettered_models, read_jsonl, run, run_on, world, write_jsonl
 from tests.test_pretraining import last_metrics
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from src.optim import FIRST_SCALE, Optimizers, schedule_factor
+from atlas.training.optim import FIRST_SCALE, Optimizers, schedule_factor
 
 SETTINGS = {"weight_decay": 0.1, "epsilon": 1e-6, "beta2": 0.99, "clip": 1.0, "scheduler": "linear"}
 

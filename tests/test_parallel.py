@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src import distributed
-from src.checkpoint import load_checkpoint
-from src.optim import Optimizers
-from src.parallel import ShardedAdamW, finish_gradients, shard_weights, whole_on_main, whole_weights
+from atlas.checkpoint import load_checkpoint
+from atlas.runtime import distributed
+from atlas.runtime.parallel import ShardedAdamW, finish_gradients, shard_weights, whole_on_main, whole_weights
+from atlas.training.optim import Optimizers
 from tests.kit import logged, read_jsonl, run, run_on
 from tests.ranks import run_on_ranks
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from src import build
-from src.checkpoint import load_checkpoint
-from src.config import parse_config
+from atlas import build
+from atlas.checkpoint import load_checkpoint
+from atlas.config import parse_config
 from tests.kit import logged, read_jsonl
 from tests.parity import parity_kit
 

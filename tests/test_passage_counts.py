@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from preprocessing import prepare_corpus, prepare_wikipedia
+import prepare_corpus
+import prepare_wikipedia
 from tests.kit import read_jsonl, run_on, write_jsonl
 from tests.test_prepare_wikipedia import page, pages, write_dump
 

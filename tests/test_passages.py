@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from src.index.passages import (
+from atlas.files.jsonl import DataError
+from atlas.index.passages import (
     check_passages,
     count_duplicates,
     is_verbatim,
@@ -16,7 +17,6 @@ from src.index.passages import (
     saved_lines,
     titles_joined,
 )
-from src.jsonl import DataError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.index.pq_search import ProductQuantizerSearch, from_faiss
+from atlas.index.pq_search import ProductQuantizerSearch, from_faiss
 from tests.test_flat import assert_same, brute_force
 
 

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from preprocessing.prepare_corpus import Outline, prepare, read_html, read_markdown, read_text
-from src.jsonl import DataError
+from atlas.files.jsonl import DataError
+from prepare_corpus import Outline, prepare, read_html, read_markdown, read_text
 from tests.kit import read_jsonl
 from tests.origin import one_sentence, run_script
 

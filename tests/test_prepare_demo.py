@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocessing import prepare_demo
-from preprocessing.prepare_demo import Entity
+import prepare_demo
+from prepare_demo import Entity
 
 MISSING = [package for package in prepare_demo.PACKAGES if importlib.util.find_spec(package) is None]
 needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; {prepare_demo.INSTALL_COMMAND}")

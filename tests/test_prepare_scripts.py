@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing import json_stream, prepare_fever, prepare_qa, prepare_templama, sources
-from src.jsonl import DataError
-from src.tasks.base import example_rng
-from src.tasks.qa import QA
+import json_stream
+import prepare_fever
+import prepare_qa
+import prepare_templama
+import sources
+from atlas.files.jsonl import DataError
+from atlas.tasks.base import example_rng
+from atlas.tasks.qa import QA
 from tests.kit import read_jsonl
 from tests.origin import ROOT, one_sentence, run_script, running, status, storm
 

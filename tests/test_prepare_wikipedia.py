@@ -14,13 +14,13 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from preprocessing import prepare_wikipedia
-from preprocessing.prepare_wikipedia import DumpReader, Page, cannot_read, in_order, prepare, read_dump, read_pages
-from preprocessing.splitting import batched
-from preprocessing.wikitext import read_article
-from src.jsonl import DataError
+import prepare_wikipedia
+from atlas.files.jsonl import DataError
+from prepare_wikipedia import DumpReader, Page, cannot_read, in_order, prepare, read_dump, read_pages
+from splitting import batched
 from tests.kit import read_jsonl
 from tests.origin import one_sentence, run_script
+from wikitext import read_article
 
 HEAD = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/" version="0.10" xml:lang="de">
   <siteinfo><sitename>Wikipedia</sitename><namespaces>
@@ -216,7 +216,7 @@ def test_mistakes_get_one_sentence(dump, tmp_path, monkeypatch):
     assert "absent does not exist" in one_sentence(absent)
     monkeypatch.setattr(prepare_wikipedia.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["prepare_wikipedia.py", str(dump), "--output_directory", str(tmp_path)])
-    with pytest.raises(SystemExit, match="mwparserfromhell; run: pip install -r requirements-wikipedia.txt"):
+    with pytest.raises(SystemExit, match="mwparserfromhell; run: pip install mwparserfromhell"):
         prepare_wikipedia.main()
 
 
@@ -224,7 +224,7 @@ def test_pages_that_the_parser_cannot_read_are_named(dump, monkeypatch):
     def fail(wikitext, namespaces):
         raise RecursionError
 
-    monkeypatch.setattr("preprocessing.wikitext.read_article", fail)
+    monkeypatch.setattr("wikitext.read_article", fail)
     made = read_pages([(Page("1", "Deep", "0", False, "x"), [])], 100)
     assert made == prepare_wikipedia.Made([], [], Counter(), ["Deep"])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src.checkpoint import load_checkpoint
+from atlas.checkpoint import load_checkpoint
 from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
 from tests.test_training import losses_of
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from src.index import inverted_file, quantized
-from src.index.inverted_file import InvertedFile, centroids_of_lists, list_numbers
-from src.index.quantized import Compression, QuantizedIndex, Quantizer, make_empty, train, training_rows
+from atlas.index import inverted_file, quantized
+from atlas.index.inverted_file import InvertedFile, centroids_of_lists, list_numbers
+from atlas.index.quantized import Compression, QuantizedIndex, Quantizer, make_empty, train, training_rows
 from tests.test_flat import assert_same, brute_force, made_up
 
 D = 24

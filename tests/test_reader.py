@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from src.reader import FusionInDecoder, load_reader, load_reader_state, token_log_probabilities
+from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state, token_log_probabilities
 from tests.parity import parity_kit
 
 VOCABULARY = 90

@@ -1,5 +1,6 @@
 """The commands of the README and of docs/: every flag in them exists, every script and file they name is there."""
 
+import os
 import re
 import shlex
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from src import config
+from atlas import config
 from tests.kit import command_line, read_jsonl, world, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,11 +44,11 @@ def test_commands(command):
 
 def test_files_named_in_the_tour_exist():
     tour = README.split("## Tour of the code")[1].split("```")[1]
-    named = set(re.findall(r"[\w/]+\.py|(?:src|preprocessing|benchmarks)/(?:\w+/)?", tour))
-    for name in named:
-        assert (ROOT / name).exists() or (ROOT / "src/index" / name).exists(), name
-    in_tour = {Path(name).name for name in named}
-    assert {path.name for path in (ROOT / "src").glob("*.py")} - {"__init__.py"} <= in_tour
+    named = set(re.findall(r"[\w/]+\.py|[\w/]+/(?=\s)", tour))
+    assert all((ROOT / name).exists() for name in named), named
+    package = ROOT / "src/atlas"
+    rooms = {path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms - {"__init__.py", "build.py"} <= {Path(name).name for name in named}
 
 
 def test_links_between_pages():
@@ -65,14 +66,15 @@ def test_the_task_of_your_own_runs(tmp_path):
     """Put in as the README says, trained for two steps and evaluated; a bad line is told."""
     section = README.split("## Your own task\n")[1].split("\n## ")[0]
     code, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    home = tmp_path / "atlas"
+    home = tmp_path / "checkout"
     shutil.copytree(ROOT / "src", home / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", home)
-    (home / "src/tasks/year.py").write_text(code, encoding="utf-8")
-    registry = home / "src/tasks/__init__.py"
+    environment = {**os.environ, "PYTHONPATH": str(home / "src")}  # not the package that is installed
+    (home / "src/atlas/tasks/year.py").write_text(code, encoding="utf-8")
+    registry = home / "src/atlas/tasks/__init__.py"
     imported, entry = line.splitlines()
     text = registry.read_text(encoding="utf-8")
-    for before, added in (("from src.tasks.section import Section\n", imported), ("[..., Task]] = {\n", entry)):
+    for before, added in (("from atlas.tasks.section import Section\n", imported), ("[..., Task]] = {\n", entry)):
         assert text.count(before) == 1
         text = text.replace(before, f"{before}{added}\n")
     registry.write_text(text, encoding="utf-8")
@@ -86,7 +88,9 @@ def test_the_task_of_your_own_runs(tmp_path):
 
     def train(**more):
         words = [sys.executable, "train.py", *command_line(tmp_path, **changes | more)]
-        return subprocess.run(words, cwd=home, capture_output=True, text=True, check=False, timeout=300)
+        return subprocess.run(
+            words, cwd=home, env=environment, capture_output=True, text=True, check=False, timeout=300
+        )
 
     done = train()
     assert done.returncode == 0, done.stderr

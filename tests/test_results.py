@@ -4,8 +4,8 @@ import os
 import numpy as np
 import pytest
 
-from src.results import ResultsWriter, result_row
-from src.tasks import Example
+from atlas.evaluation.results import ResultsWriter, result_row
+from atlas.tasks import Example
 
 PASSAGES = [{"id": "p1", "title": "T", "text": "x", "year": 1}, {"id": "p0", "title": "", "text": "y"}]
 

@@ -5,15 +5,16 @@ import random
 import pytest
 import torch
 
-from src import distributed, retrieval
-from src.index.flat import FlatIndex
-from src.index.passages import open_passages
-from src.index.quantized import Compression
-from src.index.sharded import shard_rows
-from src.inputs import Inputs
-from src.retrieval import Retrieval, batches_by_length
-from src.retriever import load_retriever
-from src.tokenization import load_retriever_tokenizer
+from atlas import retrieval
+from atlas.index.flat import FlatIndex
+from atlas.index.passages import open_passages
+from atlas.index.quantized import Compression
+from atlas.index.sharded import shard_rows
+from atlas.model.inputs import Inputs
+from atlas.model.retriever import load_retriever
+from atlas.model.tokenization import load_retriever_tokenizer
+from atlas.retrieval import Retrieval, batches_by_length
+from atlas.runtime import distributed
 from tests.kit import read_jsonl, world, write_jsonl
 from tests.ranks import run_on_ranks
 

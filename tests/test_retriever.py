@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config
 
-from src.retriever import (
+from atlas.model.retriever import (
     Contriever,
     DualEncoder,
     fingerprint,
@@ -20,7 +20,7 @@ from src.retriever import (
     state_is_untied,
     use_uncentered_layer_norm,
 )
-from src.tokenization import load_retriever_tokenizer, pad_rows
+from atlas.model.tokenization import load_retriever_tokenizer, pad_rows
 from tests.parity import parity_kit
 
 

@@ -5,7 +5,9 @@ import random
 
 import pytest
 
-from preprocessing.score_retrieval import (
+from atlas.files.jsonl import DataError
+from atlas.metrics import RECALL_AT, retrieval_metrics
+from score_retrieval import (
     Result,
     by_answers,
     by_judgements,
@@ -14,8 +16,6 @@ from preprocessing.score_retrieval import (
     read_results,
     score_files,
 )
-from src.jsonl import DataError
-from src.metrics import RECALL_AT, retrieval_metrics
 from tests.kit import write_jsonl
 from tests.origin import one_sentence, run_script
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import finetune_qa
-from preprocessing.make_tiny_models import build_tiny_models
-from src.index.storage import save_index
-from src.reader import load_reader
-from src.retrieval import Retrieval
-from src.retriever import load_retriever
+from atlas.index.storage import save_index
+from atlas.model.reader import load_reader
+from atlas.model.retriever import load_retriever
+from atlas.retrieval import Retrieval
+from make_tiny_models import build_tiny_models
 from tests.kit import command_line, read_jsonl, run, world, write_jsonl
 from tests.test_checkpoint import published
 from tests.test_retrieval import make

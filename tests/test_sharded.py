@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from src import distributed
-from src.index.flat import FlatIndex
-from src.index.quantized import Compression
-from src.index.sharded import ShardedIndex, compress, shard_rows
+from atlas.index.flat import FlatIndex
+from atlas.index.quantized import Compression
+from atlas.index.sharded import ShardedIndex, compress, shard_rows
+from atlas.runtime import distributed
 from tests.ranks import run_on_ranks
 from tests.test_flat import assert_same, brute_force, made_up
 

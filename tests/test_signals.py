@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import T5Config
 
-from src import signals
-from src.config import GOLD_SCORE_MODES
-from src.inputs import Targets
-from src.losses import distillation_loss, emdr_loss
-from src.reader import FusionInDecoder, load_reader, token_log_probabilities
-from src.signals import MODES, Reading, attention_statistics, correlations, pearson
-from src.tokenization import load_reader_tokenizer, load_retriever_tokenizer
+from atlas.config import GOLD_SCORE_MODES
+from atlas.model import signals
+from atlas.model.inputs import Targets
+from atlas.model.losses import distillation_loss, emdr_loss
+from atlas.model.reader import FusionInDecoder, load_reader, token_log_probabilities
+from atlas.model.signals import MODES, Reading, attention_statistics, correlations, pearson
+from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer
 from tests.kit import logged, run, run_on, world
 from tests.test_atlas import batch, inputs
 

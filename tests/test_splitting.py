@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from preprocessing.splitting import Section, blocks_of, ends_here, heading_path, passages_of, split, writing
-from src.jsonl import DataError
+from atlas.files.jsonl import DataError
+from splitting import Section, blocks_of, ends_here, heading_path, passages_of, split, writing
 
 
 @pytest.mark.parametrize("seed", range(30))

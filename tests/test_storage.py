@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from src import distributed
-from src.index import files
-from src.index.flat import FlatIndex
-from src.index.passages import open_passages
-from src.index.published import convert_published, is_published, load_plain_pickle
-from src.index.quantized import Compression, Quantizer, train
-from src.index.sharded import ShardedIndex, compress, shard_rows
-from src.index.storage import compress_index, open_index, save_index
+from atlas.index import files
+from atlas.index.flat import FlatIndex
+from atlas.index.passages import open_passages
+from atlas.index.published import convert_published, is_published, load_plain_pickle
+from atlas.index.quantized import Compression, Quantizer, train
+from atlas.index.sharded import ShardedIndex, compress, shard_rows
+from atlas.index.storage import compress_index, open_index, save_index
+from atlas.runtime import distributed
 from tests.parity import parity_kit
 from tests.ranks import _free_port, rank_environment, run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
@@ -105,7 +105,7 @@ def test_embeddings_of_another_type_are_saved_in_fp16(tmp_path):
 
 
 def test_one_whole_corpus_is_linked_and_survives_everything(tmp_path, monkeypatch):
-    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     corpus = write_corpus(tmp_path / "corpus.jsonl", 6)
     content = corpus.read_bytes()
     embeddings, _ = made_up(6, 4, 0)
@@ -179,7 +179,7 @@ def test_text_is_copied_once(tmp_path, monkeypatch, how):
 
 def test_saving_an_opened_index_into_its_own_directory(tmp_path, monkeypatch):
     """What a refresh with the same --load_index_path and --save_index_path does: text stays, embeddings change."""
-    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     directory, embeddings, _ = saved(tmp_path)
     index = open_index(directory, device=CPU)
     text = (directory / "passages.1.jsonl").stat()
@@ -291,7 +291,7 @@ def test_damaged_files_are_refused_in_one_sentence_or_harmless(tmp_path):
 
 def test_damaged_offsets_of_lines_are_found_again_or_refused_or_harmless(tmp_path, monkeypatch):
     """The file that says where the lines of a large text are: 250 times no other text is taken for a passage."""
-    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     directory, _, queries = saved(tmp_path)
     os.unlink(tmp_path / "corpus.jsonl")
     expected = list(open_index(directory, device=CPU).passages)
@@ -350,7 +350,7 @@ def _save_for_ever(directory, corpora):
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatch):
     """Two indices are saved in turns; after each of 20 kills the directory holds one of them, never a mixture."""
-    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     corpora = [write_corpus(tmp_path / f"{kind}.jsonl", 300, word) for kind, word in enumerate(("zero", "one"))]
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
     _save(directory, corpora[0], torch.zeros(300, 64).half())
@@ -379,7 +379,7 @@ def _save_for_ever_as_rank(rank, port, directory, corpora):
 @pytest.mark.slow
 def test_two_writers_killed_one_after_the_other_leave_a_whole_index(tmp_path, monkeypatch):
     """As above, but each rank writes its rows: 20 times one rank is killed, and the other a moment later."""
-    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     corpora = [write_corpus(tmp_path / f"{kind}.jsonl", 300, word) for kind, word in enumerate(("zero", "one"))]
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
     _save(directory, corpora[0], torch.zeros(300, 64).half())
@@ -628,7 +628,7 @@ def _save_compressed_for_ever(directory, corpora, quantizers):
 
 def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monkeypatch):
     """Two of different types, with and without embeddings, are saved in turns; 20 kills."""
-    monkeypatch.setattr("src.jsonl.CACHE_FROM", 0)
+    monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     corpora = [write_corpus(tmp_path / f"{kind}.jsonl", 300, word) for kind, word in enumerate(("zero", "one"))]
     sample = made_up(300, 8, 0, torch.float32)[0].numpy()
     quantizers = [train("PQ4", sample), train("SQ8", sample)]

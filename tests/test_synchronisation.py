@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.signals import MODES
-from src.trainer import Trainer
+from atlas.model.signals import MODES
+from atlas.training.trainer import Trainer
 from tests.kit import run
 
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from src.tasks import TASKS, Example, Task, example_rng
-from src.tasks.fever import Fever
-from src.tasks.kilt import KILT
-from src.tasks.qa import QA
+from atlas.tasks import TASKS, Example, Task, example_rng
+from atlas.tasks.fever import Fever
+from atlas.tasks.kilt import KILT
+from atlas.tasks.qa import QA
 
 PROMPT = "question: {question} answer: <extra_id_0>"
 LINE = {"question": "who?", "answers": ["Ada", "Ada Lovelace"]}
@@ -62,7 +62,7 @@ def test_example_rng_is_the_same_in_every_process():
     values = [example_rng(*key).random() for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 2, 3), (12, 3, 0))]
     assert len(set(values)) == len(values)
     assert values[4] == 0.531301946682319
-    code = "from src.tasks import example_rng; print(repr(example_rng(1, 2, 3).random()))"
+    code = "from atlas.tasks import example_rng; print(repr(example_rng(1, 2, 3).random()))"
     for hash_seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parent.parent)}
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from src.tasks import TASKS, example_rng
-from src.tasks.mlm import MLM, _composition
-from src.tokenization import load_reader_tokenizer
+from atlas.model.tokenization import load_reader_tokenizer
+from atlas.tasks import TASKS, example_rng
+from atlas.tasks.mlm import MLM, _composition
 from tests.kit import read_jsonl, world
 from tests.test_every_task import options
 

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer
 
-from src.tokenization import (
+from atlas.model.tokenization import (
     ReaderTokenizer,
     RetrieverTokenizer,
     load_reader_tokenizer,
@@ -62,7 +62,7 @@ def test_probes(reader_tokenizer, probe):
 
 
 def test_transformers_differs_where_the_probes_matter(spiece_directory):
-    """If this fails, transformers tokenizes as published again and `src/tokenization.py` may be simplified."""
+    """If this fails, transformers tokenizes as published again and `model/tokenization.py` may be simplified."""
     tokenizer = AutoTokenizer.from_pretrained(spiece_directory)
     assert tokenizer(PROBES[0]["text"]).input_ids != PROBES[0]["ids_with_eos"]
 
@@ -107,7 +107,7 @@ def test_tokenizers_go_to_worker_processes(reader_tokenizer, retriever_directory
 
 
 def test_importing_is_light():
-    code = "import sys, src.tokenization; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    code = "import sys, atlas.model.tokenization; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from src.checkpoint import load_checkpoint
+from atlas.checkpoint import load_checkpoint
 from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
 
 RETRIEVER = {"train_retriever": True, "query_side_retriever_training": True}
@@ -209,7 +209,7 @@ def test_decoder_prompt(tmp_path):
 
 
 def test_a_step_with_gradients_that_are_not_finite_is_skipped(tmp_path):
-    from src.optim import Optimizers
+    from atlas.training.optim import Optimizers
 
     weight = torch.nn.Parameter(torch.ones(3))
     other = torch.nn.Parameter(torch.ones(2))

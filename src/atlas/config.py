@@ -1,0 +1,428 @@
+"""The command line: every flag, its default and its help, in frozen sections.
+
+Only the standard library is imported here, so that `--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import string
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+# those that come with this; more can be added in atlas/tasks, so only a run can tell an unknown one
+TASK_NAMES = ("base", "qa", "cloze", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
+TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they make their queries with the reader's tokenizer
+GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
+POOLINGS = ("average", "sqrt", "cls")
+PERMUTATIONS = ("single", "cyclic", "all")
+
+
+def flag(default: Any, text: str, *, choices: Sequence[str] | None = None, least: float | None = None) -> Any:
+    """A field of a section: its default, its line of help, and what it may be."""
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "least": least})
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run"""
+
+    name: str = flag("experiment_name", "name of the experiment: its directory under --checkpoint_dir")
+    checkpoint_dir: str = flag("./checkpoint/", "directory for all experiments")
+    model_path: str = flag("none", "checkpoint directory to start from, ours or published; none: T5 and Contriever")
+    seed: int = flag(0, "seed of every random choice", least=0)
+    log_freq: int = flag(100, "steps between lines in run.log", least=1)
+    eval_freq: int = flag(500, "steps between evaluations", least=1)
+    save_freq: int = flag(5000, "steps between checkpoints", least=1)
+    train_data: tuple[str, ...] = flag((), "jsonl files to train on")
+    eval_data: tuple[str, ...] = flag((), "jsonl files to evaluate on")
+    write_results: bool = flag(False, "write queries, generations and passages of every evaluation as jsonl")
+    dont_write_passages: bool = flag(False, "leave the passages out of the result files")
+    local_rank: int = flag(-1, "taken for compatibility: torchrun's environment decides")
+    main_port: int = flag(-1, "taken for compatibility: torchrun's environment decides")
+    per_gpu_batch_size: int = flag(1, "examples per process and step", least=1)
+    per_gpu_embedder_batch_size: int = flag(512, "passages of full length per batch when the index is built", least=1)
+    embedder_precision: str | None = flag(
+        None, "of the encoder while it embeds the corpus (fp32 on CPU, fp16 on CUDA)", choices=("fp32", "fp16", "bf16")
+    )
+    shuffle: bool = flag(False, "shuffle the training data, anew in every epoch")
+
+
+@dataclass(frozen=True)
+class Index:
+    """Index"""
+
+    passages: tuple[str, ...] = flag((), "Atlas or BEIR jsonl, DPR tsv, also .gz; not used with --load_index_path")
+    max_passages: int = flag(-1, "index this many passages at most; -1: all", least=-1)
+    index_mode: str = flag("flat", "exact search, or Faiss", choices=("flat", "faiss"))
+    faiss_index_type: str = flag("flat", "flat, ivfflat, ivfsq, ivfpq, pq, or a Faiss factory string like OPQ64,PQ64")
+    faiss_code_size: int | None = flag(None, "bytes per passage of pq and ivfpq; must divide the dimension", least=1)
+    load_index_path: str | None = flag(None, "open this saved index, ours or published, instead of building one")
+    save_index_path: str | None = flag(None, "save the index here after every build")
+    save_index_n_shards: int = flag(128, "taken for compatibility: our format has no shards", least=1)
+    faiss_nlist: int | None = flag(None, "lists of an ivf index (square root of the number of passages)", least=1)
+    faiss_nprobe: int | None = flag(None, "lists searched per query (all)", least=1)
+    faiss_train_size: int | None = flag(None, "rows the quantizer is trained on (256 per centroid)", least=1)
+    faiss_retrain: bool = flag(False, "train the quantizer again at every refresh")
+    refine_factor: int = flag(1, "score this many times k candidates of a compressed index exactly", least=1)
+    save_index_codes_only: bool = flag(False, "save a compressed index without its embeddings")
+    refresh_index: str = flag("-1", "-1: only at the start; N: every N steps; a-b:r,...: every r steps in [a, b)")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Reader and retriever"""
+
+    reader_model_type: str | None = flag(None, "T5-family hub id or local directory; needed unless --retrieve_only")
+    retriever_model_path: str = flag("facebook/contriever", "hub id or local directory of a BERT-type encoder")
+    retriever_pooling: str | None = flag(
+        None, "hidden states to embedding: mean, sum / sqrt(length), or first (as its config says)", choices=POOLINGS
+    )
+    retriever_normalize: bool | None = flag(None, "embeddings of unit length (as its config says)")
+    retriever_query_prefix: str | None = flag(None, "put before every query: 'query: ' (as its config says)")
+    retriever_passage_prefix: str | None = flag(None, "put before every passage: 'passage: ' (as its config says)")
+    text_maxlength: int = flag(200, "tokens per query and passage", least=1)
+    target_maxlength: int | None = flag(None, "tokens per target; unset or -1: no cut", least=-1)
+    n_context: int = flag(1, "passages given to the reader", least=1)
+    retriever_n_context: int = flag(5, "passages retrieved in training, which the retriever learns from", least=1)
+    retrieve_only: bool = flag(False, "evaluate retrieval alone; no reader is loaded")
+    use_file_passages: bool = flag(False, "read the passages in the data files; no retriever, no index")
+    closed_book: bool = flag(False, "no passages: the reader sees the query alone")
+    encoder_format: str = flag("{query} title: {title} context: {text}", "reader input, per passage")
+    retriever_format: str = flag("{title} {text}", "passage as the retriever embeds it")
+    decoder_format: str | None = flag(None, "target as the reader learns it, with {target}")
+    decoder_prompt_format: str | None = flag(None, "what the decoder is given before it answers, with {query}")
+    generation_max_length: int = flag(128, "most tokens in an answer, the start token included", least=1)
+    generation_min_length: int | None = flag(None, "least tokens in an answer", least=0)
+    generation_num_beams: int = flag(1, "beams; 1: greedy", least=1)
+    generation_length_penalty: float = flag(1.0, "exponent of the length that beam scores are divided by")
+
+
+@dataclass(frozen=True)
+class RetrieverTraining:
+    """Training the retriever"""
+
+    train_retriever: bool = flag(False, "train the retriever on the reader's judgement of its passages")
+    query_side_retriever_training: bool = flag(False, "train the query encoder only; the passage encoder stays frozen")
+    gold_score_mode: str = flag("ppmean", "how the reader judges passages", choices=GOLD_SCORE_MODES)
+    temperature_gold: float = flag(0.01, "temperature of the reader's scores")
+    temperature_score: float = flag(0.01, "temperature of the retriever's scores")
+    freeze_retriever_steps: int = flag(-1, "steps before the retriever starts to learn", least=-1)
+    retrieve_with_rerank: bool = flag(False, "re-embed the passages found with today's encoder and sort again")
+    n_to_rerank_with_retrieve_with_rerank: int = flag(128, "passages to re-embed per query", least=1)
+    filtering_overretrieve_ratio: int = flag(2, "times the passages to retrieve where some are filtered out", least=1)
+    compute_crossattention_stats: bool = flag(False, "log how attention agrees with the gold scores")
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Optimisation"""
+
+    total_steps: int = flag(1000, "steps of training", least=1)
+    warmup_steps: int = flag(1000, "steps of rising learning rate", least=0)
+    scheduler: str = flag("cosine", "shape of the learning rate", choices=("linear", "cosine", "fixed"))
+    scheduler_steps: int | None = flag(None, "steps of the schedule (--total_steps)", least=1)
+    lr: float = flag(1e-4, "learning rate of the reader", least=0)
+    lr_retriever: float = flag(1e-5, "learning rate of the retriever", least=0)
+    weight_decay: float = flag(0.1, "AdamW's weight decay", least=0)
+    epsilon: float = flag(1e-6, "AdamW's epsilon", least=0)
+    beta2: float = flag(0.999, "AdamW's second beta", least=0)
+    clip: float = flag(1.0, "largest norm of all gradients together; 0: no clipping", least=0)
+    dropout: float = flag(0.1, "dropout of reader and retriever", least=0)
+    alpha: float = flag(1.0, "taken for compatibility: has no effect")
+    accumulation_steps: int = flag(1, "steps whose gradients are averaged before an update", least=1)
+    precision: str = flag(
+        "fp32", "of the computation; weights and optimizer stay fp32", choices=("fp16", "fp32", "bf16")
+    )
+    shard_optim: bool = flag(False, "shard the optimizer's state over ranks (ZeRO stage 1)")
+    shard_grads: bool = flag(False, "shard gradients and weights as well (ZeRO stage 2)")
+    use_gradient_checkpoint_reader: bool = flag(False, "recompute the reader's activations: less memory, more time")
+    use_gradient_checkpoint_retriever: bool = flag(False, "recompute the retriever's activations")
+    save_optimizer: bool = flag(False, "keep the optimizer's state in every checkpoint, not only in the latest")
+    keep_checkpoints: int | None = flag(None, "keep this many checkpoints (all)", least=1)
+    restart: bool = flag(False, "begin anew where a checkpoint of this experiment exists")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks"""
+
+    task: str | None = flag(None, f"{', '.join(TASK_NAMES)}, or one of your own")
+    qa_prompt_format: str = flag("question: {question} answer: <extra_id_0>", "query made of a question")
+    mlm_noise_density: float = flag(0.15, "share of the tokens that mlm masks")
+    mlm_mean_noise_span_length: float = flag(3.0, "mean tokens per masked span", least=1)
+    min_words_per_lm_instance: int | None = flag(None, "skip shorter texts in mlm, lm and section", least=0)
+    min_lm_context_ratio: float = flag(0.5, "least share of a text that lm gives as the query", least=0)
+    max_lm_context_ratio: float = flag(0.5, "largest share of a text that lm gives as the query", least=0)
+    multiple_choice_num_options: int = flag(4, "most options of a question", least=2)
+    multiple_choice_train_permutations: str = flag("single", "orders of the options to train on", choices=PERMUTATIONS)
+    multiple_choice_eval_permutations: str = flag("single", "orders to evaluate and average over", choices=PERMUTATIONS)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags of a run."""
+
+    run: Run
+    index: Index
+    model: Model
+    retriever_training: RetrieverTraining
+    optimisation: Optimisation
+    tasks: Tasks
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether passages come out of an index."""
+        return not (self.model.closed_book or self.model.use_file_passages)
+
+    def describe(self) -> str:
+        """One line per flag: its value, and its default where that differs."""
+        lines = []
+        for section in (getattr(self, field.name) for field in dataclasses.fields(self)):
+            for field in dataclasses.fields(section):
+                value = getattr(section, field.name)
+                note = "" if value == field.default else f"    [default: {_show(field.default)}]"
+                lines.append(f"{field.name}: {_show(value)}{note}")
+        return "\n".join(lines)
+
+
+SECTIONS: dict[str, type] = {
+    "run": Run,
+    "index": Index,
+    "model": Model,
+    "retriever_training": RetrieverTraining,
+    "optimisation": Optimisation,
+    "tasks": Tasks,
+}
+
+
+def parse_config(
+    arguments: Sequence[str] | None = None, *, program: str = "train", **preset: Any | Callable[[Any], Any]
+) -> Config:
+    """Read the command line.
+
+    Args:
+        arguments: the words after the script's name; None takes them from the process.
+        program: "train", "evaluate" or "finetune_qa": which files are needed, which checks apply.
+        preset: other defaults, which the command line overrides; a function gets the parsed options.
+
+    Raises:
+        SystemExit: with status 2 and one sentence on standard error when a flag is wrong, before anything is loaded.
+    """
+    parser = _make_parser(program, preset)
+    options = parser.parse_args(arguments)
+    for name, value in preset.items():
+        if callable(value) and getattr(options, name) is None:
+            setattr(options, name, value(options))
+    if options.closed_book or options.use_file_passages:
+        options.train_retriever = False  # nothing is retrieved, so there is nothing to learn from
+    sections = {
+        name: section(**{field.name: getattr(options, field.name) for field in dataclasses.fields(section)})
+        for name, section in SECTIONS.items()
+    }
+    config = Config(**sections)
+    try:
+        _check(config, program)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def evaluation_name(path: str) -> str:
+    """What the results of an evaluation file are called after: its name without `.jsonl` and `.gz`."""
+    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def refresh_schedule(text: str) -> Callable[[int], bool]:
+    """When `--refresh_index` asks for a new index: `-1`, `N`, or `a-b:r,c-d:r2`, as a function of the steps finished.
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    if text.strip() == "-1":
+        return lambda step: step == 0
+    if re.fullmatch(r"\s*[1-9]\d*\s*", text):
+        every = int(text)
+        return lambda step: step % every == 0
+    ranges = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)-(\d+):([1-9]\d*)\s*", part)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ValueError(
+                f"--refresh_index {text!r}: expected -1 (only at the start), a number of steps above 0, "
+                "or ranges such as 0-100:10,100-1000:50"
+            )
+        ranges.append(tuple(map(int, found.groups())))
+    return lambda step: step == 0 or any(a <= step < b and (step - a) % every == 0 for a, b, every in ranges)
+
+
+class _Help(argparse.HelpFormatter):
+    """One line per flag, its default at the end."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=46, width=150)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if action.dest == "help" or (default is None and action.help.endswith(")")):
+            return action.help
+        shown = {None: "unset", (): "none", False: "off", True: "on"}.get(default, default)
+        if isinstance(default, int) and not isinstance(default, bool):
+            shown = default  # 0 and 1 are no switches
+        return f"{action.help} (default: {_show(shown)})"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # torchrun starts many of us with the same words: one complaint on each machine is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _make_parser(program: str, preset: dict[str, Any]) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"{program}.py", usage="%(prog)s [flags]", formatter_class=_Help)
+    unknown = set(preset)
+    for section in SECTIONS.values():
+        group = parser.add_argument_group(section.__doc__)
+        types = get_type_hints(section)
+        for field in dataclasses.fields(section):
+            unknown.discard(field.name)
+            default = preset.get(field.name, field.default)
+            default = None if callable(default) else default
+            _add_flag(group, field, types[field.name], default)
+    assert not unknown, f"no such flags to preset: {unknown}"
+    return parser
+
+
+def _add_flag(group: Any, field: dataclasses.Field, kind: Any, default: Any) -> None:
+    if get_origin(kind) in (Union, UnionType):  # int | None
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    common = {"default": default, "help": field.metadata["help"]}
+    if kind is bool:
+        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **common)
+    elif get_origin(kind) is tuple:
+        group.add_argument(f"--{field.name}", nargs="+", action=_Words, metavar="FILE", **common)
+    else:
+        choices = field.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+        group.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=metavar, **common)
+
+
+class _Words(argparse.Action):
+    """`--train_data a b` and `--train_data "a b"` mean the same, unless a file of that name exists."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        words = [[value] if os.path.exists(value) else value.split() for value in values]
+        setattr(namespace, self.dest, tuple(word for part in words for word in part))
+
+
+def _show(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _check(config: Config, program: str) -> None:
+    """Refuse what cannot work, naming the flag, what was found and what to do. Raises ValueError."""
+    run, index, model, optimisation, tasks = config.run, config.index, config.model, config.optimisation, config.tasks
+    training = program != "evaluate"
+    for section in (getattr(config, name) for name in SECTIONS):
+        for field in dataclasses.fields(section):
+            value, least = getattr(section, field.name), field.metadata["least"]
+            if least is not None and value is not None and not value >= least:
+                raise ValueError(f"--{field.name} {value} is too small: it must be at least {least:g}")
+    for name, value, low, high in (
+        ("dropout", optimisation.dropout, 0.0, 1.0),
+        ("beta2", optimisation.beta2, 0.0, 1.0),
+    ):
+        if not low <= value < high:
+            raise ValueError(f"--{name} {value:g} must be at least {low:g} and below {high:g}")
+    if model.target_maxlength == 0:
+        raise ValueError("--target_maxlength 0 leaves no target: leave the flag out, or use -1, for no cut")
+    for name in ("temperature_gold", "temperature_score"):
+        if not getattr(config.retriever_training, name) > 0:
+            raise ValueError(f"--{name} must be above 0")
+    if not 0 < tasks.mlm_noise_density < 1:
+        raise ValueError(f"--mlm_noise_density {tasks.mlm_noise_density:g} must be above 0 and below 1")
+
+    if tasks.task is None:
+        raise ValueError(f"--task is missing: give one of {', '.join(TASK_NAMES)}")
+    if model.retrieve_only and training:
+        raise ValueError("--retrieve_only cannot be trained with: use evaluate.py, or leave the flag out")
+    if model.closed_book and model.use_file_passages:
+        raise ValueError("--closed_book and --use_file_passages exclude each other: leave one out")
+    if model.retrieve_only and not config.retrieves:
+        raise ValueError("--retrieve_only needs an index: leave out --closed_book and --use_file_passages")
+    if model.reader_model_type is None and not model.retrieve_only:
+        raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
+    if model.reader_model_type is None and tasks.task in TOKENIZING_TASKS:
+        raise ValueError(
+            f"--reader_model_type is missing: --task {tasks.task} makes its queries with the reader's tokenizer"
+        )
+    if training and not run.train_data:
+        raise ValueError("--train_data is missing: give at least one jsonl file")
+    if not training and not run.eval_data:
+        raise ValueError("--eval_data is missing: give at least one jsonl file")
+    if config.retrieves and not index.passages and index.load_index_path is None:
+        raise ValueError("give the corpus with --passages, or a saved index with --load_index_path")
+    for name, paths in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", index.passages)):
+        for path in paths:
+            if not Path(path).is_file() and (name != "passages" or index.load_index_path is None):
+                raise ValueError(f"--{name}: there is no file {path}")
+    for name, path in (("load_index_path", index.load_index_path), ("model_path", run.model_path)):
+        if path not in (None, "none") and not Path(path).is_dir():
+            raise ValueError(f"--{name}: there is no directory {path}")
+    if index.save_index_path is not None and Path(index.save_index_path).is_file():
+        raise ValueError(f"--save_index_path {index.save_index_path} is a file: give a directory, new or of an index")
+    names = [evaluation_name(path) for path in run.eval_data]
+    for name in set(names):
+        if names.count(name) > 1:
+            raise ValueError(f"--eval_data: two files are called {name}; their results would overwrite each other")
+    if index.index_mode == "faiss" and index.faiss_index_type in ("pq", "ivfpq") and index.faiss_code_size is None:
+        raise ValueError(f"--faiss_index_type {index.faiss_index_type} needs --faiss_code_size (bytes per passage)")
+    for name, text, fields in (
+        ("encoder_format", model.encoder_format, {"query", "title", "text", "id", "section"}),
+        ("retriever_format", model.retriever_format, {"title", "text", "id", "section"}),
+        ("decoder_format", model.decoder_format, {"target"}),
+        ("decoder_prompt_format", model.decoder_prompt_format, {"query"}),
+        ("qa_prompt_format", tasks.qa_prompt_format, {"question"}),
+    ):
+        _check_format(name, text, fields)
+    if tasks.min_lm_context_ratio > tasks.max_lm_context_ratio:
+        raise ValueError(
+            f"--min_lm_context_ratio {tasks.min_lm_context_ratio:g} is above "
+            f"--max_lm_context_ratio {tasks.max_lm_context_ratio:g}: lower the first or raise the second"
+        )
+    if tasks.max_lm_context_ratio > 1:
+        raise ValueError(f"--max_lm_context_ratio {tasks.max_lm_context_ratio:g} must be at most 1: it is a share")
+    if tasks.multiple_choice_num_options > 26:
+        raise ValueError("--multiple_choice_num_options must be at most 26: options have letters")
+    for name in ("multiple_choice_train_permutations", "multiple_choice_eval_permutations"):
+        if getattr(tasks, name) == "all" and tasks.multiple_choice_num_options > 6:
+            raise ValueError(f"--{name} all is for at most 6 options, which have 720 orders: use cyclic")
+    refresh_schedule(index.refresh_index)
+    if program == "finetune_qa":
+        for name, value in (
+            ("warmup_steps", optimisation.warmup_steps),
+            ("save_freq", run.save_freq),
+            ("eval_freq", run.eval_freq),
+        ):
+            if value >= optimisation.total_steps:
+                raise ValueError(f"--{name} {value} must be below --total_steps {optimisation.total_steps}")
+
+
+def _check_format(name: str, text: str | None, fields: set[str]) -> None:
+    if text is None:
+        return
+    try:
+        used = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"--{name} {text!r} is not a format string: {error}") from error
+    if unknown := used - fields:
+        names = ", ".join(f"{{{field}}}" for field in sorted(unknown))
+        known = ", ".join(f"{{{field}}}" for field in sorted(fields))
+        raise ValueError(f"--{name} uses {names}; it may use {known}")

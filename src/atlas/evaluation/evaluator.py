@@ -1,0 +1,217 @@
+"""Evaluation: every example of a file once, on all ranks together, results in the order of the file."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from atlas.evaluation.results import ResultsWriter, result_row
+from atlas.metrics import retrieval_metrics
+from atlas.model.inputs import Inputs, Targets
+from atlas.model.reader import FusionInDecoder, token_log_probabilities
+from atlas.retrieval import Retrieval
+from atlas.runtime import device as devices
+from atlas.runtime import distributed
+from atlas.runtime.parallel import whole_weights
+from atlas.runtime.tracking import TensorBoard, log, with_progress
+from atlas.tasks import Example, Task
+from atlas.tasks.data import Data
+
+
+class Evaluator:
+    """Retrieves, reads, generates, scores, writes.
+
+    Args:
+        reader: None evaluates retrieval alone.
+        retrieval: None for a closed book and for passages that come with the data.
+        own_passages: read the passages in the data files.
+        n_context: passages per query.
+        generation: `max_length`, `min_length`, `num_beams`, `length_penalty` of `FusionInDecoder.write`.
+        results: directory for the result files; None writes none.
+    """
+
+    def __init__(
+        self,
+        reader: FusionInDecoder | None,
+        retrieval: Retrieval | None,
+        inputs: Inputs,
+        *,
+        device: torch.device,
+        precision: str,
+        n_context: int,
+        own_passages: bool = False,
+        generation: dict[str, int | float | None] | None = None,
+        results: Path | None = None,
+        write_passages: bool = True,
+        tensorboard: TensorBoard | None = None,
+    ) -> None:
+        self.reader, self.retrieval, self.inputs = reader, retrieval, inputs
+        self.device, self.precision = device, precision
+        self.n_context, self.own_passages = n_context, own_passages
+        self.generation = generation or {}
+        self.results, self.write_passages = results, write_passages
+        self.tensorboard = tensorboard
+
+    def evaluate(self, name: str, data: Data, step: int) -> dict[str, float]:
+        """Evaluate one file. Collective.
+
+        Args:
+            name: of the file without its ending; the results go to `{name}-step-{step}.jsonl`.
+
+        Returns:
+            The means over all examples: percentages, except eval_loss and mrr.
+        """
+        started = time.monotonic()
+        was_training = self.reader is not None and self.reader.training
+        if self.reader is not None:
+            self.reader.eval()
+        totals: dict[str, tuple[float, float]] = {}
+        n_examples = 0
+        path = self.results / f"{name}-step-{step}.jsonl" if self.results else None
+        with _writer(path) as write, whole_weights(self.reader):
+            lines = _Lines(data.task, write, totals)
+            batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")
+            for examples in batches:
+                rows = self._evaluate_batch(examples, data, totals)
+                n_examples += len(examples)
+                if path is not None or data.task.joins:
+                    starts = [example.first_of_line for example in examples]
+                    for of_rank in distributed.gather_on_main(list(zip(starts, rows, strict=True))):
+                        for first, row in of_rank:
+                            lines.add(row, first)
+                distributed.progress()
+            lines.finish()
+        if self.reader is not None:
+            self.reader.train(was_training)
+        n_examples = sum(distributed.gather_objects(n_examples))  # a task may skip lines
+        means = {key: value / weight for key, (value, weight) in distributed.sum_statistics(totals).items()}
+        metrics = {key: value if key in ("eval_loss", "mrr") else 100 * value for key, value in means.items()}
+        log.info("Dataset: %s | %s", f"{name}.jsonl", " | ".join(f"{v:.6g} {k}" for k, v in metrics.items()))
+        log.info(
+            "Evaluated %d examples in %.1f s%s", n_examples, time.monotonic() - started, f": {path}" if path else ""
+        )
+        if self.tensorboard:
+            self.tensorboard.add({f"{name}/{key}": value for key, value in metrics.items()}, step)
+        return metrics
+
+    def _evaluate_batch(
+        self, examples: list[Example], data: Data, totals: dict[str, tuple[float, float]]
+    ) -> list[dict]:
+        """Add what is measured to `totals`; the rows of the result file."""
+        queries = [example.query for example in examples]
+        passages, scores = self._passages(examples, queries, data.task.filters_by_id)
+        for example, of_query in zip(examples, passages or [], strict=bool(passages)):
+            if answers := data.task.retrieval_answers(example):
+                _add(totals, retrieval_metrics(of_query, answers))
+        readings = [_Reading()] * len(examples)
+        if self.reader is not None and examples:
+            readings = self._read(examples, queries, passages)
+            for example, reading in zip(examples, readings, strict=True):
+                _add(totals, data.task.score(reading.generation, example) | {"eval_loss": reading.loss})
+        return [
+            result_row(
+                example,
+                reading.generation,
+                passages[i] if passages is not None else None,
+                scores[i] if scores is not None else None,
+                self.write_passages and self.results is not None,
+                reading.choice_logits,
+            )
+            for i, (example, reading) in enumerate(zip(examples, readings, strict=True))
+        ]
+
+    def _passages(
+        self, examples: list[Example], queries: list[str], filters_by_id: bool
+    ) -> tuple[list[list[dict]] | None, list[list[float]] | None]:
+        """What each query's reader is given, and the scores where it was searched for."""
+        if self.retrieval is not None:
+            exclude = [example.id for example in examples] if filters_by_id else None
+            found = self.retrieval.search(queries, self.n_context, exclude)
+            return found.passages, found.scores.tolist()
+        if self.own_passages:
+            return [example.passages[: self.n_context] for example in examples], None
+        return None, None
+
+    @torch.no_grad()
+    def _read(self, examples: list[Example], queries: list[str], passages: list[list[dict]] | None) -> list["_Reading"]:
+        """What the reader makes of each example, from one pass of the encoder."""
+        ids, mask = self.inputs.reader(queries, passages)
+        targets = self.inputs.targets(queries, [example.target for example in examples])
+        with devices.autocast(self.device, self.precision):
+            hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
+            logits = self.reader.logits(hidden, mask.flatten(1), targets.decoder_ids)
+            rows = self.reader.write(hidden, mask.flatten(1), prompt=self.inputs.prompts(queries), **self.generation)
+        losses = (-token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths).tolist()
+        choices = self._choice_logits(examples, logits, targets)
+        return list(map(_Reading, self.inputs.reader_tokenizer.decode(rows), losses, choices))
+
+    def _choice_logits(
+        self, examples: list[Example], logits: torch.Tensor, targets: Targets
+    ) -> list[dict[str, float] | None]:
+        """The logits (B, T, V) of each example's choices where the decoder has said `<extra_id_0>`.
+
+        What the target goes on with is of no account: the decoder has not seen it there.
+        """
+        if not any(example.choices for example in examples):
+            return [None] * len(examples)
+        said = (targets.labels == self.inputs.reader_tokenizer.sentinel_ids[0]).int()  # (B, T)
+        if not said[:, :-1].any(1).all():
+            raise ValueError("--target_maxlength leaves no room for the letter behind `<extra_id_0>`: raise it")
+        tokens = sorted({token for example in examples for token in example.choices.values()})
+        rows = torch.arange(len(logits), device=logits.device)
+        of_tokens = logits[rows, said.argmax(1) + 1][:, tokens].tolist()  # (B, T, V) -> (B, V) -> (B, tokens)
+        return [
+            {choice: row[tokens.index(token)] for choice, token in example.choices.items()}
+            for example, row in zip(examples, of_tokens, strict=True)
+        ]
+
+
+class _Reading(NamedTuple):
+    """What the reader made of an example: its answer, the target's mean token loss, the logits of its choices."""
+
+    generation: str | None = None
+    loss: float | None = None
+    choice_logits: dict[str, float] | None = None
+
+
+class _Lines:
+    """Puts the rows of each line's examples together, in their order: on rank 0, over batches and ranks."""
+
+    def __init__(self, task: Task, write: Callable[[dict], object], totals: dict[str, tuple[float, float]]) -> None:
+        self.task, self.write, self.totals = task, write, totals
+        self.rows: list[dict] = []
+
+    def add(self, row: dict, first_of_line: bool) -> None:
+        if first_of_line:
+            self.finish()
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        """Measure and write the line whose rows are there, if there is one."""
+        if self.rows:
+            row, values = self.task.join(self.rows)
+            _add(self.totals, values)
+            self.write(row)
+            self.rows = []
+
+
+def _add(totals: dict[str, tuple[float, float]], values: dict[str, float]) -> None:
+    for key, value in values.items():
+        total, weight = totals.get(key, (0.0, 0.0))
+        totals[key] = (total + value, weight + 1.0)
+
+
+class _writer:
+    """A function that writes rows to the file on rank 0, and drops them elsewhere and without a file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = ResultsWriter(path) if path is not None and distributed.is_main() else None
+
+    def __enter__(self):
+        return self._file.__enter__().write if self._file else lambda row: None
+
+    def __exit__(self, *error) -> None:
+        if self._file:
+            self._file.__exit__(*error)

@@ -1,0 +1,141 @@
+"""Passages of a corpus: the formats it may be in, which records are passages, and what an index needs to know of them.
+
+Formats are Atlas jsonl (`id`, `title`, `text`, `section`), BEIR's `corpus.jsonl` (`_id`, `title`, `text`, `metadata`)
+and DPR's tsv (`psgs_w100.tsv`: a header `id text title`, then one passage a line, quoted as in csv).
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from atlas.files.jsonl import JSON_LINES, JsonlCorpus, LineFormat, decode, decode_text
+
+
+def parse_passage(record: dict, join_titles: bool = True) -> dict:
+    """A passage of the published format: `id`, `title`, `text`, all other fields kept.
+
+    An integer `id` becomes its string, a missing `title` the empty one. The title is joined with a non-empty `section`
+    to `{title}: {section}`, unless that has been done already (`join_titles=False`).
+
+    Raises: ValueError with the reason if `id` or `text` is missing or a field is of the wrong type.
+    """
+    identifier, text = record.get("id"), record.get("text")
+    if isinstance(identifier, int) and not isinstance(identifier, bool):
+        identifier = str(identifier)
+    if not isinstance(identifier, str) or not identifier:
+        raise ValueError(f"a passage needs an `id` (a string), found {found(record, 'id')}")
+    if not isinstance(text, str):
+        raise ValueError(f"a passage needs a `text` (a string), found {found(record, 'text')}")
+    for field in ("title", "section"):
+        if not isinstance(record.get(field), str | None):
+            raise ValueError(f"the `{field}` of a passage is a string, found {found(record, field)}")
+    title, section = record.get("title") or "", record.get("section")
+    if section and join_titles:
+        title = f"{title}: {section}"
+    return record | {"id": identifier, "title": title, "text": text}
+
+
+def found(record: dict, field: str) -> str:
+    return f"{record[field]!r:.40}" if field in record else f"only {', '.join(record) or 'an empty object'}"
+
+
+def open_passages(
+    paths: str | os.PathLike | Sequence[str | os.PathLike], max_passages: int = -1, titles_joined: bool = False
+) -> JsonlCorpus:
+    """The passages of one or several files, each of any format, as one sequence.
+
+    `titles_joined`: titles already hold the section.
+
+    Raises: as `JsonlCorpus`; DataError if a `.tsv` file has no header.
+    """
+    parse = partial(parse_passage, join_titles=not titles_joined)
+    return JsonlCorpus(paths, parse=parse, max_rows=max_passages, choose_format=passage_format)
+
+
+def passage_format(path: Path, first_line: bytes) -> LineFormat:
+    """The format of a file: tsv by its header, BEIR by the `_id` of its first passage, else Atlas jsonl.
+
+    Raises: ValueError if a file called `.tsv` has no header.
+    """
+    columns = first_line.decode("utf-8", errors="replace").split("\t")
+    if {"id", "text"} <= set(columns):
+        return LineFormat(partial(decode_tsv, columns=columns), has_header=True)
+    if first_line and path.suffix == ".tsv":
+        raise ValueError(f"a .tsv corpus needs a first line that names its columns (id, text, title), found {columns}")
+    try:
+        record = decode(first_line)
+    except ValueError:
+        return JSON_LINES  # whoever reads the line is told what is wrong with it
+    return LineFormat(decode_beir) if "_id" in record and "id" not in record else JSON_LINES
+
+
+def decode_tsv(line: bytes, columns: Sequence[str]) -> dict:
+    try:
+        fields = next(csv.reader([decode_text(line)], delimiter="\t"))
+    except csv.Error as error:
+        raise ValueError(f"not tsv ({error})") from error
+    if len(fields) != len(columns):
+        raise ValueError(f"expected {len(columns)} fields ({', '.join(columns)}) on one line, found {len(fields)}")
+    return dict(zip(columns, fields, strict=True))
+
+
+def decode_beir(line: bytes) -> dict:
+    record = decode(line)
+    if "_id" not in record:
+        raise ValueError(f"a passage of a BEIR corpus needs an `_id`, found {found(record, '_id')}")
+    return {"id": record.pop("_id"), **record}
+
+
+def is_verbatim(corpus: JsonlCorpus) -> bool:
+    """Whether every file is Atlas jsonl, so that it may be linked or copied as it is."""
+    return all(form is JSON_LINES for form in corpus.formats)
+
+
+def saved_lines(corpus: JsonlCorpus, rows: Iterable[int]) -> Iterator[bytes]:
+    """The rows as lines of Atlas jsonl, without line ends: unchanged where they are that already.
+
+    Titles are as in the corpus, not joined here: what is saved is opened with the corpus's `titles_joined`.
+
+    Raises: DataError at a line that cannot be decoded.
+    """
+    for row in rows:
+        if corpus.format_of(row) is JSON_LINES:
+            yield corpus.raw(row)
+        else:
+            yield json.dumps(corpus.record(row), ensure_ascii=False).encode()
+
+
+def titles_joined(corpus: JsonlCorpus) -> bool:
+    """What `open_passages` was told: whether the titles in the files already hold the section."""
+    return not corpus.parse.keywords["join_titles"]
+
+
+def check_passages(corpus: JsonlCorpus, rows: range, progress: Callable[[int], object] | None = None) -> np.ndarray:
+    """Read every passage of the range once and return a 64-bit hash of each id, (rows,) int64.
+
+    `progress` is told every thousand rows how many more have been read, and the rest at the end.
+
+    Raises: DataError at the first row that is not a passage.
+    """
+    hashes = np.empty(len(rows), np.int64)
+    for start in range(0, len(rows), 1000):
+        for i, row in enumerate(rows[start : start + 1000], start):
+            hashes[i] = hash_id(corpus[row]["id"])
+        if progress is not None:
+            progress(i + 1 - start)
+    return hashes
+
+
+def hash_id(identifier: str) -> int:
+    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def count_duplicates(hashes: np.ndarray) -> int:
+    """How many passages have an id that another passage before them has. 38 million take about 300 MB, not a set."""
+    return len(hashes) - len(np.unique(hashes))

@@ -1,0 +1,127 @@
+"""The tensor half: a reader's loss and a retriever's loss from tensors, and nothing else."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atlas.model.inputs import Targets
+from atlas.model.losses import retriever_scores
+from atlas.model.reader import IGNORE, FusionInDecoder
+from atlas.model.retriever import DualEncoder
+from atlas.model.signals import Correlation, Mode, Reading, correlations
+
+
+@dataclass(frozen=True)
+class TrainingTensors:
+    """One batch of one rank. The retriever's fields are None where it is not trained."""
+
+    reader_ids: torch.Tensor  # (B, K, L): all passages retrieved; the reader reads the first n_context of them
+    reader_mask: torch.Tensor  # (B, K, L) bool
+    targets: Targets
+    query_ids: torch.Tensor | None = None  # (B, Lq)
+    query_mask: torch.Tensor | None = None
+    passage_ids: torch.Tensor | None = None  # (B·K, Lp), where passages are embedded anew
+    passage_mask: torch.Tensor | None = None
+    passage_embeddings: torch.Tensor | None = None  # (B, K, D), where the passage encoder is frozen
+
+
+class Losses(NamedTuple):
+    """Scalars; `retriever` is None where it is not trained, `correlations` is empty where they are not asked for."""
+
+    reader: torch.Tensor
+    retriever: torch.Tensor | None
+    correlations: Mapping[str, Correlation]
+
+    @property
+    def total(self) -> torch.Tensor:
+        return self.reader if self.retriever is None else self.reader + self.retriever
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block, as it was afterwards."""
+    was_training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in was_training.items():
+            part.training = training
+
+
+class Atlas(nn.Module):
+    """Reader and retriever together.
+
+    Args:
+        retriever: None for a closed book and for passages that come with the data.
+        mode: how the reader judges passages (src/atlas/model/signals.py); None where the retriever is not trained.
+        n_context: passages that the reader reads; the retriever learns from all that were retrieved.
+        correlate: measure how the gold scores agree with the decoder's attention.
+    """
+
+    def __init__(
+        self,
+        reader: FusionInDecoder,
+        retriever: DualEncoder | None,
+        *,
+        n_context: int,
+        mode: Mode | None = None,
+        temperature_gold: float = 0.01,
+        temperature_score: float = 0.01,
+        correlate: bool = False,
+    ) -> None:
+        super().__init__()
+        self.reader = reader
+        self.retriever = retriever
+        self.n_context = n_context
+        self.mode = mode
+        self.temperature_gold = temperature_gold
+        self.temperature_score = temperature_score
+        self.correlate = correlate
+
+    def forward(self, batch: TrainingTensors) -> Losses:
+        """Losses of one batch; the retriever's when the batch brings its tensors."""
+        ids, mask = batch.reader_ids[:, : self.n_context], batch.reader_mask[:, : self.n_context]
+        hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
+        logits = self.reader.logits(hidden, mask.flatten(1), batch.targets.decoder_ids)  # (B, T, V)
+        labels = batch.targets.labels
+        reader_loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        ) / (labels != IGNORE).sum().clamp(min=1)
+        if batch.query_ids is None:
+            return Losses(reader_loss, None, {})
+        with torch.no_grad(), evaluating(self.reader):
+            reading = self._reading(batch, hidden)
+            gold = self.mode.signal(reading)  # (B, K), or (B, K, T)
+            found = correlations(reading, gold) if self.correlate else {}
+        retriever_loss = self.mode.loss(self._retriever_scores(batch), gold, reading, self.temperature_score)
+        return Losses(reader_loss, retriever_loss, found)
+
+    def _reading(self, batch: TrainingTensors, hidden: torch.Tensor) -> Reading:
+        """All K passages as the reader without dropout encodes them; what is encoded already is not encoded again.
+
+        Args:
+            hidden: (B, n_context·L, d), encoded for the reader's loss.
+        """
+        ids, mask = batch.reader_ids, batch.reader_mask  # (B, K, L)
+        if self.reader.has_dropout:
+            hidden = self.reader.encode(ids, mask)
+        elif ids.shape[1] > self.n_context:
+            rest = self.reader.encode(ids[:, self.n_context :], mask[:, self.n_context :])
+            hidden = torch.cat([hidden, rest], dim=1)
+        hidden = hidden.detach().unflatten(1, ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
+        return Reading(self.reader, hidden, mask, batch.targets, self.temperature_gold)
+
+    def _retriever_scores(self, batch: TrainingTensors) -> torch.Tensor:
+        """(B, K), with gradient into the query encoder, and into the passage encoder when it is the same."""
+        queries = self.retriever.embed_queries(batch.query_ids, batch.query_mask)  # (B, D)
+        passages = batch.passage_embeddings
+        if passages is None:
+            passages = self.retriever.embed_passages(batch.passage_ids, batch.passage_mask)  # (B·K, D)
+            passages = passages.view(len(queries), -1, passages.shape[-1])
+        return retriever_scores(queries, passages)

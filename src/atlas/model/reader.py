@@ -1,0 +1,303 @@
+"""The reader: T5 as a Fusion-in-Decoder (Izacard & Grave 2021). A T5 state dict is a reader state dict, key for key."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, LogitsProcessor, T5Config, T5ForConditionalGeneration
+from transformers.activations import NewGELUActivation
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.t5 import modeling_t5 as t5
+
+from atlas.model.pretrained import pretrained_errors, quiet_loading, set_dropout
+
+FLAG = "--reader_model_type"
+IGNORE = -100  # label of a position without loss
+ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # other names of `shared.weight`
+
+
+class FusionInDecoder(T5ForConditionalGeneration):
+    """T5 whose encoder reads each passage by itself and whose decoder attends over all of them together."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__(config)
+        for module in self.modules():
+            if type(module) in FASTER:
+                module.__class__ = FASTER[type(module)]
+            if isinstance(getattr(module, "act", None), NewGELUActivation):
+                module.act = nn.GELU(approximate="tanh")
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:  # (B, K, L), (B, K, L) -> (B, K·L, d)
+        """Encode every passage independently; the hidden states of a query's passages are concatenated."""
+        hidden = self.encoder(input_ids=ids.flatten(0, 1), attention_mask=_broadcastable(mask.flatten(0, 1)))[0]
+        return hidden.view(ids.shape[0], -1, hidden.shape[-1])  # (B·K, L, d) -> (B, K·L, d)
+
+    def logits(
+        self, hidden: Tensor, mask: Tensor, decoder_ids: Tensor, *, decoder_mask: Tensor | None = None
+    ) -> Tensor:
+        """Scores of the token behind each of the decoder's: (B, S, d), (B, S), (B, T) -> (B, T, V).
+
+        Args:
+            mask: or (B, T, S), which hidden states each of the decoder's positions sees.
+            decoder_mask: (B or 1, T, T), which other positions each one sees; None: itself and all before it.
+        """
+        return self(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            attention_mask=mask,
+            decoder_input_ids=decoder_ids,
+            decoder_attention_mask=None if decoder_mask is None else _broadcastable(decoder_mask),
+            use_cache=False,
+        ).logits
+
+    @functools.wraps(T5ForConditionalGeneration.forward)  # `generate` reads the signature
+    def forward(self, *args, attention_mask: Tensor | None = None, **kwargs):
+        """As T5's, with masks widened here: transformers would ask the device whether a 2-D one hides anything."""
+        if attention_mask is not None and attention_mask.dim() < 4:
+            attention_mask = _broadcastable(attention_mask)
+        return super().forward(*args, attention_mask=attention_mask, **kwargs)
+
+    @torch.no_grad()
+    def write(
+        self,
+        hidden: Tensor,  # (B, S, d)
+        mask: Tensor,  # (B, S)
+        *,
+        max_length: int,
+        min_length: int | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        prompt: Sequence[Sequence[int]] | None = None,  # B rows
+    ) -> list[list[int]]:
+        """Generate an answer per row of encoder output; rows end before `</s>`.
+
+        `max_length` and `min_length` count the decoder's start token and the prompt. The decoder is forced through the
+        tokens of `prompt` first; they are cut off what is returned.
+        """
+        rows = self.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            attention_mask=mask,
+            max_length=max_length,
+            min_length=min_length,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            do_sample=False,
+            synced_gpus=False,  # ranks answer on their own: see `parallel.whole_weights`
+            logits_processor=[ForcedPrompt(prompt, num_beams, hidden.device)] if prompt and any(prompt) else None,
+        ).tolist()
+        lengths = [len(tokens) for tokens in prompt] if prompt else [0] * len(rows)
+        return [self._answer(row[1 + length :]) for row, length in zip(rows, lengths, strict=True)]
+
+    @contextmanager
+    def observing_cross_attention(self, watch: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+        """Show `watch` what the decoder attends with inside the block.
+
+        It is called once for each layer that is run, in their order, with the projections of that layer's
+        cross-attention: queries (B, heads, T, d_kv), keys and values (B, heads, S, d_kv). Nothing is kept of them.
+        """
+        hooks = []
+        for block in self.decoder.block:
+            attention, seen = block.layer[1].EncDecAttention, {}
+
+            def keep(name: str, heads: int, seen: dict, module: nn.Module, inputs: object, output: Tensor) -> None:
+                seen[name] = output.detach().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+            def show(seen: dict, module: nn.Module, inputs: object, output: object) -> None:
+                watch(seen.pop("q"), seen.pop("k"), seen.pop("v"))
+
+            for name in "qkv":
+                projection = getattr(attention, name)
+                hooks.append(projection.register_forward_hook(partial(keep, name, attention.n_heads, seen)))
+            hooks.append(attention.register_forward_hook(partial(show, seen)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _answer(self, row: list[int]) -> list[int]:
+        end = self.config.eos_token_id
+        return row[: row.index(end)] if end in row else row
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of both stacks: nearly all of the weights."""
+        return [*self.encoder.block, *self.decoder.block]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training mode computes something else than evaluation mode."""
+        return any(getattr(module, "p", 0) > 0 for module in self.modules() if isinstance(module, nn.Dropout))
+
+    def tie_output_embeddings(self, tied: bool) -> None:
+        """Let `lm_head` be the input embeddings (T5 v1.0) or a parameter of its own (v1.1, lm-adapt), for good.
+
+        transformers 5 ties them whatever the config says, and loading a state dict would then overwrite one by the
+        other. The values of the input embeddings are the start of an `lm_head` that was tied before.
+        """
+        self._tied_weights_keys = dict.fromkeys(ALIASES, "shared.weight")
+        if tied:
+            self._tied_weights_keys["lm_head.weight"] = "shared.weight"
+            self.lm_head.weight = self.shared.weight
+        elif self.lm_head.weight is self.shared.weight:
+            self.lm_head.weight = nn.Parameter(self.shared.weight.detach().clone())
+        self.all_tied_weights_keys = dict(self._tied_weights_keys)
+
+
+def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T, V), (B, T) -> (B, T)
+    """Log-probability (fp32) of each label, zero where the label is -100."""
+    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return -losses.view_as(labels)
+
+
+def load_reader(
+    name_or_path: str, *, dropout: float | None, weights: bool = True, gradient_checkpointing: bool = False
+) -> FusionInDecoder:
+    """A reader in eval mode with fp32 parameters from a local T5 directory or a hub id.
+
+    With `weights=False` only the config is read and the parameters are empty (on the meta device) until
+    `load_reader_state` hands them over. `dropout=None` keeps the config's.
+
+    Raises:
+        OSError: nothing there, the hub cannot be reached, not a T5, or weights that do not fill the model.
+    """
+    with pretrained_errors(FLAG, name_or_path, "a T5 model (config.json and weights)"), quiet_loading(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type != "t5":
+            raise ValueError(f"its config.json says model_type {config.model_type}, not t5")
+        if weights:
+            reader, report = FusionInDecoder.from_pretrained(
+                name_or_path, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+            )
+            if report["missing_keys"] or report["unexpected_keys"]:
+                raise ValueError(_difference(report["missing_keys"], report["unexpected_keys"], []))
+            reader.tie_output_embeddings(reader.lm_head.weight is reader.shared.weight)
+        else:
+            with torch.device("meta"):
+                reader = FusionInDecoder(config)
+    if dropout is not None:
+        set_dropout(reader, dropout)
+    if gradient_checkpointing:
+        reader.activation_checkpointing_enable({"use_reentrant": False})
+    return reader.eval()
+
+
+def load_reader_state(reader: FusionInDecoder, state: Mapping[str, Tensor]) -> None:
+    """Load a T5 state dict (names without the `reader.` prefix) with `shared` and `lm_head` as they are in it.
+
+    Where they differ, `lm_head` becomes a parameter of its own; where they agree or `lm_head` is absent, they are tied.
+    The names of `encoder.embed_tokens` and `decoder.embed_tokens` may be absent. A reader that was built with
+    `weights=False` takes over the tensors themselves, as fp32; otherwise the values are copied.
+
+    Raises:
+        ValueError: keys are missing or unexpected, or shapes differ.
+    """
+    state = {name: tensor for name, tensor in state.items() if name not in ALIASES}
+    shared, lm_head = state.get("shared.weight"), state.get("lm_head.weight")
+    tied = shared is None or lm_head is None or torch.equal(shared, lm_head)
+    if tied:
+        state.pop("lm_head.weight", None)
+    reader.tie_output_embeddings(tied)
+    expected = {name: tensor for name, tensor in reader.state_dict().items() if name not in ALIASES}
+    if tied:
+        del expected["lm_head.weight"]
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or unexpected or shapes:
+        raise ValueError(f"these weights do not fit the reader: {_difference(missing, unexpected, shapes)}")
+    assign = reader.shared.weight.is_meta
+    reader.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False, assign=assign)
+    reader.set_input_embeddings(reader.shared)
+    reader.tie_output_embeddings(tied)
+
+
+class RootMeanSquareNorm(t5.T5LayerNorm):
+    """T5's layer norm in one kernel; the result has the precision the matrix products after it run in."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (…, d) -> (…, d)
+        weight = self.weight.to(hidden.dtype)
+        return F.rms_norm(hidden, weight.shape, weight, self.variance_epsilon).to(_matmul_dtype(hidden))
+
+
+class FeedForward(t5.T5DenseActDense):
+    """Without the detour through fp32 that transformers takes before `wo`; dropout as there."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (…, d) -> (…, d)
+        return self.wo(self.dropout(self.act(self.wi(hidden))))
+
+
+class GatedFeedForward(t5.T5DenseGatedActDense):
+    """The same for the gated layer of T5 v1.1."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (…, d) -> (…, d)
+        return self.wo(self.dropout(self.act(self.wi_0(hidden)) * self.wi_1(hidden)))
+
+
+class SharedBiasAttention(t5.T5Attention):
+    """T5 attention that joins mask and position bias once, in a stack's first layer, not in every layer.
+
+    transformers hands the first layer's bias to the others, so it is enough to put the mask into it. At XL size with 40
+    passages of 384 tokens each such tensor has 377 MB. The decoder's causal attention stays as it is.
+    """
+
+    def forward(self, hidden_states: Tensor, mask=None, key_value_states=None, position_bias=None, **kwargs):
+        causal = self.is_decoder and key_value_states is None
+        if not causal and mask is not None:  # (n, 1, 1 or T, L), true where attention is allowed
+            if position_bias is None:
+                dtype = _matmul_dtype(hidden_states)
+                bias = torch.zeros((), dtype=dtype, device=mask.device)
+                if self.has_relative_attention_bias:
+                    bias = self.compute_bias(mask.shape[-1], mask.shape[-1], device=mask.device).to(dtype)
+                position_bias = torch.where(mask, bias, torch.finfo(dtype).min)
+            mask = None
+        return super().forward(hidden_states, mask, key_value_states, position_bias, **kwargs)
+
+
+class ForcedPrompt(LogitsProcessor):
+    """Leaves each row only the next token of its prompt until the prompt is over; the token then costs nothing."""
+
+    def __init__(self, prompt: Sequence[Sequence[int]], num_beams: int, device: torch.device) -> None:
+        longest = max(len(row) for row in prompt)
+        rows = [[*row, *[IGNORE] * (longest - len(row))] for row in prompt]
+        self._tokens = torch.tensor(rows, device=device).repeat_interleave(num_beams, 0)  # (B·beams, longest)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (n, t), (n, V) -> (n, V)
+        position = input_ids.shape[1] - 1  # the first token is the decoder's start
+        if position >= self._tokens.shape[1]:
+            return scores
+        tokens = self._tokens[:, position, None]  # (n, 1)
+        forced = torch.full_like(scores, -torch.inf).scatter(1, tokens.clamp(min=0), 0.0)
+        return torch.where(tokens == IGNORE, scores, forced)
+
+
+# same parameters, same numbers, fewer kernels
+FASTER = {
+    t5.T5LayerNorm: RootMeanSquareNorm,
+    t5.T5DenseActDense: FeedForward,
+    t5.T5DenseGatedActDense: GatedFeedForward,
+    t5.T5Attention: SharedBiasAttention,
+}
+
+
+def _broadcastable(mask: Tensor) -> Tensor:  # (n, L) -> (n, 1, 1, L), or (n, T, L) -> (n, 1, T, L)
+    return mask.bool()[:, None, None] if mask.dim() == 2 else mask.bool()[:, None]
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _difference(missing: Iterable[str], unexpected: Iterable[str], shapes: Sequence[str]) -> str:
+    parts = [f"missing {', '.join(sorted(missing))}"] if missing else []
+    parts += [f"unexpected {', '.join(sorted(unexpected))}"] if unexpected else []
+    return "; ".join([*parts, *shapes])

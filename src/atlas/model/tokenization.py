@@ -1,0 +1,226 @@
+"""Text to token ids and back, exactly as the published models were trained.
+
+transformers 5 drops the lone `▁` before a sentinel (`answer: <extra_id_0>`) and at the end of a text, which the
+published readers were trained to see, so the reader's pipeline is built here. Worker processes import this file, so
+torch and transformers are imported only in the functions that need them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from atlas.model.pretrained import pretrained_errors
+
+if TYPE_CHECKING:
+    import torch
+
+N_SENTINELS = 100
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+READER_FLAG, RETRIEVER_FLAG = "--reader_model_type", "--retriever_model_path"
+# the rules of transformers' clean_up_tokenization_spaces, in its order
+CLEAN_UP = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")]
+CLEAN_UP += [(f" {suffix}", suffix) for suffix in ("n't", "'m", "'s", "'ve", "'re")]
+
+
+class ReaderTokenizer:
+    """T5 tokenizer. Picklable; batches are encoded in parallel by the tokenizers library.
+
+    Attributes: `pad_id`, `eos_id`, `sentinel_ids` (`sentinel_ids[n]` is the id of `<extra_id_n>`).
+
+    Raises:
+        ValueError: the vocabulary lacks `<pad>`, `</s>` or `<extra_id_0>`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        for token in ("<pad>", "</s>", "<extra_id_0>"):
+            if tokenizer.token_to_id(token) is None:
+                raise ValueError(f"the vocabulary has no {token}, so this is not a T5 tokenizer")
+        self.pad_id: int = tokenizer.token_to_id("<pad>")
+        self.eos_id: int = tokenizer.token_to_id("</s>")
+        ids = (tokenizer.token_to_id(f"<extra_id_{n}>") for n in count())
+        self.sentinel_ids: list[int] = list(takewhile(lambda token_id: token_id is not None, ids))
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None, eos: bool = True) -> list[list[int]]:
+        """Token ids of each text, at most `max_length` of them; with `eos` the last one is always `</s>`."""
+        return _encode(self._tokenizer, texts, max_length, [], [self.eos_id] if eos else [])
+
+    def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """Text of each row of ids, with the spaces before punctuation removed as the published system does."""
+        texts = self._tokenizer.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special_tokens)
+        return [_clean_up(text) for text in texts]
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write tokenizer.json and its config: transformers' AutoTokenizer then gives the same ids and texts."""
+        pipeline = Tokenizer.from_str(self._tokenizer.to_str())
+        end = ("</s>", self.eos_id)
+        pipeline.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[end])
+        pipeline.save(str(directory / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # T5's own class would build another pipeline
+            "pad_token": "<pad>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
+            "clean_up_tokenization_spaces": True,
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class RetrieverTokenizer:
+    """BERT tokenizer: `[CLS] … [SEP]`. Picklable. Attribute: `pad_id`."""
+
+    def __init__(self, tokenizer: Tokenizer, pad_id: int, cls_id: int, sep_id: int) -> None:
+        self._tokenizer, self.pad_id, self._cls_id, self._sep_id = tokenizer, pad_id, cls_id, sep_id
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Token ids of each text, at most `max_length` of them, `[CLS]` and `[SEP]` included."""
+        return _encode(self._tokenizer, texts, max_length, [self._cls_id], [self._sep_id])
+
+
+def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer:
+    """The published T5 pipeline from the `tokenizer.json` or `spiece.model` of a local directory or a hub id.
+
+    Raises:
+        OSError: neither file can be found or read, or it is not a T5 vocabulary.
+    """
+    from transformers.utils.hub import cached_file  # takes a local directory and a hub id alike
+
+    with pretrained_errors(READER_FLAG, name_or_path, "a T5 tokenizer (tokenizer.json or spiece.model)"):
+        file = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            return ReaderTokenizer(_pipeline_of_tokenizer_json(json.loads(Path(file).read_text(encoding="utf-8"))))
+        serialized = Path(cached_file(name_or_path, "spiece.model")).read_bytes()
+        return ReaderTokenizer(_pipeline_of_sentencepiece(serialized))
+
+
+def load_retriever_tokenizer(name_or_path: str) -> RetrieverTokenizer:
+    """The tokenizer of a BERT-type model in a local directory or under a hub id.
+
+    Raises:
+        OSError: it cannot be found or read, or it has no `[PAD]`, `[CLS]` and `[SEP]`.
+    """
+    from transformers import AutoTokenizer
+
+    with pretrained_errors(RETRIEVER_FLAG, name_or_path, "a BERT tokenizer (tokenizer.json or vocab.txt)"):
+        loaded = AutoTokenizer.from_pretrained(name_or_path)
+        ids = (loaded.pad_token_id, loaded.cls_token_id, loaded.sep_token_id)
+        if None in ids:
+            raise ValueError("it has no padding, [CLS] or [SEP] token")
+    tokenizer = loaded.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return RetrieverTokenizer(tokenizer, *ids)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids as one rectangle: int64 ids (n, L) and a bool mask (n, L) that is true on real tokens.
+
+    L is the longest row (at least 1), rounded up to `multiple`.
+    """
+    import torch
+
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    longest = -(-max(1, lengths.max(initial=0)) // multiple) * multiple
+    mask = np.arange(longest) < lengths[:, None]  # (n, L)
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    if lengths.any():
+        ids[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: Sequence[str], max_length: int | None, before: list[int], after: list[int]
+) -> list[list[int]]:
+    cut = None if max_length is None else max(0, max_length - len(before) - len(after))
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [before + encoding.ids[:cut] + after for encoding in encodings]
+
+
+def _clean_up(text: str) -> str:
+    for found, replacement in CLEAN_UP:
+        text = text.replace(found, replacement)
+    return text
+
+
+def _pipeline_of_tokenizer_json(saved: dict) -> Tokenizer:
+    """Vocabulary and normalization as saved; what the saving library does about spaces is replaced."""
+    pre_tokenizers = _members(saved.get("pre_tokenizer"), "pretokenizers")
+    return _published_pipeline(
+        model=saved.get("model", {}),
+        added_tokens={token["content"]: token["id"] for token in saved.get("added_tokens", [])},
+        normalizers=_members(saved.get("normalizer"), "normalizers"),
+        pre_tokenizers=[part for part in pre_tokenizers if part["type"] not in ("WhitespaceSplit", "Metaspace")],
+    )
+
+
+def _pipeline_of_sentencepiece(serialized: bytes) -> Tokenizer:
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    try:
+        proto = ModelProto.FromString(serialized)
+    except DecodeError as error:
+        raise ValueError("spiece.model is not a sentencepiece model") from error
+    if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
+        raise ValueError("its sentencepiece model is not a Unigram model")
+    pieces = [[piece.piece, piece.score] for piece in proto.pieces]
+    # the sentinels are the last ids, <extra_id_0> the very last
+    pieces += [[f"<extra_id_{n}>", 0.0] for n in reversed(range(N_SENTINELS))]
+    charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
+    return _published_pipeline(
+        model={"type": "Unigram", "unk_id": proto.trainer_spec.unk_id, "vocab": pieces, "byte_fallback": False},
+        added_tokens={
+            piece: token_id
+            for token_id, (piece, _) in enumerate(pieces)
+            if piece in SPECIAL_TOKENS or piece.startswith("<extra_id_")
+        },
+        normalizers=[{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else [],
+        pre_tokenizers=[],
+    )
+
+
+def _published_pipeline(
+    model: dict, added_tokens: dict[str, int], normalizers: list[dict], pre_tokenizers: list[dict]
+) -> Tokenizer:
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    one_space = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    decoders = [{"type": "ByteFallback"}] if model.get("byte_fallback") else []
+    # no stripping around added tokens: that keeps the lone ▁ before a sentinel
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    pipeline = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token_id, "content": token, **flags} for token, token_id in added_tokens.items()],
+        "normalizer": {"type": "Sequence", "normalizers": [*normalizers, one_space]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [metaspace, *pre_tokenizers]},
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [*decoders, metaspace]},
+        "model": model,
+    }
+    try:
+        return Tokenizer.from_str(json.dumps(pipeline))
+    except Exception as error:  # the only class the tokenizers library raises
+        raise ValueError(f"its vocabulary is damaged: {error}") from error
+
+
+def _members(part: dict | None, key: str) -> list[dict]:
+    """The steps of a normalizer or pre-tokenizer, be it absent, a single one or a sequence of them."""
+    if part is None:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]

@@ -1,0 +1,125 @@
+"""What a user sees while it runs: run.log and the screen, progress bars, tensorboard, means of statistics."""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from atlas.runtime import distributed
+
+log = logging.getLogger("atlas")
+
+
+class _Screen(logging.Handler):
+    """Prints above a progress bar instead of through it, and spares the reader tracebacks: those are in the file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        shown = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
+        stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
+        tqdm.write(self.format(shown), file=stream)
+        stream.flush()
+
+
+def start_log(directory: Path | None) -> None:
+    """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log; appended to what is there."""
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handlers: list[logging.Handler] = [_Screen()] if distributed.is_main() else []
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        name = "run.log" if distributed.is_main() else f"run.rank-{distributed.rank()}.log"
+        handlers.append(logging.FileHandler(directory / name, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%m/%d/%Y %H:%M:%S"))
+        log.addHandler(handler)
+
+
+def tell_error(error: Exception, message: str) -> None:
+    """One sentence on the screen, the traceback of the current exception in the log.
+
+    Rank 0 speaks for all: another rank shows its error only when rank 0 has none of its own.
+    """
+    log.error("%s", message, exc_info=True)
+    if not distributed.is_main() and not distributed.main_failed_too(error):
+        print(f"[rank {distributed.rank()}] {message}", file=sys.stderr, flush=True)
+
+
+def progress_bar(what: str, total: int, unit: str, initial: int = 0) -> tqdm:
+    """A bar on rank 0's terminal; invisible everywhere else."""
+    hidden = not distributed.is_main() or not sys.stderr.isatty()
+    return tqdm(total=total, desc=what, unit=f" {unit}", initial=initial, disable=hidden, dynamic_ncols=True)
+
+
+def with_progress(items: Iterable[Any], what: str, total: int, unit: str) -> Iterator[Any]:
+    """Go through the items with a bar."""
+    with progress_bar(what, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+class ProgressBars:
+    """One bar after the other: told what is going on, how much of it is done, and of how much (None: nobody knows)."""
+
+    def __init__(self) -> None:
+        self._what, self._bar = "", tqdm(disable=True)
+
+    def __enter__(self) -> "ProgressBars":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def __call__(self, what: str, done: int, of: int | None) -> None:
+        if what != self._what:
+            self._bar.close()
+            self._what, self._bar = what, progress_bar(what, of, "seconds" if of is None else "passages")
+        self._bar.update(done - self._bar.n)
+
+
+class Means:
+    """Weighted means of named numbers since the last report. Tensors stay on their device until then."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[tuple[Any, Any]]] = {}
+
+    def add(self, name: str, value: torch.Tensor | float, weight: torch.Tensor | float = 1.0) -> None:
+        """`value` and `weight`: numbers, or scalar tensors, which are not waited for."""
+        value = value.detach() if isinstance(value, torch.Tensor) else value
+        self._values.setdefault(name, []).append((value, weight))
+
+    def report(self) -> dict[str, float]:
+        """The means over all ranks; starts anew. Collective."""
+        sums = {
+            name: (sum(float(value * weight) for value, weight in pairs), sum(float(weight) for _, weight in pairs))
+            for name, pairs in self._values.items()
+        }
+        self._values = {}
+        totals = distributed.sum_statistics(sums)
+        return {name: value / weight for name, (value, weight) in sorted(totals.items()) if weight}
+
+
+class TensorBoard:
+    """Event files of rank 0; nothing on other ranks."""
+
+    def __init__(self, directory: Path) -> None:
+        self._writer = None
+        if distributed.is_main():
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._writer = SummaryWriter(directory)
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """One point for each value."""
+        for name, value in values.items() if self._writer else ():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        if self._writer:
+            self._writer.close()

@@ -1,0 +1,27 @@
+"""Cloze questions: statements in which a span of interest, a name or a number, is to be filled in.
+
+Made from a corpus they are salient span masking (Guu et al. 2020, arXiv 2002.08909, section 3.4); mlm masks at random.
+"""
+
+from collections.abc import Mapping
+
+from atlas.tasks.qa import QA
+
+
+class Cloze(QA):
+    """Lines `{"id": ..., "query": ..., "answers": [...]}`, the query with `<extra_id_0>` where the answer belongs.
+
+    A line with the `id` of a passage was made from that passage, which is not found for it.
+    """
+
+    fields = "`query` (a string with <extra_id_0>), `answers` (a list of strings)"
+    filters_by_id = True
+
+    def __init__(self, answers_needed: bool = True, passages_needed: bool = False):
+        super().__init__("{question}", answers_needed, passages_needed)
+
+    def question(self, record: Mapping) -> str:
+        query = self.text(record, "query")
+        if "<extra_id_0>" not in query:
+            raise ValueError(f"`query` has no <extra_id_0>, where the answer belongs: {query!r:.60}")
+        return query

@@ -1,0 +1,115 @@
+"""Examples of a data file for each step and rank: the same lines, and the same chances, at every world size."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from atlas.files.jsonl import DataError, JsonlCorpus
+from atlas.tasks import Example, Task, example_rng
+
+T = TypeVar("T")
+
+
+class Data:
+    """A data file (or several, one behind the other) as batches of examples.
+
+    The global batch of a step is the next `world_size · batch_size` places; rank r takes the r-th run of `batch_size`.
+    So W ranks see in one step what one rank sees in W steps. A place is a line or, with a task of which a line gives
+    several examples, one of these, all of a line one after the other unless they are shuffled.
+
+    Raises:
+        ValueError: there is no line.
+    """
+
+    def __init__(
+        self, corpus: JsonlCorpus, task: Task, *, seed: int, batch_size: int, rank: int, world_size: int
+    ) -> None:
+        if len(corpus) == 0:
+            raise ValueError(f"{', '.join(map(str, corpus.paths))}: there is no line with data in it")
+        self.corpus, self.task, self.seed = corpus, task, seed
+        self.places = len(corpus) * task.examples_per_line
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._resumed = (0, 0)  # a step, and the examples that had been seen after it
+        self._order = (-1, np.empty(0, np.int64))  # the epoch that was shuffled last, and its order
+
+    def __len__(self) -> int:
+        """How many lines there are."""
+        return len(self.corpus)
+
+    def check(self, lines: range, read: Callable[[int], object]) -> int:
+        """Read lines once, so that a bad one is found before anything expensive starts.
+
+        Args:
+            read: told from time to time how many more have been read.
+
+        Returns:
+            How many of them the task does not skip.
+
+        Raises:
+            DataError: naming file, line and what is wrong.
+        """
+        used = 0
+        for start in range(0, len(lines), 1000):
+            chunk = lines[start : start + 1000]
+            used += sum(self._of_line(line, self.task.check) for line in chunk)
+            read(len(chunk))
+        return used
+
+    def example(self, place: int, epoch: int) -> Example | None:
+        """The example of a place; None where the task skips it. Raises: DataError."""
+        line, number = divmod(place, self.task.examples_per_line)
+        rng = example_rng(self.seed, epoch, line)
+        return self._of_line(line, lambda record: self.task.example(record, rng, number))
+
+    def _of_line(self, line: int, function: Callable[[dict], T]) -> T:
+        try:
+            return function(self.corpus[line])
+        except DataError:
+            raise
+        except ValueError as error:
+            raise DataError(f"{self.corpus.where(line)}: {error}") from error
+
+    def resume(self, step: int, examples: int) -> None:
+        """Go on behind so many examples, which a run on perhaps another number of ranks has seen in `step` steps."""
+        self._resumed = (step, examples)
+
+    def examples_after(self, step: int) -> int:
+        """How many examples all ranks together have seen after so many steps, skipped ones included."""
+        finished, examples = self._resumed
+        return examples + (step - finished) * self.world_size * self.batch_size
+
+    def training_batch(self, step: int, shuffle: bool) -> list[Example]:
+        """This rank's examples of a step, counted from 1. The file is gone through again and again.
+
+        Skipped lines are not made up for, so that the places of a step never depend on others: the batch is smaller,
+        or empty.
+        """
+        first = self.examples_after(step - 1) + self.rank * self.batch_size
+        examples = []
+        for position in range(first, first + self.batch_size):
+            epoch, place = divmod(position, self.places)
+            place = self._shuffled(epoch)[place] if shuffle else place
+            examples.append(self.example(int(place), epoch))
+        return [example for example in examples if example is not None]
+
+    def evaluation_batches(self) -> Iterator[list[Example]]:
+        """The whole file once, in as many batches on every rank; the last ones of a rank may be empty."""
+        everybody = self.world_size * self.batch_size
+        for start in range(0, self.places, everybody):
+            first = start + self.rank * self.batch_size
+            places = range(min(first, self.places), min(first + self.batch_size, self.places))
+            examples = [self.example(place, epoch=0) for place in places]
+            yield [example for example in examples if example is not None]
+
+    @property
+    def evaluation_rounds(self) -> int:
+        """How many batches `evaluation_batches` gives."""
+        return -(-self.places // (self.world_size * self.batch_size))
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            # half the memory of int64, which every rank takes: 120 MB for 30 million lines
+            places = np.arange(self.places, dtype=np.int32 if self.places < 2**31 else np.int64)
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(places))
+        return self._order[1]

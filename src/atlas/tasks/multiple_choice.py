@@ -1,0 +1,163 @@
+"""Questions with options, read in several orders so that no letter is preferred (Izacard et al. 2022)."""
+
+import hashlib
+import json
+import math
+import random
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import islice, permutations
+from string import ascii_uppercase as LETTERS
+
+from atlas.model.tokenization import ReaderTokenizer
+from atlas.tasks.base import Example, Task
+
+PROMPT_TOKENS = 356  # as published: with --text_maxlength 512 that leaves room for a passage
+
+
+class MultipleChoice(Task):
+    """Lines `{"question": ..., "options": {"A": ..., "B": ..., ...}, "answer": "B"}`, an example for each order.
+
+    The first order is that of the line. A long question is cut from the left.
+
+    Args:
+        tokenizer: the reader's; text_maxlength: tokens of its input.
+        num_options: most options of a question; permutations: `single` order, `cyclic` rotations, or `all` orders.
+        repeats: whether a line with fewer options than others, so fewer orders, gives as many examples by repeating
+            them (for training); else it gives fewer.
+    """
+
+    metrics = ("accuracy",)
+    fields = "`question` (a string), `options` (an object of strings: A, B, ...) and `answer` (the letter of one)"
+    joins = True
+
+    def __init__(
+        self,
+        tokenizer: ReaderTokenizer,
+        text_maxlength: int,
+        num_options: int,
+        permutations: str,
+        repeats: bool = False,
+        answers_needed: bool = True,
+        passages_needed: bool = False,
+    ) -> None:
+        super().__init__(answers_needed, passages_needed)
+        self.tokenizer = tokenizer
+        self.num_options, self.permutations, self.repeats = num_options, permutations, repeats
+        self.prompt_tokens = min(PROMPT_TOKENS, text_maxlength - 1)  # one for </s>: the reader's cut spares the options
+        self.examples_per_line = self.n_orders(num_options)
+        self.tokens = dict(zip(LETTERS[:num_options], self._letter_tokens(num_options), strict=True))
+
+    def n_orders(self, n_options: int) -> int:
+        return {"single": 1, "cyclic": n_options, "all": math.factorial(n_options)}[self.permutations]
+
+    def order(self, n_options: int, number: int) -> tuple[int, ...]:
+        """Which option stands at each place: order 0 is 0, 1, 2, ..."""
+        if self.permutations == "all":
+            return next(islice(permutations(range(n_options)), number, None))
+        return tuple((place + number) % n_options for place in range(n_options))
+
+    def process(self, record: Mapping, rng: random.Random) -> Example:
+        return self.example(record, rng, 0)
+
+    def example(self, record: Mapping, rng: random.Random, number: int) -> Example | None:
+        """As the line has it for `number` 0; with its options in another order for the others."""
+        question, options, answer = self._read(record)
+        n_orders = self.n_orders(len(options))
+        if number >= n_orders and not self.repeats:
+            return None
+        order = self.order(len(options), number % n_orders)
+        letters, texts = list(options), list(options.values())
+        options = {letter: texts[option] for letter, option in zip(letters, order, strict=True)}
+        if answer is not None:
+            answer = letters[order.index(letters.index(answer))]
+        # found again by what was asked, wherever it stands and whatever was answered
+        uid = hashlib.blake2b(json.dumps([question, texts]).encode(), digest_size=8).hexdigest()
+        line = {key: value for key, value in record.items() if key != "passages"}
+        changed = {"options": options, "answer": answer, "is_original": number == 0, "uid": uid}
+        return Example(
+            query=self._query(question, options),
+            target="" if answer is None else f"<extra_id_0> {answer}",
+            answers=[] if answer is None else [answer],
+            metadata=line | changed,
+            id=self.identifier(record),
+            passages=self.passages(record),
+            choices={letter: self.tokens[letter] for letter in options},
+            first_of_line=number == 0,
+        )
+
+    def check(self, record: Mapping) -> bool:
+        self._read(record)
+        self.passages(record)
+        return True
+
+    def join(self, rows: list[dict]) -> tuple[dict, dict[str, float]]:
+        """The row of the line's own order, with each option's probability: the mean over the orders.
+
+        In an order it is the softmax over the letters' logits, at the letter that the option's text stands at. Options
+        of the same text share what they get.
+        """
+        joined = {key: value for key, value in rows[0].items() if key != "choice_logits"}
+        values = {}
+        if "choice_logits" in rows[0]:
+            by_text = defaultdict(list)
+            for row in rows:
+                of_letter = softmax(row["choice_logits"])
+                for letter, text in row["metadata"]["options"].items():
+                    by_text[text].append(of_letter[letter])
+            options = rows[0]["metadata"]["options"]
+            of_all = {letter: by_text[text] for letter, text in options.items()}
+            means = {letter: sum(found) / len(found) for letter, found in of_all.items()}
+            joined |= {"choice_probs": means, "all_probs": of_all}
+            chosen = max(means, key=means.get)
+            values = {"debiased_accuracy": float(options[chosen] == options[rows[0]["metadata"]["answer"]])}
+        return joined | {"permutations": rows}, values
+
+    def _read(self, record: Mapping) -> tuple[str, dict[str, str], str | None]:
+        """Question, options in the order of their letters, answer. Raises: ValueError."""
+        question = self.text(record, "question")
+        options = record.get("options")
+        if options is None:
+            raise self.missing(record, "options")
+        if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
+            raise ValueError(f"`options` is an object of strings by letter, found {options!r:.60}")
+        letters = sorted(options)
+        if letters != list(LETTERS[: len(letters)]) or len(letters) < 2:
+            raise ValueError(f"`options` are lettered A, B, and so on, at least two; found {', '.join(letters)!r:.60}")
+        if len(letters) > self.num_options:
+            raise ValueError(
+                f"{len(letters)} `options` are more than --multiple_choice_num_options {self.num_options}: raise it"
+            )
+        answer = self.text(record, "answer", optional=not self.answers_needed)
+        if answer is not None and answer not in options:
+            raise ValueError(f"`answer` is one of {', '.join(letters)}, found {answer!r:.40}")
+        return question, {letter: options[letter] for letter in letters}, answer
+
+    def _query(self, question: str, options: dict[str, str]) -> str:
+        """The prompt, with the longest end of the question that fits in."""
+        behind = " ".join(f"({letter}) {text}" for letter, text in options.items())
+
+        def query(start: int) -> str:
+            return f"question: {question[start:]} options: {behind} answer: <extra_id_0>"
+
+        def fits(start: int) -> bool:
+            return len(self.tokenizer.encode([query(start)], eos=False)[0]) <= self.prompt_tokens
+
+        return query(0 if fits(0) else bisect_left(range(len(question)), True, lo=1, key=fits))
+
+    def _letter_tokens(self, n: int) -> list[int]:
+        """What the reader writes behind `<extra_id_0>` for each letter. Raises: ValueError."""
+        rows = self.tokenizer.encode([f"<extra_id_0> {letter}" for letter in LETTERS[:n]], eos=False)
+        if any(len(row) != 2 for row in rows) or len({row[1] for row in rows}) < n:
+            raise ValueError(
+                f"--reader_model_type: its vocabulary has no token for every letter from A to {LETTERS[n - 1]}"
+            )
+        return [row[1] for row in rows]
+
+
+def softmax(logits: dict[str, float]) -> dict[str, float]:
+    largest = max(logits.values())
+    powers = {name: math.exp(logit - largest) for name, logit in logits.items()}
+    total = sum(powers.values())
+    return {name: power / total for name, power in powers.items()}

@@ -1,0 +1,69 @@
+"""What the tasks have in common that learn from plain texts: those of a corpus, as a rule that of the index."""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from atlas.metrics import accuracy, f1, rouge
+from atlas.tasks.base import Example, Task
+
+
+class TextTask(Task, ABC):
+    """Lines `{"id": ..., "text": ...}`, of whose text a part is the query and a part the target.
+
+    Texts that are blank, or have fewer words than `min_words`, are skipped.
+    """
+
+    metrics = ("accuracy", "f1", "rouge_1", "rouge_2", "rouge_L")
+    fields = "`id` and `text` (strings)"
+    skips = "texts that are empty or have fewer words than --min_words_per_lm_instance"
+    filters_by_id = True
+
+    def __init__(self, min_words: int | None = None, passages_needed: bool = False) -> None:
+        super().__init__(passages_needed=passages_needed)
+        self.min_words = max(1, min_words or 1)
+
+    @abstractmethod
+    def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str] | None:
+        """Query and target of a line that `check` lets pass; None to skip it all the same."""
+
+    def metadata(self, record: Mapping) -> dict:
+        return {"id": record["id"]}
+
+    def check(self, record: Mapping) -> bool:
+        self.identifier(record)
+        self.passages(record)
+        text = self.text(record, "text", blank=True)
+        return len(text.split(maxsplit=self.min_words)) >= self.min_words
+
+    def process(self, record: Mapping, rng: random.Random) -> Example | None:
+        pair = self.pair(record, rng) if self.check(record) else None
+        if pair is None:
+            return None
+        query, target = pair
+        return Example(
+            query=query,
+            target=target,
+            answers=[target],
+            metadata=self.metadata(record),
+            id=self.identifier(record),
+            passages=self.passages(record),
+        )
+
+    def identifier(self, record: Mapping) -> str | int:
+        """The `id`, by which the line's own passage is told from others. Raises: ValueError."""
+        identifier = record.get("id")
+        if identifier is None:
+            raise self.missing(record, "id")
+        if isinstance(identifier, bool) or not isinstance(identifier, str | int):
+            raise ValueError(f"`id` is a string, found {identifier!r:.40}")
+        return identifier
+
+    def score(self, generation: str, example: Example) -> dict[str, float]:
+        """Of raw words, case-sensitive; white space around a text does not count."""
+        prediction, reference = generation.strip(), example.answers[0].strip()
+        return {
+            "accuracy": accuracy(prediction, [reference]),
+            "f1": f1(prediction, [reference], normalize=None),
+            **rouge(prediction, reference),
+        }

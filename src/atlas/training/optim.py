@@ -1,0 +1,171 @@
+"""Two optimizers that move together: learning rates over time, clipping, steps that are skipped."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from atlas.runtime.parallel import ShardedAdamW, agree_on_norm, cut_like, is_sharded, local_part, moments_on_main
+
+FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in fp16, as is usual
+FLOOR = 0.1  # share of the learning rate at which the schedules start or end
+
+
+def schedule_factor(kind: str, finished: int, warmup: int, total: int) -> float:
+    """Share of the learning rate for an update that begins after `finished` steps.
+
+    Args:
+        kind: "linear" rises from the floor and falls to it; "cosine" rises from 0 and falls along a quarter of a cosine
+            to the floor; "fixed" rises from 0 and stays.
+        warmup: steps of rising; total: length of the whole schedule, beyond which nothing changes.
+    """
+    u = min(finished, total)
+    after = (u - warmup) / max(1, total - warmup)
+    if kind == "linear":
+        return (1 - FLOOR) * u / max(1, warmup) + FLOOR if u < warmup else max(0.0, 1 + (FLOOR - 1) * after)
+    if u < warmup:
+        return u / warmup
+    if kind == "cosine":
+        return FLOOR + (1 - FLOOR) * torch.cos(torch.tensor(0.5 * torch.pi * after, dtype=torch.float64)).item()
+    if kind == "fixed":
+        return 1.0
+    raise ValueError(f"--scheduler {kind}: expected linear, cosine or fixed")
+
+
+class Update(NamedTuple):
+    """What all ranks decided together."""
+
+    moved: bool  # whether the weights moved: they do not where a gradient is not finite
+    stop: bool  # whether a rank was asked to stop
+
+
+class Optimizers:
+    """AdamW for the reader and for the retriever, clipped by their common gradient norm.
+
+    Args:
+        groups: name -> (named parameters that are trained, learning rate). A group without parameters is left out.
+        loss_scaling: multiply the loss so that small fp16 gradients survive.
+        shard: spread the moments over ranks; those of sharded weights lie where their weights do in any case.
+    """
+
+    def __init__(
+        self,
+        groups: dict[str, tuple[Iterable[tuple[str, nn.Parameter]], float]],
+        *,
+        weight_decay: float,
+        epsilon: float,
+        beta2: float,
+        clip: float,
+        scheduler: str,
+        warmup_steps: int,
+        total_steps: int,
+        loss_scaling: bool = False,
+        shard: bool = False,
+    ) -> None:
+        self.clip = clip or float("inf")
+        self.skipped = 0
+        # fp16 gradients underflow without it; bf16 and fp32 have the range
+        self.scale = FIRST_SCALE if loss_scaling else 1.0
+        self._scaling, self._since_scaled = loss_scaling, 0
+        self._schedule = (scheduler, warmup_steps, total_steps)
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._optimizers: dict[str, torch.optim.AdamW] = {}
+        self._lr: dict[str, float] = {}
+        for name, (parameters, lr) in groups.items():
+            if named := dict(parameters):
+                self._parameters[name] = named
+                self._lr[name] = lr
+                adamw = ShardedAdamW if shard and not is_sharded(named.values()) else torch.optim.AdamW
+                self._optimizers[name] = adamw(
+                    named.values(), lr=lr, betas=(0.9, beta2), eps=epsilon, weight_decay=weight_decay, fused=True
+                )
+
+    def learning_rate(self, finished: int) -> float:
+        """Learning rate of the first group (the reader, where it is trained) after `finished` steps."""
+        return next(iter(self._lr.values())) * schedule_factor(self._schedule[0], finished, *self._schedule[1:])
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the loss's gradients to those that wait."""
+        (loss * self.scale if self._scaling else loss).backward()
+
+    def step(self, finished: int, stop: bool = False) -> Update:
+        """Move the weights along the waiting gradients, or skip when these are not all finite.
+
+        All ranks decide alike: one message and one wait for the device tell the norm of all gradients and whether any
+        rank wants to stop. Nothing else in a training step waits for the device.
+
+        Args:
+            finished: steps finished before the ones whose gradients wait; sets the learning rate.
+            stop: whether this rank was asked to stop.
+        """
+        parameters = [p for named in self._parameters.values() for p in named.values() if p.grad is not None]
+        norm, asked = agree_on_norm(parameters, stop).tolist()
+        moved = math.isfinite(norm)
+        factor = schedule_factor(self._schedule[0], finished, *self._schedule[1:])
+        if moved:
+            coefficient = min(1.0, self.clip / (norm / self.scale + 1e-6)) / self.scale
+            if coefficient != 1.0:
+                torch._foreach_mul_([local_part(p.grad) for p in parameters], coefficient)
+        for name, optimizer in self._optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr[name] * factor
+            if moved:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped += not moved
+        self._rescale(moved)
+        return Update(moved, stop=bool(asked))
+
+    def _rescale(self, moved: bool) -> None:
+        """Half the scale after an overflow, twice the scale after many steps without one (Micikevicius et al. 2018)."""
+        if not self._scaling:
+            return
+        self._since_scaled = self._since_scaled + 1 if moved else 0
+        if not moved or self._since_scaled == GROWTH_STEPS:
+            self.scale *= 2.0 if moved else 0.5
+            self._since_scaled = 0
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Moments and counters by the names of their parameters: `{group}/{parameter}/{exp_avg, exp_avg_sq, step}`.
+
+        And `skipped` and, where the loss is scaled, `loss_scale`, which belong to no parameter. Collective; the moments
+        are on rank 0 only.
+        """
+        moments = {
+            f"{group}/{name}/{key}": value
+            for group, named in self._parameters.items()
+            for name, parameter in named.items()
+            for key, value in moments_on_main(self._optimizers[group], parameter).items()
+        }
+        counters = {"skipped": torch.tensor(self.skipped)}
+        if self._scaling:  # a run that goes on in fp16 shall not begin with the 1 of another precision
+            counters["loss_scale"] = torch.tensor([self.scale, self._since_scaled])
+        return moments | counters
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state` gave.
+
+        Raises:
+            ValueError: it belongs to other parameters.
+        """
+        state = dict(state)
+        self.skipped = int(state.pop("skipped", torch.tensor(0)))
+        scale = state.pop("loss_scale", torch.zeros(0)).flatten().tolist()  # of an older checkpoint: one number
+        if self._scaling and scale:
+            self.scale, self._since_scaled = scale[0], int(sum(scale[1:]))
+        known = {f"{group}/{name}" for group, named in self._parameters.items() for name in named}
+        if unknown := sorted({key.rsplit("/", 1)[0] for key in state} - known):
+            raise ValueError(
+                f"the saved optimizer has moments for {unknown[0]} (and {len(unknown) - 1} more), which this run does "
+                "not train: use the flags of the saved run, or --restart"
+            )
+        for group, named in self._parameters.items():
+            optimizer = self._optimizers[group]
+            mine = {parameter for part in optimizer.param_groups for parameter in part["params"]}
+            for name, parameter in named.items():
+                prefix = f"{group}/{name}/"
+                found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                if found and parameter in mine:
+                    optimizer.state[parameter] = {key: cut_like(value, parameter) for key, value in found.items()}
