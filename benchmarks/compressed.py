@@ -28,8 +28,8 @@ import torch
 
 from atlas import build
 from atlas.config import parse_config
+from atlas.index.codec import Compression, code_size
 from atlas.index.files import has_index, read_description
-from atlas.index.quantized import Compression, code_size
 from atlas.index.sharded import ShardedIndex
 from atlas.index.storage import compress_index, open_index
 from atlas.model.retriever import load_retriever

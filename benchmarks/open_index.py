@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from atlas.index import files
+from atlas.index.codec import Compression
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
-from atlas.index.quantized import Compression
 from atlas.index.sharded import ShardedIndex
 from atlas.index.storage import compress_index, open_index, save_index
 from benchmarks.search import process_memory, random_embeddings

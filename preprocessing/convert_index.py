@@ -63,8 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, convert; a mistake of the user's ends it with one sentence and status 1."""
     options = parse_options(arguments)
     # These import torch: a wrong flag is answered before that.
+    from atlas.index.codec import Compression
     from atlas.index.convert import convert
-    from atlas.index.quantized import Compression
     from atlas.runtime.tracking import ProgressBars, start_log, tell_error
 
     start_log(None)

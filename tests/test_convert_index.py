@@ -24,9 +24,9 @@ import pytest
 import torch
 
 from atlas.index import files, published, storage
+from atlas.index.codec import Compression, train
 from atlas.index.convert import convert
 from atlas.index.published import convert_published, load_plain_pickle
-from atlas.index.quantized import Compression, train
 from atlas.index.storage import compress_index, open_index, save_index
 from convert_index import main, parse_options
 from tests.parity import parity_kit

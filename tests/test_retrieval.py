@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from atlas import retrieval
+from atlas.index.codec import Compression
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
-from atlas.index.quantized import Compression
 from atlas.index.sharded import shard_rows
 from atlas.model.inputs import Inputs
 from atlas.model.retriever import load_retriever

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from atlas.index.build import compress
+from atlas.index.codec import Compression
 from atlas.index.flat import FlatIndex
-from atlas.index.quantized import Compression
-from atlas.index.sharded import ShardedIndex, compress, shard_rows
+from atlas.index.sharded import ShardedIndex, shard_rows
 from atlas.runtime import distributed
 from tests.ranks import run_on_ranks
 from tests.test_flat import assert_same, brute_force, made_up

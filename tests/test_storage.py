@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from atlas.index import files
+from atlas.index.build import compress
+from atlas.index.codec import Codec, Compression, train
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
 from atlas.index.published import convert_published, is_published, load_plain_pickle
-from atlas.index.quantized import Compression, Quantizer, train
-from atlas.index.sharded import ShardedIndex, compress, shard_rows
+from atlas.index.sharded import ShardedIndex, shard_rows
 from atlas.index.storage import compress_index, open_index, save_index
 from atlas.runtime import distributed
 from tests.parity import parity_kit
@@ -594,7 +595,7 @@ def test_a_damaged_quantizer_never_reaches_faiss(tmp_path, monkeypatch):
     directory, *_ = compressed(tmp_path, n=20)
     trained = directory / "trained.1.faiss"
     content = trained.read_bytes()
-    monkeypatch.setattr(Quantizer, "load", None)
+    monkeypatch.setattr(Codec, "load", None)
     for other in (content[:-1], content + b"x", content[:100] + bytes([content[100] ^ 1]) + content[101:], b""):
         trained.write_bytes(other)
         with pytest.raises(ValueError, match=r"trained.1.faiss was changed or damaged, its checksum does not fit"):

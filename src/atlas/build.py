@@ -17,8 +17,8 @@ from atlas.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, sav
 from atlas.config import TOKENIZING_TASKS, Config, Index, evaluation_name, refresh_schedule
 from atlas.evaluation.evaluator import Evaluator
 from atlas.files.jsonl import JsonlCorpus
+from atlas.index.codec import Compression
 from atlas.index.passages import check_passages, count_duplicates, open_passages
-from atlas.index.quantized import Compression
 from atlas.index.sharded import shard_rows
 from atlas.index.storage import open_index, save_index
 from atlas.model.atlas import Atlas

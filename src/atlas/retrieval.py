@@ -10,8 +10,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from atlas.files.jsonl import JsonlCorpus
-from atlas.index.quantized import Compression
-from atlas.index.sharded import ShardedIndex, compress, index_of_codes, shard_rows
+from atlas.index.build import compress, index_of_codes
+from atlas.index.codec import Compression
+from atlas.index.sharded import ShardedIndex, shard_rows
 from atlas.model.inputs import Inputs
 from atlas.model.retriever import DualEncoder
 from atlas.model.tokenization import pad_rows

@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from atlas.index import files
+from atlas.index.codec import Compression, code_size
 from atlas.index.published import convert_published, fingerprint_published, is_converted, look_at
-from atlas.index.quantized import Compression, code_size
 from atlas.index.sharded import Progress
 from atlas.index.storage import check_is_index, compress_index, export_index
 

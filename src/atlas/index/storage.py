@@ -19,22 +19,14 @@ import torch
 
 from atlas.files.jsonl import JsonlCorpus, replacing
 from atlas.index import files
+from atlas.index.build import compress, copy_to, encode_parts, train_quantizer
+from atlas.index.codec import FLAT, Codec, Compression, code_size, make_empty
+from atlas.index.compressed import CompressedIndex, explain_nprobe
 from atlas.index.files import Compressed, CorpusFingerprint, Description
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import is_verbatim, open_passages, saved_lines, titles_joined
 from atlas.index.published import convert_published, is_converted, is_published
-from atlas.index.quantized import FLAT, Compression, QuantizedIndex, Quantizer, code_size, explain_nprobe, make_empty
-from atlas.index.sharded import (
-    LocalIndex,
-    Progress,
-    ShardedIndex,
-    Stored,
-    compress,
-    copy_to,
-    encode_parts,
-    shard_rows,
-    train_quantizer,
-)
+from atlas.index.sharded import LocalIndex, Progress, ShardedIndex, Stored, shard_rows
 from atlas.runtime import distributed
 
 log = logging.getLogger("atlas")
@@ -76,7 +68,7 @@ def save_index(
 def _save(
     directory: Path,
     index: ShardedIndex,
-    quantizer: Quantizer | None,
+    quantizer: Codec | None,
     write_codes: Callable[[Path], float],
     *,
     retriever_fingerprint: str | None,
@@ -201,11 +193,11 @@ def open_index(
             embeddings = copy_to(embeddings, device)
         return _passages(place, description), embeddings, FlatIndex(embeddings, largest_norm=description.largest_norm)
 
-    def _open_codes(rows: range) -> QuantizedIndex:
+    def _open_codes(rows: range) -> CompressedIndex:
         compressed = description.compressed
         quantizer, mapped = _map_codes(place, description)
         try:
-            local = QuantizedIndex(
+            local = CompressedIndex(
                 quantizer,
                 mapped[rows.start : rows.stop],
                 largest_norm=compressed.largest_norm,
@@ -231,7 +223,7 @@ def open_index(
         log.info("%s is an index of type %s: making the one asked for of its embeddings", place, description.type)
         flat = ShardedIndex(passages, embeddings, local, stored=stored)
         return compress(flat, compression, device=device, progress=progress)
-    if isinstance(local, QuantizedIndex):
+    if isinstance(local, CompressedIndex):
         log.info("%s is a compressed index: %s, %d bytes a passage", place, description.type, local.quantizer.code_size)
         if explanation := explain_nprobe(local.quantizer.lists, compression.nprobe):
             log.info(explanation)
@@ -310,7 +302,7 @@ def export_index(directory: Path, target: Path) -> None:
     if description.compressed:
         quantizer, codes = _map_codes(directory, description)
     else:
-        quantizer = Quantizer(make_empty("SQfp16", description.dimension), "SQfp16")
+        quantizer = Codec(make_empty("SQfp16", description.dimension), "SQfp16")
         embeddings = files.map_embeddings(directory / description.embeddings, description.size, description.dimension)
         codes = embeddings.view(np.uint8)  # (N, 2D): Faiss's fp16 codes are little-endian numbers too
     exported = codes.nbytes + (8 * len(codes) if quantizer.lists else 0)
@@ -333,12 +325,12 @@ def _bytes_of_target(source: Path, description: Description, target: Path, facto
     return description.size * code_size(factory, description.dimension) + copied
 
 
-def _map_codes(place: Path, description: Description) -> tuple[Quantizer, np.ndarray]:
+def _map_codes(place: Path, description: Description) -> tuple[Codec, np.ndarray]:
     """The quantizer of a compressed index and its codes, memory-mapped. Raises: ValueError when they are damaged."""
     compressed, trained = description.compressed, place / description.compressed.trained
     content = files.read_trained(trained, compressed.trained_checksum)
     try:
-        quantizer = Quantizer.load(content, description.type, description.dimension)
+        quantizer = Codec.load(content, description.type, description.dimension)
     except ValueError as error:
         raise ValueError(f"{trained}: {error}; build the index anew") from error
     return quantizer, files.map_codes(place / compressed.codes, description.size, compressed.code_size)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from atlas.index import inverted_file, quantized
+from atlas.index import codec, compressed, inverted_file
+from atlas.index.codec import Codec, Compression, make_empty, train, training_rows
+from atlas.index.compressed import CompressedIndex
 from atlas.index.inverted_file import InvertedFile, centroids_of_lists, list_numbers
-from atlas.index.quantized import Compression, QuantizedIndex, Quantizer, make_empty, train, training_rows
 from tests.test_flat import assert_same, brute_force, made_up
 
 D = 24
@@ -42,7 +43,7 @@ def trained(kind, n, ties=True):
 
 def make_index(kind, n, ties=True, **settings):
     quantizer, codes, largest_norm = trained(kind, n, ties)
-    return QuantizedIndex(quantizer, codes, largest_norm=largest_norm, **settings)
+    return CompressedIndex(quantizer, codes, largest_norm=largest_norm, **settings)
 
 
 def decoded_brute_force(quantizer, codes, queries, k):
@@ -94,7 +95,7 @@ def test_chunks_change_nothing(monkeypatch, kind, chunk_bytes):
     quantizer, codes, _ = trained(kind, 200)
     _, queries = embeddings_of(200)
     monkeypatch.setattr(inverted_file, "_CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(quantized, "_MANY_QUERIES", 100)  # Faiss instead of torch
+    monkeypatch.setattr(compressed, "_MANY_QUERIES", 100)  # Faiss instead of torch
     assert_same(make_index(kind, 200).search(queries, 9), decoded_brute_force(quantizer, codes, queries, 9))
 
 
@@ -102,10 +103,10 @@ def test_chunks_change_nothing(monkeypatch, kind, chunk_bytes):
 def test_one_code_for_all_passages(monkeypatch, kind):
     """The more candidates Faiss is asked for, the more there are: until they are all."""
     embeddings = made_up(1, D, 0)[0].expand(400, D)
-    monkeypatch.setattr(quantized, "_MANY_QUERIES", 100)
+    monkeypatch.setattr(compressed, "_MANY_QUERIES", 100)
     quantizer = trained(kind, 200)[0]
     codes, norm = quantizer.encode(embeddings, 0)
-    _, rows = QuantizedIndex(quantizer, codes, largest_norm=norm).search(made_up(1, D, 3)[1], 7)
+    _, rows = CompressedIndex(quantizer, codes, largest_norm=norm).search(made_up(1, D, 3)[1], 7)
     assert rows.tolist() == [list(range(7))] * 3
 
 
@@ -113,7 +114,7 @@ def test_one_code_for_all_passages(monkeypatch, kind):
 def test_codes_do_not_depend_on_how_the_rows_are_cut(monkeypatch, kind):
     embeddings, _ = embeddings_of(300)
     quantizer = trained(kind, 300)[0]
-    monkeypatch.setattr(quantized, "_BLOCK_ROWS", 64)  # in blocks of another shape some codes may differ
+    monkeypatch.setattr(codec, "_BLOCK_ROWS", 64)  # in blocks of another shape some codes may differ
     whole, norm = quantizer.encode(embeddings, 0)
     for size in (1, 37, 64, 150):
         parts = [quantizer.encode(embeddings[i : i + size], i) for i in range(0, 300, size)]
@@ -130,7 +131,7 @@ def test_codes_come_back_in_the_order_of_the_passages(kind):
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_quantizer_survives_being_saved(kind):
     quantizer, codes, _ = trained(kind, 300)
-    again = Quantizer.load(quantizer.serialize(), quantizer.factory, D)
+    again = Codec.load(quantizer.serialize(), quantizer.factory, D)
     embeddings, queries = embeddings_of(300)
     assert np.array_equal(again.encode(embeddings, 0)[0], codes)
     assert np.array_equal(again.decode(codes), quantizer.decode(codes))
@@ -141,15 +142,15 @@ def test_a_quantizer_of_another_kind_is_refused():
     content = trained("pq", 200)[0].serialize()
     for factory, dimension in (("PQ4", D), ("PQ8", 48), ("IVF2,PQ8", D), ("OPQ8,PQ8", D), ("SQ8", D)):
         with pytest.raises(ValueError, match="not an empty trained index"):
-            Quantizer.load(content, factory, dimension)
+            Codec.load(content, factory, dimension)
     for other in (b"", b"nonsense" * 50, content[:100], content[:-1]):
         with pytest.raises(ValueError, match="Faiss cannot read it") as refused:
-            Quantizer.load(other, "PQ8", D)
+            Codec.load(other, "PQ8", D)
         assert "\n" not in str(refused.value)
     filled = plain_faiss(trained("pq", 200)[0])
     filled.add(np.zeros((1, D), np.float32))
     with pytest.raises(ValueError, match="not an empty trained index"):
-        Quantizer.load(faiss.serialize_index(filled).tobytes(), "PQ8", D)
+        Codec.load(faiss.serialize_index(filled).tobytes(), "PQ8", D)
 
 
 # Lists
@@ -185,7 +186,7 @@ def test_codes_of_a_list_that_does_not_exist_are_refused():
     codes = codes.copy()
     codes[7, 0] = 14
     with pytest.raises(ValueError, match="passage 7 of this rank names a list that does not exist"):
-        QuantizedIndex(quantizer, codes, largest_norm=norm)
+        CompressedIndex(quantizer, codes, largest_norm=norm)
 
 
 @pytest.mark.parametrize("kind", ["ivfpq", "ivfsq", "IVF2,SQfp16"])
@@ -214,9 +215,9 @@ def test_an_inverted_file_holds_little_more_than_its_codes(n, lists, more):
 
 
 def test_explanation_of_nprobe():
-    assert "--faiss_nprobe 31 would compare about 1/32" in quantized.explain_nprobe(1000, None)
+    assert "--faiss_nprobe 31 would compare about 1/32" in compressed.explain_nprobe(1000, None)
     for arguments in ((1000, 1000), (0, None), (1, None)):
-        assert quantized.explain_nprobe(*arguments) is None
+        assert compressed.explain_nprobe(*arguments) is None
 
 
 # What is asked for
@@ -312,7 +313,7 @@ def test_queries_are_checked(kind, few):
 @pytest.mark.parametrize("kind", TYPES[:4])
 def test_nothing_to_search_or_to_ask(kind):
     quantizer, codes, norm = trained(kind, 200)
-    empty = QuantizedIndex(quantizer, codes[:0], largest_norm=norm)
+    empty = CompressedIndex(quantizer, codes[:0], largest_norm=norm)
     for b in (0, 1, 8):
         scores, rows = empty.search(embeddings_of(200)[1][:b], 3)
         assert scores.shape == rows.shape == (b, 0)
@@ -354,7 +355,7 @@ def test_the_limits_of_a_gpu_are_told(told, monkeypatch):
             return self.index.search_preassigned(queries, k, lists, scores)
 
     monkeypatch.setattr(inverted_file, "_copy_to_gpu", OnGpu)
-    for module in (quantized, inverted_file):
+    for module in (compressed, inverted_file):
         monkeypatch.setattr(module, "MOST_ON_GPU", 30)
     _, queries = embeddings_of(200)
     for kind, nprobe in (("ivfpq", None), ("ivfsq", 3), ("ivfflat", 5)):
@@ -366,7 +367,7 @@ def test_the_limits_of_a_gpu_are_told(told, monkeypatch):
             assert_same(index.search(queries, 20), expected.search(queries, 20))
         assert not asked and told.text.count("on a GPU Faiss finds at most 30 passages a query") == 1
         told.clear()
-    for module in (quantized, inverted_file):
+    for module in (compressed, inverted_file):
         monkeypatch.setattr(module, "MOST_ON_GPU", 13)
     assert_same(make_index("ivfpq", 200, device=CUDA).search(queries, 2), make_index("ivfpq", 200).search(queries, 2))
     assert not asked and "looks into at most 13 lists a query, --faiss_nprobe is 14" in told.text
