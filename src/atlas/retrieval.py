@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,15 +9,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from atlas.files.jsonl import JsonlCorpus
-from atlas.index.build import compress, index_of_codes
+from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
-from atlas.index.sharded import ShardedIndex, shard_rows
+from atlas.index.sharded import ShardedIndex
 from atlas.model.inputs import Inputs
 from atlas.model.retriever import DualEncoder
 from atlas.model.tokenization import pad_rows
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.tracking import ProgressBars, log, progress_bar
+from atlas.runtime.tracking import log, progress_bar
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
 
@@ -121,50 +120,27 @@ class Retrieval:
 
     @torch.no_grad()
     def build(self) -> None:
-        """Embed this rank's share of the corpus into the index: a new one, or the rows of the one that is there.
-
-        Embeddings are kept in memory where the index, or whoever saves it, needs them; where a compressed index does
-        without, passages are encoded as soon as they are embedded, with the quantizer that is there.
-        """
-        index = self.index
-        compressed = index.compressed if index else None
-        wanted = self.compression
-        if compressed and wanted.kind is None:  # opened as what it is
-            wanted = replace(wanted, kind=index.type, nlist=None)
-        quantizer = compressed.quantizer if compressed and not self.retrain else None
-        rows = shard_rows(len(self.passages), distributed.rank(), distributed.world_size())
-        embeddings = codes = None
-        if quantizer is None or self.keep_embeddings:
-            embeddings = self._room_for(rows, wanted)
-        if quantizer is not None:
-            codes = np.empty((len(rows), quantizer.code_size), np.uint8)
-        largest_norm = 0.0
-
-        def store(start: int, vectors: torch.Tensor) -> None:  # rows from `start` on: (n, D) fp16
-            nonlocal largest_norm
-            if embeddings is not None:
-                embeddings[start : start + len(vectors)] = vectors
-            if codes is not None:
-                codes[start : start + len(vectors)], norm = quantizer.encode(vectors, rows.start + start)
-                largest_norm = max(largest_norm, norm)
-
+        """Embed this rank's share of the corpus and make an index of it, which replaces the one that is there."""
+        builder = IndexBuilder(
+            self.passages,
+            self.retriever.dim,
+            self.compression,
+            self.device,
+            previous=self.index,
+            keep_embeddings=self.keep_embeddings,
+            retrain=self.retrain,
+        )
+        self.index = None  # its codes take memory
         was_training, error = self.retriever.training, None
         self.retriever.eval()
         try:
-            self._embed(rows, store)
+            self._embed(builder.rows, builder.add)
         except ValueError as not_finite:
             error = not_finite
         self.retriever.train(was_training)
         distributed.wait_for_all("embedding the corpus")
         distributed.raise_anywhere(error)
-        if codes is not None:
-            self.index = None  # whose codes take memory
-            self.index = index_of_codes(self.passages, embeddings, quantizer, codes, largest_norm, wanted, self.device)
-        else:
-            self.index = ShardedIndex(self.passages, embeddings)
-            if wanted.compresses:
-                with ProgressBars() as progress:
-                    self.index = compress(self.index, wanted, device=self.device, progress=progress)
+        self.index = builder.finish()
         if self.keep_builder:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
@@ -178,13 +154,6 @@ class Retrieval:
         self.retriever.passage_encoder.load_state_dict(encoder)
         self.build()
         self.retriever.passage_encoder.load_state_dict(own)
-
-    def _room_for(self, rows: range, wanted: Compression) -> torch.Tensor:
-        """Where this rank's embeddings go: into those of the index, if it has any."""
-        if self.index is not None and self.index.embeddings is not None:
-            return self.index.embeddings
-        device = torch.device("cpu") if wanted.compresses else self.device  # where codes are searched, only those
-        return torch.zeros(len(rows), self.retriever.dim, dtype=torch.float16, device=device)
 
     def _embed(self, rows: range, store: Callable[[int, torch.Tensor], None]) -> None:
         """Hand the rows' embeddings to `store`, window by window.
