@@ -203,7 +203,6 @@ def open_index(
                 largest_norm=compressed.largest_norm,
                 nprobe=compression.nprobe,
                 device=device,
-                heartbeat=distributed.progress,
             )
         except ValueError as error:
             raise ValueError(f"{place / compressed.codes}: {error}; build the index anew") from error
