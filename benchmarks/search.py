@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="queries; the memory is that of the last")
     parser.add_argument("--k", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--train_size", type=int, default=30_000, help="rows that codecs are trained on")
+    parser.add_argument("--train_size", type=int, default=15_000, help="rows that codecs are trained on")
     parser.add_argument("--chunk_rows", type=int, help="passages compared at a time; by default what suits the device")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(

@@ -191,9 +191,9 @@ def test_fp32_takes_over_where_16_bits_tell_too_little(monkeypatch, half_precisi
     base, queries = torch.randn(2, 1, 64).expand(2, 4, 64)
     embeddings = base[:1] + 1e-4 * made_up(5000, 64, 0, torch.float32)[0]
     scored = []
-    exact_scores = flat._exact_scores
+    exact_scores = flat.exact_scores
     monkeypatch.setattr(
-        "atlas.index.flat._exact_scores",
+        "atlas.index.flat.exact_scores",
         lambda q, query, *rest: scored.append(len(query)) or exact_scores(q, query, *rest),
     )
     assert_same(FlatIndex(embeddings, chunk_rows=1000).search(queries, 10), brute_force(embeddings, queries, 10))

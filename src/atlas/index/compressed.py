@@ -8,13 +8,15 @@ import logging
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from atlas.index.codec import Codec, faiss
-from atlas.index.flat import FlatIndex, checked_queries, error_bound
+from atlas.index.flat import FlatIndex, checked_queries, error_bound, fixed_inner_products
 from atlas.index.pq_search import ProductQuantizerSearch
 
 log = logging.getLogger("atlas")
 _MANY_QUERIES = 6  # from which on torch searches product quantizer codes faster than Faiss, on a CPU
+_MORE_LISTS = 16  # compared beyond nprobe: usually enough to see that no other list can be among the nearest
 _MOST_ON_GPU = 2048  # Faiss's limit of nprobe and k
 
 
@@ -104,14 +106,12 @@ class CompressedIndex:
             scores, rows = self._search_lists(rotated, found, *self._probes(rotated, k))
         else:
             scores, rows = self._index.search(rotated.numpy(), found)
-        scores, rows = torch.from_numpy(scores), torch.from_numpy(rows)
-        if scores[rows >= 0].isfinite().logical_not().any() or (not self.quantizer.lists and (rows < 0).any()):
+        if not self.quantizer.lists and (rows < 0).any() or not np.isfinite(scores[rows >= 0]).all():
             raise ValueError("the index holds damaged codes, their scores are not finite: build it anew")
-        scores[rows < 0], rows[rows < 0] = -torch.inf, self._n
-        by_row = rows.sort(dim=1)
-        by_score = scores.gather(1, by_row.indices).sort(dim=1, descending=True, stable=True)
-        rows = by_row.values.gather(1, by_score.indices)
-        return by_score.values.to(queries.device), rows.to(queries.device)
+        scores[rows < 0], rows[rows < 0] = -np.inf, self._n
+        order = np.lexsort((rows, -scores))
+        scores, rows = (torch.from_numpy(np.take_along_axis(part, order, 1)) for part in (scores, rows))
+        return scores.to(queries.device), rows.to(queries.device)
 
     def _search_lists(
         self, queries: torch.Tensor, k: int, numbers: torch.Tensor, scores: torch.Tensor
@@ -131,20 +131,29 @@ class CompressedIndex:
 
         They are the same on every rank: where rounding could choose another list, the exact search decides.
         """
-        p, lists = self._nprobe, self.quantizer.lists
-        scores, numbers = (queries @ self._nearest.embeddings.T).topk(min(p + 1, lists))
+        p, lists, centroids = self._nprobe, self.quantizer.lists, self._nearest.embeddings
+        scores, numbers = (queries @ centroids.T).topk(min(p + _MORE_LISTS, lists))
         if p == lists:
             return numbers, scores
-        clear = scores[:, p - 1] - scores[:, p] > 2 * error_bound(queries, self._nearest.largest_norm)[:, 0]
+        error = error_bound(queries, self._nearest.largest_norm)
+        last = scores[:, p - 1 : p]
+        near = (scores - last).abs() <= 2 * error  # lists that may belong on the other side of the p-th
+        rest = (scores[:, -1] >= last[:, 0] - 2 * error[:, 0]) & (numbers.shape[1] < lists)  # more may be near
+        near &= near.sum(1, keepdim=True) > 1
+        if near.any():
+            query, place = near.nonzero().unbind(1)
+            exact = fixed_inner_products(queries[query], centroids[numbers[query, place]])
+            scores = scores.index_put((query, place), exact)
+            numbers, order = numbers.sort(dim=1)  # so that ties stay in the order of their numbers
+            scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+            numbers = numbers.gather(1, order)
         scores, numbers = scores[:, :p].contiguous(), numbers[:, :p].contiguous()
-        rest = (~clear | (self.list_sizes[numbers].sum(1) < k)).nonzero()[:, 0]
-        if len(rest):
+        rest |= self.list_sizes[numbers].sum(1) < k
+        if rest.any():
             exact, exact_numbers = self._exact_probes(queries[rest], k)
             more = (0, exact.shape[1] - p)
-            scores, numbers = (
-                torch.nn.functional.pad(part, more, value=-1).index_copy(0, rest, new)
-                for part, new in ((scores, exact), (numbers, exact_numbers))
-            )
+            scores, numbers = F.pad(scores, more), F.pad(numbers, more, value=-1)
+            scores[rest], numbers[rest] = exact, exact_numbers
         return numbers, scores
 
     def _exact_probes(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -174,7 +174,7 @@ def top_k(
             passes = passes[1:]
             query, row = _candidates(passes[0], start, end, scores, tiles)
         for some_queries, some_rows in zip(query.split(_MOST_PAIRS), row.split(_MOST_PAIRS), strict=True):
-            exact = _exact_scores(queries, some_queries, some_rows, read)
+            exact = exact_scores(queries, some_queries, some_rows, read)
             scores, rows = _merge(scores, rows, some_queries, some_rows, exact)
     return scores, rows
 
@@ -212,7 +212,7 @@ def _candidates(
     return query[found], first_row[found] + column
 
 
-def _exact_scores(
+def exact_scores(
     queries: torch.Tensor, query: torch.Tensor, row: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Second pass: the scores (m,) of pairs of a query's number (m,) and a row's number (m,)."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.compressed import CompressedIndex
 from atlas.index.files import Description
-from atlas.index.flat import FlatIndex, fixed_inner_products, measure_largest_norm
+from atlas.index.flat import FlatIndex, exact_scores, measure_largest_norm
 from atlas.runtime import distributed
 
 log = logging.getLogger("atlas")
@@ -114,8 +115,10 @@ class ShardedIndex:
     def search(self, queries: torch.Tensor, k: int) -> Hits:
         """The best min(k, N) passages of each query, whatever rank holds them: `(b, D) -> Hits` on the queries' device.
 
-        Collective. Ranks may bring different b, 0 included, but the same k. Only queries, scores and ids travel. The
-        result is the same, bit for bit, at every world size.
+        Collective. Ranks may bring different b, 0 included, but the same k. Only queries, scores and ids travel. Exact
+        search finds the same, bit for bit, at every world size. Of a compressed index only rows may change whose score
+        equals the k-th; with refinement every score is the exact one, bit for bit, and only candidates may change that
+        equal the last one in their score by the codes.
 
         Raises:
             ValueError: k below 1, queries of another D, or values that are not finite.
@@ -129,6 +132,8 @@ class ShardedIndex:
         mine = len(queries)
         all_queries, sizes = distributed.all_gather_rows(queries.float())  # (B, D), B = Σb
         local_scores, local_rows = self.local.search(all_queries, k)
+        if len(sizes) == 1:
+            return Hits(local_scores.to(queries.device), local_rows.to(queries.device))
         found = local_scores.shape[1]  # fewer than k in a small shard
         scores = queries.new_full((len(all_queries), k), -torch.inf, dtype=torch.float32)
         ids = torch.full_like(scores, self.size, dtype=torch.int64)
@@ -147,18 +152,21 @@ class ShardedIndex:
         ids = hits.ids.sort(dim=1).values  # so that ties stay in ascending order
         all_queries, sizes = distributed.all_gather_rows(queries.float())
         all_ids, _ = distributed.all_gather_rows(ids)  # (B, r·k)
-        owned, embeddings = self._owned(all_ids)
+        owned = self._owned(all_ids)
+        query, rows = owned.nonzero()[:, 0], all_ids[owned] - self.rows.start
         scores = torch.zeros_like(all_ids, dtype=torch.float32)  # each id is on one rank: the sum adds zeros only
-        scores[owned] = fixed_inner_products(all_queries[owned.nonzero()[:, 0]], embeddings)
+        scores[owned] = exact_scores(all_queries, query, rows, partial(self._read, device=ids.device))
         first = sum(sizes[: distributed.rank()])
         best = distributed.sum_over_ranks(scores)[first : first + len(ids)].sort(dim=1, descending=True, stable=True)
         return Hits(best.values[:, :k], ids.gather(1, best.indices[:, :k]))
 
-    def _owned(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which of the ids (b, k) are this rank's, and the embeddings of those (m, D) in fp32 on the ids' device."""
-        local = ids - self.rows.start
-        owned = (local >= 0) & (local < len(self.rows))
-        return owned, self.embeddings[local[owned].to(self.embeddings.device)].to(ids.device, torch.float32)
+    def _owned(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of the ids are this rank's."""
+        return (ids >= self.rows.start) & (ids < self.rows.stop)
+
+    def _read(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Embeddings of rows of this rank, `(m,) -> (m, D)` fp32 on this device."""
+        return self.embeddings[rows.to(self.embeddings.device)].to(device, torch.float32)
 
     def passages_of(self, ids: torch.Tensor) -> list[list[dict[str, Any]]]:
         """The passages with these ids, `(b, k) -> b lists of k`; each is looked up once, and is the caller's own."""
@@ -173,8 +181,8 @@ class ShardedIndex:
         needs no second pass.
         """
         all_ids, sizes = distributed.all_gather_rows(ids)  # (B, k)
-        owned, embeddings = self._owned(all_ids)  # each id on exactly one rank, so the sum adds zeros only
+        owned = self._owned(all_ids)  # each id on exactly one rank, so the sum adds zeros only
         filled = torch.zeros((*all_ids.shape, self.dimension), dtype=torch.float32, device=ids.device)  # (B, k, D)
-        filled[owned] = embeddings
+        filled[owned] = self._read(all_ids[owned] - self.rows.start, ids.device)
         first = sum(sizes[: distributed.rank()])
         return distributed.sum_over_ranks(filled)[first : first + len(ids)]
