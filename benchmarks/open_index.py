@@ -25,13 +25,13 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
+from atlas.index.storage import compress_index, open_index, save_index
 
 from atlas.index import files
 from atlas.index.codec import Compression
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
 from atlas.index.sharded import ShardedIndex
-from atlas.index.storage import compress_index, open_index, save_index
 from benchmarks.search import process_memory, random_embeddings
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlas.index.storage import open_index
+from atlas.index.store import open_index
 from atlas.retrieval import Retrieval
 from tests.kit import logged, read_jsonl, run, run_on, world
 from tests.ranks import scratch_directory

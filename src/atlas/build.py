@@ -20,7 +20,7 @@ from atlas.files.jsonl import JsonlCorpus
 from atlas.index.codec import Compression
 from atlas.index.passages import check_passages, count_duplicates, open_passages
 from atlas.index.sharded import shard_rows
-from atlas.index.storage import open_index, save_index
+from atlas.index.store import open_index, save_index
 from atlas.model.atlas import Atlas
 from atlas.model.inputs import Inputs
 from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from atlas.files.jsonl import JsonlCorpus
+from atlas.index.arrays import WRITE_BYTES
 from atlas.index.codec import Codec, Compression, all_cores, train, training_rows
 from atlas.index.compressed import CompressedIndex, explain_nprobe
-from atlas.index.files import WRITE_BYTES
 from atlas.index.sharded import Progress, ShardedIndex, Stored
 from atlas.runtime import distributed
 

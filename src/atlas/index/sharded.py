@@ -9,7 +9,7 @@ import torch
 
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.compressed import CompressedIndex
-from atlas.index.files import Description
+from atlas.index.directory import Description
 from atlas.index.flat import FlatIndex, fixed_inner_products, measure_largest_norm
 from atlas.runtime import distributed
 
