@@ -173,23 +173,23 @@ def test_text_is_copied_once(tmp_path, monkeypatch, how):
     else:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
 
-    def save(value):
+    def save_all(value):
         corpus = open_passages(paths, most)
         save(tmp_path / "index", paths, torch.full((len(corpus), 4), float(value)).half(), most)
         index = open_index(tmp_path / "index", device=CPU)
         assert list(index.passages) == list(corpus) and index.embeddings.unique().tolist() == [value]
         return files.read_description(tmp_path / "index").segment.passages.file
 
-    assert [save(value) for value in (1, 2, 3)] == ["passages.1.jsonl"] * 3
+    assert [save_all(value) for value in (1, 2, 3)] == ["passages.1.jsonl"] * 3
     assert names(tmp_path / "index") == ["embeddings.3.npy", "index.json", "passages.1.jsonl"]
     os.truncate(tmp_path / "index/passages.1.jsonl", 10)
-    assert save(4) == "passages.4.jsonl"
+    assert save_all(4) == "passages.4.jsonl"
     paths[0].write_bytes(paths[0].read_bytes().replace(b"text 2", b"next 2"))
-    assert save(5) == "passages.5.jsonl"
+    assert save_all(5) == "passages.5.jsonl"
     if how != "cut":
         return
     most = 4
-    assert save(6) == "passages.6.jsonl"
+    assert save_all(6) == "passages.6.jsonl"
 
 
 def test_saving_an_opened_index_into_its_own_directory(tmp_path, monkeypatch):

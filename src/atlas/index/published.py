@@ -281,12 +281,12 @@ def _convert_shards(
                 norm = writer.write(fp16_parts(columns.T, first))
             except ValueError as error:
                 raise ValueError(f"{shard[0]}: {error}") from error
+            first += n
+            progress(first, source.size)
             blocks = len(writer.checksums)
             conversion.done.append(_Done(fingerprint, lines.tell(), norm, blocks, writer.checksums[-1]))
             conversion.checksums[:] = writer.checksums
             conversion.save(output)
-            first += n
-            progress(first, source.size)
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:
