@@ -11,7 +11,7 @@ import torch
 from atlas.index.build import compress
 from atlas.index.codec import Compression
 from atlas.index.passages import open_passages
-from atlas.index.sharded import ShardedIndex, shard_rows
+from atlas.index.sharded import ShardedIndex
 from atlas.index.store import save_index
 from atlas.runtime import distributed
 from tests.test_flat import made_up
@@ -29,7 +29,7 @@ def write_corpus(path, n, word="text"):
 
 def make_index(passages, embeddings):
     """A flat index of this rank's rows."""
-    rows = shard_rows(len(passages), distributed.rank(), distributed.world_size())
+    rows = distributed.shard_rows(len(passages), distributed.rank(), distributed.world_size())
     return ShardedIndex(passages, embeddings[rows.start : rows.stop].clone())
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from atlas.index import arrays
 from atlas.index.arrays import BYTE, FP16, Layout, as_tensor, check_blocks, map_rows, write_array
-from atlas.index.sharded import shard_rows
 from atlas.runtime import distributed
 from tests.ranks import run_on_ranks, scratch_directory
 
@@ -35,7 +34,7 @@ def _write(path, rows, bounds, block_bytes, in_parts_of):
 
 def bounds_of(n, world_size, how):
     if how == "even":
-        return [shard_rows(n, rank, world_size).start for rank in range(world_size)] + [n]
+        return [distributed.shard_rows(n, rank, world_size).start for rank in range(world_size)] + [n]
     return [0, *[min(3, n)] * (world_size - 1), n]  # one rank has almost nothing, the others nothing or all
 
 

@@ -23,7 +23,7 @@ from atlas.index.directory import Description, Passages, Segment
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import is_verbatim, open_passages, saved_lines, titles_joined
 from atlas.index.published import convert_published, is_converted, is_published
-from atlas.index.sharded import LocalIndex, Progress, ShardedIndex, Stored, shard_rows
+from atlas.index.sharded import LocalIndex, Progress, ShardedIndex, Stored
 from atlas.runtime import distributed
 
 log = logging.getLogger("atlas")
@@ -209,7 +209,7 @@ def _open_rows(
     place: Path, description: Description, compression: Compression, device: torch.device
 ) -> tuple[JsonlCorpus, torch.Tensor | None, LocalIndex]:
     """This rank's part of an index of the kind asked for."""
-    rows = shard_rows(description.size, distributed.rank(), distributed.world_size())
+    rows = distributed.shard_rows(description.size, distributed.rank(), distributed.world_size())
     passages, array = passages_of(place, description), description.segment.embeddings
     embeddings = map_embeddings(place, description, rows) if array else None
     if description.quantizer and compression.kind not in FLAT:
