@@ -97,7 +97,7 @@ def test_damage_is_located(tmp_path, monkeypatch):
     layout, path = Layout(5000, 4, BYTE), tmp_path / "codes.1.npy"
     array, told = write_array(path, layout, 0, [(rows, 1.0)]), []
     check_blocks(tmp_path, array, layout, lambda *words: told.append(words))
-    assert told[-1] == ("checking codes.1.npy, in blocks", 6, 6)
+    assert len(told) == 6 and told[0] == ("checking codes.1.npy", 1, 5000) and told[-1] == ("checking codes.1.npy", 5000, 5000)
     content = bytearray(path.read_bytes())
     content[2 * 4096] = content[4 * 4096 + 5] = 1
     path.write_bytes(content)

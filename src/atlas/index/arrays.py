@@ -205,7 +205,7 @@ def check_blocks(directory: Path, array: Array, layout: Layout, progress: Callab
         for number, checksum in enumerate(checksums):
             if zlib.crc32(file.read(array.block_bytes)) != checksum:
                 damaged.append(number)
-            progress(f"checking {array.file}, in blocks", number + 1, len(checksums))
+            progress(f"checking {array.file}", layout.row_at(file.tell()) + 1, layout.size)
     if damaged:
         rows = [layout.row_at(number * array.block_bytes) for number in (damaged[0], damaged[-1] + 1)]
         raise ValueError(

@@ -150,8 +150,9 @@ def check_index(directory: Path, progress: Progress = lambda what, done, of: Non
     description = files.read_description(directory)
     passages = checked_passages(directory, description)
     for start in range(0, len(passages), _PASSAGES):
-        check_passages(passages, range(start, min(start + _PASSAGES, len(passages))))
-        progress("checking the passages", start, len(passages))
+        end = min(start + _PASSAGES, len(passages))
+        check_passages(passages, range(start, end))
+        progress("checking the passages", end, len(passages))
     segment = description.segment
     if segment.embeddings:
         check_blocks(directory, segment.embeddings, description.embeddings_layout, progress)

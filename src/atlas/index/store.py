@@ -171,12 +171,7 @@ def open_index(
     kind, where = (compression, device) if fits else (Compression(FLAT[0]), torch.device("cpu"))
     open_rows = partial(_open_rows, place, description, kind, where)
     passages, embeddings, local = distributed.on_every_rank("opening the index", open_rows)
-    made_by = description.retriever
-    if None not in (retriever_fingerprint, made_by) and made_by != retriever_fingerprint:
-        log.warning("%s was made by retriever %s and is searched with %s", place, made_by, retriever_fingerprint)
-    made_in = description.embedder_precision
-    if None not in (embedder_precision, made_in) and made_in != embedder_precision:
-        log.info("%s was embedded in %s and is searched with queries in %s", place, made_in, embedder_precision)
+    _tell_differences(place, description, retriever_fingerprint, embedder_precision)
     stored = Stored(place, description)
     if not fits:
         log.info("%s is an index of type %s: making the one asked for of its embeddings", place, description.type)
@@ -187,6 +182,15 @@ def open_index(
         if explanation := explain_nprobe(local.quantizer.lists, compression.nprobe):
             log.info(explanation)
     return ShardedIndex(passages, embeddings, local, refine_factor=compression.refine_factor, stored=stored)
+
+
+def _tell_differences(place: Path, description: Description, retriever: str | None, precision: str | None) -> None:
+    """Log where passages were embedded in another way than queries are, as far as both are known."""
+    if None not in (retriever, description.retriever) and description.retriever != retriever:
+        log.warning("%s was made by retriever %s and is searched with %s", place, description.retriever, retriever)
+    embedded_in = description.embedder_precision
+    if None not in (precision, embedded_in) and embedded_in != precision:
+        log.info("%s was embedded in %s and is searched with queries in %s", place, embedded_in, precision)
 
 
 def _find(
