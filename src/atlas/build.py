@@ -181,7 +181,7 @@ def _own_checkpoint(directory: Path) -> Checkpoint | None:
             checkpoint = load_checkpoint(path)
         except ValueError as found:
             error = found
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return checkpoint
 
 
@@ -281,7 +281,7 @@ def _read_shares(what: str, n: int, unit: str, read: Callable[[range, Callable[[
     except ValueError as found:
         error = found
     distributed.wait_for_all(what)
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return result
 
 

@@ -156,7 +156,7 @@ class Retrieval:
             error = not_finite
         self.retriever.train(was_training)
         distributed.wait_for_all("embedding the corpus")
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
         if codes is not None:
             self.index = None  # whose codes take memory
             self.index = index_of_codes(self.passages, embeddings, quantizer, codes, largest_norm, wanted, self.device)

@@ -252,7 +252,7 @@ def main_first(what: str) -> Iterator[None]:
         wait_for_all(what)
 
 
-def raise_anywhere(error: Exception | None) -> None:
+def raise_on_all_ranks(error: Exception | None) -> None:
     """End every rank when any of them has an error to report: its own error, or the first rank's that has one.
 
     Without it, a rank that stops alone (a bad line in its share of the data) leaves the others waiting.
