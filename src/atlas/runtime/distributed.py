@@ -148,11 +148,11 @@ def gather_on_main(value: Any) -> list[Any]:
     return values or []
 
 
-def sent_to_main(value: Any, owner: int) -> Any:
+def send_to_main(value: Any, owner: int) -> Any:
     """The value that the rank `owner` has, on rank 0; None elsewhere. Every rank calls, only these two talk."""
     box = [value]
     if owner != 0 and rank() in (0, owner):
-        with _naming_the_loss("sent_to_main"):
+        with _naming_the_loss("send_to_main"):
             dist.recv_object_list(box, src=owner) if is_main() else dist.send_object_list(box, dst=0)
     return box[0] if is_main() else None
 

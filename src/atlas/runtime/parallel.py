@@ -154,7 +154,7 @@ def moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -
     """The whole moments of a parameter on rank 0 (empty before the first update), nothing elsewhere. Collective."""
     moments = optimizer.state.get(parameter, {})
     if isinstance(optimizer, ShardedAdamW):
-        return distributed.sent_to_main({key: m.cpu() for key, m in moments.items()}, optimizer.owner[parameter]) or {}
+        return distributed.send_to_main({key: m.cpu() for key, m in moments.items()}, optimizer.owner[parameter]) or {}
     return whole_on_main(moments)
 
 
