@@ -30,7 +30,7 @@ from atlas.model.tokenization import ReaderTokenizer, load_reader_tokenizer, loa
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.parallel import shard_weights, whole_on_main
+from atlas.runtime.parallel import full_tensors_on_main, shard_weights
 from atlas.runtime.tracking import ProgressBars, TensorBoard, log, progress_bar, start_log, tell_error
 from atlas.tasks import TASKS, Task
 from atlas.tasks.data import Data
@@ -566,7 +566,7 @@ def _save(
     """Rank 0 writes what it has or gathers, the others wait for it."""
     halves = {name: half for name, half in vars(model).items() if name in ("reader", "retriever") and half}
     weights = {f"{half}.{name}": p.detach() for half, part in halves.items() for name, p in part.named_parameters()}
-    weights, moments = whole_on_main(weights), optimizers.state()
+    weights, moments = full_tensors_on_main(weights), optimizers.state()
     if distributed.is_main():
         configs = {"retriever": model.passed_on_config} if model.passed_on_config else {}
         if model.reader is not None:

@@ -87,7 +87,7 @@ class FusionInDecoder(T5ForConditionalGeneration):
             num_beams=num_beams,
             length_penalty=length_penalty,
             do_sample=False,
-            synced_gpus=False,  # ranks answer on their own: see `parallel.whole_weights`
+            synced_gpus=False,  # ranks answer on their own: see `parallel.gathered_weights`
             logits_processor=[ForcedPrompt(prompt, num_beams, hidden.device)] if prompt and any(prompt) else None,
         ).tolist()
         lengths = [len(tokens) for tokens in prompt] if prompt else [0] * len(rows)

@@ -49,7 +49,7 @@ def shard_weights(
 
 
 @contextlib.contextmanager
-def whole_weights(model: nn.Module | None) -> Iterator[None]:
+def gathered_weights(model: nn.Module | None) -> Iterator[None]:
     """Keep the weights of a sharded model gathered inside the block, on every rank. Collective at its beginning.
 
     So ranks may run it different numbers of times (evaluation, generation): nothing in the block waits for the others.
@@ -135,7 +135,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def full_tensors_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The whole tensors on rank 0, nothing elsewhere: sharded ones are gathered one by one, into the CPU's memory.
 
     Collective. All ranks bring the same names in the same order.
@@ -155,7 +155,7 @@ def moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -
     moments = optimizer.state.get(parameter, {})
     if isinstance(optimizer, ShardedAdamW):
         return distributed.send_to_main({key: m.cpu() for key, m in moments.items()}, optimizer.owner[parameter]) or {}
-    return whole_on_main(moments)
+    return full_tensors_on_main(moments)
 
 
 def cut_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
