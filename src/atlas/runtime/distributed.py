@@ -119,10 +119,10 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def spread(tensors: Sequence[torch.Tensor], owners: Sequence[int]) -> None:
+def broadcast_from_owners(tensors: Sequence[torch.Tensor], owners: Sequence[int]) -> None:
     """Overwrite each tensor with what its owner, a rank, has in it; all are sent at the same time."""
     if world_size() > 1:
-        with _naming_the_loss("spread"):
+        with _naming_the_loss("broadcast_from_owners"):
             sent = [dist.broadcast(t, owner, async_op=True) for t, owner in zip(tensors, owners, strict=True)]
             for work in sent:
                 work.wait()

@@ -185,7 +185,7 @@ class ShardedAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         """Move this rank's parameters and take over the others'. Collective."""
         super().step(closure)
-        distributed.spread([parameter.data for parameter in self.owner], list(self.owner.values()))
+        distributed.broadcast_from_owners([parameter.data for parameter in self.owner], list(self.owner.values()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Of all parameters, whoever moves them."""
