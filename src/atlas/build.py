@@ -192,8 +192,8 @@ def _write_options(config: Config, path: Path) -> None:
 
 def _refuse(config: Config, device: torch.device) -> None:
     """What only the device or this version can tell. Raises: ValueError."""
-    devices.refuse_precision(device, config.optimisation.precision, "--precision")
-    devices.refuse_precision(device, _embedder_precision(config, device), "--embedder_precision")
+    devices.check_precision(device, config.optimisation.precision, "--precision")
+    devices.check_precision(device, _embedder_precision(config, device), "--embedder_precision")
     if config.optimisation.precision == "bf16" and device.type == "cpu" and not devices.cpu_prefers_bf16(device):
         log.warning("--precision bf16: this CPU only emulates it; --precision fp32 is many times as fast here")
     if config.tasks.task not in TASKS:

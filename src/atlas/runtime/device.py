@@ -22,7 +22,7 @@ def pick_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def refuse_precision(device: torch.device, precision: str, flag: str) -> None:
+def check_precision(device: torch.device, precision: str, flag: str) -> None:
     """Raises ValueError when the device cannot compute in this precision."""
     if precision == "fp16" and device.type != "cuda":
         raise ValueError(f"{flag} fp16 needs a GPU, and there is none here; use bf16 or fp32")
