@@ -150,7 +150,7 @@ def full_tensors_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
     return whole
 
 
-def moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+def full_moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     """The whole moments of a parameter on rank 0 (empty before the first update), nothing elsewhere. Collective."""
     moments = optimizer.state.get(parameter, {})
     if isinstance(optimizer, ShardedAdamW):
@@ -158,7 +158,7 @@ def moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -
     return full_tensors_on_main(moments)
 
 
-def cut_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A copy of a whole tensor that goes with a parameter (a moment), on its device and cut as it is cut."""
     tensor = tensor.to(parameter.device, copy=True)
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
