@@ -31,7 +31,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from atlas.files.jsonl import DataError, JsonlCorpus, open_existing, replacing
-from atlas.metrics import RECALL_AT, holds_one, simple_tokens
+from atlas.metrics import RECALL_AT, contains_answer, simple_tokens
 from flags import at_least, exit_on_user_error
 
 Judgements = dict[str, dict[str, int]]  # query to passage to relevance
@@ -115,7 +115,7 @@ def score(relevances: Sequence[int], ideal: Sequence[int], to_find: int, at: Seq
 def by_answers(result: Result, at: Sequence[int]) -> dict[str, float] | None:
     """None without answers."""
     answers = [simple_tokens(answer) for answer in result.answers]
-    relevances = [int(holds_one(passage["text"], answers)) for passage in result.passages]
+    relevances = [int(contains_answer(passage["text"], answers)) for passage in result.passages]
     return score(relevances, relevances, 1, at) if answers else None
 
 

@@ -67,7 +67,7 @@ def simple_tokens(text: str) -> str:
     return f" {' '.join(SIMPLE_TOKEN.findall(unicodedata.normalize('NFD', text)))} ".lower()
 
 
-def holds_one(text: str, answers: Sequence[str]) -> bool:
+def contains_answer(text: str, answers: Sequence[str]) -> bool:
     """Whether the tokens of an answer stand in the text one after the other (Karpukhin et al. 2020, DPR).
 
     Args:
@@ -84,7 +84,7 @@ def retrieval_metrics(passages: Sequence[dict], answers: Sequence[str]) -> dict[
     the first k passages holds an answer; mrr is 1 / rank of the first that does, 0 if none does.
     """
     answers = [simple_tokens(answer) for answer in answers]
-    ranks = (rank for rank, passage in enumerate(passages, 1) if holds_one(passage["text"], answers))
+    ranks = (rank for rank, passage in enumerate(passages, 1) if contains_answer(passage["text"], answers))
     first = next(ranks, None)
     metrics = {f"recall@{k}": float(first is not None and first <= k) for k in RECALL_AT if k <= len(passages)}
     return metrics | {"mrr": 1 / first if first else 0.0}
