@@ -460,7 +460,7 @@ def _on_every_rank(what: str, work: Callable[[], T]) -> T:
     except (ValueError, OSError) as found:
         error = found
     distributed.wait_for_all(what)
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return result
 
 
