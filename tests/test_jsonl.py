@@ -10,6 +10,7 @@ import pytest
 
 from atlas.files import jsonl
 from atlas.files.jsonl import JSON_LINES, DataError, JsonlCorpus, LineFormat, replacing
+from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -295,7 +296,7 @@ def test_read_in_other_processes(tmp_path, method):
     children = [context.Process(target=read_in_child, args=(corpus, queue)) for _ in range(2)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=60) for _ in children] == [list(corpus)] * 2
+    assert [queue.get(timeout=HANG_SECONDS) for _ in children] == [list(corpus)] * 2
     for child in children:
         child.join()
 

@@ -28,6 +28,7 @@ from benchmarks.memory import (
     wait_for_gradients,
     working,
 )
+from tests.patience import HANG_SECONDS
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,7 +139,8 @@ def test_a_process_grows_by_what_is_counted(shape, settings):
     command = f"from tests.test_memory import {names}; print(*_growth_of_the_process({shape}, {settings!r}))"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # frees go to the system
     words = [sys.executable, "-c", command]
-    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    settings = {"env": environment, "cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run(words, check=True, timeout=HANG_SECONDS, **settings)
     grown, counted = map(int, done.stdout.split())
     assert grown == pytest.approx(counted, rel=0.05)
 

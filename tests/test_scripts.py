@@ -18,6 +18,7 @@ from atlas.model.retriever import load_retriever
 from atlas.retrieval import Retrieval
 from make_tiny_models import build_tiny_models
 from tests.kit import command_line, read_jsonl, run, world, write_jsonl
+from tests.patience import HANG_SECONDS, free_port
 from tests.test_checkpoint import published
 from tests.test_retrieval import make
 
@@ -49,7 +50,7 @@ def start(*words, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
         check=False,
     )
 
@@ -165,7 +166,7 @@ def test_two_launchers_as_on_two_machines(tmp_path):
         "--master_addr",
         "127.0.0.1",
         "--master_port",
-        "29517",
+        str(free_port()),
     ]
     launchers = [
         subprocess.Popen(
@@ -178,7 +179,7 @@ def test_two_launchers_as_on_two_machines(tmp_path):
         )
         for node in range(2)
     ]
-    outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    outputs = [launcher.communicate(timeout=HANG_SECONDS)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     assert len(read_jsonl(tmp_path / "run/dev-step-2.jsonl")) == 11
     assert "Done: " in outputs[0] and "Done: " not in outputs[1]

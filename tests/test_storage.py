@@ -25,7 +25,8 @@ from atlas.index.sharded import ShardedIndex, shard_rows
 from atlas.index.storage import compress_index, open_index, save_index
 from atlas.runtime import distributed
 from tests.parity import parity_kit
-from tests.ranks import _free_port, rank_environment, run_on_ranks, scratch_directory
+from tests.patience import free_port
+from tests.ranks import rank_environment, run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
 
 CPU = torch.device("cpu")
@@ -385,7 +386,7 @@ def test_two_writers_killed_one_after_the_other_leave_a_whole_index(tmp_path, mo
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
     _save(directory, corpora[0], torch.zeros(300, 64).half())
     for _ in range(20):
-        port = _free_port()
+        port = free_port()
         arguments = [(rank, port, directory, corpora) for rank in (0, 1)]
         writers = [get_context("fork").Process(target=_save_for_ever_as_rank, args=a) for a in arguments]
         for writer in writers:
