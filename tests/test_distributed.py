@@ -14,6 +14,8 @@ from atlas.runtime import distributed
 from tests.patience import HANG_SECONDS, free_port, wait_until
 from tests.ranks import rank_environment, run_on_ranks
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

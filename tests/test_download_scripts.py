@@ -14,6 +14,8 @@ import sources
 from tests.origin import ENVIRONMENT, ROOT, fault, one_sentence, run_script, running, serve, status, storm
 from tests.patience import HANG_SECONDS, wait_until
 
+pytestmark = pytest.mark.processes
+
 RELEASED = {"corpus": sources.CORPORA, "model": sources.MODELS, "index": sources.INDICES}
 ANNOUNCED = {"corpus": "corpora/wiki/enwiki-dec2018", "model": "models/atlas/xl", "index": "indices/atlas/wiki/xl"}
 MODEL = "/models/atlas/base/model.pth.tar"

@@ -17,6 +17,8 @@ from atlas.config import Config, parse_config
 from tests.kit import read_jsonl, world, write_jsonl
 from tests.patience import HANG_SECONDS, free_port, wait_until
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "example_scripts").glob("*.sh") if path.stem != "launch")
 TORCHRUN = f"{sys.executable} -m torch.distributed.run"

@@ -22,6 +22,8 @@ from partial import PartialFile, Version
 from tests.origin import ENVIRONMENT, ROOT, Origin, fault, running, serve, status
 from tests.patience import HANG_SECONDS, wait_until
 
+pytestmark = pytest.mark.processes
+
 CONTENT = random.Random(0).randbytes(200_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 OTHER = CONTENT[::-1]

@@ -288,6 +288,7 @@ def read_in_child(corpus, queue):
     queue.put([corpus[i] for i in range(len(corpus))])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_read_in_other_processes(tmp_path, method):
     corpus = JsonlCorpus(random_file(tmp_path / "a.jsonl", 3))

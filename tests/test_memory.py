@@ -124,6 +124,7 @@ def _growth_of_the_process(shape, settings):
     return grown, live.peak
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process")
 @pytest.mark.parametrize(
@@ -159,6 +160,7 @@ def _memory_of_a_rank(flags):
     return tuple(between), live.peak
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("flags", SHARDED, ids=" ".join)
 def test_two_ranks_hold_what_is_counted(flags):
     counted = held(SHAPE, RETRIEVER, STEP._replace(**flags), 2)
@@ -167,6 +169,7 @@ def test_two_ranks_hold_what_is_counted(flags):
         assert max(rank[part] for rank in of_ranks) == pytest.approx(expected, rel=0.02), Held._fields[part]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", SHARDED[::3], ids=" ".join)
 def test_fake_ranks_take_what_real_ones_take(flags):

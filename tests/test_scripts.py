@@ -95,6 +95,7 @@ def announced(command, directory, home=None):
     return ["finetune_qa.py", *flags, "--retriever_model_path", str(home / "models/retriever")]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_the_announced_command(data_directory):
     done = start(*TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2, *announced(ANNOUNCED, data_directory))
@@ -110,6 +111,7 @@ def test_the_announced_command(data_directory):
     assert f"results in {directory}/test-step-31.jsonl" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("code_size", [192, 64])
 def test_the_announced_compressed_commands(wide, tmp_path, code_size):
@@ -132,6 +134,7 @@ def test_the_announced_compressed_commands(wide, tmp_path, code_size):
     assert "Training the quantizer" not in again.stdout
 
 
+@pytest.mark.processes
 def test_a_code_size_that_does_not_divide_stops_with_a_sentence(data_directory):
     done = start(sys.executable, *announced(ANNOUNCED_PQ.format(code_size=192), data_directory))
     assert done.returncode == 1
@@ -139,6 +142,7 @@ def test_a_code_size_that_does_not_divide_stops_with_a_sentence(data_directory):
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_one_process_two_processes_the_same(tmp_path):
     alone = start(sys.executable, "evaluate.py", *command_line(tmp_path, name="alone", train_data=None))
@@ -153,6 +157,7 @@ def test_one_process_two_processes_the_same(tmp_path):
         )
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_launchers_as_on_two_machines(tmp_path):
     """`torchrun --nnodes 2`, both on loopback: rank 0 of the whole job writes."""
@@ -220,6 +225,7 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capfd, changes, senten
     assert "Traceback" in (tmp_path / "run/run.log").read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_mistake_on_two_processes_ends_both(tmp_path):
     write_jsonl(tmp_path / "bad.jsonl", [*read_jsonl(world() / "passages.jsonl"), {"id": "x"}])
