@@ -16,7 +16,7 @@ from typing import Any
 from tests.patience import HANG_SECONDS, free_port
 
 warm = ForkServerContext()  # its processes start with what is imported here
-warm.set_forkserver_preload(["atlas.training.trainer", "atlas.model.reader", "atlas.retrieval"])
+warm.set_forkserver_preload(["atlas.training.trainer", "atlas.evaluation.evaluator", "atlas.retrieval"])
 
 _pools: dict[int, "_Pool"] = {}
 

@@ -173,11 +173,13 @@ def test_a_silent_rank_trips_the_timeout(tmp_path):
 _FAILS = """
 import contextlib, sys
 from pathlib import Path
-from atlas import build
 from atlas.runtime import distributed
 from atlas.config import parse_config
+from atlas.runtime.session import session
 from tests.patience import wait_until
-def job(config, device, directory):
+config = parse_config(["--task", "qa", "--checkpoint_dir", sys.argv[1], "--closed_book", "--reader_model_type", "x",
+    "--eval_data", __file__ if "__file__" in globals() else "Makefile"], program="evaluate")
+with session(config.run):
     distributed.any_rank(False)
     ranks, me = sys.argv[2], str(distributed.rank())
     if me in ranks:
@@ -188,9 +190,6 @@ def job(config, device, directory):
     wait_until((Path(sys.argv[1]) / "rank 1 has ended").exists, "the end of rank 1")
     distributed.TIMEOUT_SECONDS = 0.5
     distributed.wait_for_all("the other rank")
-config = parse_config(["--task", "qa", "--checkpoint_dir", sys.argv[1], "--closed_book", "--reader_model_type", "x",
-    "--eval_data", __file__ if "__file__" in globals() else "Makefile"], program="evaluate")
-build.run(config, job)
 """
 
 
