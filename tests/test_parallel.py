@@ -12,6 +12,8 @@ from atlas.training.optim import Optimizers
 from tests.kit import logged, read_jsonl, run, run_on
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.processes
+
 RETRIEVER = {"train_retriever": True, "query_side_retriever_training": True}
 KINDS = {
     "ddp": {},

@@ -62,6 +62,7 @@ def test_nothing_is_left_to_fill_in():
     assert not any(re.search(r"@[A-Z]+@", page) for page in PAGES)
 
 
+@pytest.mark.processes
 def test_the_task_of_your_own_runs(tmp_path):
     """Put in as the README says, trained for two steps and evaluated; a bad line is told."""
     section = README.split("## Your own task\n")[1].split("\n## ")[0]
