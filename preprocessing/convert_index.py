@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     # These import torch: a wrong flag is answered before that.
     from atlas.index.codec import Compression
     from atlas.index.convert import convert
-    from atlas.runtime.tracking import ProgressBars, start_log, tell_error
+    from atlas.runtime.tracking import ProgressBars, report_error, start_log
 
     start_log(None)
     compression = Compression(
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         with ProgressBars() as progress:
             convert(options.source, options.target, compression, codes_only=codes_only, progress=progress)
     except (ValueError, OSError) as error:
-        tell_error(error, str(error))
+        report_error(error, str(error))
         sys.exit(1)
 
 

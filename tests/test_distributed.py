@@ -126,17 +126,16 @@ def test_one_long_thing_does_not_trip_the_timeout_either():
 _FAILS = """
 import sys
 from pathlib import Path
-from atlas import build
 from atlas.runtime import distributed
 from atlas.config import parse_config
-def job(config, device, directory):
+from atlas.runtime.session import session
+config = parse_config(["--task", "qa", "--checkpoint_dir", sys.argv[1], "--closed_book", "--reader_model_type", "x",
+    "--eval_data", __file__ if "__file__" in globals() else "Makefile"], program="evaluate")
+with session(config.run):
     distributed.any_rank(False)
     if str(distributed.rank()) in sys.argv[2]:
         raise eval(sys.argv[3])
     distributed.wait_for_all("the other rank")
-config = parse_config(["--task", "qa", "--checkpoint_dir", sys.argv[1], "--closed_book", "--reader_model_type", "x",
-    "--eval_data", __file__ if "__file__" in globals() else "Makefile"], program="evaluate")
-build.run(config, job)
 """
 
 

@@ -1,6 +1,5 @@
 """Whole small runs over compressed indices: built, saved, opened again, refreshed, refined."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -149,21 +148,15 @@ def test_a_refresh_can_train_the_quantizer_again(home, tmp_path, loaded):
     assert log.count("Training the quantizer PQ8") == (1 if loaded else 2)
 
 
-def _built(changes):
-    retrieval: Retrieval = make(world())
-    for name, value in changes.items():
-        setattr(retrieval, name, value)
-    retrieval.build()
-    return retrieval
-
-
-def test_memory_is_kept_for_what_needs_it(home):
+def test_memory_is_kept_for_what_needs_it(home, tmp_path, monkeypatch):
     """Embeddings of a compressed index stay for refinement alone, and are there while the index is saved."""
     directory, *_ = home
-    pq = dataclasses.replace(make(world()).compression, kind="pq", code_size=8)
     seen = []
-    plain = _built({"compression": pq, "on_build": lambda index: seen.append(index.has_embeddings)})
-    refined = _built({"compression": dataclasses.replace(pq, refine_factor=2), "keep_embeddings": True})
+    monkeypatch.setattr(Retrieval, "_save", lambda retrieval, _: seen.append(retrieval.index.has_embeddings))
+    plain = make(world(), **PQ, save_index_path=str(tmp_path / "codes"), save_index_codes_only=True)
+    refined = make(world(), **PQ, refine_factor=2)
+    plain.build()
+    refined.build()
     assert not plain.index.has_embeddings and refined.index.has_embeddings
     embeddings, codes = refined.index.embeddings, plain.index.compressed.codes().copy()
     assert np.array_equal(codes, refined.index.compressed.codes())

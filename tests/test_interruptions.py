@@ -15,11 +15,11 @@ import torch
 
 from atlas.checkpoint import latest_checkpoint, load_checkpoint
 from atlas.files.jsonl import JsonlCorpus
-from atlas.tasks import Task
+from atlas.runtime import session
+from atlas.runtime.session import StopSignals
 from atlas.tasks.data import Data
-from atlas.training import trainer
-from atlas.training.trainer import StopSignals, Trainer
-from tests.kit import command_line, logged, read_jsonl, run, run_on, write_jsonl
+from atlas.training.trainer import Trainer
+from tests.kit import command_line, logged, make_task, read_jsonl, run, run_on, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -41,14 +41,14 @@ def ask_to_stop(monkeypatch):
     """Sends this process a signal when so many steps are finished: the next one is taken, and no more."""
 
     def after(steps, number):
-        refresh = Trainer._refresh
+        refresh = Trainer.refresh_index
 
-        def signal_and_refresh(trainer, finished):
-            if finished == steps:
+        def signal_and_refresh(trainer, step):
+            if step == steps + 1:
                 os.kill(os.getpid(), number)
-            return refresh(trainer, finished)
+            return refresh(trainer, step)
 
-        monkeypatch.setattr(Trainer, "_refresh", signal_and_refresh)
+        monkeypatch.setattr(Trainer, "refresh_index", signal_and_refresh)
 
     return after
 
@@ -119,7 +119,7 @@ def test_the_second_signal_is_not_caught_but_an_echo_of_the_first_is(monkeypatch
             for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):  # SLURM's, and torchrun's for the same
                 os.kill(os.getpid(), number)
             assert stop.received and heard == []
-            monkeypatch.setattr(trainer, "ECHO_SECONDS", 0.0)
+            monkeypatch.setattr(session, "ECHO_SECONDS", 0.0)
             os.kill(os.getpid(), signal.SIGUSR1)
             assert heard == [signal.SIGUSR1]
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -134,7 +134,7 @@ def test_the_order_of_the_data_survives_another_number_of_ranks(tmp_path):
 
     def queries(steps, world_size, batch_size, resumed=(0, 0)):
         ranks = [
-            Data(corpus, Task(), seed=5, batch_size=batch_size, rank=rank, world_size=world_size)
+            Data(corpus, make_task("base"), seed=5, batch_size=batch_size, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         for data in ranks:

@@ -15,8 +15,8 @@ FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 MODULES = {
     "config": set(),
     "metrics": set(),
-    "checkpoint": {"files"},
-    "build": set(FOLDERS) | {"checkpoint", "config", "metrics", "retrieval"},
+    "checkpoint": {"files", "runtime"},
+    "preflight": {"config", "runtime", "tasks"},
     "retrieval": {"config", "files", "index", "model", "runtime"},
 }
 

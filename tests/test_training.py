@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from atlas.checkpoint import load_checkpoint
+from atlas.config import Optimisation
 from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
 
 RETRIEVER = {"train_retriever": True, "query_side_retriever_training": True}
@@ -213,16 +214,8 @@ def test_a_step_with_gradients_that_are_not_finite_is_skipped(tmp_path):
 
     weight = torch.nn.Parameter(torch.ones(3))
     other = torch.nn.Parameter(torch.ones(2))
-    settings = {
-        "weight_decay": 0.0,
-        "epsilon": 1e-6,
-        "beta2": 0.999,
-        "clip": 1.0,
-        "scheduler": "fixed",
-        "warmup_steps": 0,
-        "total_steps": 10,
-    }
-    optimizers = Optimizers({"reader": ([("w", weight)], 0.1), "retriever": ([("o", other)], 0.1)}, **settings)
+    flags = Optimisation(lr=0.1, lr_retriever=0.1, weight_decay=0.0, scheduler="fixed", warmup_steps=0, total_steps=10)
+    optimizers = Optimizers(flags, {"reader": [("w", weight)], "retriever": [("o", other)]})
     optimizers.backward((weight * torch.tensor([1.0, float("nan"), 1.0])).sum() + other.sum())
     assert not optimizers.step(0).moved
     assert torch.equal(weight, torch.ones(3)) and torch.equal(other, torch.ones(2)) and optimizers.skipped == 1

@@ -83,6 +83,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def shard_rows(n: int, rank: int, world_size: int) -> range:
+    """The rows of n that a rank owns: contiguous, in the order of the ranks, sizes that differ by at most 1."""
+    return range(n * rank // world_size, n * (rank + 1) // world_size)
+
+
 @contextlib.contextmanager
 def _naming_the_loss(what: str) -> Iterator[None]:
     """gloo and NCCL report a dead peer in their own words: say in ours what it means."""
