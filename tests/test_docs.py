@@ -51,15 +51,6 @@ OTHER_FLAGS = {
 }
 
 
-def unknown_flags(script, words):
-    """Those among the words that a script does not have, so far as its parser or its help tells."""
-    if script in PROGRAMS or script.endswith(".sh"):
-        program = script.removesuffix(".py") if script in PROGRAMS else "train"
-        _, unknown = config._make_parser(program, {}).parse_known_args(words)
-        return unknown
-    return [word for word in words if word.startswith("--") and not re.search(rf"{word}(?![\w-])", help_of(script))]
-
-
 @cache
 def help_of(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -98,7 +89,18 @@ def test_commands(command):
         words = [word for word in words if word != "pytest.py"]
     at, script = next((i, word) for i, word in enumerate(words) if word.endswith((".py", ".sh")))
     assert (ROOT / script).is_file()
-    assert not unknown_flags(script, words[at + 1 :])
+    if script in PROGRAMS or script.endswith(".sh"):  # those take the flags of the programs that they start
+        program = script.removesuffix(".py") if script in PROGRAMS else "train"
+        _, unknown = config._make_parser(program, {}).parse_known_args(words[at + 1 :])
+        assert not unknown
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"\b(preprocessing|evaluation_scripts)/", c)])
+def test_flags_of_other_scripts(command):
+    script, *words = shlex.split(command)[1:]
+    flags = [word for word in words if word.startswith("--")]
+    assert words and all(re.search(rf"{flag}(?![\w-])", help_of(script)) for flag in flags), flags
 
 
 def test_commands_between_the_lines():
@@ -206,6 +208,7 @@ def put_in(path, after, text):
     path.write_text(content, encoding="utf-8")
 
 
+@pytest.mark.processes
 def test_the_task_and_the_mode_of_your_own_run(tmp_path):
     """Put in as docs/extending.md says, trained for two steps and evaluated; a bad line is reported."""
     home = tmp_path / "checkout"
