@@ -31,8 +31,8 @@ from atlas.index.storage import compress_index, open_index, save_index
 from convert_index import main, parse_options
 from tests.parity import parity_kit
 from tests.ranks import run_on_ranks, scratch_directory
+from tests.test_docs import COMMANDS
 from tests.test_flat import assert_same, brute_force, made_up
-from tests.test_readme import COMMANDS
 from tests.test_storage import CPU, RunsSomething, asked, compressed, names, publish, saved
 
 ROOT = Path(__file__).resolve().parent.parent
