@@ -38,6 +38,7 @@ def bounds_of(n, world_size, how):
     return [0, *[min(3, n)] * (world_size - 1), n]  # one rank has almost nothing, the others nothing or all
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("block_bytes", [4096, 3 * 4096, 2**22])
 def test_ranks_write_whole_blocks_and_the_same_file(world_size, block_bytes):
@@ -71,6 +72,7 @@ def _fail(path, on_rank):
         return str(error)
 
 
+@pytest.mark.processes
 def test_a_mistake_of_one_rank_ends_all():
     for rank in range(3):
         path = Path(scratch_directory()) / "codes.1.npy"
@@ -97,7 +99,11 @@ def test_damage_is_located(tmp_path, monkeypatch):
     layout, path = Layout(5000, 4, BYTE), tmp_path / "codes.1.npy"
     array, told = write_array(path, layout, 0, [(rows, 1.0)]), []
     check_blocks(tmp_path, array, layout, lambda *words: told.append(words))
-    assert len(told) == 6 and told[0] == ("checking codes.1.npy", 1, 5000) and told[-1] == ("checking codes.1.npy", 5000, 5000)
+    assert (
+        len(told) == 6
+        and told[0] == ("checking codes.1.npy", 1, 5000)
+        and told[-1] == ("checking codes.1.npy", 5000, 5000)
+    )
     content = bytearray(path.read_bytes())
     content[2 * 4096] = content[4 * 4096 + 5] = 1
     path.write_bytes(content)

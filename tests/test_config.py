@@ -361,6 +361,7 @@ def test_refresh_schedule(text, steps):
     assert [step for step in range(10) if schedule(step)] == steps
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", ["train", "evaluate", "finetune_qa"])
 def test_help_is_grouped_and_needs_no_torch(script):
     code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\n"

@@ -47,8 +47,8 @@ from tests.indices import (
 )
 from tests.parity import parity_kit
 from tests.ranks import run_on_ranks, scratch_directory
+from tests.test_docs import COMMANDS
 from tests.test_flat import assert_same, brute_force, made_up
-from tests.test_readme import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = [sys.executable, ROOT / "preprocessing/convert_index.py"]
@@ -75,6 +75,7 @@ def assert_converted(source, target):
 # From the published format
 
 
+@pytest.mark.processes
 def test_an_index_of_the_published_system_end_to_end(tmp_path, capsys):
     """Converted by the script as users start it, on a terminal that shows a bar; then compressed and exported."""
     source, flat = parity_kit() / "published_index", tmp_path / "flat"
@@ -184,6 +185,7 @@ def every_kill(tmp_path, work):
         yield output
 
 
+@pytest.mark.processes
 def test_a_conversion_killed_at_any_step_goes_on_to_the_same_files(tmp_path, monkeypatch):
     source = tmp_path / "published"
     publish(source, sizes=(30, 4), dimension=64)
@@ -206,6 +208,7 @@ def test_a_conversion_killed_at_any_step_goes_on_to_the_same_files(tmp_path, mon
     assert resumed == {0, 1, 2}
 
 
+@pytest.mark.processes
 def test_a_conversion_killed_again_and_again_gets_there(tmp_path):
     source, output = tmp_path / "published", tmp_path / "ours"
     publish(source, sizes=(3,) * 6)
@@ -217,6 +220,7 @@ def test_a_conversion_killed_again_and_again_gets_there(tmp_path):
     assert kills > 2 and contents(output) == contents(tmp_path / "whole")
 
 
+@pytest.mark.processes
 def test_the_script_killed_goes_on(tmp_path):
     source, output = tmp_path / "published", tmp_path / "ours"
     publish(source, sizes=(5,) * 300)
@@ -348,6 +352,7 @@ def _open_published(source, converted):
     return open_index(source, device=CPU, converted=converted).embeddings.clone()
 
 
+@pytest.mark.processes
 def test_opening_a_published_index_goes_on_with_its_conversion(caplog):
     """On any number of processes; the log says how to do it beforehand."""
     scratch = Path(scratch_directory())
@@ -471,6 +476,7 @@ def test_a_published_index_becomes_a_compressed_one(tmp_path, codes_only):
         refused(tmp_path, other, "pq holds another index, of type PQ3: choose another TARGET")
 
 
+@pytest.mark.processes
 def test_compressing_a_published_index_killed_at_any_step_goes_on_to_the_same_files(tmp_path, monkeypatch):
     source = tmp_path / "published"
     embeddings, _ = publish(source, sizes=(40,))
@@ -575,9 +581,9 @@ def test_an_index_of_version_1_is_converted(tmp_path, capsys, parts):
     refused(tmp_path, [source, target], "new holds another index")
 
 
+@pytest.mark.processes
 def test_a_conversion_from_version_1_killed_at_any_step_leaves_nothing_or_all(tmp_path):
     source = recorded(tmp_path)
-    expected = None
     convert(source, tmp_path / "whole", FLAT)
     expected = contents(tmp_path / "whole")
     for output in every_kill(tmp_path, lambda o, step: convert(source, o, FLAT)):
@@ -766,6 +772,7 @@ def test_help_names_every_flag_and_row(capsys):
         parse_options(shlex.split(line)[2:])
 
 
+@pytest.mark.processes
 def test_wrong_flags_are_answered_before_torch_is_imported():
     code = "import sys; from preprocessing.convert_index import main, parse_options; parse_options(['a', 'b']); "
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], cwd=ROOT, check=True)

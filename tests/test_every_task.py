@@ -72,6 +72,7 @@ def comparable(row):
     return row
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_ranks_do_not_change_the_numbers(tmp_path, task):

@@ -234,6 +234,7 @@ def rounded(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_three_ranks_equal_one(tmp_path, batch_size):
     changes = flags(tmp_path, per_gpu_batch_size=batch_size)
@@ -262,6 +263,7 @@ def test_three_ranks_equal_one(tmp_path, batch_size):
     assert f"Evaluated {orders} examples" in (three / "run.log").read_text()
 
 
+@pytest.mark.processes
 def test_debiased_accuracy_without_results(tmp_path):
     changes = flags(tmp_path, closed_book=True, passages=None)
     written = run(tmp_path / "written", "evaluate", **changes)

@@ -37,6 +37,7 @@ def _open_published(directory, converted, queries):
     return hits.scores, hits.ids, [p["id"] for p in index.passages_of(hits.ids)[0]]
 
 
+@pytest.mark.processes
 def test_a_published_index_is_opened_through_one_conversion():
     scratch = Path(scratch_directory())
     embeddings, _ = publish(scratch / "published")

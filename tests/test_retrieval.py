@@ -78,6 +78,7 @@ def _build_on_rank(directory, uneven):
     return found.index.embeddings, [[p["id"] for p in row] for row in hits.passages]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("uneven", [False, True])
 def test_ranks_embed_their_share(one_by_one, uneven):
     parts = run_on_ranks(3, _build_on_rank, world(), uneven)
@@ -195,6 +196,7 @@ def _exclude_on_rank(directory, rerank):
     return [[p["id"] for p in row] for row in result.passages]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rerank", [0, 10])
 def test_ranks_exclude_alike(rerank):
     """Also when one of them has no query."""

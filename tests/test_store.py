@@ -40,7 +40,8 @@ from tests.indices import (
     saved,
     write_corpus,
 )
-from tests.ranks import _free_port, rank_environment, run_on_ranks, scratch_directory
+from tests.patience import free_port
+from tests.ranks import rank_environment, run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
 
 
@@ -60,6 +61,7 @@ def _open_and_search(directory, queries, k):
     return hits.scores, hits.ids, index.passages_of(hits.ids), rows
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("writers", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 7, 200, 1000])
 def test_any_number_of_ranks_saves_and_any_number_opens(writers, n):
@@ -94,6 +96,7 @@ def _mapped(directory):
     return [part for part in found if part[0].endswith(".npy")], len(index.rows)
 
 
+@pytest.mark.processes
 def test_each_rank_maps_its_own_rows_and_cannot_write_into_them():
     directory = Path(scratch_directory())
     embeddings, _ = made_up(3000, 64, 0)
@@ -264,6 +267,7 @@ def _open(directory):
         return str(error)
 
 
+@pytest.mark.processes
 def test_a_refusal_reaches_every_rank():
     directory = Path(scratch_directory())
     index, *_ = saved(directory)
@@ -433,6 +437,7 @@ def _search_as_recorded(directory):
     assert np.array_equal(flat.embeddings.numpy(), embeddings[flat.rows.start : flat.rows.stop])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("readers", [1, 2, 3])
 def test_an_index_of_version_1_is_opened_by_any_number_of_ranks(readers):
     before = {path.name: path.read_bytes() for path in VERSION_1.iterdir()}
@@ -479,6 +484,7 @@ def _save_for_ever(directory, corpora):
         save_index(directory, make_index(open_passages(corpora[kind]), torch.full((300, 64), float(kind)).half()))
 
 
+@pytest.mark.processes
 def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatch):
     """Two indices are saved in turns; after each of 20 kills the directory holds one of them, never a mixture."""
     monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
@@ -508,6 +514,7 @@ def _save_for_ever_as_rank(rank, port, directory, corpora):
     _save_for_ever(directory, corpora)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_writers_killed_one_after_the_other_leave_a_whole_index(tmp_path, monkeypatch):
     """As above, but each rank writes its rows: 20 times one rank is killed, and the other a moment later."""
@@ -516,7 +523,7 @@ def test_two_writers_killed_one_after_the_other_leave_a_whole_index(tmp_path, mo
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
     save(directory, corpora[0], torch.zeros(300, 64).half())
     for _ in range(20):
-        port = _free_port()
+        port = free_port()
         arguments = [(rank, port, directory, corpora) for rank in (0, 1)]
         writers = [get_context("fork").Process(target=_save_for_ever_as_rank, args=a) for a in arguments]
         for writer in writers:
@@ -561,6 +568,7 @@ QUICK = [kind for kind in KINDS if "OPQ" not in kind]  # which takes a second to
 OTHERS = ["OPQ3_6,PQ3", "OPQ2,IVF3,PQ4", "PCAR6,IVF2,SQfp16", "RR8,SQ4"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("n", "kinds"),
     [(n, QUICK) for n in (1, 2, 7, 200, 1000)]
@@ -735,6 +743,7 @@ def _save_compressed_for_ever(directory, corpora, quantizers):
         save_index(directory, index, codes_only=kind == 1)
 
 
+@pytest.mark.processes
 def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monkeypatch):
     """Two of different types, with and without embeddings, are saved in turns; 20 kills."""
     monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)

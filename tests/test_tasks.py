@@ -56,6 +56,7 @@ def test_qa_target_alone_is_its_own_answer():
     assert (example.target, example.answers) == ("<extra_id_0> Ada", ["Ada"])
 
 
+@pytest.mark.processes
 def test_example_rng_is_the_same_in_every_process():
     values = [example_rng(*key).random() for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 2, 3), (12, 3, 0))]
     assert len(set(values)) == len(values)

@@ -196,7 +196,7 @@ class Retrieval:
             error = not_finite
         self.retriever.train(was_training)
         distributed.wait_for_all("embedding the corpus")
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
         self.index = builder.finish()
         if self._keeps_encoder:
             state = self.retriever.passage_encoder.state_dict()

@@ -183,7 +183,7 @@ def encode(
     except ValueError as bad_embedding:
         error = bad_embedding
     distributed.wait_for_all("encoding the passages")
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return codes, largest_norm
 
 
@@ -247,7 +247,7 @@ def train_quantizer(index: ShardedIndex, factory: str, compression: Compression,
         except ValueError as found:
             error = found
     distributed.wait_for_all("training the quantizer")
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return Codec.load(distributed.from_main(content), factory, index.dimension)
 
 

@@ -90,7 +90,7 @@ class ShardedIndex:
                 )
         except ValueError as found:
             error = found
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
         self.local = local
         self.compressed = local if isinstance(local, CompressedIndex) else None
         self.dimension = self.compressed.quantizer.dimension if self.compressed else embeddings.shape[-1]

@@ -90,7 +90,7 @@ def shard_rows(n: int, rank: int, world_size: int) -> range:
 
 
 @contextlib.contextmanager
-def _naming_the_loss(what: str) -> Iterator[None]:
+def _lost_rank_errors(what: str) -> Iterator[None]:
     """gloo and NCCL report a dead peer in their own words: say in ours what it means."""
     try:
         yield
@@ -112,7 +112,7 @@ def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
-    with _naming_the_loss("all_gather_rows"):
+    with _lost_rank_errors("all_gather_rows"):
         dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
 
@@ -120,15 +120,15 @@ def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The element-wise sum of the ranks' tensors, in place; shapes, dtypes and kinds of device must agree."""
     if world_size() > 1:
-        with _naming_the_loss("sum_over_ranks"):
+        with _lost_rank_errors("sum_over_ranks"):
             dist.all_reduce(tensor)
     return tensor
 
 
-def spread(tensors: Sequence[torch.Tensor], owners: Sequence[int]) -> None:
+def broadcast_from_owners(tensors: Sequence[torch.Tensor], owners: Sequence[int]) -> None:
     """Overwrite each tensor with what its owner, a rank, has in it; all are sent at the same time."""
     if world_size() > 1:
-        with _naming_the_loss("spread"):
+        with _lost_rank_errors("broadcast_from_owners"):
             sent = [dist.broadcast(t, owner, async_op=True) for t, owner in zip(tensors, owners, strict=True)]
             for work in sent:
                 work.wait()
@@ -139,7 +139,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with _naming_the_loss("gather_objects"):
+    with _lost_rank_errors("gather_objects"):
         dist.all_gather_object(values, value)
     return values
 
@@ -149,16 +149,16 @@ def gather_on_main(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] | None = [None] * world_size() if is_main() else None
-    with _naming_the_loss("gather_on_main"):
+    with _lost_rank_errors("gather_on_main"):
         dist.gather_object(value, values)
     return values or []
 
 
-def sent_to_main(value: Any, owner: int) -> Any:
+def send_to_main(value: Any, owner: int) -> Any:
     """The value that the rank `owner` has, on rank 0; None elsewhere. Every rank calls, only these two talk."""
     box = [value]
     if owner != 0 and rank() in (0, owner):
-        with _naming_the_loss("sent_to_main"):
+        with _lost_rank_errors("send_to_main"):
             dist.recv_object_list(box, src=owner) if is_main() else dist.send_object_list(box, dst=0)
     return box[0] if is_main() else None
 
@@ -168,7 +168,7 @@ def from_main(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
-    with _naming_the_loss("from_main"):
+    with _lost_rank_errors("from_main"):
         dist.broadcast_object_list(box)
     return box[0]
 
@@ -232,7 +232,7 @@ def wait_for_all(what: str) -> None:
         return
     _waits += 1
     key = f"arrived/{_waits}"
-    with _naming_the_loss(what):
+    with _lost_rank_errors(what):
         _store.set(f"{key}/{rank()}", "here")
         missing = list(range(world_size()))
         heard, heard_at, pause = [0] * len(missing), time.monotonic(), 0.001
@@ -258,7 +258,7 @@ def main_first(what: str) -> Iterator[None]:
         wait_for_all(what)
 
 
-def raise_anywhere(error: Exception | None) -> None:
+def raise_on_all_ranks(error: Exception | None) -> None:
     """End every rank when any of them has an error to report: its own error, or the first rank's that has one.
 
     Without it, a rank that stops alone (a bad line in its share of the data) leaves the others waiting.
@@ -280,7 +280,7 @@ def on_every_rank(what: str, work: Callable[[], T]) -> T:
         except (ValueError, OSError) as found:
             error = found
     wait_for_all(what)
-    raise_anywhere(error)
+    raise_on_all_ranks(error)
     return result
 
 
