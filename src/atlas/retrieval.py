@@ -148,6 +148,7 @@ class Retrieval:
                     device=device,
                     dimension=model.retriever.dim,
                     retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+                    embedder_precision=devices.embedder_precision(device, run.embedder_precision),
                     converted=directory / "index",
                     compression=compression,
                     progress=progress,
@@ -202,20 +203,26 @@ class Retrieval:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         if self.settings.save_index_path is not None:
-            self._save(fingerprint(self.retriever.passage_encoder))
+            self._save(fingerprint(self.retriever.passage_encoder), self.embedder_precision)
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
 
-    def _save(self, retriever_fingerprint: str | None) -> None:
-        path, codes_only = Path(self.settings.save_index_path), self.settings.save_index_codes_only
-        save_index(path, self.index, retriever_fingerprint=retriever_fingerprint, codes_only=codes_only)
+    def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
+        save_index(
+            Path(self.settings.save_index_path),
+            self.index,
+            retriever_fingerprint=retriever_fingerprint,
+            embedder_precision=embedder_precision,
+            codes_only=self.settings.save_index_codes_only,
+        )
 
     def _save_opened(self) -> None:
         """Save an opened index only if it is of another kind than the one that was loaded."""
         if self.settings.save_index_path is None or self.index is None:
             return
         if self.index.type != self.index.stored.description.type:
-            self._save(self.index.stored.description.retriever)
+            description = self.index.stored.description
+            self._save(description.retriever, description.embedder_precision)
             log.info("Saved the index %s, of type %s", self.settings.save_index_path, self.index.type)
         else:
             log.info("--save_index_path: a loaded index is saved only when it is built again")
