@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-pretrain test test-all lint format benchmarks clean
+.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all lint format benchmarks clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -21,17 +21,29 @@ demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions on 2
 demo-pretrain: $(READY) ## pretrain these tiny models from nothing (half an hour)
 	$(BIN)/python -m example_scripts.demo_pretrain $(DEMO_FLAGS)
 
+# Two tests at a time, the tests of a file one after the other: they share what takes long to make.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(READY)   ## the quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-units: $(READY) ## those of them that start no process
+	$(PYTEST) -m "not slow and not processes"
+
+test-processes: $(READY) ## those that start ranks, programs or a server
+	$(PYTEST) -m "not slow and processes"
+
+test-slow: $(READY) ## those that take more than about 20 seconds each
+	$(PYTEST) -m slow
 
 test-all: $(READY) ## all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(READY)   ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY) ## mend what can be mended by itself
+format: $(READY) ## fix what can be fixed automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, T5Config
 
+from atlas.config import Optimisation
 from atlas.model.atlas import Atlas, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.reader import FusionInDecoder
@@ -211,14 +212,9 @@ def build(reader: Size, retriever: BertConfig, settings: Settings) -> tuple[Atla
         shard_weights(fusion, fusion.blocks, CPU, block_dtype=dtype, forward_methods=("encode",))
     encoders = DualEncoder(contriever, query_side=True)
     atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=MODES["pdist"])
-    groups = {
-        name: ([(key, p) for key, p in half.named_parameters() if p.requires_grad], 1e-5)
-        for name, half in (("reader", fusion), ("retriever", encoders))
-    }
-    schedule = {"scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
-    optimizers = Optimizers(
-        groups, weight_decay=0.01, epsilon=1e-6, beta2=0.999, clip=1.0, shard=settings.shard_optim, **schedule
-    )
+    flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
+    flags = Optimisation(**flags, shard_optim=settings.shard_optim)
+    optimizers = Optimizers(flags, {"reader": fusion, "retriever": encoders})
     return atlas.train(), optimizers
 
 
@@ -262,7 +258,7 @@ def use_cuda_kernels() -> None:
 
 
 def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> None:
-    """One step as src/atlas/training/trainer.py makes it."""
+    """One step as `atlas.training.trainer` takes it."""
     with devices.autocast(CPU, precision):
         losses = atlas(batch)
     optimizers.backward(losses.total)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, T5Config
 
+from atlas.config import Optimisation
 from atlas.model.atlas import Atlas, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.reader import FusionInDecoder
@@ -124,21 +125,10 @@ class Step:
         torch.manual_seed(0)
         self.reader, self.retriever = models(layers, width)
         self.atlas = Atlas(self.reader, self.retriever, n_context=k, mode=MODES["pdist"])
-        trained = {
-            "reader": list(self.reader.named_parameters()),
-            "retriever": [(n, p) for n, p in self.retriever.named_parameters() if p.requires_grad],
-        }
-        self.parameters = [p for named in trained.values() for _, p in named]
-        self.optimizers = Optimizers(
-            {name: (parameters, 1e-5) for name, parameters in trained.items()},
-            weight_decay=0.01,
-            epsilon=1e-6,
-            beta2=0.999,
-            clip=1.0,
-            scheduler="fixed",
-            warmup_steps=0,
-            total_steps=100,
-        )
+        halves = {"reader": self.reader, "retriever": self.retriever}
+        self.parameters = [p for half in halves.values() for p in half.parameters() if p.requires_grad]
+        flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 100}
+        self.optimizers = Optimizers(Optimisation(**flags), halves)
 
     def update(self, batch: TrainingTensors) -> None:
         with devices.autocast(CPU, PRECISION):

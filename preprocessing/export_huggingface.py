@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     # These import torch, which a wrong flag should not wait for.
     from safetensors import SafetensorError
 
-    from atlas.runtime.tracking import log, start_log, tell_error
+    from atlas.runtime.tracking import log, report_error, start_log
 
     start_log(None)
     output = options.output_directory.absolute()
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         beside.replace(output)
     except (ValueError, OSError, SafetensorError) as error:
-        tell_error(error, str(error))
+        report_error(error, str(error))
         sys.exit(1)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -17,6 +17,8 @@ from atlas.config import parse_config
 from benchmarks import evidence
 from example_scripts import demo, demo_pretrain
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):

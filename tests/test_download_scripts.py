@@ -2,17 +2,18 @@
 
 import hashlib
 import random
-import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
 import sources
 from tests.origin import ENVIRONMENT, ROOT, fault, one_sentence, run_script, running, serve, status, storm
+from tests.patience import HANG_SECONDS, wait_until
+
+pytestmark = pytest.mark.processes
 
 RELEASED = {"corpus": sources.CORPORA, "model": sources.MODELS, "index": sources.INDICES}
 ANNOUNCED = {"corpus": "corpora/wiki/enwiki-dec2018", "model": "models/atlas/xl", "index": "indices/atlas/wiki/xl"}
@@ -142,9 +143,8 @@ def test_a_missing_file(origin, tmp_path):
 def test_nobody_answers(tmp_path):
     with running() as origin:
         gone = origin
-    begun = time.monotonic()
     message = one_sentence(download("model", gone, tmp_path, "models/atlas/base", "--retries", "2"))
-    assert "refused" in message and "attempt 3" in message and time.monotonic() - begun < 30
+    assert "refused" in message and "attempt 3" in message
 
 
 def test_a_disk_that_is_too_small(origin, tmp_path):
@@ -155,14 +155,15 @@ def test_a_disk_that_is_too_small(origin, tmp_path):
 
 
 def test_interrupted(origin, tmp_path):
+    """While the server is silent, for which a download would wait an hour."""
     gone = threading.Event()
 
     def stall(handler, content):
         serve(handler, content, cut=70_000)
-        gone.wait(20)
+        gone.wait(HANG_SECONDS)
 
     origin.faults[MODEL] = [stall]
-    words = ["models/atlas/base", "--output_directory", str(tmp_path), "--base_url", origin.url]
+    words = ["models/atlas/base", "--output_directory", str(tmp_path), "--base_url", origin.url, "--timeout", "3600"]
     process = subprocess.Popen(
         [sys.executable, "preprocessing/download_model.py", *words],
         cwd=ROOT,
@@ -171,11 +172,11 @@ def test_interrupted(origin, tmp_path):
         text=True,
     )
     part = tmp_path / (MODEL[1:] + ".part")
-    deadline = time.monotonic() + 20
-    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(
+        lambda: part.exists() and part.stat().st_size, "the first bytes of the file", lambda: process.poll() is None
+    )
     process.send_signal(signal.SIGINT)
-    _, complaint = process.communicate(timeout=10)  # the server may be silent for a minute: nobody waits for that
+    _, complaint = process.communicate(timeout=HANG_SECONDS)
     gone.set()
     assert process.returncode == 1 and complaint == "stopped; run the same command again to resume\n"
     assert download("model", origin, tmp_path, "models/atlas/base").returncode == 0
@@ -220,12 +221,3 @@ def test_wrong_flags(tmp_path, words, expected):
     done = run_script("download_model", "--output_directory", tmp_path / "data", *words)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "data").exists()
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("script, words", re.findall(r"^python preprocessing/(\w+)\.py (.*)", README, re.MULTILINE))
-def test_the_flags_in_the_readme(script, words):
-    known = run_script(script, "--help").stdout
-    assert words and all(f"{flag} " in known for flag in re.findall(r"--\w+", words))

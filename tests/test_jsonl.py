@@ -10,6 +10,7 @@ import pytest
 
 from atlas.files import jsonl
 from atlas.files.jsonl import JSON_LINES, DataError, JsonlCorpus, LineFormat, replacing
+from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -287,6 +288,7 @@ def read_in_child(corpus, queue):
     queue.put([corpus[i] for i in range(len(corpus))])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_read_in_other_processes(tmp_path, method):
     corpus = JsonlCorpus(random_file(tmp_path / "a.jsonl", 3))
@@ -295,7 +297,7 @@ def test_read_in_other_processes(tmp_path, method):
     children = [context.Process(target=read_in_child, args=(corpus, queue)) for _ in range(2)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=60) for _ in children] == [list(corpus)] * 2
+    assert [queue.get(timeout=HANG_SECONDS) for _ in children] == [list(corpus)] * 2
     for child in children:
         child.join()
 

@@ -14,6 +14,8 @@ from tests.kit import lettered_models, read_jsonl, run, write_jsonl
 from tests.test_prepare_scripts import mmlu_archive, mmlu_files
 from tests.test_pretraining import last_metrics
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -42,6 +42,7 @@ def folder(tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_a_folder(folder, tmp_path):
     done = run_script("prepare_corpus", folder, "--output", tmp_path / "corpus.jsonl", "--words", "50")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -109,6 +110,7 @@ def test_mistakes_get_one_sentence(tmp_path, name, content, words):
     assert not list((tmp_path / "made").iterdir())
 
 
+@pytest.mark.processes
 def test_the_script_says_it_in_one_sentence(tmp_path):
     said = one_sentence(run_script("prepare_corpus", tmp_path / "absent", "--output", tmp_path / "x.jsonl"))
     assert "absent does not exist" in said and not list(tmp_path.iterdir())

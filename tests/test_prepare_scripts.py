@@ -21,6 +21,8 @@ from atlas.tasks.qa import QA
 from tests.kit import read_jsonl
 from tests.origin import ROOT, one_sentence, run_script, running, status, storm
 
+pytestmark = pytest.mark.processes
+
 PUBLISHED = json.loads((ROOT / "preprocessing/few_shot_indices.json").read_text())
 LETTERS = "ABCD"
 QUICK = ("--retry_wait", "0.001")

@@ -43,6 +43,7 @@ def lines(done):
     return done.stdout.splitlines()
 
 
+@pytest.mark.processes
 def test_by_answers(tmp_path):
     """q1: ranks 2 and 3 hold the answer, q2: rank 1, q3: none; q4 has no answers."""
     results = write_jsonl(tmp_path / "test-step-3.jsonl", ROWS)
@@ -60,6 +61,7 @@ def test_by_answers(tmp_path):
     ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("qrels", [TREC, BEIR, BEIR.partition("\n")[2]])
 def test_by_judgements(tmp_path, qrels):
     """q1 finds d1 (0), d2 (2), d3 (not judged), d4 (1), and d8 (3) is missed; q2 finds d3 (1) first."""
@@ -121,6 +123,7 @@ def test_answers_as_a_run_scores_them(seed):
     assert metrics | retrieval_metrics(passages, answers) == metrics
 
 
+@pytest.mark.processes
 def test_a_trec_run(tmp_path):
     without = ROWS[2] | {"id": None, "passages": [{"id": "d5", "text": ""}, {"id": "d4", "text": ""}]}
     results = write_jsonl(tmp_path / "r.jsonl", [*ROWS[:2], without])
@@ -158,6 +161,7 @@ def test_mistakes_get_one_sentence(tmp_path, rows, qrels, words):
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.processes
 def test_the_script_says_it_in_one_sentence(tmp_path):
     assert "absent.jsonl does not exist" in one_sentence(run_script("score_retrieval", tmp_path / "absent.jsonl"))
     results = write_jsonl(tmp_path / "r.jsonl", ROWS)

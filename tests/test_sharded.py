@@ -49,6 +49,7 @@ def _search(embeddings, queries, sizes, k, chunk_rows):
     return hits.scores, hits.ids
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("sizes", [[6], [4, 2], [0, 6], [3, 0, 3], [1, 2, 3]])
 @pytest.mark.parametrize(("n", "k"), [(50, 5), (50, 30), (7, 4), (7, 100), (2, 1), (1, 3)])
 def test_search_equals_brute_force(sizes, n, k):
@@ -62,6 +63,7 @@ def test_search_equals_brute_force(sizes, n, k):
         assert_same((torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])), expected)
 
 
+@pytest.mark.processes
 def test_nobody_asks():
     for scores, ids in run_on_ranks(2, _search, *made_up(9, 4, 0), [0, 0], 3, None):
         assert scores.shape == ids.shape == (0, 3)
@@ -71,6 +73,7 @@ def _embeddings_of(embeddings, ids, sizes):
     return make_index(embeddings).embeddings_of(my_part(ids, sizes))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("sizes", [[5], [2, 3], [0, 4, 1]])
 def test_embeddings_of_equals_indexing(sizes):
     embeddings, _ = made_up(23, 6, 0)
@@ -96,6 +99,7 @@ def _build(embeddings):
         return str(error)
 
 
+@pytest.mark.processes
 def test_an_embedding_that_is_not_finite_ends_every_rank_with_its_number():
     embeddings, _ = made_up(9, 4, 0)
     embeddings[7, 0] = float("nan")
@@ -125,6 +129,7 @@ def _search_compressed(embeddings, queries, sizes, k, compression):
     return hits.scores, hits.ids
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "compression",
     [
@@ -182,6 +187,7 @@ def _with_local(embeddings):
     return mine, FlatIndex(mine, largest_norm=1.0)  # as one that was saved: nobody looks at the values
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("train_size", [None, 1])
 def test_a_bad_embedding_ends_every_rank_with_its_number(train_size):
     """Whether it is in the sample, or seen only when it is encoded."""
@@ -191,6 +197,7 @@ def test_a_bad_embedding_ends_every_rank_with_its_number(train_size):
     assert answers == ["the embedding of passage 7 is not finite: has the training diverged?"] * 2
 
 
+@pytest.mark.processes
 def test_what_cannot_be_made_ends_every_rank():
     answers = run_on_ranks(2, _refuse_to_compress, made_up(9, 4, 0)[0], Compression("pq", 3))
     assert answers == ["--faiss_code_size 3 does not divide the embedding size 4; try 2 or 4"] * 2

@@ -41,25 +41,24 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def waits_of_steps(monkeypatch):
     """A list to which every step of a run adds its counts, from the moment the batch is there."""
-    steps, step, batch = [], Trainer._step, Trainer._batch
+    steps, forward_backward, update = [], Trainer.forward_backward, Trainer.update
     waits = Waits(monkeypatch)
     waits.paused = True
 
-    def watched_step(trainer, *args):
+    def watched_forward_backward(trainer, *args):
+        waits.paused = False
         with waits:
-            stopped = step(trainer, *args)
+            return forward_backward(trainer, *args)
+
+    def watched_update(trainer, *args):
+        with waits:
+            update(trainer, *args)
+        waits.paused = True
         steps.append({name: n for name, n in waits.counted.items() if n})
         waits.counted.clear()
-        waits.paused = True
-        return stopped
 
-    def watched_batch(trainer, *args):
-        tensors = batch(trainer, *args)
-        waits.paused = False
-        return tensors
-
-    monkeypatch.setattr(Trainer, "_step", watched_step)
-    monkeypatch.setattr(Trainer, "_batch", watched_batch)
+    monkeypatch.setattr(Trainer, "forward_backward", watched_forward_backward)
+    monkeypatch.setattr(Trainer, "update", watched_update)
     return steps
 
 

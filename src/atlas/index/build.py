@@ -5,18 +5,116 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from atlas.files.jsonl import JsonlCorpus
+from atlas.index.arrays import WRITE_BYTES
 from atlas.index.codec import Codec, Compression, all_cores, train, training_rows
 from atlas.index.compressed import CompressedIndex, explain_nprobe
-from atlas.index.files import WRITE_BYTES
-from atlas.index.sharded import Progress, ShardedIndex, Stored
+from atlas.index.flat import FlatIndex, measure_largest_norm
+from atlas.index.sharded import Progress, ShardedIndex, Stored, shard_rows
 from atlas.runtime import distributed
+from atlas.runtime.tracking import ProgressBars
 
 log = logging.getLogger("atlas")
+
+
+class IndexBuilder:
+    """Collects the embeddings of this rank's rows, window by window, and makes an index of them.
+
+    Embeddings are kept where the index, or whoever saves it, needs them. Where a compressed index does without,
+    passages are encoded as soon as they are embedded, with the quantizer of the previous index.
+
+    Attributes:
+        rows: the rows of the corpus that this rank brings.
+    """
+
+    def __init__(
+        self,
+        passages: JsonlCorpus,
+        dimension: int,
+        compression: Compression,
+        device: torch.device,
+        *,
+        previous: ShardedIndex | None = None,
+        keep_embeddings: bool = False,
+        retrain: bool = False,
+    ) -> None:
+        """Args:
+        dimension: D.
+        compression: the kind of index to make; without a kind, that of the previous index.
+        device: that is to search.
+        previous: the index that the new one replaces. Its quantizer encodes again, and its embeddings are overwritten
+            unless they lie in a file. Nothing else of it is used, so the caller can let go of it at once.
+        keep_embeddings: also those of a compressed index that is searched without them.
+        retrain: train a new quantizer.
+        """
+        self.rows = shard_rows(len(passages), distributed.rank(), distributed.world_size())
+        compressed = previous.compressed if previous else None
+        if compressed and compression.kind is None:
+            compression = replace(compression, kind=previous.type, nlist=None)
+        self._passages, self._compression, self._device = passages, compression, device
+        self._quantizer = compressed.quantizer if compressed and not retrain else None
+        self._embeddings = self._codes = None
+        self._largest_norm = 0.0  # bounds those of the codes, or of the embeddings where there are no codes yet
+        if self._quantizer is not None:
+            self._codes = np.empty((len(self.rows), self._quantizer.code_size), np.uint8)
+        if self._quantizer is None or keep_embeddings or compression.refine_factor > 1:
+            self._embeddings = _embeddings_in_memory(previous)
+            if self._embeddings is None:
+                place = (
+                    torch.device("cpu") if compression.compresses else device
+                )  # where codes are searched, only those
+                self._embeddings = torch.zeros(len(self.rows), dimension, dtype=torch.float16, device=place)
+
+    def add(self, start: int, embeddings: torch.Tensor) -> None:
+        """Take the embeddings `(n, D)` fp16 of the rows from `start` of this rank's share on.
+
+        Raises:
+            ValueError: an embedding is not finite.
+        """
+        end, first_row = start + len(embeddings), self.rows.start + start
+        if self._codes is not None:
+            self._codes[start:end], norm = self._quantizer.encode(embeddings, first_row)
+        else:
+            norm = measure_largest_norm(embeddings, first_row)
+        self._largest_norm = max(self._largest_norm, norm)
+        if self._embeddings is not None:
+            self._embeddings[start:end] = embeddings
+
+    def finish(self) -> ShardedIndex:
+        """The index of all ranks' rows, with embeddings where these were collected. Collective.
+
+        Raises:
+            ValueError: such an index cannot be made; the flag and what to do are named.
+        """
+        if self._codes is not None:
+            return index_of_codes(
+                self._passages,
+                self._embeddings,
+                self._quantizer,
+                self._codes,
+                self._largest_norm,
+                self._compression,
+                self._device,
+            )
+        flat = FlatIndex(self._embeddings, largest_norm=self._largest_norm)
+        index = ShardedIndex(self._passages, self._embeddings, flat)
+        if not self._compression.compresses:
+            return index
+        with ProgressBars() as progress:
+            return compress(index, self._compression, device=self._device, progress=progress)
+
+
+def _embeddings_in_memory(index: ShardedIndex | None) -> torch.Tensor | None:
+    """The embeddings of an index, if it has any that may be overwritten: on a CPU those of a saved one are its file."""
+    if index is None or index.embeddings is None:
+        return None
+    in_file = index.stored is not None and index.embeddings.device.type == "cpu"
+    return None if in_file else index.embeddings
 
 
 def compress(

@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from atlas import config
+from atlas.model.retriever import DualEncoder
 from atlas.model.tokenization import ReaderTokenizer, RetrieverTokenizer, pad_rows
+from atlas.runtime import device as device_choices
 
 RETRIEVER_MAXLENGTH = 512  # as released retrievers were trained
 
@@ -23,48 +26,32 @@ class Targets(NamedTuple):
 
 
 class Inputs:
-    """Formats and tokenizes.
+    """Formats and tokenizes, as the flags of the section Model say.
 
     Args:
         reader_tokenizer, retriever_tokenizer: None where that half is not used.
-        text_maxlength: tokens per query and per passage; target_maxlength: tokens per target, None for no cut.
         decoder_start_id: the token that the decoder starts with.
-        retriever_positions: most tokens that the retriever can take.
-        query_prefix, passage_prefix: what the retriever is given before every query and every passage.
-        pad_multiple: row lengths are rounded up to it.
+        retriever: says how many tokens it takes, and which prefixes it wants before queries and passages. It is asked
+            once and not kept: worker processes get a copy of this object.
     """
 
     def __init__(
         self,
+        settings: config.Model,
         reader_tokenizer: ReaderTokenizer | None,
         retriever_tokenizer: RetrieverTokenizer | None,
         *,
         device: torch.device,
-        text_maxlength: int,
-        target_maxlength: int | None = None,
-        encoder_format: str = "{query} title: {title} context: {text}",
-        retriever_format: str = "{title} {text}",
-        decoder_format: str | None = None,
-        decoder_prompt_format: str | None = None,
         decoder_start_id: int = 0,
-        retriever_positions: int = RETRIEVER_MAXLENGTH,
-        query_prefix: str = "",
-        passage_prefix: str = "",
-        pad_multiple: int = 1,
+        retriever: DualEncoder | None = None,
     ) -> None:
-        self.reader_tokenizer = reader_tokenizer
-        self.retriever_tokenizer = retriever_tokenizer
-        self.device = device
-        self.text_maxlength = text_maxlength
-        self.retriever_maxlength = min(text_maxlength, RETRIEVER_MAXLENGTH, retriever_positions)
-        self.target_maxlength = target_maxlength
-        self.encoder_format = encoder_format
-        self.retriever_format = retriever_format
-        self.decoder_format = decoder_format
-        self.decoder_prompt_format = decoder_prompt_format
-        self.decoder_start_id = decoder_start_id
-        self.query_prefix, self.passage_prefix = query_prefix, passage_prefix
-        self.pad_multiple = pad_multiple
+        self.settings, self.device, self.decoder_start_id = settings, device, decoder_start_id
+        self.reader_tokenizer, self.retriever_tokenizer = reader_tokenizer, retriever_tokenizer
+        positions = retriever.max_length if retriever is not None else RETRIEVER_MAXLENGTH
+        self.retriever_maxlength = min(settings.text_maxlength, RETRIEVER_MAXLENGTH, positions)
+        self.query_prefix = retriever.query_prefix if retriever is not None else ""
+        self.passage_prefix = retriever.passage_prefix if retriever is not None else ""
+        self.pad_multiple = device_choices.pad_multiple(device)  # row lengths are rounded up to it
 
     def reader(
         self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None
@@ -78,10 +65,10 @@ class Inputs:
         k = max([1, *map(len, passages)])
         texts, rows = [], []
         for query, of_query in zip(queries, passages, strict=True):
-            own = [self._format(self.encoder_format, passage, query=query) for passage in of_query] or [query]
+            own = [self._format(self.settings.encoder_format, passage, query=query) for passage in of_query] or [query]
             rows.append(len(own))
             texts += own
-        tokens = self.reader_tokenizer.encode(texts, max_length=self.text_maxlength)
+        tokens = self.reader_tokenizer.encode(texts, max_length=self.settings.text_maxlength)
         spread: list[list[int]] = []  # B·K rows, empty ones where there is no passage
         start = 0
         for n in rows:
@@ -92,10 +79,10 @@ class Inputs:
 
     def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
         """What the decoder learns: the target with `</s>` behind it, behind the prompt if there is one."""
-        if self.decoder_format is not None:
-            targets = [self.decoder_format.format(target=target) for target in targets]
+        if self.settings.decoder_format is not None:
+            targets = [self.settings.decoder_format.format(target=target) for target in targets]
         texts = [target if target.endswith("</s>") else f"{target}</s>" for target in targets]
-        limit = None if self.target_maxlength in (None, -1) else self.target_maxlength
+        limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
         rows = self.reader_tokenizer.encode(texts, max_length=limit, eos=False)
         prompts = self.prompts(queries) or [[]] * len(rows)
         labels, _ = self._pad([[-100] * len(p) + row for p, row in zip(prompts, rows, strict=True)], -100)
@@ -106,9 +93,9 @@ class Inputs:
 
     def prompts(self, queries: Sequence[str]) -> list[list[int]] | None:
         """Tokens that the decoder is given before it answers; None without `--decoder_prompt_format`."""
-        if self.decoder_prompt_format is None:
+        if self.settings.decoder_prompt_format is None:
             return None
-        texts = [self.decoder_prompt_format.format(query=query) for query in queries]
+        texts = [self.settings.decoder_prompt_format.format(query=query) for query in queries]
         return self.reader_tokenizer.encode(texts, eos=False)
 
     def queries(self, queries: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +110,7 @@ class Inputs:
 
     def passage_tokens(self, passages: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The retriever's tokens of passages, not padded."""
-        texts = [self.passage_prefix + self._format(self.retriever_format, passage) for passage in passages]
+        texts = [self.passage_prefix + self._format(self.settings.retriever_format, passage) for passage in passages]
         return self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
 
     @staticmethod

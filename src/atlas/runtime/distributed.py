@@ -8,9 +8,9 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import torch.distributed as dist
 TIMEOUT_SECONDS = float(os.environ.get("ATLAS_TIMEOUT_SECONDS", "600"))
 HEARTBEAT_SECONDS = 5.0
 
+T = TypeVar("T")
 _store: dist.Store | None = None  # also carries the heartbeats of `progress`
 _last_heartbeat = 0.0
 _waits = 0
@@ -80,6 +81,11 @@ def local_world_size() -> int:
 def is_main() -> bool:
     """Whether this is rank 0 of the job, the one that writes the results and talks to the screen."""
     return rank() == 0
+
+
+def shard_rows(n: int, rank: int, world_size: int) -> range:
+    """The rows of n that a rank owns: contiguous, in the order of the ranks, sizes that differ by at most 1."""
+    return range(n * rank // world_size, n * (rank + 1) // world_size)
 
 
 @contextlib.contextmanager
@@ -262,6 +268,24 @@ def raise_on_all_ranks(error: Exception | None) -> None:
         raise error
     if first is not None:
         raise first
+
+
+def on_every_rank(what: str, work: Callable[[], T]) -> T:
+    """Do long work, without collectives, on every rank; a ValueError or OSError of one ends all."""
+    result = error = None
+    with busy():
+        try:
+            result = work()
+        except (ValueError, OSError) as found:
+            error = found
+    wait_for_all(what)
+    raise_on_all_ranks(error)
+    return result
+
+
+def on_main(what: str, work: Callable[[], T]) -> T:
+    """Do long work, without collectives, on rank 0; every rank gets the result, or the error."""
+    return from_main(on_every_rank(what, lambda: work() if is_main() else None))
 
 
 def main_failed_too(error: Exception, within_seconds: float = 3.0) -> bool:

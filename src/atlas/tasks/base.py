@@ -2,9 +2,14 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from atlas import config
 from atlas.metrics import accuracy
+
+if TYPE_CHECKING:
+    from atlas.model.tokenization import ReaderTokenizer
 
 
 @dataclass(frozen=True)
@@ -21,11 +26,20 @@ class Example:
     first_of_line: bool = True  # where a line gives several examples
 
 
+@dataclass(frozen=True)
+class TaskSetup:
+    """What a run knows that a task may need."""
+
+    flags: config.Tasks = field(default_factory=config.Tasks)
+    tokenizer: "ReaderTokenizer | None" = None  # the reader's
+    text_maxlength: int = config.Model.text_maxlength  # tokens of the reader's input
+    answers_needed: bool = True  # False accepts lines without target and answers: enough to retrieve for them
+    passages_needed: bool = False  # every line must have `passages`, which are checked
+    training: bool = False  # whether the examples are trained on, or evaluated
+
+
 class Task:
     """Turns the lines of a data file into examples, and scores what was generated for them.
-
-    `answers_needed=False` lets lines without target and answers pass: enough to retrieve for them.
-    `passages_needed=True` asks for `passages` in every line and checks them.
 
     Attributes:
         fields: what a line holds; skips: which lines give no example. Both for messages.
@@ -41,9 +55,8 @@ class Task:
     examples_per_line = 1
     joins = False
 
-    def __init__(self, answers_needed: bool = True, passages_needed: bool = False):
-        self.answers_needed = answers_needed
-        self.passages_needed = passages_needed
+    def __init__(self, setup: TaskSetup) -> None:
+        self.answers_needed, self.passages_needed = setup.answers_needed, setup.passages_needed
 
     def process(self, record: Mapping, rng: random.Random) -> Example | None:
         """The example of a line, None to skip the line. All chance comes from `rng` (see `example_rng`).

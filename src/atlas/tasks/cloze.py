@@ -5,10 +5,11 @@ Made from a corpus they are salient span masking (Guu et al. 2020, arXiv 2002.08
 
 from collections.abc import Mapping
 
-from atlas.tasks.qa import QA
+from atlas.tasks.base import TaskSetup
+from atlas.tasks.qa import QuestionAnswering
 
 
-class Cloze(QA):
+class Cloze(QuestionAnswering):
     """Lines `{"id": ..., "query": ..., "answers": [...]}`, the query with `<extra_id_0>` where the answer belongs.
 
     A line with the `id` of a passage was made from that passage, which is not found for it.
@@ -17,8 +18,9 @@ class Cloze(QA):
     fields = "`query` (a string with <extra_id_0>), `answers` (a list of strings)"
     filters_by_id = True
 
-    def __init__(self, answers_needed: bool = True, passages_needed: bool = False):
-        super().__init__("{question}", answers_needed, passages_needed)
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        self.prompt_format = "{question}"  # the line is the query
 
     def question(self, record: Mapping) -> str:
         query = self.text(record, "query")

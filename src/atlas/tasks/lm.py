@@ -4,21 +4,16 @@ import random
 import re
 from collections.abc import Mapping
 
+from atlas.tasks.base import TaskSetup
 from atlas.tasks.text import TextTask
 
 
 class LM(TextTask):
-    """The left part of a text is the query, the right one the target.
+    """The left part of a text is the query, the right one the target; the flags say how much at least and at most."""
 
-    Args:
-        min_ratio, max_ratio: the cut is behind at least and at most this share of the words.
-    """
-
-    def __init__(
-        self, min_ratio: float, max_ratio: float, min_words: int | None = None, passages_needed: bool = False
-    ) -> None:
-        super().__init__(min_words, passages_needed)
-        self.min_ratio, self.max_ratio = min_ratio, max_ratio
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        self.min_ratio, self.max_ratio = setup.flags.min_lm_context_ratio, setup.flags.max_lm_context_ratio
 
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str]:
         words = re.findall(r"\s*\S+", record["text"])  # each with the white space before it

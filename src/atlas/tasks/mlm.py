@@ -5,32 +5,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from atlas.model.tokenization import ReaderTokenizer
-from atlas.tasks.base import Example
+from atlas.tasks.base import Example, TaskSetup
 from atlas.tasks.text import TextTask
 
 
 class MLM(TextTask):
     """The query is the text with sentinels in place of some spans, the target is these spans behind their sentinels.
 
-    Args:
-        tokenizer: the reader's; text_maxlength: tokens of a text, the rest is left out.
-        noise_density: share of the tokens that is taken out; mean_span_length: mean tokens per span.
+    A text is truncated to `--text_maxlength` tokens first.
     """
 
-    def __init__(
-        self,
-        tokenizer: ReaderTokenizer,
-        text_maxlength: int,
-        noise_density: float,
-        mean_span_length: float,
-        min_words: int | None = None,
-        passages_needed: bool = False,
-    ) -> None:
-        super().__init__(min_words, passages_needed)
-        self.tokenizer, self.text_maxlength = tokenizer, text_maxlength
-        self.noise_density, self.mean_span_length = noise_density, mean_span_length
-        self._marks = {tokenizer.pad_id, tokenizer.eos_id, *tokenizer.sentinel_ids}
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        self.tokenizer, self.text_maxlength = setup.tokenizer, setup.text_maxlength
+        self.noise_density = setup.flags.mlm_noise_density
+        self.mean_span_length = setup.flags.mlm_mean_noise_span_length
+        self._marks = {self.tokenizer.pad_id, self.tokenizer.eos_id, *self.tokenizer.sentinel_ids}
 
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str] | None:
         tokens = self.tokenizer.encode([record["text"]], self.text_maxlength, eos=False)[0]

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from itertools import islice, permutations
 from string import ascii_uppercase as LETTERS
 
-from atlas.model.tokenization import ReaderTokenizer
-from atlas.tasks.base import Example, Task
+from atlas.tasks.base import Example, Task, TaskSetup
 
 PROMPT_TOKENS = 356  # as published: with --text_maxlength 512 that leaves room for a passage
 
@@ -20,34 +19,26 @@ class MultipleChoice(Task):
     """Lines `{"question": ..., "options": {"A": ..., "B": ..., ...}, "answer": "B"}`, an example for each order.
 
     The first order is that of the line. A long question is cut from the left.
-
-    Args:
-        tokenizer: the reader's; text_maxlength: tokens of its input.
-        num_options: most options of a question; permutations: `single` order, `cyclic` rotations, or `all` orders.
-        repeats: whether a line with fewer options than others, so fewer orders, gives as many examples by repeating
-            them (for training); else it gives fewer.
+    In training, a line with fewer options than others repeats its orders, so that every line gives equally many
+    examples; in evaluation it gives fewer.
     """
 
     metrics = ("accuracy",)
     fields = "`question` (a string), `options` (an object of strings: A, B, ...) and `answer` (the letter of one)"
     joins = True
 
-    def __init__(
-        self,
-        tokenizer: ReaderTokenizer,
-        text_maxlength: int,
-        num_options: int,
-        permutations: str,
-        repeats: bool = False,
-        answers_needed: bool = True,
-        passages_needed: bool = False,
-    ) -> None:
-        super().__init__(answers_needed, passages_needed)
-        self.tokenizer = tokenizer
-        self.num_options, self.permutations, self.repeats = num_options, permutations, repeats
-        self.prompt_tokens = min(PROMPT_TOKENS, text_maxlength - 1)  # one for </s>: the reader's cut spares the options
-        self.examples_per_line = self.n_orders(num_options)
-        self.tokens = dict(zip(LETTERS[:num_options], self._letter_tokens(num_options), strict=True))
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        flags = setup.flags
+        self.tokenizer, self.repeats = setup.tokenizer, setup.training
+        self.num_options = flags.multiple_choice_num_options
+        self.permutations = (
+            flags.multiple_choice_train_permutations if setup.training else flags.multiple_choice_eval_permutations
+        )
+        # one for </s>: the options at the end of the prompt must survive the truncation of the reader's input
+        self.prompt_tokens = min(PROMPT_TOKENS, setup.text_maxlength - 1)
+        self.examples_per_line = self.n_orders(self.num_options)
+        self.tokens = dict(zip(LETTERS[: self.num_options], self._letter_tokens(self.num_options), strict=True))
 
     def n_orders(self, n_options: int) -> int:
         return {"single": 1, "cyclic": n_options, "all": math.factorial(n_options)}[self.permutations]

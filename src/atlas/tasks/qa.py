@@ -4,21 +4,18 @@ import random
 from collections.abc import Mapping
 
 from atlas.metrics import exact_match, f1
-from atlas.tasks.base import Example, Task
+from atlas.tasks.base import Example, Task, TaskSetup
 
 
-class QA(Task):
-    """Lines `{"question": ..., "answers": [...]}`, optionally with the `target` to train on.
-
-    `prompt_format` makes the query from `{question}`.
-    """
+class QuestionAnswering(Task):
+    """Lines `{"question": ..., "answers": [...]}`, optionally with the `target` to train on."""
 
     metrics = ("exact_match", "f1")
     fields = "`question` (a string), `answers` (a list of strings), optionally `target` (a string)"
 
-    def __init__(self, prompt_format: str, answers_needed: bool = True, passages_needed: bool = False):
-        super().__init__(answers_needed, passages_needed)
-        self.prompt_format = prompt_format
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        self.prompt_format = setup.flags.qa_prompt_format
 
     def process(self, record: Mapping, rng: random.Random) -> Example:
         question = self.question(record)

@@ -5,13 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from atlas.metrics import accuracy, f1, rouge
-from atlas.tasks.base import Example, Task
+from atlas.tasks.base import Example, Task, TaskSetup
 
 
 class TextTask(Task, ABC):
     """Lines `{"id": ..., "text": ...}`, of whose text a part is the query and a part the target.
 
-    Texts that are blank, or have fewer words than `min_words`, are skipped.
+    Texts that are blank, or have fewer words than `--min_words_per_lm_instance`, are skipped.
     """
 
     metrics = ("accuracy", "f1", "rouge_1", "rouge_2", "rouge_L")
@@ -19,9 +19,9 @@ class TextTask(Task, ABC):
     skips = "texts that are empty or have fewer words than --min_words_per_lm_instance"
     filters_by_id = True
 
-    def __init__(self, min_words: int | None = None, passages_needed: bool = False) -> None:
-        super().__init__(passages_needed=passages_needed)
-        self.min_words = max(1, min_words or 1)
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        self.min_words = max(1, setup.flags.min_words_per_lm_instance or 1)
 
     @abstractmethod
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str] | None:

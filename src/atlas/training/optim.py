@@ -1,12 +1,14 @@
 """Two optimizers that move together: learning rates over time, clipping, steps that are skipped."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from atlas import config
+from atlas.runtime import distributed
 from atlas.runtime.parallel import ShardedAdamW, agree_on_norm, full_moments_on_main, is_sharded, local_part, shard_like
 
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in fp16, as is usual
@@ -44,43 +46,32 @@ class Update(NamedTuple):
 class Optimizers:
     """AdamW for the reader and for the retriever, clipped by their common gradient norm.
 
+    With `--shard_optim` the moments are spread over ranks; those of sharded weights lie where their weights do in any
+    case. With fp16 the loss is scaled, so that small gradients survive.
+
     Args:
-        groups: name -> (named parameters that are trained, learning rate). A group without parameters is left out.
-        loss_scaling: multiply the loss so that small fp16 gradients survive.
-        shard: spread the moments over ranks; those of sharded weights lie where their weights do in any case.
+        halves: `reader` and `retriever` -> a module, or its named parameters. What is not trained is left out.
     """
 
     def __init__(
-        self,
-        groups: dict[str, tuple[Iterable[tuple[str, nn.Parameter]], float]],
-        *,
-        weight_decay: float,
-        epsilon: float,
-        beta2: float,
-        clip: float,
-        scheduler: str,
-        warmup_steps: int,
-        total_steps: int,
-        loss_scaling: bool = False,
-        shard: bool = False,
+        self, settings: config.Optimisation, halves: Mapping[str, nn.Module | Iterable[tuple[str, nn.Parameter]] | None]
     ) -> None:
-        self.clip = clip or float("inf")
+        self.clip = settings.clip or float("inf")
         self.skipped = 0
         # fp16 gradients underflow without it; bf16 and fp32 have the range
-        self.scale = FIRST_SCALE if loss_scaling else 1.0
-        self._scaling, self._since_scaled = loss_scaling, 0
-        self._schedule = (scheduler, warmup_steps, total_steps)
+        self._scaling, self._since_scaled = settings.precision == "fp16", 0
+        self.scale = FIRST_SCALE if self._scaling else 1.0
+        total_steps = settings.scheduler_steps or settings.total_steps
+        self._schedule = (settings.scheduler, settings.warmup_steps, total_steps)
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         self._lr: dict[str, float] = {}
-        for name, (parameters, lr) in groups.items():
-            if named := dict(parameters):
+        for name, half in halves.items():
+            named = half.named_parameters() if isinstance(half, nn.Module) else half or ()
+            if named := {key: parameter for key, parameter in named if parameter.requires_grad}:
                 self._parameters[name] = named
-                self._lr[name] = lr
-                adamw = ShardedAdamW if shard and not is_sharded(named.values()) else torch.optim.AdamW
-                self._optimizers[name] = adamw(
-                    named.values(), lr=lr, betas=(0.9, beta2), eps=epsilon, weight_decay=weight_decay, fused=True
-                )
+                self._lr[name] = settings.lr_retriever if name == "retriever" else settings.lr
+                self._optimizers[name] = _adamw(settings, list(named.values()), self._lr[name])
 
     def learning_rate(self, finished: int) -> float:
         """Learning rate of the first group (the reader, where it is trained) after `finished` steps."""
@@ -169,3 +160,15 @@ class Optimizers:
                 found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
                 if found and parameter in mine:
                     optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in found.items()}
+
+
+def _adamw(settings: config.Optimisation, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    shard = settings.shard_optim and distributed.world_size() > 1 and not is_sharded(parameters)
+    return (ShardedAdamW if shard else torch.optim.AdamW)(
+        parameters,
+        lr=lr,
+        betas=(0.9, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
