@@ -17,8 +17,7 @@ import prepare_templama
 import sources
 from atlas.files.jsonl import DataError
 from atlas.tasks.base import example_rng
-from atlas.tasks.qa import QA
-from tests.kit import read_jsonl
+from tests.kit import make_task, read_jsonl
 from tests.origin import ROOT, one_sentence, run_script, running, status, storm
 
 pytestmark = pytest.mark.processes
@@ -147,7 +146,7 @@ def test_qa(origin, tmp_path, qa_originals):
         few = made[f"{directory}/train.100-shot.jsonl"]
         assert len({row["question"] for row in few}) == 100
         assert all(row in made[f"{directory}/train.jsonl"] for row in few)
-    task = QA("question: {question} answer: <extra_id_0>")
+    task = make_task("qa")
     for rows in made.values():
         assert all(task.process(row, example_rng(0, 0, 0)).answers == row["answers"] for row in rows)
     assert not (tmp_path / "downloads").exists() and not list(tmp_path.rglob("*.part*"))
@@ -477,7 +476,8 @@ def test_templama(origin, tmp_path):
                 for query, names in zip(("Changed", "Changed too"), answers, strict=True)
             ]
     assert made == expected
-    assert QA("{question}").process(made["temp_lama.train.2020.jsonl"][0], example_rng(0, 0, 0)).answers == ["New"]
+    task = make_task("qa", qa_prompt_format="{question}")
+    assert task.process(made["temp_lama.train.2020.jsonl"][0], example_rng(0, 0, 0)).answers == ["New"]
 
 
 @pytest.mark.parametrize(
