@@ -233,8 +233,8 @@ def groups(bench: Bench) -> dict[str, Group]:
     pretrained = {
         "models": Group(
             "Pretraining and retrieval",
-            "After fine-tuning on 64 examples. Without pretraining the models start as they are built, with weights "
-            "that match words and are ready to copy. With the book closed the reader sees the question alone.",
+            "After fine-tuning on 64 examples. Without pretraining the models start with their initial weights, which "
+            "match words and are ready to copy. With the book closed the reader is given the question alone.",
             {
                 "pretrained": over_seeds(few),
                 "book closed": over_seeds(Run("closed", models, flags=("--closed_book",), retrieves=False)),
@@ -261,13 +261,13 @@ def distillation_groups(bench: Bench) -> dict[str, Group]:
     return {
         "distillation": Group(
             "Distillation in pretraining",
-            f"Both are pretrained for {PART[0]} + {PART[1]} steps, from the same weights and on the same data; in one "
-            f"of them the retriever learns from the reader. {len(PRETRAINING_SEEDS)} seeds of pretraining, weights "
-            "included. Evaluated as they are.",
+            f"Both are pretrained for {PART[0]} + {PART[1]} steps, from the same weights and on the same data; in only "
+            f"one of them the retriever learns from the reader. {len(PRETRAINING_SEEDS)} seeds of pretraining, which "
+            "also draw the initial weights. Evaluated without fine-tuning.",
             part,
         ),
         "distillation and examples": Group(
-            "And then fine-tuned", "Each of these models after 64 examples, others for each.", tuned
+            "The same after fine-tuning", "Each of these models after 64 examples, a different draw for each.", tuned
         ),
     }
 
@@ -279,9 +279,9 @@ def fine_tuning_groups(few: Run) -> dict[str, Group]:
     refreshed = replace(both, name="refreshed", tuning=(*both.tuning, "--refresh_index", "10"))
     return {
         "retriever": Group(
-            "What of the retriever is fine-tuned",
-            "On 64 examples. Where both encoders learn the index becomes stale; it is embedded again every 10 steps, "
-            "or at the end only.",
+            "Which parts of the retriever are fine-tuned",
+            "On 64 examples. When both encoders learn, the index becomes stale; it is refreshed every 10 steps, or "
+            "only at the end.",
             {
                 "query encoder": over_seeds(few),
                 "nothing": over_seeds(Run("frozen", models, tuning=("--no-train_retriever",))),
@@ -290,9 +290,10 @@ def fine_tuning_groups(few: Run) -> dict[str, Group]:
             },
         ),
         "gold scores": Group(
-            "How the reader judges passages",
-            "On 64 examples, with the temperatures of `make demo`, but for adist a gold temperature of 0.01: attention "
-            "scores are spread less than likelihoods. `ppmean` is another name for pdist, `evalnormsum` for adist.",
+            "How the reader scores passages",
+            "On 64 examples, with the temperatures of `make demo`, except for a gold temperature of 0.01 for adist, "
+            "because attention scores vary less than likelihoods. `ppmean` is another name for pdist, "
+            "`evalnormsum` for adist.",
             {"pdist": over_seeds(few)}
             | {
                 mode: over_seeds(Run(mode, models, tuning=("--gold_score_mode", mode, *flags)))
@@ -301,7 +302,8 @@ def fine_tuning_groups(few: Run) -> dict[str, Group]:
         ),
         "indices": Group(
             "Compressed indices",
-            "The pretrained models as they are; the index compressed from 512 bytes per passage to the number named.",
+            "The pretrained models without fine-tuning; the index is compressed from 512 bytes per passage to the "
+            "given number.",
             {"flat": [Run("flat", models, shots=0)]}
             | {name: [Run(name.replace(" ", ""), models, shots=0, flags=flags)] for name, flags in COMPRESSED.items()},
         ),
@@ -354,8 +356,8 @@ def aims(bench: Bench, all_groups: dict[str, Group], measured: dict[Run, Measure
         ("exact match, not pretrained: 5 or less", plain, plain <= 5),
         ("distillation: 5 points of recall@5 or more, p < 0.01", gain, gain >= 5 and p < 0.01),
     ]
-    rows = [[asked, f"{value:.1f}", "holds" if holds else "**does not hold**"] for asked, value, holds in lines]
-    return table(["asked", "measured", ""], rows)
+    rows = [[goal, f"{value:.1f}", "holds" if holds else "**does not hold**"] for goal, value, holds in lines]
+    return table(["goal", "measured", ""], rows)
 
 
 def on_named(bench: Bench, all_groups: dict[str, Group], measured: dict[Run, Measured]) -> str:
@@ -364,10 +366,10 @@ def on_named(bench: Bench, all_groups: dict[str, Group], measured: dict[Run, Mea
     cells = []
     for name in ("pretrained", "book closed"):
         right = np.mean([measured[run].right for run in all_groups["models"].rows[name]], axis=0)
-        cells.append(f"{100 * right[named].mean():.1f} against {100 * right[~named].mean():.1f} ({name})")
+        cells.append(f"{100 * right[named].mean():.1f} vs. {100 * right[~named].mean():.1f} ({name})")
     return (
-        f"No passage of pretraining is about these things, but of some it has the names, as the country of a city, "
-        f"say: {named.sum()} questions. Exact match on these against that on the others, after 64 examples: "
+        f"No pretraining passage is about these things, but the names of some occur in one, such as the country of a "
+        f"city: {named.sum()} questions. Exact match on these, compared with the others, after 64 examples: "
         f"{', '.join(cells)}."
     )
 
@@ -426,17 +428,17 @@ def page(bench: Bench, all_groups: dict[str, Group], measured: dict[Run, Measure
     parts = [
         "# What the tiny models show",
         f"Written by `python -m benchmarks.evidence`: {n} test questions over {relations} relations, about things that "
-        "no passage of pretraining and no example is about. Where a ± stands, several seeds, with other examples each: "
-        "their mean and standard deviation. p is of the difference from a table's first row, by flipping the signs of "
-        "the questions' differences (two-sided): it tells how sure the difference is for other questions, with these "
-        "models. One of 0.01 or more counts as not shown. Recall@k is the share of questions for which one of the "
-        "first k passages holds the answer, as in question answering at large: an answer that many passages hold, like "
-        "a continent, is easily found. Guessing, always the commonest answer of a relation in training, would be right "
-        f"for {100 * bench.guess():.1f} %.",
+        "no pretraining passage and no example is about. A ± gives mean and standard deviation over "
+        "several seeds, each with other examples. p is the significance of the difference from a table's first row, by "
+        "randomly flipping the signs of the questions' differences (two-sided): it tells how certain the difference is "
+        "for other questions with these models; 0.01 or more counts as not shown. Recall@k is the share of questions "
+        "for which one of the first k passages has the answer, as is usual in question answering: an answer that many "
+        "passages have, like a continent, is easily found. Guessing the most common answer of each relation in "
+        f"training would be right for {100 * bench.guess():.1f} %.",
         f"![Exact match and recall over pretraining and over examples]({plot})",
-        "Left: the models as pretraining leaves them, without any example; first the reader learns alone, then both. "
+        "Left: during pretraining, without examples; first the reader learns alone, then both learn. "
         "Right: after fine-tuning.",
-        "## What had been asked for",
+        "## Goals set beforehand",
         aims(bench, all_groups, measured),
         on_named(bench, all_groups, measured),
     ]

@@ -1,6 +1,6 @@
 """The index: passages, and how they are searched and stored.
 
-`flat` and `compressed` search one rank's rows, `sharded` those of all ranks; `codec` has the kinds of codes, and `build`
+`flat` and `compressed` search one rank's rows, `sharded` those of all ranks; `codec` has the kinds of codes, `build`
 makes an index of embeddings. `store` saves and opens a directory, of which `directory` and `arrays` are the files;
 `published` reads the released format, and `convert` makes one index into another.
 

@@ -1,7 +1,7 @@
 """The model, from text to losses.
 
-`inputs` makes what reader and retriever read; `reader` and `retriever` are the two halves; `signals` says how the reader
-judges passages (gold scores), `losses` what the retriever learns from that; `atlas` joins both, `load` loads them.
+`inputs` makes the inputs of both halves, `reader` and `retriever`; `signals` measures how useful passages were to the
+reader (gold scores), `losses` teaches that to the retriever; `atlas` joins both halves, `load` loads them.
 
-May import: checkpoint, config, files, runtime. Tensor code here knows nothing of ranks, searches or data files.
+May import: checkpoint, config, files, runtime. The tensor code here knows nothing about ranks, indices or data files.
 """
