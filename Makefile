@@ -43,7 +43,7 @@ lint: $(READY)   ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY) ## mend what can be mended by itself
+format: $(READY) ## fix what can be fixed automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -27,9 +27,10 @@ import faiss
 import torch
 
 from atlas.index.codec import Compression, code_size
-from atlas.index.files import has_index, read_description
+from atlas.index.convert import compress_index
+from atlas.index.directory import has_index, read_description
 from atlas.index.sharded import ShardedIndex
-from atlas.index.storage import compress_index, open_index
+from atlas.index.store import open_index
 from atlas.model.retriever import load_retriever
 from atlas.model.tokenization import load_retriever_tokenizer, pad_rows
 from atlas.runtime.tracking import start_log

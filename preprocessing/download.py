@@ -26,7 +26,7 @@ def main(kind: str, released: Mapping[str, Sequence[str]]) -> None:
         parser.error(f"no --{kind} given; --list shows what there is")
     if unknown := [key for key in keys if key not in released]:
         parser.error(f"there is no {kind} {unknown[0]}; there are {', '.join(released)}")
-    with flags.one_sentence():
+    with flags.exit_on_user_error():
         checksums = flags.Checksums(arguments.checksums)
         files = {
             key: [

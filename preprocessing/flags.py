@@ -79,7 +79,7 @@ def fetcher(arguments: argparse.Namespace) -> Fetcher:
 
 
 @contextlib.contextmanager
-def one_sentence(stopped: str = "the same command goes on") -> Iterator[None]:
+def exit_on_user_error(stopped: str = "the same command goes on") -> Iterator[None]:
     """End the script with one sentence and status 1 if something is wrong with files, servers or data.
 
     `stopped` is what the user is told after Ctrl-C.

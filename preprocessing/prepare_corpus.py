@@ -26,7 +26,7 @@ from markdown_it import MarkdownIt
 from tqdm import tqdm
 
 from atlas.files.jsonl import DataError, decode_text, open_existing
-from flags import one_sentence
+from flags import exit_on_user_error
 from splitting import Section, add_words_flag, blocks_of, heading_path, passages_of, writing
 
 FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|$)", re.DOTALL)
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl to write")
     add_words_flag(parser)
     arguments = parser.parse_args()
-    with one_sentence(stopped="nothing was written"):
+    with exit_on_user_error(stopped="nothing was written"):
         prepare(arguments.source, arguments.output, arguments.words)
 
 

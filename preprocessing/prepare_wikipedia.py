@@ -28,7 +28,7 @@ from xml.parsers import expat
 from tqdm import tqdm
 
 from atlas.files.jsonl import DataError, open_existing
-from flags import at_least, one_sentence
+from flags import at_least, exit_on_user_error
 from splitting import Section, add_words_flag, batched, passages_of, writing
 
 PARSER = "mwparserfromhell"
@@ -310,7 +310,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec(PARSER) is None:
         sys.exit(f"error: this needs the package {PARSER}; run: pip install mwparserfromhell")
-    with one_sentence(stopped="nothing was written"):
+    with exit_on_user_error(stopped="nothing was written"):
         prepare(arguments.dumps, arguments.output_directory, arguments.words, arguments.processes, arguments.max_pages)
 
 

@@ -39,7 +39,7 @@ def run(
     `settings` and the SHA-256 of every file that was written.
     """
     output, record = arguments.output_directory, arguments.output_directory / f".{name}.json"
-    with flags.one_sentence():
+    with flags.exit_on_user_error():
         before = read_record(record)
         if (
             before["settings"] == settings

@@ -31,8 +31,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from atlas.files.jsonl import DataError, JsonlCorpus, open_existing, replacing
-from atlas.metrics import RECALL_AT, holds_one, simple_tokens
-from flags import at_least, one_sentence
+from atlas.metrics import RECALL_AT, contains_answer, simple_tokens
+from flags import at_least, exit_on_user_error
 
 Judgements = dict[str, dict[str, int]]  # query to passage to relevance
 
@@ -115,7 +115,7 @@ def score(relevances: Sequence[int], ideal: Sequence[int], to_find: int, at: Seq
 def by_answers(result: Result, at: Sequence[int]) -> dict[str, float] | None:
     """None without answers."""
     answers = [simple_tokens(answer) for answer in result.answers]
-    relevances = [int(holds_one(passage["text"], answers)) for passage in result.passages]
+    relevances = [int(contains_answer(passage["text"], answers)) for passage in result.passages]
     return score(relevances, relevances, 1, at) if answers else None
 
 
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--trec_run", type=Path, metavar="FILE", help="write `query Q0 passage rank score tag` lines")
     parser.add_argument("--tag", default="atlas", help="the last field of the run's lines (default: atlas)")
     arguments = parser.parse_args()
-    with one_sentence(stopped="nothing was written"):
+    with exit_on_user_error(stopped="nothing was written"):
         score_files(arguments.results, arguments.qrels, arguments.trec_run, arguments.tag, sorted(set(arguments.k)))
 
 

@@ -89,7 +89,7 @@ def test_main_first(tmp_path):
 def _one_rank_fails():
     error = ValueError("bad line") if distributed.rank() == 1 else None
     try:
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
     except ValueError as seen:
         return str(seen)
     return None

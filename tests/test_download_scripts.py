@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -222,12 +221,3 @@ def test_wrong_flags(tmp_path, words, expected):
     done = run_script("download_model", "--output_directory", tmp_path / "data", *words)
     assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "data").exists()
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("script, words", re.findall(r"^python preprocessing/(\w+)\.py (.*)", README, re.MULTILINE))
-def test_the_flags_in_the_readme(script, words):
-    known = run_script(script, "--help").stdout
-    assert words and all(f"{flag} " in known for flag in re.findall(r"--\w+", words))

@@ -205,7 +205,7 @@ def test_our_keys_and_overrides_win_over_modules_json(tmp_path):
             ("Transformer", "Pooling"),
             r"pooling 'cls_token \+ mean_tokens'",
         ),
-        ({"pooling_mode": "mean"}, ("Transformer", "Pooling", "Dense"), "asks for Dense, which"),
+        ({"pooling_mode": "mean"}, ("Transformer", "Pooling", "Dense"), "lists Dense, which"),
         (None, ("Transformer", "Pooling"), "No such file"),
         (None, ("Transformer",), "cannot be read: KeyError"),
     ],

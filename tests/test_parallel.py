@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from atlas.checkpoint import load_checkpoint
 from atlas.config import Optimisation
 from atlas.runtime import distributed
-from atlas.runtime.parallel import ShardedAdamW, finish_gradients, shard_weights, whole_on_main, whole_weights
+from atlas.runtime.parallel import ShardedAdamW, finish_gradients, full_tensors_on_main, gathered_weights, shard_weights
 from atlas.training.optim import Optimizers
 from tests.kit import logged, read_jsonl, run, run_on
 from tests.ranks import run_on_ranks
@@ -106,11 +106,11 @@ def _shards_of_a_linear_layer():
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     shard_weights(model, [model[0]], torch.device("cpu"), block_dtype=torch.bfloat16, forward_methods=())
     local = sum(p.to_local().numel() for p in model.parameters())
-    with whole_weights(model), torch.no_grad():
+    with gathered_weights(model), torch.no_grad():
         dtypes = [part.weight.dtype for part in model]
         # ranks run it different numbers of times: nothing may wait for the others
         outputs = [model[1](model[0](torch.ones(1, 5).bfloat16()).float()) for _ in range(1 + 2 * distributed.rank())]
-    gathered = whole_on_main({name: p.detach() for name, p in model.named_parameters()})
+    gathered = full_tensors_on_main({name: p.detach() for name, p in model.named_parameters()})
     same = all(torch.equal(gathered[name], whole[name]) for name in whole) if distributed.is_main() else not gathered
     return local, dtypes, same, outputs[0]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import finetune_qa
-from atlas.index.storage import save_index
+from atlas.index.store import save_index
 from atlas.model.reader import load_reader
 from atlas.model.retriever import load_retriever
 from atlas.retrieval import Retrieval

@@ -73,7 +73,7 @@ def own_checkpoint(run_directory: Path) -> Checkpoint | None:
         checkpoint = load_checkpoint(path) if path is not None else None
     except ValueError as unreadable:
         error = unreadable
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return checkpoint
 
 

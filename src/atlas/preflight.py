@@ -15,9 +15,9 @@ from atlas.tasks import TASKS
 def check(config: Config, device: torch.device) -> None:
     """Refuse what cannot work here, and report every flag without effect once. Raises: ValueError."""
     embedder_precision = devices.embedder_precision(device, config.run.embedder_precision)
-    devices.refuse_precision(device, config.optimisation.precision, "--precision")
-    devices.refuse_precision(device, embedder_precision, "--embedder_precision")
-    if config.optimisation.precision == "bf16" and device.type == "cpu" and not devices.fast_bf16(device):
+    devices.check_precision(device, config.optimisation.precision, "--precision")
+    devices.check_precision(device, embedder_precision, "--embedder_precision")
+    if config.optimisation.precision == "bf16" and device.type == "cpu" and not devices.cpu_prefers_bf16(device):
         log.warning("--precision bf16: this CPU only emulates it; --precision fp32 is many times as fast here")
     if config.tasks.task not in TASKS:
         raise ValueError(f"--task {config.tasks.task} is unknown: give one of {', '.join(TASKS)}")

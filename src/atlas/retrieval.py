@@ -16,7 +16,7 @@ from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
 from atlas.index.passages import check_passages, count_duplicates, open_passages
 from atlas.index.sharded import ShardedIndex
-from atlas.index.storage import open_index, save_index
+from atlas.index.store import open_index, save_index
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
 from atlas.model.retriever import fingerprint
@@ -148,6 +148,7 @@ class Retrieval:
                     device=device,
                     dimension=model.retriever.dim,
                     retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+                    embedder_precision=devices.embedder_precision(device, run.embedder_precision),
                     converted=directory / "index",
                     compression=compression,
                     progress=progress,
@@ -196,26 +197,32 @@ class Retrieval:
             error = not_finite
         self.retriever.train(was_training)
         distributed.wait_for_all("embedding the corpus")
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
         self.index = builder.finish()
         if self._keeps_encoder:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         if self.settings.save_index_path is not None:
-            self._save(fingerprint(self.retriever.passage_encoder))
+            self._save(fingerprint(self.retriever.passage_encoder), self.embedder_precision)
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
 
-    def _save(self, retriever_fingerprint: str | None) -> None:
-        path, codes_only = Path(self.settings.save_index_path), self.settings.save_index_codes_only
-        save_index(path, self.index, retriever_fingerprint=retriever_fingerprint, codes_only=codes_only)
+    def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
+        save_index(
+            Path(self.settings.save_index_path),
+            self.index,
+            retriever_fingerprint=retriever_fingerprint,
+            embedder_precision=embedder_precision,
+            codes_only=self.settings.save_index_codes_only,
+        )
 
     def _save_opened(self) -> None:
         """Save an opened index only if it is of another kind than the one that was loaded."""
         if self.settings.save_index_path is None or self.index is None:
             return
         if self.index.type != self.index.stored.description.type:
-            self._save(self.index.stored.description.retriever)
+            description = self.index.stored.description
+            self._save(description.retriever, description.embedder_precision)
             log.info("Saved the index %s, of type %s", self.settings.save_index_path, self.index.type)
         else:
             log.info("--save_index_path: a loaded index is saved only when it is built again")

@@ -17,7 +17,7 @@ from atlas.model.reader import token_log_probabilities
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.parallel import whole_weights
+from atlas.runtime.parallel import gathered_weights
 from atlas.runtime.session import Session
 from atlas.runtime.tracking import log, with_progress
 from atlas.tasks import Example, Task
@@ -62,7 +62,7 @@ class Evaluator:
         totals: dict[str, tuple[float, float]] = {}
         n_examples = 0
         path = self.results / f"{name}-step-{step}.jsonl" if self.results else None
-        with _row_writer(path) as write, whole_weights(self.reader):
+        with _row_writer(path) as write, gathered_weights(self.reader):
             lines = _Lines(data.task, write, totals)
             batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")
             for examples in batches:

@@ -9,7 +9,7 @@ import torch
 
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.compressed import CompressedIndex
-from atlas.index.files import Description
+from atlas.index.directory import Description
 from atlas.index.flat import FlatIndex, fixed_inner_products, measure_largest_norm
 from atlas.runtime import distributed
 from atlas.runtime.distributed import shard_rows
@@ -90,7 +90,7 @@ class ShardedIndex:
                 )
         except ValueError as found:
             error = found
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
         self.local = local
         self.compressed = local if isinstance(local, CompressedIndex) else None
         self.dimension = self.compressed.quantizer.dimension if self.compressed else embeddings.shape[-1]

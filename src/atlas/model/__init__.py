@@ -1,4 +1,4 @@
 """The model, from text to losses: tokenizers, reader, retriever, gold scores, and the loss that joins them.
 
-May import: checkpoint, config, files, runtime. Tensor code here knows nothing of ranks, searches or files of data.
+May import: checkpoint, config, files, runtime. The tensor code here knows nothing about ranks, indices or data files.
 """

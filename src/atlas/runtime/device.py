@@ -22,7 +22,7 @@ def pick_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def refuse_precision(device: torch.device, precision: str, flag: str) -> None:
+def check_precision(device: torch.device, precision: str, flag: str) -> None:
     """Raises ValueError when the device cannot compute in this precision."""
     if precision == "fp16" and device.type != "cuda":
         raise ValueError(f"{flag} fp16 needs a GPU, and there is none here; use bf16 or fp32")
@@ -62,7 +62,7 @@ def search_chunk_rows(device: torch.device) -> int:
     return 2**18 if device.type == "cuda" else 2**15
 
 
-def fast_bf16(device: torch.device) -> bool:
+def cpu_prefers_bf16(device: torch.device) -> bool:
     """Whether this is a CPU whose matrix products are faster in bf16 (AVX512-BF16 or AMX) than in fp32."""
     if device.type != "cpu":
         return False
@@ -72,7 +72,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 def cpu_precision() -> str:
     """The precision in which this CPU computes fastest: bf16 is many times slower where it is only emulated."""
-    return "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+    return "bf16" if cpu_prefers_bf16(torch.device("cpu")) else "fp32"
 
 
 def tokenizer_processes(local_world_size: int) -> int:

@@ -9,9 +9,9 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ import torch.distributed as dist
 TIMEOUT_SECONDS = float(os.environ.get("ATLAS_TIMEOUT_SECONDS", "600"))
 HEARTBEAT_SECONDS = 5.0
 
+T = TypeVar("T")
 _store: dist.Store | None = None  # also carries the heartbeats of `progress`
 _last_heartbeat = 0.0
 _waits = 0
@@ -89,7 +90,7 @@ def shard_rows(n: int, rank: int, world_size: int) -> range:
 
 
 @contextlib.contextmanager
-def _naming_the_loss(what: str) -> Iterator[None]:
+def _lost_rank_errors(what: str) -> Iterator[None]:
     """gloo and NCCL report a dead peer in their own words: say in ours what it means."""
     try:
         yield
@@ -111,7 +112,7 @@ def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
-    with _naming_the_loss("all_gather_rows"):
+    with _lost_rank_errors("all_gather_rows"):
         dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
 
@@ -119,15 +120,15 @@ def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The element-wise sum of the ranks' tensors, in place; shapes, dtypes and kinds of device must agree."""
     if world_size() > 1:
-        with _naming_the_loss("sum_over_ranks"):
+        with _lost_rank_errors("sum_over_ranks"):
             dist.all_reduce(tensor)
     return tensor
 
 
-def spread(tensors: Sequence[torch.Tensor], owners: Sequence[int]) -> None:
+def broadcast_from_owners(tensors: Sequence[torch.Tensor], owners: Sequence[int]) -> None:
     """Overwrite each tensor with what its owner, a rank, has in it; all are sent at the same time."""
     if world_size() > 1:
-        with _naming_the_loss("spread"):
+        with _lost_rank_errors("broadcast_from_owners"):
             sent = [dist.broadcast(t, owner, async_op=True) for t, owner in zip(tensors, owners, strict=True)]
             for work in sent:
                 work.wait()
@@ -138,7 +139,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with _naming_the_loss("gather_objects"):
+    with _lost_rank_errors("gather_objects"):
         dist.all_gather_object(values, value)
     return values
 
@@ -148,16 +149,16 @@ def gather_on_main(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] | None = [None] * world_size() if is_main() else None
-    with _naming_the_loss("gather_on_main"):
+    with _lost_rank_errors("gather_on_main"):
         dist.gather_object(value, values)
     return values or []
 
 
-def sent_to_main(value: Any, owner: int) -> Any:
+def send_to_main(value: Any, owner: int) -> Any:
     """The value that the rank `owner` has, on rank 0; None elsewhere. Every rank calls, only these two talk."""
     box = [value]
     if owner != 0 and rank() in (0, owner):
-        with _naming_the_loss("sent_to_main"):
+        with _lost_rank_errors("send_to_main"):
             dist.recv_object_list(box, src=owner) if is_main() else dist.send_object_list(box, dst=0)
     return box[0] if is_main() else None
 
@@ -167,7 +168,7 @@ def from_main(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
-    with _naming_the_loss("from_main"):
+    with _lost_rank_errors("from_main"):
         dist.broadcast_object_list(box)
     return box[0]
 
@@ -231,7 +232,7 @@ def wait_for_all(what: str) -> None:
         return
     _waits += 1
     key = f"arrived/{_waits}"
-    with _naming_the_loss(what):
+    with _lost_rank_errors(what):
         _store.set(f"{key}/{rank()}", "here")
         missing = list(range(world_size()))
         heard, heard_at, pause = [0] * len(missing), time.monotonic(), 0.001
@@ -257,7 +258,7 @@ def main_first(what: str) -> Iterator[None]:
         wait_for_all(what)
 
 
-def raise_anywhere(error: Exception | None) -> None:
+def raise_on_all_ranks(error: Exception | None) -> None:
     """End every rank when any of them has an error to report: its own error, or the first rank's that has one.
 
     Without it, a rank that stops alone (a bad line in its share of the data) leaves the others waiting.
@@ -268,6 +269,24 @@ def raise_anywhere(error: Exception | None) -> None:
         raise error
     if first is not None:
         raise first
+
+
+def on_every_rank(what: str, work: Callable[[], T]) -> T:
+    """Do long work, without collectives, on every rank; a ValueError or OSError of one ends all."""
+    result = error = None
+    with busy():
+        try:
+            result = work()
+        except (ValueError, OSError) as found:
+            error = found
+    wait_for_all(what)
+    raise_on_all_ranks(error)
+    return result
+
+
+def on_main(what: str, work: Callable[[], T]) -> T:
+    """Do long work, without collectives, on rank 0; every rank gets the result, or the error."""
+    return from_main(on_every_rank(what, lambda: work() if is_main() else None))
 
 
 def main_failed_too(error: Exception, within_seconds: float = 3.0) -> bool:

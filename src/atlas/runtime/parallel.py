@@ -49,7 +49,7 @@ def shard_weights(
 
 
 @contextlib.contextmanager
-def whole_weights(model: nn.Module | None) -> Iterator[None]:
+def gathered_weights(model: nn.Module | None) -> Iterator[None]:
     """Keep the weights of a sharded model gathered inside the block, on every rank. Collective at its beginning.
 
     So ranks may run it different numbers of times (evaluation, generation): nothing in the block waits for the others.
@@ -135,7 +135,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def full_tensors_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The whole tensors on rank 0, nothing elsewhere: sharded ones are gathered one by one, into the CPU's memory.
 
     Collective. All ranks bring the same names in the same order.
@@ -150,15 +150,15 @@ def whole_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
     return whole
 
 
-def moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+def full_moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     """The whole moments of a parameter on rank 0 (empty before the first update), nothing elsewhere. Collective."""
     moments = optimizer.state.get(parameter, {})
     if isinstance(optimizer, ShardedAdamW):
-        return distributed.sent_to_main({key: m.cpu() for key, m in moments.items()}, optimizer.owner[parameter]) or {}
-    return whole_on_main(moments)
+        return distributed.send_to_main({key: m.cpu() for key, m in moments.items()}, optimizer.owner[parameter]) or {}
+    return full_tensors_on_main(moments)
 
 
-def cut_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A copy of a whole tensor that goes with a parameter (a moment), on its device and cut as it is cut."""
     tensor = tensor.to(parameter.device, copy=True)
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
@@ -185,7 +185,7 @@ class ShardedAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:
         """Move this rank's parameters and take over the others'. Collective."""
         super().step(closure)
-        distributed.spread([parameter.data for parameter in self.owner], list(self.owner.values()))
+        distributed.broadcast_from_owners([parameter.data for parameter in self.owner], list(self.owner.values()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Of all parameters, whoever moves them."""

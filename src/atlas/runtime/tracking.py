@@ -78,7 +78,7 @@ def read_shares(what: str, n: int, unit: str, read: Callable[[range, Callable[[i
     except ValueError as bad_row:
         error = bad_row
     distributed.wait_for_all(what)
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return result
 
 

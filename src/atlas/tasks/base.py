@@ -139,7 +139,7 @@ class Task:
         return [passage | {"title": passage.get("title") or ""} for passage in passages]
 
 
-def asked(question: str) -> str:
+def short_answer_prompt(question: str) -> str:
     """The query of a question with a short answer, as the published readers were trained."""
     return f"question: {question} answer: <extra_id_0>"
 

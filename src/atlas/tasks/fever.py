@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping
 
-from atlas.tasks.base import Example, Task, asked
+from atlas.tasks.base import Example, Task, short_answer_prompt
 
 SAID = {"SUPPORTS": "true", "REFUTES": "false", "NOT ENOUGH INFO": "maybe"}
 
@@ -20,7 +20,7 @@ class Fever(Task):
             raise ValueError(f"`label` is one of {', '.join(SAID)}, found {label!r:.40}")
         said = [] if label is None else [SAID[label]]
         return Example(
-            query=asked(claim),
+            query=short_answer_prompt(claim),
             target=f"<extra_id_0> {said[0]}" if said else "",
             answers=said,
             metadata=self.metadata(record) | {"clean_target": said[0] if said else None},

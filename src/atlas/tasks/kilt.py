@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping
 
 from atlas.metrics import exact_match, f1
-from atlas.tasks.base import Example, Task, asked
+from atlas.tasks.base import Example, Task, short_answer_prompt
 
 VERDICTS = {"true", "false"}  # no passage is the better for holding one
 
@@ -23,7 +23,7 @@ class KILT(Task):
         answers = self.answers(record)
         target = rng.choice(answers) if answers else None
         return Example(
-            query=asked(question),
+            query=short_answer_prompt(question),
             target="" if target is None else f"<extra_id_0> {target}",
             answers=answers,
             metadata=self.metadata(record) | {"clean_target": target},

@@ -9,7 +9,7 @@ from torch import nn
 
 from atlas import config
 from atlas.runtime import distributed
-from atlas.runtime.parallel import ShardedAdamW, agree_on_norm, cut_like, is_sharded, local_part, moments_on_main
+from atlas.runtime.parallel import ShardedAdamW, agree_on_norm, full_moments_on_main, is_sharded, local_part, shard_like
 
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in fp16, as is usual
 FLOOR = 0.1  # share of the learning rate at which the schedules start or end
@@ -128,7 +128,7 @@ class Optimizers:
             f"{group}/{name}/{key}": value
             for group, named in self._parameters.items()
             for name, parameter in named.items()
-            for key, value in moments_on_main(self._optimizers[group], parameter).items()
+            for key, value in full_moments_on_main(self._optimizers[group], parameter).items()
         }
         counters = {"skipped": torch.tensor(self.skipped)}
         if self._scaling:  # a run that goes on in fp16 shall not begin with the 1 of another precision
@@ -159,7 +159,7 @@ class Optimizers:
                 prefix = f"{group}/{name}/"
                 found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
                 if found and parameter in mine:
-                    optimizer.state[parameter] = {key: cut_like(value, parameter) for key, value in found.items()}
+                    optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in found.items()}
 
 
 def _adamw(settings: config.Optimisation, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.AdamW:

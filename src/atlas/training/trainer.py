@@ -16,7 +16,7 @@ from atlas.model.signals import MODES
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.parallel import data_parallel, finish_gradients, local_gradients, whole_on_main
+from atlas.runtime.parallel import data_parallel, finish_gradients, full_tensors_on_main, local_gradients
 from atlas.runtime.session import Session, Stopped, StopSignals
 from atlas.runtime.tracking import Means, log, progress_bar
 from atlas.tasks import Example
@@ -147,7 +147,7 @@ class Trainer:
         stopping = self._stopping and not self.plan.is_last(step)
         if not stopping and not self.plan.saves_after(step):
             return
-        weights, moments = whole_on_main(self.model.weights()), self.optimizers.state()
+        weights, moments = full_tensors_on_main(self.model.weights()), self.optimizers.state()
         if distributed.is_main():
             contents = Contents(
                 step=step,
