@@ -24,6 +24,10 @@ STARTERS = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="record tests/trajectories again instead of comparing")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """A unit test, with its fixtures, starts no process and asks no ranks: those that do are marked."""
