@@ -443,11 +443,11 @@ def test_a_killed_process_is_gone_on_with(origin, tmp_path):
 
     origin.faults["/file"] = [stall]
     code = (
-        "import sys; from pathlib import Path; from preprocessing.fetch import Download, Fetcher; "
+        "import sys; from pathlib import Path; from fetch import Download, Fetcher; "
         "Fetcher().fetch([Download(sys.argv[1], Path(sys.argv[2]))])"
     )
     command = [sys.executable, "-c", code, f"{origin.url}/file", str(tmp_path / "file")]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT)
+    process = subprocess.Popen(command, cwd=ROOT / "preprocessing", env=ENVIRONMENT)
     part = tmp_path / "file.part"
     wait_until(
         lambda: part.exists() and part.stat().st_size > 50_000,
