@@ -32,10 +32,8 @@ def evaluate(config: Config) -> None:
 
         # Model and index: the index is opened if it was saved, else built of the corpus.
         model = Model.load(config.model, None, config.optimisation, checkpoint, tokenizer, run.device)
-        retrieval = None
-        if config.model.retrieves:
-            places = run.device, run.directory
-            retrieval = Retrieval.open(config.index, config.run, config.retriever_training, model, *places)
+        retrieval = Retrieval.open(config.index, config.run, config.retriever_training, model, run)
+        if retrieval is not None:
             retrieval.refresh(due=False)
 
         Evaluator(config, model, retrieval, data, run).evaluate_all(step)

@@ -27,7 +27,7 @@ def train(config: Config) -> None:
     with session(config.run) as run:
         preflight.check(config, run.device)
 
-        # Where to start: where a run of this name was stopped, from --model_path, or from the models' own weights.
+        # Start: where a run of this name was stopped, from --model_path, or from the models' own weights.
         resumed = None if config.optimisation.restart else own_checkpoint(run.directory)
         if resumed and resumed.step >= config.optimisation.total_steps:
             log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
@@ -45,12 +45,8 @@ def train(config: Config) -> None:
         model = Model.load(config.model, learning, config.optimisation, start, tokenizer, run.device)
         optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})
 
-        # Index: opened if it was saved; else it is built of the corpus before the first step.
-        retrieval = None
-        if config.model.retrieves:
-            encoder = resumed.index_encoder() if resumed else None
-            places = run.device, run.directory
-            retrieval = Retrieval.open(config.index, config.run, learning, model, *places, resumed_encoder=encoder)
+        # Index: opened if it was saved, else built of the corpus before the first step. None for a closed book.
+        retrieval = Retrieval.open(config.index, config.run, learning, model, run, resumed)
 
         evaluator = Evaluator(config, model, retrieval, evaluation_data, run)
         trainer = Trainer(config, model, optimizers, retrieval, data, evaluator, run)
@@ -59,7 +55,7 @@ def train(config: Config) -> None:
         elif config.optimisation.restart:
             set_aside(run.directory)
 
-        # The loop.
+        # The loop. SIGTERM and SIGUSR1 end it with a checkpoint and status 143.
         for step in trainer.steps(resumed):
             trainer.refresh_index(step)  # embed the corpus with the current encoder, if that is due
             batch = trainer.retrieve(step)  # examples -> queries -> passages -> tensors

@@ -1,9 +1,12 @@
-"""Exact search: its memory against the number of passages, and its speed and ids against Faiss.
+"""Search of every type of index against Faiss's own: milliseconds, recall against exact search, and memory.
 
-    python -m benchmarks.search
+    python -m benchmarks.search                      all of it; with --threads 1, as Faiss's tables are made
+    python -m benchmarks.search --types flat PQ64    some types only
+    python -m benchmarks.search --norms 0.6 1 1.7    recall of an inverted file for embeddings of these lengths, alone
 
-Random embeddings. Speeds are medians over rounds in which every way runs once, so that what else the machine does
-hits all of them alike; read the ratios, not the seconds.
+Made-up embeddings with topics, of one length. Times are medians over rounds in which every way runs once, so that what
+else the machine does hits all of them alike; read the ratios, not the milliseconds. Faiss's figure is that of an index
+with the same codes that is searched without this project, refined by its `IndexRefine`.
 """
 
 import argparse
@@ -16,11 +19,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import faiss
+import numpy as np
 import torch
 
+from atlas.index.build import compress
+from atlas.index.codec import Codec, Compression, all_cores, train, training_rows
 from atlas.index.flat import FlatIndex
+from atlas.index.sharded import ShardedIndex
 
 
 def random_embeddings(n: int, dimension: int) -> torch.Tensor:
@@ -79,73 +87,160 @@ def seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
-def best_by_float64(embeddings: torch.Tensor, queries: torch.Tensor, rows: torch.Tensor, k: int) -> torch.Tensor:
-    """The k best of these rows (b, K) for each query, by inner products in float64, ties by row: (b, k)."""
-    best = []
-    for query, candidates in zip(queries, rows, strict=True):
-        candidates = candidates.unique()
-        order = (embeddings[candidates].double() @ query.double()).sort(descending=True, stable=True).indices
-        best.append(candidates[order[:k]])
-    return torch.stack(best)
+class Way(NamedTuple):
+    """A type of index, and how it is searched."""
+
+    kind: str
+    nprobe: int | None = None
+    refine_factor: int = 1
+
+    def __str__(self) -> str:
+        probes = f" nprobe {self.nprobe}" if self.nprobe else ""
+        return self.kind + probes + (f" refine {self.refine_factor}" if self.refine_factor > 1 else "")
 
 
-def compare_speed(n: int, dimension: int, batches: list[int], k: int, rounds: int, chunk_rows: int | None) -> None:
-    embeddings = random_embeddings(n, dimension)
-    index = FlatIndex(embeddings, chunk_rows=chunk_rows)
-    reference = faiss.IndexFlatIP(dimension)
+WAYS = [
+    Way("flat"),
+    Way("PQ64"),
+    Way("PQ128x4fs"),
+    Way("PQ128x4fs", refine_factor=4),
+    Way("IVF512,PQ64", nprobe=64),
+    Way("IVF512,PQ128x4fs", nprobe=64),
+    Way("IVF512,PQ128x4fs", nprobe=64, refine_factor=4),
+    Way("ivfsq", nprobe=64),
+]
+
+
+def topical(n: int, dimension: int, norm: float, seed: int = 0) -> torch.Tensor:
+    """(n, D) fp16 of about this length: 1,000 topics and 64 directions, the same for every seed."""
+    shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    topics = torch.randn(1000, dimension, generator=shared)
+    directions = torch.randn(64, dimension, generator=shared) / torch.arange(1, 65)[:, None] ** 0.5
+    embeddings = torch.empty(n, dimension, dtype=torch.float16)
     for part in embeddings.split(2**14):
-        reference.add(part.float().numpy())
-    for batch in batches:
-        queries = torch.randn(batch, dimension)
-        measured = seconds(
-            {
-                "ours": partial(index.search, queries, k),
-                "faiss": partial(reference.search, queries.numpy(), k),
-            },
-            rounds,
-        )
-        ours = index.search(queries, k)[1]
-        theirs = torch.from_numpy(reference.search(queries.numpy(), k)[1])
-        right = best_by_float64(embeddings, queries, torch.cat([ours, theirs], dim=1), k)
-        print(
-            f"{n} x {dimension}, batch {batch}, k {k}: {batch / measured['ours']:.1f} queries/s, "
-            f"{measured['faiss'] / measured['ours']:.2f} times as many as faiss.IndexFlatIP; "
-            f"ids as by float64: ours {(ours == right).float().mean():.3%}, "
-            f"Faiss {(theirs == right).float().mean():.3%}"
-        )
+        of_topic = topics[torch.randint(1000, (len(part),), generator=own)]
+        inside = torch.randn(len(part), 64, generator=own) @ directions
+        vectors = of_topic + inside + 0.7 * torch.randn(part.shape, generator=own)
+        part.copy_(norm * vectors / (len(directions) ** 0.5 * dimension**0.5 / 4))
+    return embeddings
+
+
+def recall(found: torch.Tensor, best: torch.Tensor) -> float:
+    """The part of the best rows (b, k) that was found (b, k)."""
+    return (best[:, :, None] == found[:, None]).any(2).float().mean().item()
+
+
+def trained(way: Way, embeddings: torch.Tensor, train_size: int) -> Codec:
+    factory = Compression(way.kind).factory(*embeddings.shape)
+    rows = training_rows(factory, embeddings.shape[1], len(embeddings), train_size, seed=0)
+    with all_cores():
+        return train(factory, embeddings[rows].float().numpy(), all_rows=True)
+
+
+def faiss_search(
+    way: Way, index: ShardedIndex, embeddings: torch.Tensor
+) -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
+    """Faiss's own search of the same codes."""
+    if index.compressed is None:
+        flat = faiss.IndexFlatIP(index.dimension)
+        for part in embeddings.split(2**14):
+            flat.add(part.float().numpy())
+        return flat.search
+    filled = index.compressed.quantizer.filled(index.compressed.codes())
+    if way.nprobe:
+        faiss.extract_index_ivf(filled).nprobe = way.nprobe
+    if way.refine_factor == 1:
+        return filled.search
+    exact = faiss.IndexScalarQuantizer(index.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    exact.is_trained = True
+    exact.add_sa_codes(embeddings.numpy().view(np.uint8))
+    refined = faiss.IndexRefine(filled, exact)
+    refined.k_factor = way.refine_factor
+    return refined.search
+
+
+def compare_speed(ways: list[Way], options: argparse.Namespace) -> None:
+    """Print a Markdown table, one line for each way."""
+    embeddings, k = topical(options.size, options.dimension, 0.64), options.k
+    queries = {b: topical(b, options.dimension, 0.64, seed=b).float() for b in options.batch}
+    exact = FlatIndex(embeddings)
+    best = exact.search(queries[options.batch[-1]], k)[1]
+    flat = ShardedIndex(range(len(embeddings)), embeddings, exact)
+    codecs: dict[str, Codec] = {}
+    head = [f"{b} queries: ours, ms | Faiss, ms | ours / Faiss" for b in options.batch]
+    print(f"\n| type | {' | '.join(head)} | recall@{k} | Faiss's recall@{k} |")
+    print("|---|" + "---:|" * (3 * len(head) + 2))
+    for way in ways:
+        index = flat
+        if way.kind != "flat":
+            codecs.setdefault(way.kind, trained(way, embeddings, options.train_size))
+            asked = Compression(way.kind, nprobe=way.nprobe, refine_factor=way.refine_factor)
+            index = compress(flat, asked, quantizer=codecs[way.kind])
+        own = faiss_search(way, index, embeddings)
+        cells = []
+        for asked in queries.values():
+            both = {"ours": partial(index.search, asked, k), "faiss": partial(own, asked.numpy(), k)}
+            times = seconds(both, options.rounds)
+            cells += [f"{1000 * times[name]:.2f}" for name in both] + [f"{times['ours'] / times['faiss']:.2f}"]
+        asked = queries[options.batch[-1]]
+        cells.append(f"{recall(index.search(asked, k).ids, best):.3f}")
+        cells.append(f"{recall(torch.from_numpy(own(asked.numpy(), k)[1]), best):.3f}")
+        print(f"| {way} | {' | '.join(cells)} |", flush=True)
+
+
+def compare_norms(norms: list[float], options: argparse.Namespace) -> None:
+    """Print the recall of an inverted file for the same embeddings at several lengths."""
+    for norm in norms:
+        embeddings = topical(options.size, options.dimension, norm)
+        queries = topical(100, options.dimension, norm, seed=1).float()
+        flat = ShardedIndex(range(len(embeddings)), embeddings)
+        way = Way("IVF512,PQ64")
+        index = compress(flat, Compression(way.kind), quantizer=trained(way, embeddings, options.train_size))
+        found, best = (each.search(queries, options.k).ids for each in (index, flat))
+        length = embeddings[:1000].float().norm(dim=1).mean()
+        print(f"{way}, embeddings of length {length:.2f}: recall@{options.k} {recall(found, best):.3f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[200_000], help="passages, for the speed")
-    parser.add_argument("--dimension", type=int, default=768, help="D, for the speed")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8, 32], help="queries; the memory is that of the last"
+        "--types", nargs="+", help=f"of {', '.join(dict.fromkeys(way.kind for way in WAYS))}; default: all"
     )
+    parser.add_argument("--norms", type=float, nargs="+", help="only compare the recall at these lengths")
+    parser.add_argument("--size", type=int, default=200_000, help="passages, for the speed")
+    parser.add_argument("--dimension", type=int, default=768, help="D, for the speed")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="queries; the memory is that of the last")
     parser.add_argument("--k", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--train_size", type=int, default=30_000, help="rows that codecs are trained on")
     parser.add_argument("--chunk_rows", type=int, help="passages compared at a time; by default what suits the device")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--memory_sizes", type=int, nargs="*", default=[10_000, 1_000_000], help="passages, for the memory"
+        "--memory_sizes",
+        type=int,
+        nargs="*",
+        default=[10_000, 1_000_000],
+        help="passages, for the memory",
     )
     parser.add_argument("--memory_dimension", type=int, default=128)
     parser.add_argument("--peak_only", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    faiss.omp_set_num_threads(arguments.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    faiss.omp_set_num_threads(options.threads)
     torch.manual_seed(0)
-    k, chunk_rows = arguments.k, arguments.chunk_rows
-    if arguments.peak_only is not None:
-        print(peak_of_a_search(arguments.peak_only, arguments.dimension, arguments.batch[-1], k, chunk_rows))
+    if options.peak_only is not None:
+        print(peak_of_a_search(options.peak_only, options.dimension, options.batch[-1], options.k, options.chunk_rows))
         return
-    peaks = [peak_in_a_new_process(n, arguments) for n in arguments.memory_sizes]
-    for n, peak in zip(arguments.memory_sizes, peaks, strict=True):
-        print(f"memory of a search in {n} x {arguments.memory_dimension}: {peak / 2**20:.2f} MiB beyond the embeddings")
-    if peaks:
-        print(f"  growth from the first to the last: {(peaks[-1] - peaks[0]) / 2**20:.2f} MiB")
-    for n in arguments.sizes:
-        compare_speed(n, arguments.dimension, arguments.batch, k, arguments.rounds, chunk_rows)
+    if options.norms:
+        compare_norms(options.norms, options)
+        return
+    ways = [way for way in WAYS if not options.types or way.kind in options.types]
+    if not options.types:
+        peaks = [peak_in_a_new_process(n, options) for n in options.memory_sizes]
+        for n, peak in zip(options.memory_sizes, peaks, strict=True):
+            print(f"memory of an exact search in {n} x {options.memory_dimension}: {peak / 2**20:.2f} MiB", end=" ")
+            print("beyond the embeddings")
+    compare_speed(ways, options)
 
 
 if __name__ == "__main__":

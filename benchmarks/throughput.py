@@ -1,11 +1,10 @@
-"""What the fast paths bring: each against the plain way of doing the same, as a ratio measured in one run.
+"""The speed-up of each fast path: its time compared with that of a plain implementation, measured in the same run.
 
     python -m benchmarks.throughput
 
-The plain way pads everything to text_maxlength, takes passages in the order they come, embeds the passages of a
-training step again although their encoder is frozen, and runs the encoder twice at evaluation (for the loss and for the
-answer). Passages have 60 to 160 tokens; the models are small and have random weights, which costs the same time as good
-ones.
+The plain implementation pads everything to text_maxlength, does not sort passages by length, embeds the passages of a
+training step again although their encoder is frozen, and runs the encoder twice in evaluation (for the loss and for the
+answer). Passages have 60 to 160 tokens. The models are small and have random weights, which does not affect the time.
 """
 
 import argparse
@@ -36,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def median_ratio(fast: Callable[[], None], plain: Callable[[], None], repeats: int) -> tuple[float, float, float]:
-    """Median seconds of both, taken in turns, and the median of the pairs' ratios."""
+    """Median seconds of both, measured alternately, and the median ratio of the pairs."""
     times = []
     for function in (fast, plain):
         function()  # warm-up
@@ -101,7 +100,7 @@ class Bench:
         )
 
     def _cut(self, text: str, rng: random.Random) -> str:
-        """So that the passage has 60 to 160 tokens of the retriever."""
+        """The beginning of the text, with 60 to 160 tokens of the retriever."""
         tokenizer: RetrieverTokenizer = self.retriever_tokenizer
         wanted, words = rng.randint(60, 160), (text + " " + text).split()
         while len(tokenizer.encode([" ".join(words)])[0]) > wanted:

@@ -1,23 +1,31 @@
-"""Compressed search over the codes of one shard: equal to scoring every decoded code, and to a plain Faiss index."""
+"""Compressed search over the codes of one shard: in the order of the type's own score, and as a plain Faiss index."""
 
+import gc
 import logging
+import os
 import re
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 import torch
 
-from atlas.index import codec, compressed, inverted_file
+from atlas.index import codec, compressed
 from atlas.index.codec import Codec, Compression, make_empty, train, training_rows
 from atlas.index.compressed import CompressedIndex
-from atlas.index.inverted_file import InvertedFile, centroids_of_lists, list_numbers
-from tests.test_flat import assert_same, brute_force, made_up
+from benchmarks.search import process_memory
+from tests.test_flat import assert_same, made_up
 
 D = 24
+ROOT = Path(__file__).resolve().parent.parent
 # One for every class of quantizer, with and without lists and transforms
+FAST = ["PQ12x4fs", "IVF3,PQ12x4fs", "RR24,PQ6x4fs", "OPQ6_12,IVF3,PQ6x4fs"]
 TYPES = ["pq", "ivfpq", "ivfsq", "ivfflat", "OPQ8_16,PQ8", "RR24,IVF3,PQ8", "PCAR16,SQ8", "IVF2,SQfp16", "SQ4"]
+TYPES += ["PQ8x4", "IVF3,PQ8x4", *FAST]
 SMALL = [kind for kind in TYPES if "OPQ" not in kind]  # which takes a second to train
 
 
@@ -46,11 +54,6 @@ def make_index(kind, n, ties=True, **settings):
     return CompressedIndex(quantizer, codes, largest_norm=largest_norm, **settings)
 
 
-def decoded_brute_force(quantizer, codes, queries, k):
-    """Decode everything, score every pair by the fixed sum, sort by score descending and row ascending."""
-    return brute_force(torch.from_numpy(quantizer.decode(codes)), quantizer.rotate(queries), k)
-
-
 def plain_faiss(quantizer):
     """Faiss's own index of the same quantizer, to be filled in one go; looks into all lists."""
     index = faiss.deserialize_index(np.frombuffer(quantizer.serialize(), np.uint8))
@@ -60,17 +63,54 @@ def plain_faiss(quantizer):
     return index
 
 
+def own_scores(kind, n, queries, ties=True):
+    """The score (b, n) that the type gives every row, and by how much (b, 1) a search may round it differently."""
+    quantizer, codes, _ = trained(kind, n, ties)
+    if quantizer.fast_scan:
+        scores, rows = quantizer.searchable(codes).search(quantizer.rotate(queries).numpy(), n)
+        return torch.from_numpy(np.take_along_axis(scores, rows.argsort(1), 1)), torch.zeros(len(queries), 1)
+    decoded, rotated = torch.from_numpy(quantizer.decode(codes)), quantizer.rotate(queries)
+    rounding = 4e-6 * rotated.norm(dim=1, keepdim=True) * decoded.norm(dim=1).max()
+    return (rotated.double() @ decoded.double().T).float(), rounding
+
+
+def assert_best(found, scores, rounding, k):
+    """Rows in the order of their scores, ties by row, and none left out that scores more than the k-th."""
+    k = min(k, scores.shape[1])
+    assert found[0].shape == found[1].shape == (len(scores), k)
+    assert ((found[0] - scores.gather(1, found[1])).abs() <= rounding).all()
+    steps, next_row = found[0].diff(dim=1), found[1].diff(dim=1)
+    assert ((steps < 0) | ((steps == 0) & (next_row > 0))).all()
+    left_out = scores.scatter(1, found[1], -torch.inf)
+    assert all(len(set(row)) == k for row in found[1].tolist())
+    assert (left_out <= found[0][:, -1:] + 2 * rounding).all()
+
+
 @pytest.mark.parametrize(("kind", "n"), [(kind, n) for kind in SMALL for n in (1, 2, 7, 200, 1000)] + [(TYPES[4], 300)])
-def test_equals_scoring_every_decoded_code(kind, n):
-    """Bit for bit, with ties, k above n and fewer rows than centroids; for one query and for many."""
-    quantizer, codes, _ = trained(kind, n)
+def test_rows_come_in_the_order_of_the_types_own_score(kind, n):
+    """With ties, k above n and fewer rows than centroids; for one query and for many."""
     index, (_, queries) = make_index(kind, n), embeddings_of(n)
     for k in (1, 5, n, n + 3):
         for few in (queries, queries[:1]):
-            assert_same(index.search(few, k), decoded_brute_force(quantizer, codes, few, k))
+            assert_best(index.search(few, k), *own_scores(kind, n, few), k)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", FAST)
+def test_fast_scan_scores_are_those_of_the_codes_but_for_their_tables(kind):
+    """A table of 16 numbers for each of m parts, rounded to 255 steps between its lowest and highest."""
+    n = 300
+    quantizer, codes, _ = trained(kind, n)
+    queries = quantizer.rotate(embeddings_of(n)[1])
+    m = quantizer.inner.pq.M
+    centroids = torch.from_numpy(faiss.vector_to_array(quantizer.inner.pq.centroids)).view(m, 16, -1)
+    tables = torch.einsum("bmd,mcd->bmc", queries.view(len(queries), m, -1), centroids)
+    step = (tables.amax(2) - tables.amin(2)).amax(1, keepdim=True) / 255
+    exact = queries @ torch.from_numpy(quantizer.decode(codes)).T
+    scores, _ = own_scores(kind, n, embeddings_of(n)[1])
+    assert ((scores - exact).abs() <= m * step).all() and not torch.allclose(scores, exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in FAST])
 def test_equals_a_plain_faiss_index_built_in_one_go(kind):
     index, (embeddings, queries) = make_index(kind, 300, ties=False), embeddings_of(300, ties=False)
     plain = plain_faiss(trained(kind, 300, ties=False)[0])
@@ -84,30 +124,49 @@ def test_equals_a_plain_faiss_index_built_in_one_go(kind):
     assert np.abs(there - scores)[differ].max(initial=0) < 1e-4
 
 
+@pytest.mark.parametrize("kind", FAST)
+@pytest.mark.parametrize("n", [300, 37])
+def test_fast_scan_equals_what_faiss_packs(kind, n):
+    """Faiss packs a filled plain index in one go; ours is packed from codes, and exported with its transforms."""
+    quantizer, codes, _ = trained(kind, n)
+    queries = embeddings_of(n)[1]
+    plain = plain_faiss(quantizer)
+    plain.add(embeddings_of(n)[0].float().numpy())
+    inner = faiss.downcast_index(plain.index) if isinstance(plain, faiss.IndexPreTransform) else plain
+    packed = (faiss.IndexIVFPQFastScan if quantizer.lists else faiss.IndexPQFastScan)(inner)
+    if quantizer.lists:
+        packed.nprobe = packed.nlist
+    expected, _ = packed.search(quantizer.rotate(queries).numpy(), n)
+    assert np.array_equal(make_index(kind, n).search(queries, n)[0].numpy(), expected)
+    exported = faiss.deserialize_index(faiss.serialize_index(quantizer.filled(codes)))
+    assert exported.ntotal == n
+    np.testing.assert_allclose(exported.search(queries.numpy(), n)[0], expected, atol=1e-2)
+
+
 def test_ivfflat_finds_what_exact_search_finds():
     embeddings, queries = embeddings_of(300)
-    assert_same(make_index("ivfflat", 300).search(queries, 20), brute_force(embeddings, queries, 20))
+    scores = (queries.double() @ embeddings.double().T).float()
+    assert_best(make_index("ivfflat", 300).search(queries, 20), scores, 1e-5 * scores.abs().amax(1, keepdim=True), 20)
 
 
-@pytest.mark.parametrize("kind", ["pq", "SQ4", "ivfpq"])
-@pytest.mark.parametrize("chunk_bytes", [1, 100])
-def test_chunks_change_nothing(monkeypatch, kind, chunk_bytes):
-    quantizer, codes, _ = trained(kind, 200)
+@pytest.mark.parametrize("kind", ["pq", "OPQ8_16,PQ8"])
+def test_torch_and_faiss_find_the_same(monkeypatch, kind):
+    """Whichever searches, which depends on the number of queries."""
     _, queries = embeddings_of(200)
-    monkeypatch.setattr(inverted_file, "_CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(compressed, "_MANY_QUERIES", 100)  # Faiss instead of torch
-    assert_same(make_index(kind, 200).search(queries, 9), decoded_brute_force(quantizer, codes, queries, 9))
+    for many in (0, 100):
+        monkeypatch.setattr(compressed, "_MANY_QUERIES", many)
+        assert_best(make_index(kind, 200).search(queries, 9), *own_scores(kind, 200, queries), 9)
 
 
-@pytest.mark.parametrize("kind", ["pq", "ivfsq", "ivfpq"])
-def test_one_code_for_all_passages(monkeypatch, kind):
-    """The more candidates Faiss is asked for, the more there are: until they are all."""
+@pytest.mark.parametrize("kind", ["pq", "ivfsq", "ivfpq", "PQ12x4fs", "IVF3,PQ12x4fs"])
+@pytest.mark.parametrize("many", [0, 100])
+def test_one_code_for_all_passages(monkeypatch, kind, many):
     embeddings = made_up(1, D, 0)[0].expand(400, D)
-    monkeypatch.setattr(compressed, "_MANY_QUERIES", 100)
+    monkeypatch.setattr(compressed, "_MANY_QUERIES", many)
     quantizer = trained(kind, 200)[0]
     codes, norm = quantizer.encode(embeddings, 0)
-    _, rows = CompressedIndex(quantizer, codes, largest_norm=norm).search(made_up(1, D, 3)[1], 7)
-    assert rows.tolist() == [list(range(7))] * 3
+    scores, rows = CompressedIndex(quantizer, codes, largest_norm=norm).search(made_up(1, D, 3)[1], 7)
+    assert (scores == scores[:, :1]).all() and (rows.diff(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -125,7 +184,11 @@ def test_codes_do_not_depend_on_how_the_rows_are_cut(monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_codes_come_back_in_the_order_of_the_passages(kind):
-    assert np.array_equal(make_index(kind, 300).codes(), trained(kind, 300)[1])
+    """Also where the last block of packed codes is not full, and where some lists are empty."""
+    quantizer, codes, norm = trained(kind, 300)
+    for n in (300, 256, 37, 1):
+        assert np.array_equal(CompressedIndex(quantizer, codes[:n], largest_norm=norm).codes(), codes[:n])
+        assert quantizer.filled(codes[:n]).ntotal == n
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -136,6 +199,12 @@ def test_a_quantizer_survives_being_saved(kind):
     assert np.array_equal(again.encode(embeddings, 0)[0], codes)
     assert np.array_equal(again.decode(codes), quantizer.decode(codes))
     assert torch.equal(again.rotate(queries), quantizer.rotate(queries))
+
+
+def test_codes_outlive_their_index():
+    codes = make_index("pq", 300).codes()
+    gc.collect()
+    assert np.array_equal(codes, trained("pq", 300)[1])
 
 
 def test_a_quantizer_of_another_kind_is_refused():
@@ -162,15 +231,27 @@ def test_nprobe_looks_into_the_nearest_lists(nprobe):
     assert quantizer.lists == 14
     _, queries = embeddings_of(200)
     index = make_index("ivfpq", 200, nprobe=nprobe)
-    numbers = list_numbers(quantizer.inner, codes)
-    centroids = torch.from_numpy(centroids_of_lists(quantizer.inner))
-    for query in queries:
+    numbers = codes[:, 0]
+    centroids = quantizer.centroids_of_lists()
+    scores, rounding = own_scores("ivfpq", 200, queries)
+    found = index.search(queries, 4)
+    for i, query in enumerate(queries):
         nearest = (centroids @ query).argsort(descending=True)
-        k = 4
-        probed = next(p for p in range(nprobe, 15) if np.isin(numbers, nearest[:p]).sum() >= k)
-        rows = torch.from_numpy(np.flatnonzero(np.isin(numbers, nearest[:probed])))
-        scores, order = decoded_brute_force(quantizer, codes[rows.numpy()], query[None], k)
-        assert_same(index.search(query[None], k), (scores, rows[order]))
+        probed = next(p for p in range(nprobe, 15) if np.isin(numbers, nearest[:p]).sum() >= 4)
+        inside = torch.from_numpy(np.isin(numbers, nearest[:probed]))[None]
+        of_query = scores[i : i + 1].masked_fill(~inside, -1e9)
+        for rows in (index.search(query[None], 4), (found[0][i : i + 1], found[1][i : i + 1])):
+            assert_best(rows, of_query, rounding[i : i + 1], 4)
+
+
+def test_near_ties_of_lists_are_decided_exactly(monkeypatch):
+    """The same lists on every rank, although each rank's first look at them rounds."""
+    _, queries = embeddings_of(200)
+    index = make_index("ivfpq", 200, nprobe=3)
+    expected = [set(row) for row in index._nearest.search(queries, 3)[1].tolist()]
+    for error in (0.0, 1e9):  # never and always in doubt
+        monkeypatch.setattr(compressed, "error_bound", lambda q, norm, error=error: torch.full((len(q), 1), error))
+        assert [set(row) for row in index._probes(queries, 1)[0].tolist()] == expected
 
 
 @pytest.mark.parametrize("k", [1, 50, 200])
@@ -189,29 +270,37 @@ def test_codes_of_a_list_that_does_not_exist_are_refused():
         CompressedIndex(quantizer, codes, largest_norm=norm)
 
 
-@pytest.mark.parametrize("kind", ["ivfpq", "ivfsq", "IVF2,SQfp16"])
-def test_a_copy_for_the_gpu_finds_the_same(kind):
-    """Its row numbers are places, which a GPU gives back."""
-    quantizer, codes, _ = trained(kind, 200)
-    lists = InvertedFile(quantizer.inner, codes, quantizer.lists, None, lambda: None)
-    _, queries = embeddings_of(200)
-    probes = lists.probes(queries, 9, torch.from_numpy(lists.sizes))
-    in_place = lists.candidates(queries.numpy(), 30, probes)
-    lists._on_gpu = lists._copied()
-    for expected, found in zip(in_place, lists.candidates(queries.numpy(), 30, probes), strict=True):
-        assert np.array_equal(expected, found)
+def _resident_per_byte(factory):
+    """Memory of an index in a process that lets go of the codes, as a multiple of their bytes."""
+    n, rng = 300_000, np.random.default_rng(0)
+    quantizer = train(factory, rng.normal(size=(2000, 128)).astype(np.float32))
+    few = quantizer.encode(torch.from_numpy(rng.normal(size=(2000, 128))).half(), 0)[0]
+    CompressedIndex(quantizer, few, largest_norm=1.0).search(torch.randn(2, 128), 3)  # loads libraries
+    gc.collect()
+    before = process_memory("VmRSS")
+    codes = few[rng.integers(len(few), size=n)]
+    index = CompressedIndex(quantizer, codes, largest_norm=1.0)
+    size = codes.nbytes
+    del codes
+    gc.collect()
+    grown = process_memory("VmRSS") - before
+    assert index.search(torch.randn(2, 128), 3)[0].shape == (2, 3)
+    return grown / size
 
 
-@pytest.mark.parametrize(("n", "lists", "more"), [(255, 300, -1), (65_535, 300, 0), (70_000, 300, 1), (70_000, 100, 2)])
-def test_an_inverted_file_holds_little_more_than_its_codes(n, lists, more):
-    """Bytes a passage beyond those of its code: of its row number, without those that name the list."""
-    inner = faiss.index_factory(D, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-    inner.train(np.random.default_rng(0).normal(size=(39 * lists, D)).astype(np.float32))
-    codes = np.zeros((n, inner.sa_code_size()), np.uint8)
-    held = InvertedFile(inner, codes, 1, None, lambda: None)
-    arrays = sum(value.nbytes for value in (held._codes, held._rows))
-    assert arrays == codes.nbytes + more * n
-    assert np.array_equal(held.all(), codes)
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process")
+@pytest.mark.parametrize(
+    ("factory", "most"),
+    [("PQ64", 1.1), ("PQ128x4fs", 1.1), ("SQ4", 1.1), ("IVF100,PQ64", 1.2), ("IVF100,PQ128x4fs", 1.2)],
+)
+def test_an_index_holds_little_more_than_its_codes(factory, most):
+    """One copy. Lists keep 8 bytes a passage for its row, of which the bytes that name a code's list are saved."""
+    command = f"from tests.test_compressed import _resident_per_byte; print(_resident_per_byte({factory!r}))"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # frees go to the system
+    words = [sys.executable, "-c", command]
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600)
+    assert 0.98 < float(done.stdout) < most
 
 
 def test_explanation_of_nprobe():
@@ -238,6 +327,9 @@ def test_explanation_of_nprobe():
         (Compression("ivfflat"), 1000, "IVF31,Flat"),
         (Compression("OPQ8_16,PQ8"), 10, "OPQ8_16,PQ8"),
         (Compression("IVF7,PQ8", nlist=7), 10, "IVF7,PQ8"),
+        (Compression("PQ8x4"), 10, "PQ8x4"),
+        (Compression("PQ8x4fs"), 10, "PQ8x4fs"),
+        (Compression("OPQ8_16,IVF4,PQ8x4fs"), 10, "OPQ8_16,IVF4,PQ8x4fs"),
     ],
 )
 def test_factory_strings(compression, size, factory):
@@ -252,9 +344,10 @@ def test_factory_strings(compression, size, factory):
         (Compression("ivfpq", 64), "--faiss_code_size 64 does not divide the embedding size 24; try 24"),
         (Compression("PQ7"), "nor a Faiss factory string that fits embeddings of size 24"),
         (Compression("nonsense"), "--faiss_index_type nonsense: neither one of flat, ivfflat, ivfsq, ivfpq, pq nor"),
-        (Compression("PQ8x4fs"), "--faiss_index_type PQ8x4fs makes 4-bit fast-scan codes"),
-        (Compression("IVF4,PQ8x4fs"), "makes 4-bit fast-scan codes"),
-        (Compression("PQ8x4"), "makes product quantizer codes of 4 bits"),
+        (Compression("PQ7x4fs"), "nor a Faiss factory string that fits embeddings of size 24"),
+        (Compression("PQ8x4fs_64"), "makes an index of class IndexPQFastScan"),
+        (Compression("IVF4,PQ8x4fsr"), "makes an index of class IndexIVFPQFastScan"),
+        (Compression("PQ8x6"), "makes product quantizer codes of 6 bits"),
         (Compression("HNSW32"), "makes an index of class IndexHNSWFlat"),
         (Compression("IVF4,RaBitQ"), "makes an index of class IndexIVFRaBitQ"),
         (Compression("IDMap,PQ8"), "makes an index of class IndexIDMap"),
@@ -282,6 +375,22 @@ def test_the_sample_depends_on_size_and_seed_alone():
 def test_training_prints_nothing(capfd):
     train("IVF3,PQ8", np.random.default_rng(0).normal(size=(40, D)).astype(np.float32))
     assert capfd.readouterr() == ("", "")
+
+
+def test_scaled_embeddings_are_found_as_well():
+    """Recall of an inverted file does not change with the length of the embeddings."""
+    rng = np.random.default_rng(0)
+    groups = rng.normal(size=(12, D)) * rng.uniform(0.5, 2, size=(12, 1))  # of different lengths
+    embeddings = (0.64 / D**0.5 * (groups[rng.integers(12, size=2000)] + 0.5 * rng.normal(size=(2000, D)))).astype("f")
+    queries = torch.from_numpy(embeddings[:60] + 0.02 * rng.normal(size=(60, D)).astype("f"))
+    best = (queries @ torch.from_numpy(embeddings).T).topk(10).indices
+    recalls = []
+    for scale in (0.6, 1.0, 1.7):
+        quantizer = train("IVF8,PQ8", scale * embeddings)
+        codes, norm = quantizer.encode(torch.from_numpy(scale * embeddings), 0)
+        rows = CompressedIndex(quantizer, codes, largest_norm=norm).search(scale * queries, 10)[1]
+        recalls.append((rows[:, :, None] == best[:, None]).any(2).float().mean().item())
+    assert max(recalls) - min(recalls) < 0.02 and min(recalls) > 0.5, recalls
 
 
 def test_lists_of_exact_vectors_take_half_of_faiss_memory():
@@ -354,22 +463,48 @@ def test_the_limits_of_a_gpu_are_told(told, monkeypatch):
             self.index.nprobe = self.nprobe
             return self.index.search_preassigned(queries, k, lists, scores)
 
-    monkeypatch.setattr(inverted_file, "_copy_to_gpu", OnGpu)
-    for module in (compressed, inverted_file):
-        monkeypatch.setattr(module, "MOST_ON_GPU", 30)
+    monkeypatch.setattr(compressed, "_copy_to_gpu", OnGpu)
+    monkeypatch.setattr(compressed, "_MOST_ON_GPU", 15)
     _, queries = embeddings_of(200)
     for kind, nprobe in (("ivfpq", None), ("ivfsq", 3), ("ivfflat", 5)):
         index, expected = (make_index(kind, 200, nprobe=nprobe, device=device) for device in (CUDA, None))
         assert_same(index.search(queries, 9), expected.search(queries, 9))
-        assert asked.pop() == (nprobe or 14, 25) and not told.text
+        assert asked.pop() == (nprobe or 14, 9) and not told.text
         asked.clear()
         for _ in range(2):
             assert_same(index.search(queries, 20), expected.search(queries, 20))
-        assert not asked and told.text.count("on a GPU Faiss finds at most 30 passages a query") == 1
+        assert not asked and told.text.count("on a GPU Faiss finds at most 15 passages a query") == 1
         told.clear()
-    for module in (compressed, inverted_file):
-        monkeypatch.setattr(module, "MOST_ON_GPU", 13)
+    monkeypatch.setattr(compressed, "_MOST_ON_GPU", 13)
     assert_same(make_index("ivfpq", 200, device=CUDA).search(queries, 2), make_index("ivfpq", 200).search(queries, 2))
     assert not asked and "looks into at most 13 lists a query, --faiss_nprobe is 14" in told.text
     assert_same(make_index("SQ4", 200, device=CUDA).search(queries, 2), make_index("SQ4", 200).search(queries, 2))
-    assert "The CPU searches the index: Faiss has no IndexScalarQuantizer without lists for a GPU" in told.text
+    assert "The CPU searches the index: Faiss has no SQ4 without lists for a GPU" in told.text
+    assert_same(
+        make_index("PQ12x4fs", 200, device=CUDA).search(queries, 2), make_index("PQ12x4fs", 200).search(queries, 2)
+    )
+    assert "The CPU searches the index: Faiss has no fast scan for a GPU" in told.text
+
+
+# Without Faiss
+
+
+@pytest.mark.processes
+def test_a_flat_index_needs_no_faiss():
+    command = """
+import sys
+sys.modules["faiss"] = None  # an import of it fails
+import torch
+from atlas.index.codec import Codec, Compression
+from atlas.index.sharded import ShardedIndex
+hits = ShardedIndex(range(5), torch.eye(5).half()).search(torch.eye(5)[3:4], 1)
+print(hits.ids.tolist())
+for ask in (lambda: Compression("pq", 5).factory(5, 5), lambda: Codec.load(b"", "PQ5", 5)):
+    try:
+        ask()
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    needs = "--index_mode faiss needs Faiss: pip install faiss-cpu or faiss-gpu"
+    assert done.stdout.splitlines() == ["[[3]]", needs, needs], done.stderr

@@ -172,7 +172,7 @@ def kill_at(point, output, work):
 def shards_done(output):
     """How many shards a conversion has noted down so far."""
     notes = output / "converting.json"
-    return len(files.read_fields(notes)[1]["done"]) if notes.is_file() else 0
+    return len(json.loads(notes.read_text())["done"]) if notes.is_file() else 0
 
 
 def every_kill(tmp_path, work):
@@ -622,6 +622,8 @@ def test_damage_is_named_by_the_script(tmp_path):
     array.write_bytes(content[:4200] + b"?" + content[4201:])
     refused(tmp_path, ["--check", directory], "embeddings.1.npy is damaged: 1 of 1 blocks do not fit their checksums")
     refused(tmp_path, ["--check", tmp_path / "missing"], "missing holds no index")
+    publish(tmp_path / "published")
+    refused(tmp_path, ["--check", tmp_path / "published"], "published is a published index, which has no checksums")
 
 
 # Refused

@@ -167,7 +167,7 @@ def _silence(directory):
 
 def test_a_silent_rank_trips_the_timeout(tmp_path):
     said, _ = run_on_ranks(2, _silence, tmp_path)
-    assert "rank 0 of 2 could not finish silence" in said and "no sign of life from rank 1" in said
+    assert "rank 0 of 2 could not finish silence" in said and "no heartbeat from rank 1" in said
 
 
 _FAILS = """

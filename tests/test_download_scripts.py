@@ -64,11 +64,11 @@ def test_the_announced_commands(origin, tmp_path, kind, named):
     done = download(kind, origin, tmp_path, *words)
     assert done.returncode == 0 and done.stderr == ""
     number = len(RELEASED[kind][key])
-    assert f"{number} fetched, 0 were there" in done.stdout
+    assert f"{number} fetched, 0 up to date" in done.stdout
     expected = {path[1:]: content for path, content in origin.files.items() if path.startswith(f"/{key}/")}
     assert files_in(tmp_path) == expected and len(expected) == number
     again = download(kind, origin, tmp_path, *words)
-    assert again.returncode == 0 and f"0 fetched, {number} were there" in again.stdout
+    assert again.returncode == 0 and f"0 fetched, {number} up to date" in again.stdout
     assert all(len(origin.asked(f"/{name}")) == 1 for name in expected)
 
 
@@ -114,8 +114,8 @@ def test_every_script_against_a_server_that_lies(tmp_path, script):
         sums.write_text("".join(f"{hashlib.sha256(b'other').hexdigest()}  {name}\n" for name in names))
         for length, words, sentence in (
             (5001, (), "the connection ended after 5,000 of 5,001 bytes"),
-            (4999, (), "the server sends more than the 4,999 bytes it promised"),
-            (5000, ("--checksums", sums), "what came has the SHA-256"),
+            (4999, (), "the server sends more than the 4,999 bytes it announced"),
+            (5000, ("--checksums", sums), "the file has the SHA-256"),
         ):
             origin.heads[f"/{name}"] = fault(length=length)
             origin.faults[f"/{name}"] = [fault(length=length, ranges=False)] * 9
@@ -150,7 +150,7 @@ def test_nobody_answers(tmp_path):
 def test_a_disk_that_is_too_small(origin, tmp_path):
     origin.heads[MODEL] = fault(length=10**17)
     message = one_sentence(download("model", origin, tmp_path, "models/atlas/base"))
-    assert "are to be fetched" in message and "free" in message
+    assert "are needed" in message and "free" in message
     assert origin.asked(MODEL) == [] and files_in(tmp_path) == {}
 
 
@@ -178,7 +178,7 @@ def test_interrupted(origin, tmp_path):
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=HANG_SECONDS)
     gone.set()
-    assert process.returncode == 1 and complaint == "stopped; the same command goes on\n"
+    assert process.returncode == 1 and complaint == "stopped; run the same command again to resume\n"
     assert download("model", origin, tmp_path, "models/atlas/base").returncode == 0
     assert files_in(tmp_path) == {MODEL[1:]: origin.files[MODEL]}
     first, second = origin.asked(MODEL)
@@ -210,7 +210,7 @@ def test_checksums(origin, tmp_path):
     [
         ([], "no --model given"),
         (["models/atlas/xs"], "there is no model models/atlas/xs"),
-        (["--model", "corpora/wiki/enwiki-dec2018"], "there are models/atlas/base"),
+        (["--model", "corpora/wiki/enwiki-dec2018"], "choose from models/atlas/base"),
         (["models/atlas/xl", "--base_url", "file:///srv"], "only http:// and https://"),
         (["models/atlas/xl", "--base_url", "/srv"], "only http:// and https://"),
         (["models/atlas/xl", "--parallel", "0"], "less than 1"),

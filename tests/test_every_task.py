@@ -164,5 +164,5 @@ def test_metadata_is_an_object_of_the_line(task):
     )
     if task in ("qa", "cloze", "fever", "kilt"):
         assert given["year"] == 1
-        with pytest.raises(ValueError, match="`metadata` is an object, found 3"):
+        with pytest.raises(ValueError, match="`metadata` must be an object, found 3"):
             make_task(task, **options()).process(lines_of(task, 1)[0] | {"metadata": 3}, random.Random(0))

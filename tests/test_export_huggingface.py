@@ -291,10 +291,10 @@ def test_sentence_transformers(pooled):
 @pytest.mark.parametrize(
     ("words", "status", "sentence"),
     [
-        (["--output_directory", "full"], 2, "full is there and not empty"),
-        (["--output_directory", "file"], 2, "file is there and not empty"),
+        (["--output_directory", "full"], 2, "full exists and is not empty"),
+        (["--output_directory", "file"], 2, "file exists and is not empty"),
         (["--model_path", "empty"], 1, "empty holds no checkpoint"),
-        ([], 1, "does not say which T5 it is: give --reader_model_type"),
+        ([], 1, "does not say which T5 it has: give --reader_model_type"),
         (["--reader_model_type", "nowhere"], 1, "--reader_model_type nowhere: cannot load"),
         (["--reader_model_type", "wide"], 1, "and --reader_model_type wide: these weights do not fit the reader"),
         (["--reader_model_type", "tied"], 1, "has one matrix for embeddings and output (T5 v1.0), and"),

@@ -191,7 +191,7 @@ def test_a_server_that_promises_too_much(origin, tmp_path):
 def test_a_server_that_promises_too_little(origin, tmp_path):
     origin.heads["/file"] = fault(length=150_000)
     origin.faults["/file"] = [fault(length=150_000)]
-    assert "sends more than the 150,000 bytes it promised" in refused(origin, tmp_path)
+    assert "sends more than the 150,000 bytes it announced" in refused(origin, tmp_path)
     assert os.listdir(tmp_path) == []
 
 
@@ -268,7 +268,7 @@ def test_redirects_lead_to_web_addresses_only(origin, tmp_path):
         ("file:///etc/passwd", "away from http"),
         ("ftp://127.0.0.1/file", "only http"),
         ("data:text/plain,x", "away from http"),
-        ("/file", "in a circle"),
+        ("/file", "in a loop"),
     ]:
         origin.heads["/file"] = status(302, Location=place)
         origin.faults["/file"] = [status(302, Location=place)] * 20
@@ -335,7 +335,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_fetched(origin, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 0, 300_000))
     origin.files["/other"] = CONTENT
     both = [Download(f"{origin.url}/{name}", tmp_path / name) for name in ("file", "other")]
-    with pytest.raises(FetchError, match=r"391kB are to be fetched and 293kB are free"):
+    with pytest.raises(FetchError, match=r"391kB are needed, but only 293kB are free"):
         fetcher().fetch(both)
     assert origin.asked("/file") == [] and os.listdir(tmp_path) == []
     with PartialFile(tmp_path / "file", len_of := [].append) as part:  # what is there already need not fit again

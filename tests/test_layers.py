@@ -17,7 +17,7 @@ MODULES = {
     "metrics": set(),
     "checkpoint": {"files", "runtime"},
     "preflight": {"config", "runtime", "tasks"},
-    "retrieval": {"config", "files", "index", "model", "runtime"},
+    "retrieval": {"checkpoint", "config", "files", "index", "model", "runtime"},
 }
 
 

@@ -78,6 +78,7 @@ def test_gradients_are_added_in_place_unless_something_holds_them(hooked):
     assert tensors * size <= live.peak < tensors * size + 1000
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "changes",
     [

@@ -178,13 +178,13 @@ def test_options_of_the_same_text_share(make):
     [
         ({"question": None}, "no `question`: expected `question`.*`options`.*`answer`.*found question, options"),
         ({"options": None}, "no `options`: expected `question`"),
-        ({"options": ["a", "b"]}, r"`options` is an object of strings by letter, found \['a', 'b'\]"),
-        ({"options": {"A": "a", "B": 2}}, "`options` is an object of strings by letter"),
-        ({"options": {"A": "a", "C": "c"}}, "`options` are lettered A, B, and so on, at least two; found 'A, C'"),
+        ({"options": ["a", "b"]}, r"`options` must be an object of strings by letter, found \['a', 'b'\]"),
+        ({"options": {"A": "a", "B": 2}}, "`options` must be an object of strings by letter"),
+        ({"options": {"A": "a", "C": "c"}}, "`options` must be lettered A, B, and so on, at least two; found 'A, C'"),
         ({"options": {"A": "a"}}, "at least two; found 'A'"),
         ({"options": {"a": "a", "b": "b"}}, "found 'a, b'"),
         ({"options": dict.fromkeys("ABCDE", "x")}, "5 `options` are more than --multiple_choice_num_options 4"),
-        ({"answer": "D"}, "`answer` is one of A, B, C, found 'D'"),
+        ({"answer": "D"}, "`answer` must be one of A, B, C, found 'D'"),
         ({"answer": None}, "no `answer`"),
     ],
 )

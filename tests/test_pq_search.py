@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from atlas.index.pq_search import ProductQuantizerSearch, from_faiss
+from atlas.index.codec import from_faiss
+from atlas.index.pq_search import ProductQuantizerSearch
 from tests.test_flat import assert_same, brute_force
 
 

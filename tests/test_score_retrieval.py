@@ -138,16 +138,16 @@ def test_a_trec_run(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "qrels", "words"),
     [
-        ([{"query": "q", "answers": ["a"]}], None, "r.jsonl, line 1: `passages` is a list of objects, found None"),
+        ([{"query": "q", "answers": ["a"]}], None, "r.jsonl, line 1: `passages` must be a list of objects, found None"),
         ([ROWS[0], {"passages": [{"text": "x"}]}], None, "r.jsonl, line 2: a passage needs `id` and `text`"),
-        ([ROWS[0] | {"answers": "Paris"}], None, "r.jsonl, line 1: `answers` is a list of strings"),
-        ([ROWS[0], ROWS[0]], None, "r.jsonl, line 2: the query q1 was in a line before"),
+        ([ROWS[0] | {"answers": "Paris"}], None, "r.jsonl, line 1: `answers` must be a list of strings"),
+        ([ROWS[0], ROWS[0]], None, "r.jsonl, line 2: an earlier line has the same query, q1"),
         ([ROWS[3]], None, "no query has answers"),
         ([ROWS[2]], TREC, "no query has a relevant passage in"),
         ([row("q1", [("d1", "x"), ("d1", "x")])], TREC, "query q1: a passage was retrieved twice"),
         ([ROWS[0]], "q1 0 d1 yes\n", "qrels, line 1: invalid literal"),
         ([ROWS[0]], "q1 0 d1 1\nq1\n", "qrels, line 2: expected query, .*found 1 fields"),
-        ([row("q 1", [("d1", "x")])], None, "white space in the id"),
+        ([row("q 1", [("d1", "x")])], None, "contains white space"),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, rows, qrels, words):

@@ -203,7 +203,7 @@ BAD = [
     ({"load_index_path": "."}, "holds no index"),
     ({"task": "quiz"}, "--task quiz is unknown: give one of base, qa, cloze, mlm, "),
     ({"task": "mlm"}, "dev.jsonl, line 1: no `text`: expected `id` and `text` (strings), found question, answers, id"),
-    ({"task": "lm", "eval_data": None, "train_data": "blank.jsonl"}, "blank.jsonl: nothing is left of it"),
+    ({"task": "lm", "eval_data": None, "train_data": "blank.jsonl"}, "blank.jsonl: no line is left, because"),
 ]
 
 

@@ -1,4 +1,6 @@
-"""Search over ranks: the same hits, bit for bit, whatever their number."""
+"""Search over ranks: the same hits whatever their number, bit for bit when it is exact."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -129,37 +131,80 @@ def _search_compressed(embeddings, queries, sizes, k, compression):
     return hits.scores, hits.ids
 
 
+def on_ranks(embeddings, queries, sizes, k, compression):
+    parts = run_on_ranks(len(sizes), _search_compressed, embeddings, queries, sizes, k, compression)
+    scores, ids = torch.cat([scores for scores, _ in parts]), torch.cat([ids for _, ids in parts])
+    assert scores.shape == ids.shape == (len(queries), min(k, len(embeddings))) and scores.isfinite().all()
+    assert all(len(set(row)) == len(row) for row in ids.tolist())
+    steps, next_id = scores.diff(dim=1), ids.diff(dim=1)
+    assert ((steps < 0) | ((steps == 0) & (next_id > 0))).all()  # by score, ties by row
+    return scores, ids
+
+
+KINDS = [
+    Compression("pq", 4),
+    Compression("pq", 4, train_size=40, seed=5),
+    Compression("ivfpq", 4, nprobe=1),
+    Compression("ivfsq", nprobe=2),
+    Compression("ivfflat", nprobe=2, nlist=6),
+    Compression("RR12,IVF3,SQ8", nprobe=2),
+    Compression("PQ6x4"),
+    Compression("PQ12x4fs"),
+    Compression("IVF6,PQ12x4fs", nprobe=2),
+]
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "compression",
-    [
-        Compression("pq", 4),
-        Compression("pq", 4, train_size=40, seed=5),
-        Compression("ivfpq", 4, nprobe=1),
-        Compression("ivfsq", nprobe=2),
-        Compression("ivfflat", nprobe=2, nlist=6),
-        Compression("RR12,IVF3,SQ8", nprobe=2),
-        Compression("ivfpq", 4, refine_factor=3),
-        Compression("pq", 2, refine_factor=2),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("compression", KINDS, ids=str)
 @pytest.mark.parametrize("n", [1, 7, 60])
-def test_the_number_of_ranks_changes_nothing(n, compression):
-    """Ranks with other queries, none, and an empty share; few lists, too few of them for k; refined."""
+def test_the_number_of_ranks_changes_no_row_but_ties_with_the_last(n, compression):
+    """Ranks with other queries, none, and an empty share; few lists, and too few passages in them for k."""
     embeddings, queries = made_up(n, 12, 6)
     embeddings[n // 2 :] = embeddings[: n - n // 2].clone()  # ties across shards
     for k in (1, 5, 40):
-        expected = None
-        for sizes in ([6], [6, 0], [1, 2, 3]):
-            parts = run_on_ranks(len(sizes), _search_compressed, embeddings, queries, sizes, k, compression)
-            found = torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])
-            assert found[0].shape == (6, min(k, n)) and found[0].isfinite().all()
-            assert all(len(set(row)) == len(row) for row in found[1].tolist())
-            expected = expected or found
-            assert_same(found, expected)
+        scores, ids = on_ranks(embeddings, queries, [6], k, compression)
+        rounding = 1e-5 * scores.abs().amax(1, keepdim=True)
+        for sizes in ([6, 0], [1, 2, 3]):
+            other_scores, other_ids = on_ranks(embeddings, queries, sizes, k, compression)
+            assert ((other_scores - scores).abs() <= rounding).all()
+            inside = scores > scores[:, -1:] + 2 * rounding  # these must be found by both
+            for row, among, other in zip(ids, inside, other_ids, strict=True):
+                assert torch.isin(row[among], other).all()
+                assert torch.equal(row[among], other[: among.sum()])
 
 
+REFINED = [
+    Compression("ivfpq", 4, refine_factor=3),
+    Compression("pq", 2, refine_factor=2),
+    Compression("PQ6x4fs", refine_factor=4),
+    Compression("IVF4,PQ6x4fs", nprobe=2, refine_factor=2),
+]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("compression", REFINED, ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_refined_scores_are_the_same_on_any_number_of_ranks(compression, ties):
+    """Bit for bit the exact ones, and rows too, unless the candidates are cut among equal scores of the codes."""
+    n, k = 60, 4
+    embeddings, queries = made_up(n, 12, 6)
+    if ties:
+        embeddings[n // 2 :] = embeddings[: n - n // 2].clone()
+    best, order = brute_force(embeddings, queries, n)
+    exact = best.gather(1, order.argsort(dim=1))
+    cut = compression.refine_factor * k
+    rough = dataclasses.replace(compression, refine_factor=1)
+    candidates, _ = on_ranks(embeddings, queries, [6], cut + 1, rough)
+    clear = candidates[:, -2] - candidates[:, -1] > 1e-5 * candidates.abs().amax(1)
+    expected = on_ranks(embeddings, queries, [6], k, compression)
+    assert clear.any() or ties
+    for sizes in ([6], [6, 0], [1, 2, 3]):
+        scores, ids = on_ranks(embeddings, queries, sizes, k, compression)
+        assert torch.equal(scores, exact.gather(1, ids))
+        assert_same((scores[clear], ids[clear]), (expected[0][clear], expected[1][clear]))
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("refine_factor", [2, 5, 100])
 def test_refined_hits_are_candidates_in_the_order_of_their_embeddings(refine_factor):
     embeddings, queries = made_up(80, 12, 6)

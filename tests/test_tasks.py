@@ -74,9 +74,9 @@ def test_example_rng_is_the_same_in_every_process():
         ({}, "no `query`: expected `query` and `target`.*found no field at all"),
         ({"question": "q", "answers": []}, "no `query`.*found question, answers"),
         ({"query": "q"}, "no `target`.*found query"),
-        ({"query": 3, "target": "t"}, "`query` is a string, found 3"),
+        ({"query": 3, "target": "t"}, "`query` must be a string, found 3"),
         ({"query": " \n", "target": "t"}, "`query` is empty"),
-        ({"query": "q", "target": ["t"]}, "`target` is a string"),
+        ({"query": "q", "target": ["t"]}, "`target` must be a string"),
     ],
 )
 def test_bad_lines_of_base(record, reason):
@@ -93,9 +93,9 @@ def test_bad_lines_of_base(record, reason):
         ({"question": "q"}, "no `answers`.*found question"),
         ({"question": "q", "answer": ["a"]}, "no `answers`.*found question, answer$"),
         ({"question": "q", "answers": []}, "no `answers`"),
-        ({"question": "q", "answers": "a"}, "`answers` is a list of strings, found 'a'"),
-        ({"question": "q", "answers": ["a", 1999]}, r"`answers` is a list of strings, found \['a', 1999\]"),
-        ({"question": "q", "answers": ["a"], "target": 3}, "`target` is a string, found 3"),
+        ({"question": "q", "answers": "a"}, "`answers` must be a list of strings, found 'a'"),
+        ({"question": "q", "answers": ["a", 1999]}, r"`answers` must be a list of strings, found \['a', 1999\]"),
+        ({"question": "q", "answers": ["a"], "target": 3}, "`target` must be a string, found 3"),
     ],
 )
 def test_bad_lines_of_qa(record, reason):
@@ -132,7 +132,7 @@ def test_passages_of_the_line(name, record):
         ("text", "no `passages`"),
         ([*given, "text"], "passage 3 of `passages` has no `text`"),
         ([{"title": "T"}], "passage 1 of `passages` has no `text`"),
-        ([{"title": 5, "text": "x"}], "passage 1 of `passages`: `title` is a string, found 5"),
+        ([{"title": 5, "text": "x"}], "passage 1 of `passages`: `title` must be a string, found 5"),
     ]:
         with pytest.raises(ValueError, match=reason):
             strict.process(record | {"passages": passages}, random.Random(0))
@@ -174,7 +174,7 @@ def test_cloze_example():
     assert (example.query, example.target, example.answers) == (line["query"], "<extra_id_0> Selnu", ["Selnu"])
     assert task.score("selnu", example) == {"exact_match": 1.0, "f1": 1.0}
     assert task.retrieval_answers(example) == ["Selnu"]
-    with pytest.raises(ValueError, match="has no <extra_id_0>, where the answer belongs: 'The river of Bako"):
+    with pytest.raises(ValueError, match="has no <extra_id_0> in place of the answer: 'The river of Bako"):
         task.process(line | {"query": "The river of Bako is"}, random.Random(0))
 
 
@@ -207,11 +207,11 @@ def test_fever_inside_kilt(verdict, said):
     [
         ({"input": None}, "no `input`: expected `input`.*`output`.*found input, output"),
         ({"output": None}, "no `output`: expected `input`"),
-        ({"output": "Ada"}, "`output` is a list of objects, found 'Ada'"),
-        ({"output": ["Ada"]}, "`output` is a list of objects"),
-        ({"output": [{"answer": 3}]}, r"`answer` in `output` is a string, found \[3\]"),
+        ({"output": "Ada"}, "`output` must be a list of objects, found 'Ada'"),
+        ({"output": ["Ada"]}, "`output` must be a list of objects"),
+        ({"output": [{"answer": 3}]}, r"`answer` in `output` must be a string, found \[3\]"),
         ({"output": [{"provenance": []}]}, "no `answer` in `output`: expected `input`"),
-        ({"filename": 3}, "`filename` is a string, found 3"),
+        ({"filename": 3}, "`filename` must be a string, found 3"),
     ],
 )
 def test_bad_lines_of_kilt(change, reason):

@@ -204,10 +204,10 @@ def test_texts_that_are_skipped(name):
     "change, reason",
     [
         ({"text": None}, "no `text`: expected `id`.*`text` .strings., found id, title, section, text"),
-        ({"text": 3}, "`text` is a string, found 3"),
+        ({"text": 3}, "`text` must be a string, found 3"),
         ({"id": None}, "no `id`: expected `id`"),
-        ({"id": True}, "`id` is a string, found True"),
-        ({"id": ["p"]}, "`id` is a string"),
+        ({"id": True}, "`id` must be a string, found True"),
+        ({"id": ["p"]}, "`id` must be a string"),
     ],
 )
 def test_bad_lines(name, change, reason):
@@ -219,9 +219,9 @@ def test_bad_lines(name, change, reason):
 
 def test_bad_lines_of_section():
     for change, reason in (
-        ({"section": 3}, "`section` is a string, found 3"),
+        ({"section": 3}, "`section` must be a string, found 3"),
         ({"title": None}, "no `title`: expected `id`, `title`, `section` and `text`"),
-        ({"title": 3}, "`title` is a string, found 3"),
+        ({"title": 3}, "`title` must be a string, found 3"),
     ):
         with pytest.raises(ValueError, match=reason):
             make("section").check(LINE | change)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from atlas import config
+from atlas.checkpoint import Checkpoint
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
@@ -23,6 +24,7 @@ from atlas.model.retriever import fingerprint
 from atlas.model.tokenization import pad_rows
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
+from atlas.runtime.session import Session
 from atlas.runtime.tracking import ProgressBars, log, progress_bar, read_shares
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
@@ -126,19 +128,21 @@ class Retrieval:
         run: config.Run,
         training: config.RetrieverTraining,
         model: Model,
-        device: torch.device,
-        directory: Path,
-        resumed_encoder: dict[str, torch.Tensor] | None = None,
-    ) -> Self:
-        """Open the saved index, or the corpus that an index is to be built of. Collective.
+        session: Session,
+        resumed: Checkpoint | None = None,
+    ) -> Self | None:
+        """Open the saved index, or the corpus that an index is to be built of; None without a retriever. Collective.
 
         Args:
-            directory: of the run; a published index is converted into it.
+            session: says on which device, and in which directory a published index is converted.
+            resumed: the checkpoint of this run that training continues from.
 
         Raises:
             ValueError: no such index can be made or opened, a bad line of the corpus, or no passage in it.
         """
-        compression = compression_of(settings, run.seed)
+        if model.retriever is None:
+            return None
+        device, compression = session.device, compression_of(settings, run.seed)
         kind = compression.factory(1, model.retriever.dim)  # refuses what cannot be made before anything is embedded
         index = None
         if settings.load_index_path is not None:
@@ -149,7 +153,7 @@ class Retrieval:
                     dimension=model.retriever.dim,
                     retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
                     embedder_precision=devices.embedder_precision(device, run.embedder_precision),
-                    converted=directory / "index",
+                    converted=session.directory / "index",
                     compression=compression,
                     progress=progress,
                 )
@@ -157,7 +161,8 @@ class Retrieval:
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_unused(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings.passages, settings.max_passages)
-        retrieval = cls(model, passages, settings, run, training, device, index, resumed_encoder)
+        encoder = resumed.index_encoder() if resumed is not None else None
+        retrieval = cls(model, passages, settings, run, training, device, index, encoder)
         retrieval._save_opened()
         return retrieval
 

@@ -171,7 +171,7 @@ def write_array(path: Path, layout: Layout, first_row: int, parts: Iterable[tupl
     before = header_checksum(layout) if distributed.is_main() else ()
     writer = BlockWriter(path, layout.offset(first_row), before)
     norms = distributed.gather_objects(distributed.on_every_rank(f"writing {path}", partial(writer.write, parts)))
-    heads = distributed.gather_objects(writer.head)[distributed.rank() + 1 :]
+    heads = distributed.gather_objects(writer.head)[distributed.rank() + 1 :]  # less than a block of each rank
     distributed.on_every_rank(f"finishing {path}", partial(writer.finish, heads))
     checksums = [checksum for of_rank in distributed.gather_objects(writer.checksums) for checksum in of_rank]
     return Array(path.name, max(norms), BLOCK_BYTES, as_text(checksums))

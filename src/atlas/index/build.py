@@ -157,14 +157,14 @@ def index_of_codes(
     stored: Stored | None = None,
 ) -> ShardedIndex:
     """An index over codes `(n, code_size)` of this rank's rows; `largest_norm` bounds their norms. Collective."""
-    local = CompressedIndex(
-        quantizer,
-        codes,
-        largest_norm=max(distributed.gather_objects(largest_norm)),
-        nprobe=compression.nprobe,
-        device=device,
-        heartbeat=distributed.progress,
-    )
+    with distributed.busy():
+        local = CompressedIndex(
+            quantizer,
+            codes,
+            largest_norm=max(distributed.gather_objects(largest_norm)),
+            nprobe=compression.nprobe,
+            device=device,
+        )
     distributed.wait_for_all("filling the index")
     if explanation := explain_nprobe(quantizer.lists, compression.nprobe):
         log.info(explanation)

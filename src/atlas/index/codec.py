@@ -4,8 +4,9 @@ What Faiss computes rounds differently with the number of rows in a call. Here c
 number of ranks, so rows are encoded in blocks whose place and shape is fixed.
 """
 
+from __future__ import annotations
+
 import contextlib
-import logging
 import math
 import os
 import re
@@ -13,19 +14,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 
-from atlas.index.flat import fixed_inner_products, measure_largest_norm
-from atlas.index.inverted_file import chunks, list_sizes
+from atlas.index.flat import measure_largest_norm
 
-log = logging.getLogger("atlas")
+try:
+    import faiss
+except ImportError:  # a flat index needs none
+    faiss = None
+
 KINDS = {"ivfflat": "IVF{lists},Flat", "ivfsq": "IVF{lists},SQ4", "ivfpq": "IVF{lists},PQ{bytes}", "pq": "PQ{bytes}"}
 FLAT = ("flat", "Flat")  # exact search
 _BLOCK_ROWS = 1024  # encoded at a time
 _ROWS_PER_CENTROID = 256
-_ENCODERS = (faiss.IndexPQ, faiss.IndexScalarQuantizer, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
+_ENCODERS = ("IndexPQ", "IndexScalarQuantizer", "IndexIVFPQ", "IndexIVFScalarQuantizer")
+_EXACT_LISTS = re.compile(r"(.*IVF\d+),Flat")
+_FAST_SCAN = re.compile(r"(.*PQ\d+x4)fs")
 
 
 @dataclass(frozen=True)
@@ -80,17 +85,21 @@ def check_code_size(kind: str, code_size: int | None, dimension: int) -> None:
 
 
 def make_empty(factory: str, dimension: int) -> faiss.Index:
-    """An untrained index for inner products.
+    """An untrained index for inner products, whose codes can be saved.
+
+    Fast-scan types are made with the codes of the type of the same name without `fs`: they only scan them otherwise.
 
     Raises:
-        ValueError: Faiss does not know the string, or what it makes has no codes that can be saved and searched here.
+        ValueError: Faiss does not know the string, what it makes has no codes that can be saved and searched here, or
+            there is no Faiss.
     """
+    if faiss is None:
+        raise ValueError("--index_mode faiss needs Faiss: pip install faiss-cpu or faiss-gpu")
+    exact_lists, fast_scan = _EXACT_LISTS.fullmatch(factory), _FAST_SCAN.fullmatch(factory)
     # fp16 codes hold our embeddings exactly, in half the memory of Faiss's fp32 ones
-    exact_lists = re.fullmatch(r"(.*IVF\d+),Flat", factory)
+    plain = f"{exact_lists[1]},SQfp16" if exact_lists else fast_scan[1] if fast_scan else factory
     try:
-        index = faiss.index_factory(
-            dimension, f"{exact_lists[1]},SQfp16" if exact_lists else factory, faiss.METRIC_INNER_PRODUCT
-        )
+        index = faiss.index_factory(dimension, plain, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise ValueError(
             f"--faiss_index_type {factory}: neither one of flat, {', '.join(KINDS)} nor a Faiss factory string that "
@@ -98,7 +107,7 @@ def make_empty(factory: str, dimension: int) -> faiss.Index:
         ) from error
     transforms, inner = _unwrap(index)
     _check_encoder(factory, inner)
-    if exact_lists:
+    if isinstance(inner, faiss.IndexIVF) and (exact_lists or fast_scan):
         inner.by_residual = False
     for transform in transforms:
         if isinstance(transform, faiss.OPQMatrix) and transform.d_out % transform.M:
@@ -125,7 +134,7 @@ def training_rows(factory: str, dimension: int, size: int, train_size: int | Non
     return np.sort(np.random.default_rng(seed).choice(size, wanted, replace=False, shuffle=False))
 
 
-def train(factory: str, sample: np.ndarray, *, all_rows: bool = False) -> "Codec":
+def train(factory: str, sample: np.ndarray, *, all_rows: bool = False) -> Codec:
     """Train on a sample `(n, D)` fp32; rows are repeated where there are fewer of them than centroids.
 
     `all_rows`: even where that is more than 256 per centroid.
@@ -139,6 +148,7 @@ def train(factory: str, sample: np.ndarray, *, all_rows: bool = False) -> "Codec
         if isinstance(part, faiss.IndexIVF | faiss.ProductQuantizer):
             part.cp.min_points_per_centroid = 1  # no warnings on standard output
             part.cp.max_points_per_centroid = len(sample) if all_rows else _ROWS_PER_CENTROID
+            part.cp.spherical = False  # Faiss's default for inner products: right for vectors of unit length alone
     for transform in transforms:
         if isinstance(transform, faiss.OPQMatrix):
             transform.pq = own = faiss.ProductQuantizer(transform.d_out, transform.M, 8)
@@ -168,29 +178,31 @@ class Codec:
     """A trained Faiss index without rows: encodes embeddings and says what codes stand for.
 
     Attributes: `factory`, `dimension` D, `code_size` (bytes per passage), `inner` (the Faiss index after its
-    transforms), `lists` (their number; 0 unless it is an inverted file).
+    transforms), `lists` (their number; 0 unless it is an inverted file), `fast_scan` (whether 4-bit codes are packed
+    for Faiss's fast scan when they are searched).
     """
 
     def __init__(self, index: faiss.Index, factory: str) -> None:
         self._index, self.factory, self.dimension = index, factory, index.d
         self._transforms, self.inner = _unwrap(index)
         self._matrices = [_matrix(transform) for transform in self._transforms]
+        self.fast_scan = _FAST_SCAN.fullmatch(factory) is not None
         self.code_size: int = self.inner.sa_code_size()
         self.lists: int = self.inner.nlist if isinstance(self.inner, faiss.IndexIVF) else 0
 
     @staticmethod
-    def load(content: bytes, factory: str, dimension: int) -> "Codec":
+    def load(content: bytes, factory: str, dimension: int) -> Codec:
         """The reverse of `serialize`. Faiss trusts what it reads: check that the bytes are whole before.
 
         Raises:
-            ValueError: they hold no quantizer, or another one.
+            ValueError: they hold no quantizer, or another one; there is no Faiss.
         """
+        expected = _signature(make_empty(factory, dimension))
         try:
             index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
             _check_encoder(factory, _unwrap(index)[1])
         except RuntimeError as error:
             raise ValueError(f"Faiss cannot read it ({' '.join(str(error).split())})") from error
-        expected = _signature(make_empty(factory, dimension))
         if _signature(index) != expected or not index.is_trained or index.ntotal:
             raise ValueError(f"it holds {_signature(index)}, not an empty trained index {expected}")
         return Codec(index, factory)
@@ -236,40 +248,117 @@ class Codec:
         return self.inner.sa_decode(np.ascontiguousarray(codes))
 
     def rotate(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries in the space of the decoded codes, `(b, D) -> (b, D')` fp32; one by one, so rounded in one way."""
-        rotated = queries.new_empty(len(queries), self.inner.d)
-        for query, into in zip(queries, rotated, strict=True):
-            for transform, matrix in zip(self._transforms, self._matrices, strict=True):
-                if matrix is None:
-                    query = torch.from_numpy(transform.apply(query[None].numpy()))[0]
-                else:  # Faiss's product depends on where its arguments lie in memory
-                    query = fixed_inner_products(query[None], matrix[0]) + matrix[1]
-            into.copy_(query)
-        return rotated
+        """Queries in the space of the decoded codes, `(b, D) -> (b, D')` fp32."""
+        for transform, matrix in zip(self._transforms, self._matrices, strict=True):
+            if matrix is None:
+                rows = [transform.apply(query[None].numpy()) for query in queries]
+                queries = torch.from_numpy(np.concatenate(rows)) if rows else queries.new_empty(0, transform.d_out)
+            else:  # in float64, because an fp32 product would round differently with the number of queries
+                queries = torch.addmm(matrix[1], queries.double(), matrix[0].T).float()
+        return queries
 
-    def filled(self, codes: np.ndarray) -> faiss.Index:
-        """A Faiss index of its own kind over codes `(n, code_size)`, for other tools, which searches all lists.
+    def searchable(self, codes: np.ndarray) -> faiss.Index:
+        """A Faiss index over codes `(n, code_size)`, without the transforms, which searches all lists.
 
-        It holds a copy of the codes, and an inverted file 8 bytes a passage more.
+        It holds a copy of the codes, and an inverted file 8 bytes a passage more, less those that name its list.
 
         Raises:
             ValueError: codes of a list that does not exist.
         """
-        index = faiss.clone_index(self._index)
-        _, inner = _unwrap(index)
-        # Take what is needed, at once and no more.
+        index = faiss.clone_index(self.inner)
         if self.lists:
-            inner.nprobe = self.lists
-            for number, size in enumerate(list_sizes(inner, codes).tolist()):
-                inner.invlists.resize(number, size)
-                inner.invlists.resize(number, 0)
-        else:
-            inner.codes.resize(codes.size)
-            inner.codes.resize(0)
-        for start, chunk in chunks(codes):
-            inner.add_sa_codes(chunk, np.arange(start, start + len(chunk)))
-        index.ntotal = inner.ntotal
+            if self.fast_scan:
+                plain, index = index, faiss.IndexIVFPQFastScan(index)
+                plain.own_fields, index.own_fields = False, True  # of the centroids
+            self._fill_lists(index, codes)
+            return index
+        index.add_sa_codes(codes)
+        return faiss.IndexPQFastScan(index) if self.fast_scan else index
+
+    def _fill_lists(self, index: faiss.IndexIVF | faiss.IndexIVFPQFastScan, codes: np.ndarray) -> None:
+        prefix = self.inner.coarse_code_size()
+        numbers = _from_little_endian(codes[:, :prefix])
+        if len(codes) and numbers.max() >= self.lists:
+            bad = int(numbers.argmax())
+            raise ValueError(f"the code of passage {bad} of this rank names a list that does not exist")
+        order, sizes = numbers.argsort(kind="stable"), np.bincount(numbers, minlength=self.lists)
+        for number, rows in enumerate(np.split(order, sizes.cumsum()[:-1])):
+            if not len(rows):
+                continue
+            content = np.ascontiguousarray(codes[rows, prefix:])
+            pointer = faiss.swig_ptr(content)
+            if self.fast_scan:
+                plain = faiss.IndexPQ(self.inner.d, self.inner.pq.M, 4, faiss.METRIC_INNER_PRODUCT)
+                plain.is_trained = True  # only its codes are needed
+                plain.add_sa_codes(content)
+                packed = faiss.IndexPQFastScan(plain)
+                pointer = packed.codes.get()
+            index.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), pointer)
+        index.ntotal, index.nprobe = len(codes), self.lists
+
+    def codes_in(self, index: faiss.Index) -> np.ndarray:
+        """The codes `(n, code_size)` that `searchable` was given, in the same order; where it can be, not a copy."""
+        n, prefix = index.ntotal, self.inner.coarse_code_size() if self.lists else 0
+        width = self.code_size - prefix
+        if not self.lists:
+            return self._content(index, index.codes.get() if self.fast_scan else index.codes.data(), n, width)
+        codes = np.empty((n, self.code_size), np.uint8)
+        for number in range(self.lists):
+            size = index.invlists.list_size(number)
+            if size:
+                rows = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
+                codes[rows, :prefix] = np.array([number], "<i8").view(np.uint8)[:prefix]
+                codes[rows, prefix:] = self._content(index, index.invlists.get_codes(number), size, width)
+        return codes
+
+    def _content(self, index: faiss.Index, pointer: object, n: int, width: int) -> np.ndarray:
+        """The `n` codes `(n, width)` at an address, unpacked where they are packed for fast scan."""
+        if not n:
+            return np.empty((0, width), np.uint8)
+        if not self.fast_scan:
+            return np.asarray(_InIndex(index, faiss.rev_swig_ptr(pointer, n * width).reshape(n, width)))
+        packer = index.get_CodePacker()
+        blocks = -(-n // packer.nvec)
+        packed = faiss.rev_swig_ptr(pointer, blocks * packer.block_size).reshape(blocks, packer.block_size)
+        codes = np.empty((blocks, packer.nvec, width), np.uint8)
+        for block, into in zip(packed, codes, strict=True):
+            packer.unpack_all(faiss.swig_ptr(block), faiss.swig_ptr(into))
+        return codes.reshape(-1, width)[:n]
+
+    def centroids_of_lists(self) -> torch.Tensor:
+        """`(lists, D')` fp32: those of the codec, not a copy."""
+        coarse = faiss.downcast_index(self.inner.quantizer)
+        return torch.from_numpy(faiss.rev_swig_ptr(coarse.get_xb(), self.lists * self.inner.d)).view(self.lists, -1)
+
+    def centroids(self) -> torch.Tensor | None:
+        """Centroids `(m, 256, d / m)` fp32 of a product quantizer of 8 bits without lists, or None for other codes."""
+        if isinstance(self.inner, faiss.IndexPQ) and self.inner.pq.nbits == 8:
+            return from_faiss(self.inner)[0]
+        return None
+
+    def filled(self, codes: np.ndarray) -> faiss.Index:
+        """A Faiss index of the factory's own kind over codes `(n, code_size)`, for other tools.
+
+        It is as large as what `searchable` gives.
+
+        Raises:
+            ValueError: codes of a list that does not exist.
+        """
+        inner = self.searchable(codes)
+        if not self._transforms:
+            return inner
+        index = faiss.clone_index(self._index)
+        faiss.downcast_index(index.index).this.own(True)  # frees the empty one that is replaced
+        inner.this.disown()
+        index.index, index.ntotal = inner, inner.ntotal
         return index
+
+
+class _InIndex:
+    """An array in the memory of a Faiss index, which lives as long as numpy's arrays of it."""
+
+    def __init__(self, index: faiss.Index, array: np.ndarray) -> None:
+        self.index, self.__array_interface__ = index, array.__array_interface__
 
 
 def _unwrap(index: faiss.Index) -> tuple[list[faiss.VectorTransform], faiss.Index]:
@@ -281,29 +370,62 @@ def _unwrap(index: faiss.Index) -> tuple[list[faiss.VectorTransform], faiss.Inde
 
 
 def _matrix(transform: faiss.VectorTransform) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`(D', D)` and what is added `(D',)`, where a transform is linear."""
+    """`(D', D)` and what is added `(D',)`, both float64, where a transform is linear."""
     if not isinstance(transform, faiss.LinearTransform):
         return None
     matrix = torch.from_numpy(faiss.vector_to_array(transform.A)).view(transform.d_out, transform.d_in)
     bias = faiss.vector_to_array(transform.b) if transform.have_bias else np.zeros(transform.d_out, np.float32)
-    return matrix, torch.from_numpy(bias)
+    return matrix.double(), torch.from_numpy(bias).double()
+
+
+def from_faiss(index: faiss.Index) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Centroids `(m, 256, d / m)` and rotation `(d, D)` or None of a trained `IndexPQ`, alone or after a rotation.
+
+    Raises:
+        ValueError: the index is of another kind, not for inner products, not of 8 bits per sub-vector, or not trained.
+    """
+    # New names throughout: Faiss frees an index with the object that owns it, whoever still refers to its parts.
+    inner, transform, kind = faiss.downcast_index(index), None, ""
+    if isinstance(inner, faiss.IndexPreTransform) and inner.chain.size() == 1:
+        transform = faiss.downcast_VectorTransform(inner.chain.at(0))
+        inner, kind = faiss.downcast_index(inner.index), f"{type(transform).__name__} and "
+    rotates = transform is None or (isinstance(transform, faiss.LinearTransform) and not transform.have_bias)
+    if not (rotates and isinstance(inner, faiss.IndexPQ)):
+        kind += type(inner).__name__
+        raise ValueError(f"codes are searched here when they are of IndexPQ, alone or after OPQ, not of {kind}")
+    if not index.is_trained:
+        raise ValueError("the quantizer is not trained")
+    if inner.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError("the quantizer was made for distances: make its index with faiss.METRIC_INNER_PRODUCT")
+    if inner.pq.nbits != 8:
+        raise ValueError(f"the quantizer has {inner.pq.nbits} bits per sub-vector, and only 8 are supported")
+    centroids = faiss.vector_to_array(inner.pq.centroids).reshape(inner.pq.M, 256, inner.pq.dsub)
+    if transform is None:
+        return torch.from_numpy(centroids), None
+    rotation = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+    return torch.from_numpy(centroids), torch.from_numpy(rotation)
+
+
+def _from_little_endian(content: np.ndarray) -> np.ndarray:
+    """Numbers of a few bytes each, `(m, width) uint8 -> (m,) int32`."""
+    numbers = np.zeros((len(content), 4), np.uint8)
+    numbers[:, : content.shape[1]] = content
+    return numbers.view("<i4")[:, 0]
 
 
 def _check_encoder(factory: str, inner: faiss.Index) -> None:
-    """Raises ValueError unless Faiss scores codes of this index as it decodes them, one passage at a time."""
-    if "FastScan" in type(inner).__name__:
-        found = "4-bit fast-scan codes, which cannot be saved and loaded apart from the index"
-    elif not isinstance(inner, _ENCODERS):
+    """Raises ValueError unless the codes of this index can be saved apart from it, and searched."""
+    if type(inner).__name__ not in _ENCODERS:
         found = f"an index of class {type(inner).__name__}"
-    elif getattr(getattr(inner, "pq", None), "nbits", 8) != 8:
+    elif getattr(getattr(inner, "pq", None), "nbits", 8) not in (4, 8):
         found = f"product quantizer codes of {inner.pq.nbits} bits"
     elif isinstance(inner, faiss.IndexIVF) and not isinstance(faiss.downcast_index(inner.quantizer), faiss.IndexFlat):
         found = "lists that are not searched exactly"
     else:
         return
     raise ValueError(
-        f"--faiss_index_type {factory} makes {found}: use flat, {', '.join(KINDS)}, or a factory string of 8-bit PQ or "
-        "of SQ, with transforms and IVF lists as you like, such as OPQ64_256,PQ64"
+        f"--faiss_index_type {factory} makes {found}: use flat, {', '.join(KINDS)}, or a factory string of PQ with 8 "
+        "or 4 bits, of 4-bit fast scan or of SQ, with transforms and IVF lists as you like, such as OPQ64_256,PQ64"
     )
 
 

@@ -147,6 +147,8 @@ def check_index(directory: Path, progress: Progress = lambda what, done, of: Non
         OSError: a file cannot be read.
     """
     check_is_index(directory)
+    if not files.has_index(directory):
+        raise ValueError(f"{directory} is a published index, which has no checksums: convert it, and check that")
     description = files.read_description(directory)
     passages = checked_passages(directory, description)
     for start in range(0, len(passages), _PASSAGES):

@@ -1,6 +1,6 @@
-"""Cloze questions: statements in which a span of interest, a name or a number, is to be filled in.
+"""Cloze questions: statements in which a salient span, such as a name or a number, is to be filled in.
 
-Made from a corpus they are salient span masking (Guu et al. 2020, arXiv 2002.08909, section 3.4); mlm masks at random.
+Made from a corpus, this is salient span masking (Guu et al. 2020, arXiv 2002.08909, section 3.4); mlm masks at random.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from atlas.tasks.qa import QuestionAnswering
 
 
 class Cloze(QuestionAnswering):
-    """Lines `{"id": ..., "query": ..., "answers": [...]}`, the query with `<extra_id_0>` where the answer belongs.
+    """Lines `{"id": ..., "query": ..., "answers": [...]}`, with `<extra_id_0>` in place of the answer in the query.
 
-    A line with the `id` of a passage was made from that passage, which is not found for it.
+    A line with the `id` of a passage was made from that passage, so the passage is not retrieved for it.
     """
 
     fields = "`query` (a string with <extra_id_0>), `answers` (a list of strings)"
@@ -25,5 +25,5 @@ class Cloze(QuestionAnswering):
     def question(self, record: Mapping) -> str:
         query = self.text(record, "query")
         if "<extra_id_0>" not in query:
-            raise ValueError(f"`query` has no <extra_id_0>, where the answer belongs: {query!r:.60}")
+            raise ValueError(f"`query` has no <extra_id_0> in place of the answer: {query!r:.60}")
         return query

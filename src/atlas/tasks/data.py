@@ -1,4 +1,4 @@
-"""Examples of a data file for each step and rank: the same lines, and the same chances, at every world size."""
+"""Batches of examples from a data file: the same examples at every number of ranks."""
 
 from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class Data:
-    """A data file (or several, one behind the other) as batches of examples.
+    """A data file (or several, one after the other) as batches of examples.
 
     The global batch of a step is the next `world_size · batch_size` places; rank r takes the r-th run of `batch_size`.
-    So W ranks see in one step what one rank sees in W steps. A place is a line or, with a task of which a line gives
-    several examples, one of these, all of a line one after the other unless they are shuffled.
+    So W ranks see in one step what one rank sees in W steps. A place is a line. If the task makes several examples of a
+    line, a place is one of these; those of a line follow one another unless they are shuffled.
 
     Raises:
         ValueError: there is no line.
@@ -81,7 +81,7 @@ class Data:
         used = sum(distributed.gather_objects(read_shares("reading the data", len(self), "lines", self.check)))
         name = ", ".join(map(str, self.corpus.paths))
         if used == 0:
-            raise ValueError(f"{name}: nothing is left of it, because the task skips {self.task.skips}")
+            raise ValueError(f"{name}: no line is left, because the task skips {self.task.skips}")
         if used < len(self):
             log.info("%s: %d of %d lines are skipped (%s)", name, len(self) - used, len(self), self.task.skips)
 
@@ -109,7 +109,7 @@ class Data:
         return used
 
     def example(self, place: int, epoch: int) -> Example | None:
-        """The example of a place; None where the task skips it. Raises: DataError."""
+        """The example at a place; None if the task skips it. Raises: DataError."""
         line, number = divmod(place, self.task.examples_per_line)
         rng = example_rng(self.seed, epoch, line)
         return self._of_line(line, lambda record: self.task.example(record, rng, number))
@@ -132,10 +132,10 @@ class Data:
         return examples + (step - finished) * self.world_size * self.batch_size
 
     def training_batch(self, step: int, shuffle: bool) -> list[Example]:
-        """This rank's examples of a step, counted from 1. The file is gone through again and again.
+        """This rank's examples of a step, counted from 1. After the last line comes the first one again.
 
-        Skipped lines are not made up for, so that the places of a step never depend on others: the batch is smaller,
-        or empty.
+        The places of a step do not depend on other steps, so a line that the task skips makes the batch smaller, or
+        empty.
         """
         first = self.examples_after(step - 1) + self.rank * self.batch_size
         examples = []
@@ -146,7 +146,7 @@ class Data:
         return [example for example in examples if example is not None]
 
     def evaluation_batches(self) -> Iterator[list[Example]]:
-        """The whole file once, in as many batches on every rank; the last ones of a rank may be empty."""
+        """The whole file once. Every rank gets the same number of batches; its last ones may be empty."""
         everybody = self.world_size * self.batch_size
         for start in range(0, self.places, everybody):
             first = start + self.rank * self.batch_size

@@ -1,4 +1,4 @@
-"""Prefix language modelling: go on with a text (Izacard et al. 2022, section 2.3)."""
+"""Prefix language modelling: continue a text (Izacard et al. 2022, section 2.3)."""
 
 import random
 import re
@@ -9,7 +9,7 @@ from atlas.tasks.text import TextTask
 
 
 class LM(TextTask):
-    """The left part of a text is the query, the right one the target; the flags say how much at least and at most."""
+    """The query is the beginning of a text, the target the rest; flags set the query's least and largest share."""
 
     def __init__(self, setup: TaskSetup) -> None:
         super().__init__(setup)
@@ -18,5 +18,5 @@ class LM(TextTask):
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str]:
         words = re.findall(r"\s*\S+", record["text"])  # each with the white space before it
         cut = rng.randint(int(self.min_ratio * len(words)), int(self.max_ratio * len(words)))
-        cut = min(cut, len(words) - 1)  # there is always something to learn
+        cut = min(cut, len(words) - 1)  # the target has at least one word
         return "".join(words[:cut]), "".join(words[cut:])

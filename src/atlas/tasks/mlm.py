@@ -1,4 +1,4 @@
-"""Masked language modelling: fill in spans that were taken out of a text (Raffel et al. 2020, section 3.1.4)."""
+"""Masked language modelling: fill in spans that were removed from a text (Raffel et al. 2020, section 3.1.4)."""
 
 import random
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from atlas.tasks.text import TextTask
 
 
 class MLM(TextTask):
-    """The query is the text with sentinels in place of some spans, the target is these spans behind their sentinels.
+    """The query is the text with sentinels in place of some spans; the target is each sentinel followed by its span.
 
     A text is truncated to `--text_maxlength` tokens first.
     """
@@ -24,7 +24,7 @@ class MLM(TextTask):
 
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str] | None:
         tokens = self.tokenizer.encode([record["text"]], self.text_maxlength, eos=False)[0]
-        tokens = [token for token in tokens if token not in self._marks]  # a sentinel in a text would be a gap too many
+        tokens = [token for token in tokens if token not in self._marks]  # it would look like a masked span
         if not tokens:
             return None
         sentinels = self.tokenizer.sentinel_ids
@@ -44,18 +44,18 @@ class MLM(TextTask):
         return super().score(self._without_sentinels(generation), replace(example, answers=answers))
 
     def _without_sentinels(self, text: str) -> str:
-        """What is left of a text when the reader writes it; cutting the sentinels out would leave other spaces."""
+        """The text without sentinels, through the tokenizer: cutting them out of the string would keep extra spaces."""
         return self.tokenizer.decode(self.tokenizer.encode([text]))[0] if "<extra_id_" in text else text
 
     def _spans(self, n: int, most: int, rng: random.Random) -> list[tuple[int, int]]:
-        """Lengths of the kept and the noise spans of n tokens, pair by pair; at most so many pairs."""
-        noise = min(max(1, round(n * self.noise_density)), max(1, n - 1))  # all of it only of a single token
+        """Pairs of lengths, a kept span and the noise span after it, that add up to n tokens; at most `most` pairs."""
+        noise = min(max(1, round(n * self.noise_density)), max(1, n - 1))  # keeps a token unless there is only one
         kept = n - noise
         pairs = min(max(1, round(noise / self.mean_span_length)), max(1, kept), most)
         return list(zip(_composition(kept, pairs, rng), _composition(noise, pairs, rng), strict=True))
 
 
 def _composition(total: int, parts: int, rng: random.Random) -> list[int]:
-    """A sum of positive numbers (of 0 alone, where there is nothing to share), each such sum with equal probability."""
+    """Positive numbers that add up to `total` (or [0]), each such sequence with equal probability."""
     cuts = sorted(rng.sample(range(1, total), parts - 1))
     return [end - start for start, end in pairwise([0, *cuts, total])]

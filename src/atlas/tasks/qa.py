@@ -35,7 +35,7 @@ class QuestionAnswering(Task):
         )
 
     def question(self, record: Mapping) -> str:
-        """What is asked, to be put into `prompt_format`. Raises: ValueError."""
+        """The question to put into `prompt_format`. Raises: ValueError."""
         return self.text(record, "question")
 
     def answers(self, record: Mapping) -> list[str]:
@@ -43,7 +43,7 @@ class QuestionAnswering(Task):
         if answers is None:
             return []
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"`answers` is a list of strings, found {answers!r:.60}")
+            raise ValueError(f"`answers` must be a list of strings, found {answers!r:.60}")
         return answers
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
