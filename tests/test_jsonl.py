@@ -265,7 +265,9 @@ def test_gz_is_decompressed_once_and_again_when_it_is_newer(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.gz", "a.jsonl.offsets.npy"]
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"row": 0}\n' * 1000)[:-20]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b'{"row": 0}\n' * 1000)[:-20]], ids=["not gzip", "cut short"]
+)
 def test_damaged_gz_is_named_and_leaves_nothing(tmp_path, content):
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(content)

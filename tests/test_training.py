@@ -115,6 +115,7 @@ def test_bf16_tracks_fp32(tmp_path):
 def test_updates_below_the_resolution_of_bf16_are_learnt(tmp_path):
     """60 updates, each of which a weight in bf16 would lose, bring the loss down as far as they do in fp32."""
     flags = {"eval_data": None, "dropout": 0, "weight_decay": 0, "total_steps": 60, "lr": 5e-6, "clip": 0}
+    flags |= {"n_context": 1, "retriever_n_context": 1, "text_maxlength": 32}  # in bf16, a processor may be slow
     train = write_jsonl(tmp_path / "one.jsonl", read_jsonl(world() / "train.jsonl")[:2])
     exact, rounded = (
         run(tmp_path, name=precision, precision=precision, train_data=train, **flags) for precision in ("fp32", "bf16")
