@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-pretrain test test-all lint format benchmarks clean
+.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all lint format clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -15,25 +15,37 @@ $(READY): pyproject.toml requirements.txt requirements-dev.txt requirements-demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
 	@touch $(READY)
 
-demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions on 2 processes, show what was learnt
+demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions in 2 processes, show the difference
 	$(BIN)/python -m example_scripts.demo $(DEMO_FLAGS)
 
-demo-pretrain: $(READY) ## pretrain these tiny models from nothing (half an hour)
+demo-pretrain: $(READY) ## pretrain these tiny models from scratch (half an hour)
 	$(BIN)/python -m example_scripts.demo_pretrain $(DEMO_FLAGS)
 
-test: $(READY)   ## the quick tests
-	$(BIN)/python -m pytest -m "not slow"
+# Two files at a time; the tests of a file run in one process because they share what takes long to make.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test: $(READY)   ## run the quick tests
+	$(PYTEST) -m "not slow"
+
+test-units: $(READY) ## only the quick tests that start no process
+	$(PYTEST) -m "not slow and not processes"
+
+test-processes: $(READY) ## only the quick tests that start ranks, programs or a server
+	$(PYTEST) -m "not slow and processes"
+
+test-slow: $(READY) ## the tests that take more than about 20 seconds each
+	$(PYTEST) -m slow
 
 test-all: $(READY) ## all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-lint: $(READY)   ## style
+lint: $(READY)   ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(READY) ## mend what can be mended by itself
+format: $(READY) ## fix what can be fixed automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:           ## remove what demo and tests left behind, but not .venv
+clean:           ## remove the output of demo and tests, but not .venv
 	rm -rf demo .pytest_cache .ruff_cache

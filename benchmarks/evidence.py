@@ -4,12 +4,12 @@
     make demo-pretrain
     python -m benchmarks.evidence
 
-Every row is a run, or several with different seeds, of finetune_qa.py or evaluate.py on the demo's corpus and all its
-test questions. A seed of fine-tuning draws the examples as well as their order; seed 0 has those of `make demo`.
-Settings were chosen on dev.jsonl. Two runs go on at a time, in one thread each; what is in --directory already is not
-run again. Pretraining with and without distillation is compared at a part of the steps that the shipped models had, the
-same part for both. A difference is tested by flipping the signs of the questions' differences (two-sided, 20,000
-times), where a question's value is the mean over the seeds.
+Every row is one or several runs (with different seeds) of finetune_qa.py or evaluate.py on the demo's corpus and all
+its test questions. A seed of fine-tuning draws the examples and their order; seed 0 has those of `make demo`. Settings
+were chosen on dev.jsonl. Two runs are run at a time, with one thread each; results in --directory are not computed
+again. Pretraining with and without distillation is compared after a fraction of the shipped models' steps, the same for
+both. Differences are tested by randomly flipping the signs of the questions' differences (two-sided, 20,000 times); a
+question's value is its mean over the seeds.
 """
 
 import argparse
@@ -46,10 +46,10 @@ from preprocessing.prepare_demo import balance, write_jsonl
 SEEDS = (0, 1, 2)
 PRETRAINING_SEEDS = (0, 1)
 SHOTS = (0, 16, 64, 256)
-PART = (400, 300)  # steps of the pretraining runs that are compared
+PART = (400, 300)  # steps of the two stages of the pretraining runs that are compared
 FLIPS = 20_000
-# Attention scores are spread less than likelihoods. Of 0.1 and 0.01, chosen on dev.jsonl: with 0.1 the retriever is
-# taught to find all passages alike.
+# Attention scores vary less than likelihoods. 0.01 was chosen over 0.1 on dev.jsonl: with 0.1 the target distribution
+# is nearly uniform over the passages.
 MODES = {"adist": ("--temperature_gold", "0.01"), "loop": (), "emdr": ()}
 COMPRESSED = {
     "PQ-128": ("--index_mode", "faiss", "--faiss_index_type", "pq", "--faiss_code_size", "128"),
@@ -61,10 +61,10 @@ COMPRESSED = {
 
 @dataclass(frozen=True)
 class Run:
-    """A fine-tuning on `shots` questions (0: none) and its evaluation.
+    """Fine-tuning on `shots` questions (0: none) and its evaluation.
 
-    It starts from the ordinary models in `models`, or from the checkpoint `path` of such models. With `own_index` the
-    passage encoder is not that of `models`, so that the passages are embedded anew.
+    It starts from the exported models in `models`, or from the checkpoint `path` of such models. With `own_index` the
+    passage encoder differs from that of `models`, so the passages are embedded again.
     """
 
     name: str
@@ -72,22 +72,22 @@ class Run:
     path: Path | None = None
     shots: int = 64
     seed: int = 0
-    tuning: tuple[str, ...] = ()  # flags of finetune_qa.py, over those of the demo
-    flags: tuple[str, ...] = ()  # of all scripts
+    tuning: tuple[str, ...] = ()  # flags of finetune_qa.py, which override those of the demo
+    flags: tuple[str, ...] = ()  # flags of all scripts
     own_index: bool = False
     retrieves: bool = True
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of each test question: whether the answer is right, and whether one of the first k passages holds it; (n,)."""
+    """For each test question: whether the answer is right, and whether one of the first k passages has it; (n,)."""
 
     right: np.ndarray
     recall: dict[int, np.ndarray]
 
 
 class Bench:
-    """Runs, each once, and what they measured."""
+    """Runs each experiment once and reads its results."""
 
     def __init__(self, home: Path, pretraining: Path) -> None:
         self.home, self.data, self.pretraining = home, home / "data", pretraining
@@ -102,7 +102,7 @@ class Bench:
                 write_jsonl(ROOT / self._examples(shots, seed), balance(drawn, shots))
 
     def script(self, name: str, done: Path, *words: object) -> None:
-        """Run a script in one thread, unless the same command has made `done`. Raises: SystemExit."""
+        """Run a script with one thread, unless `done` exists and comes from the same command. Raises: SystemExit."""
         log = ROOT / self.home / f"logs/{name}.log"
         command = [sys.executable, *map(str, words)]
         line = f"$ {shlex.join(command).replace(sys.executable, 'python')}\n"
@@ -116,13 +116,13 @@ class Bench:
                 raise SystemExit(f"{words[0]} failed: see {log}")
 
     def embed(self, models: Path) -> None:
-        """Save an index of the corpus: the runs that embed it alike open it."""
+        """Save an index of the corpus for all runs with the same passage encoder."""
         index = self._index(models)
         corpus = ("--passages", self.data / "passages.jsonl", "--save_index_path", index)
         self._evaluate(f"index-{index.name}", models, *SEARCHING, *corpus)
 
     def run(self, run: Run) -> Measured:
-        """Train, read, search."""
+        """Fine-tune, answer the questions, and search for more passages."""
         index: tuple[object, ...] = ()
         if run.retrieves:
             index = ("--load_index_path", self._index(run.models))
@@ -151,11 +151,11 @@ class Bench:
         return self.home / "indices" / "-".join(models.parts[-3:])
 
     def _examples(self, shots: int, seed: int) -> Path:
-        """A file of training questions: for seed 0 that of the demo."""
+        """The file of training questions; for seed 0 that of the demo."""
         return self.data / f"train.{shots}-shot.jsonl" if seed == 0 else self.home / f"train.{shots}-shot.{seed}.jsonl"
 
     def _tune(self, run: Run, *flags: object) -> Path:
-        """Fine-tune as the demo does, in one process; the run's directory."""
+        """Fine-tune as the demo does, but in one process; returns the run's directory."""
         path = self.home / "runs" / run.name
         self.script(
             *(run.name, ROOT / path / f"checkpoint/step-{FINE_TUNING_STEPS}", "finetune_qa.py", "--name", run.name),
@@ -178,7 +178,7 @@ class Bench:
         return read(results)
 
     def pretrained(self, seed: int, *, distillation: bool) -> Path:
-        """Models pretrained for a part of the steps, exported; the directory."""
+        """Pretrain for a fraction of the steps and export the models; returns their directory."""
         home = self.home / f"part-{PART[0]}-{PART[1]}-{seed}"
         build(self.data, home / "start", seed)
         run = pretrain(self.data, home / "start", home, seed, steps=PART, distillation=distillation)
@@ -186,7 +186,7 @@ class Bench:
         return home / "models" / run.name
 
     def guess(self) -> float:
-        """Share of the questions for which the relation's commonest answer in training is right."""
+        """Share of the questions for which the relation's most common answer in training is right."""
         counts: dict[str, Counter[str]] = {}
         for row in self.train:
             counts.setdefault(row["relation"], Counter())[row["answers"][0]] += 1
@@ -194,7 +194,7 @@ class Bench:
         return float(np.mean([row["answers"][0] == commonest.get(row["relation"]) for row in self.questions]))
 
     def named(self) -> np.ndarray:
-        """Of each test question: whether pretraining has the name of what it asks about, in any role; (n,)."""
+        """For each test question: whether the name of its entity occurs anywhere in the pretraining passages; (n,)."""
         titles = {tuple(row["id"].split("-")[:2]): row["title"] for row in read(ROOT / self.data / "passages.jsonl")}
         text = "\n".join(row["text"] for row in read(ROOT / self.data / "passages.train.jsonl"))
         words = {name: re.search(rf"\b{re.escape(title)}\b", text) is not None for name, title in titles.items()}
@@ -211,7 +211,7 @@ def random_signs(n: int) -> np.ndarray:
 
 
 def significance(one: list[np.ndarray], other: list[np.ndarray]) -> float:
-    """Two-sided p of the difference of means, by flipping the signs of the questions' differences."""
+    """Two-sided p of the difference of means, by randomly flipping the signs of the questions' differences."""
     differences = np.mean(one, axis=0) - np.mean(other, axis=0)  # (n,)
     as_far = np.abs(random_signs(len(differences)) @ differences) >= abs(differences.sum()) - 1e-9
     return (1 + int(as_far.sum())) / (1 + FLIPS)
@@ -219,7 +219,7 @@ def significance(one: list[np.ndarray], other: list[np.ndarray]) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a table, compared with the first of them."""
+    """The rows of a table; each is compared with the first."""
 
     title: str
     text: str
@@ -227,11 +227,26 @@ class Group:
 
 
 def groups(bench: Bench) -> dict[str, Group]:
-    """All that is measured, but for the curves."""
+    """Everything that is measured, except for the curves."""
     start, models = bench.pretraining / "start", bench.pretraining / "models"
     few = Run("few", models)
-    both = replace(few, tuning=("--no-query_side_retriever_training",), own_index=True)
-    refreshed = replace(both, name="refreshed", tuning=(*both.tuning, "--refresh_index", "10"))
+    pretrained = {
+        "models": Group(
+            "Pretraining and retrieval",
+            "After fine-tuning on 64 examples. Without pretraining the models start with their initial weights, which "
+            "match words and are ready to copy. With the book closed the reader is given the question alone.",
+            {
+                "pretrained": over_seeds(few),
+                "book closed": over_seeds(Run("closed", models, flags=("--closed_book",), retrieves=False)),
+                "not pretrained": over_seeds(Run("unpretrained", start)),
+            },
+        ),
+    }
+    return pretrained | distillation_groups(bench) | fine_tuning_groups(few)
+
+
+def distillation_groups(bench: Bench) -> dict[str, Group]:
+    """Short pretraining with and without distillation, evaluated before and after fine-tuning."""
     part = {
         f"{name} distillation": [
             Run(f"part-{name}-{seed}", bench.pretrained(seed, distillation=name == "with"), shots=0)
@@ -244,30 +259,29 @@ def groups(bench: Bench) -> dict[str, Group]:
         for name, runs in part.items()
     }
     return {
-        "models": Group(
-            "Pretraining and retrieval",
-            "After fine-tuning on 64 examples. Without pretraining the models start as they are built, with weights "
-            "that match words and are ready to copy. With the book closed the reader sees the question alone.",
-            {
-                "pretrained": over_seeds(few),
-                "book closed": over_seeds(Run("closed", models, flags=("--closed_book",), retrieves=False)),
-                "not pretrained": over_seeds(Run("unpretrained", start)),
-            },
-        ),
         "distillation": Group(
             "Distillation in pretraining",
-            f"Both are pretrained for {PART[0]} + {PART[1]} steps, from the same weights and on the same data; in one "
-            f"of them the retriever learns from the reader. {len(PRETRAINING_SEEDS)} seeds of pretraining, weights "
-            "included. Evaluated as they are.",
+            f"Both are pretrained for {PART[0]} + {PART[1]} steps, from the same weights and on the same data; in only "
+            f"one of them the retriever learns from the reader. {len(PRETRAINING_SEEDS)} seeds of pretraining, which "
+            "also draw the initial weights. Evaluated without fine-tuning.",
             part,
         ),
         "distillation and examples": Group(
-            "And then fine-tuned", "Each of these models after 64 examples, others for each.", tuned
+            "The same after fine-tuning", "Each of these models after 64 examples, a different draw for each.", tuned
         ),
+    }
+
+
+def fine_tuning_groups(few: Run) -> dict[str, Group]:
+    """Variants of `few`, the fine-tuning of `make demo`, and compressed indices."""
+    models = few.models
+    both = replace(few, tuning=("--no-query_side_retriever_training",), own_index=True)
+    refreshed = replace(both, name="refreshed", tuning=(*both.tuning, "--refresh_index", "10"))
+    return {
         "retriever": Group(
-            "What of the retriever is fine-tuned",
-            "On 64 examples. Where both encoders learn the index becomes stale; it is embedded again every 10 steps, "
-            "or at the end only.",
+            "Which parts of the retriever are fine-tuned",
+            "On 64 examples. When both encoders learn, the index becomes stale; it is refreshed every 10 steps, or "
+            "only at the end.",
             {
                 "query encoder": over_seeds(few),
                 "nothing": over_seeds(Run("frozen", models, tuning=("--no-train_retriever",))),
@@ -276,9 +290,10 @@ def groups(bench: Bench) -> dict[str, Group]:
             },
         ),
         "gold scores": Group(
-            "How the reader judges passages",
-            "On 64 examples, with the temperatures of `make demo`, but for adist a gold temperature of 0.01: attention "
-            "scores are spread less than likelihoods. `ppmean` is another name for pdist, `evalnormsum` for adist.",
+            "How the reader scores passages",
+            "On 64 examples, with the temperatures of `make demo`, except for a gold temperature of 0.01 for adist, "
+            "because attention scores vary less than likelihoods. `ppmean` is another name for pdist, "
+            "`evalnormsum` for adist.",
             {"pdist": over_seeds(few)}
             | {
                 mode: over_seeds(Run(mode, models, tuning=("--gold_score_mode", mode, *flags)))
@@ -287,7 +302,8 @@ def groups(bench: Bench) -> dict[str, Group]:
         ),
         "indices": Group(
             "Compressed indices",
-            "The pretrained models as they are; the index compressed from 512 bytes per passage to the number named.",
+            "The pretrained models without fine-tuning; the index is compressed from 512 bytes per passage to the "
+            "given number.",
             {"flat": [Run("flat", models, shots=0)]}
             | {name: [Run(name.replace(" ", ""), models, shots=0, flags=flags)] for name, flags in COMPRESSED.items()},
         ),
@@ -314,52 +330,52 @@ def curves(pretraining: Path) -> dict[str, dict[int, list[Run]]]:
 
 
 def percent(values: list[np.ndarray]) -> str:
-    """The mean of the runs' means, and their standard deviation where there are several; in percent."""
+    """The mean of the runs' means, and their standard deviation if there are several, in percent."""
     means = [100 * value.mean() for value in values]
     return f"{np.mean(means):.1f}" + (f" ± {np.std(means, ddof=1):.1f}" if len(means) > 1 else "")
 
 
 def verdict(p: float) -> str:
-    """As a cell: p, and what follows."""
+    """The table cell for p, which says so if a difference is not significant."""
     return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.01 else f"{p:.2g}: not shown"
 
 
 def aims(bench: Bench, all_groups: dict[str, Group], measured: dict[Run, Measured]) -> str:
-    """The table of what had been asked of the models before any of them was made, and what became of it."""
+    """A table of the goals that were set before any of the models was trained, and of the results."""
     after = all_groups["models"].rows
     right = {name: 100 * float(np.mean([measured[run].right for run in runs])) for name, runs in after.items()}
-    found = 100 * float(np.mean([measured[run].recall[5] for run in after["pretrained"]]))
+    recall = 100 * float(np.mean([measured[run].recall[5] for run in after["pretrained"]]))
     sides = [[measured[run].recall[5] for run in runs] for runs in all_groups["distillation"].rows.values()]
     gain, p = 100 * float(np.mean(sides[0]) - np.mean(sides[1])), significance(*sides)
     most = 100 * bench.guess() + 3
     closed, plain = right["book closed"], right["not pretrained"]
     lines = [
         ("exact match after 64 examples: 60 or more", right["pretrained"], right["pretrained"] >= 60),
-        ("recall@5 after 64 examples: 90 or more", found, found >= 90),
+        ("recall@5 after 64 examples: 90 or more", recall, recall >= 90),
         (f"exact match, book closed: at most {most:.1f}, 3 above guessing", closed, closed <= most),
         ("exact match, not pretrained: 5 or less", plain, plain <= 5),
         ("distillation: 5 points of recall@5 or more, p < 0.01", gain, gain >= 5 and p < 0.01),
     ]
-    rows = [[asked, f"{value:.1f}", "holds" if holds else "**does not hold**"] for asked, value, holds in lines]
-    return table(["asked", "measured", ""], rows)
+    rows = [[goal, f"{value:.1f}", "holds" if holds else "**does not hold**"] for goal, value, holds in lines]
+    return table(["goal", "measured", ""], rows)
 
 
 def on_named(bench: Bench, all_groups: dict[str, Group], measured: dict[Run, Measured]) -> str:
-    """What is known of the questions about things that pretraining has seen the names of."""
+    """A paragraph on the questions about entities whose names occur in pretraining."""
     named = bench.named()
     cells = []
     for name in ("pretrained", "book closed"):
         right = np.mean([measured[run].right for run in all_groups["models"].rows[name]], axis=0)
-        cells.append(f"{100 * right[named].mean():.1f} against {100 * right[~named].mean():.1f} ({name})")
+        cells.append(f"{100 * right[named].mean():.1f} vs. {100 * right[~named].mean():.1f} ({name})")
     return (
-        f"No passage of pretraining is about these things, but of some it has the names, as the country of a city, "
-        f"say: {named.sum()} questions. Exact match on these against that on the others, after 64 examples: "
+        f"No pretraining passage is about these things, but the names of some occur in one, such as the country of a "
+        f"city: {named.sum()} questions. Exact match on these, compared with the others, after 64 examples: "
         f"{', '.join(cells)}."
     )
 
 
 def lines_of(group: Group, measured: dict[Run, Measured]) -> str:
-    """The table of a group: with p of each difference from the first row."""
+    """The table of a group, with p of each difference from the first row."""
     base, lines = None, []
     for name, runs in group.rows.items():
         here = [measured[run] for run in runs]
@@ -392,8 +408,8 @@ def draw(all_curves: dict[str, dict[int, list[Run]]], measured: dict[Run, Measur
             series[f"recall@{k}"] = [[measured[run].recall[k].mean() for run in runs] for runs in points.values()]
         for name, values in series.items():
             means = [100 * np.mean(value) for value in values]
-            spread = [100 * np.std(value, ddof=1) if len(value) > 1 else 0 for value in values]
-            axis.errorbar(places, means, spread, marker="o", markersize=3, capsize=2, label=name)
+            deviations = [100 * np.std(value, ddof=1) if len(value) > 1 else 0 for value in values]
+            axis.errorbar(places, means, deviations, marker="o", markersize=3, capsize=2, label=name)
         axis.set(xlabel=label, ylim=(0, 102))
         axis.grid(alpha=0.3)
     axes[1].set_xscale("symlog", linthresh=16)
@@ -407,22 +423,22 @@ def draw(all_curves: dict[str, dict[int, list[Run]]], measured: dict[Run, Measur
 
 
 def page(bench: Bench, all_groups: dict[str, Group], measured: dict[Run, Measured], plot: str) -> str:
-    """docs/evidence.md."""
+    """The text of docs/evidence.md."""
     n, relations = len(bench.questions), len({row["relation"] for row in bench.questions})
     parts = [
         "# What the tiny models show",
         f"Written by `python -m benchmarks.evidence`: {n} test questions over {relations} relations, about things that "
-        "no passage of pretraining and no example is about. Where a ± stands, several seeds, with other examples each: "
-        "their mean and standard deviation. p is of the difference from a table's first row, by flipping the signs of "
-        "the questions' differences (two-sided): it tells how sure the difference is for other questions, with these "
-        "models. One of 0.01 or more counts as not shown. Recall@k is the share of questions for which one of the "
-        "first k passages holds the answer, as in question answering at large: an answer that many passages hold, like "
-        "a continent, is easily found. Guessing, always the commonest answer of a relation in training, would be right "
-        f"for {100 * bench.guess():.1f} %.",
+        "no pretraining passage and no example is about. A ± gives mean and standard deviation over "
+        "several seeds, each with other examples. p is the significance of the difference from a table's first row, by "
+        "randomly flipping the signs of the questions' differences (two-sided): it tells how certain the difference is "
+        "for other questions with these models; 0.01 or more counts as not shown. Recall@k is the share of questions "
+        "for which one of the first k passages has the answer, as is usual in question answering: an answer that many "
+        "passages have, like a continent, is easily found. Guessing the most common answer of each relation in "
+        f"training would be right for {100 * bench.guess():.1f} %.",
         f"![Exact match and recall over pretraining and over examples]({plot})",
-        "Left: the models as pretraining leaves them, without any example; first the reader learns alone, then both. "
+        "Left: during pretraining, without examples; first the reader learns alone, then both learn. "
         "Right: after fine-tuning.",
-        "## What had been asked for",
+        "## Goals set beforehand",
         aims(bench, all_groups, measured),
         on_named(bench, all_groups, measured),
     ]
@@ -432,9 +448,9 @@ def page(bench: Bench, all_groups: dict[str, Group], measured: dict[Run, Measure
 
 
 def main() -> None:
-    """Run all, two at a time; write the page and its plot."""
+    """Run everything, two runs at a time; write the page and its plot."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--directory", type=Path, default=Path("demo/evidence"), help="where the runs go")
+    parser.add_argument("--directory", type=Path, default=Path("demo/evidence"), help="for the runs")
     parser.add_argument("--pretraining", type=Path, default=Path("demo/pretraining"), help="of `make demo-pretrain`")
     parser.add_argument("--output", type=Path, default=Path("docs/evidence.md"))
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""How fast the line offsets of a jsonl file are found, against reading it line by line in Python.
+"""How fast the line offsets of a jsonl file are found, compared with reading it line by line in Python.
 
     python -m benchmarks.jsonl_offsets --megabytes 1000
     python -m benchmarks.jsonl_offsets --file corpus.jsonl
 
-Both ways read the file from the page cache, in turns; the best of the repeats counts. Then rows are read at random.
+Both ways read the file from the page cache; the fastest of the repeats counts. Then rows are read at random.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def measure(path: Path, repeats: int, rows: int) -> None:
     text, known = open_lines(path)
     if not np.array_equal(offsets_line_by_line(path), known):  # also brings the file into the page cache
         raise SystemExit("the two ways disagree")
-    # A new mapping each time, as a process that opens the file has it: page faults count.
+    # Each repeat maps the file again, as a new process would, so that page faults are included.
     fast = min(seconds(lambda: find_offsets(open_lines(path)[0])) for _ in range(repeats))
     plain = min(seconds(lambda: offsets_line_by_line(path)) for _ in range(repeats))
     megabytes = len(text) / 1e6

@@ -1,10 +1,10 @@
-"""Memory of a training step on each GPU, from base to xxl, without a GPU: the tables of docs/training.md.
+"""Memory that a training step needs on each GPU, from base to xxl, computed without a GPU: tables of docs/training.md.
 
     python -m benchmarks.memory
 
 The step is the real one (`atlas.model.atlas`, `atlas.training.optim`, `atlas.runtime.parallel`), run on fake
-tensors: they have shapes and no contents, and a step over them allocates and frees what a real one would. Added to that
-is what is on a GPU between the steps (weights, gradients, AdamW's moments, the index), which is a matter of counting.
+tensors: they have shapes but no contents, and a step with them allocates and frees what a real one would. Added to that
+is the memory used between the steps (weights, gradients, AdamW's moments, the index), which is computed from sizes.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, T5Config
 
+from atlas.config import Optimisation
 from atlas.model.atlas import Atlas, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.reader import FusionInDecoder
@@ -53,7 +54,7 @@ READERS = {  # google/t5-{size}-lm-adapt: d_model, d_ff, layers of each stack, h
 }
 Size = str | tuple[int, int, int, int]  # of `READERS`, or another shape
 WHOLE = "no sharding"
-SHARDINGS = {  # as the tables call them
+SHARDINGS = {  # by their names in the tables
     WHOLE: {},
     "`--shard_optim`": {"shard_optim": True},
     "`--shard_optim --shard_grads`": {"shard_optim": True, "shard_grads": True},
@@ -61,7 +62,7 @@ SHARDINGS = {  # as the tables call them
 
 
 class Settings(NamedTuple):
-    """What the memory of a step depends on; the names are those of the flags."""
+    """The flags that the memory of a step depends on."""
 
     per_gpu_batch_size: int = 1
     n_context: int = 40
@@ -83,38 +84,38 @@ class Held(NamedTuple):
 
 
 def storages_of(tree: Any) -> list[torch.UntypedStorage]:
-    """Of the tensors in nested tuples, lists and dicts."""
+    """The storages of the tensors in nested tuples, lists and dicts."""
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 class Sum(NamedTuple):
-    """Of two gradients of the same tensor, just made."""
+    """The sum of two gradients of the same tensor, just computed."""
 
     storage: StorageWeakRef
     size: int
-    term: StorageWeakRef  # to which the other gradient was added
-    before: int  # bytes alive before it was made
+    term: StorageWeakRef  # the gradient to which the other one was added
+    before: int  # live bytes before the sum was computed
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside the block and are alive, and the most there were (`peak`).
+    """Counts the live bytes of tensors created inside the block, and their peak.
 
-    Autograd adds a tensor's second gradient to the first one in place where nothing else holds that one, but not under
-    a dispatch mode (`isTensorSubclassLike` in ATen/TensorSubclassLikeUtils.h): such a sum is counted as if it were in
-    place. For a shared embedding it is as large as the whole vocabulary.
+    Autograd adds a tensor's second gradient to the first one in place if nothing else references that one, but not
+    under a dispatch mode (`isTensorSubclassLike` in ATen/TensorSubclassLikeUtils.h). Such a sum is counted as if it
+    were in place: for a shared embedding it is as large as the whole vocabulary.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
         self._sizes: dict[StorageWeakRef, int] = {}
-        self._bound = 0  # of the bytes alive: some that have died may still be counted
+        self._bound = 0  # upper bound of the live bytes: freed ones may still be counted
         self._sum: Sum | None = None  # the result of the last operation, not yet counted
         self._resize = torch.UntypedStorage.resize_
 
     @property
     def now(self) -> int:
-        """Bytes that are alive."""
+        """The live bytes."""
         self._settle()
         return self._alive()
 
@@ -126,7 +127,7 @@ class LiveMemory(TorchDispatchMode):
     def __enter__(self) -> "LiveMemory":
         def resize(storage: torch.UntypedStorage, size: int) -> None:
             self._settle()
-            self._resize(storage, size)  # FSDP2 frees and fills gathered weights so, past the dispatcher
+            self._resize(storage, size)  # how FSDP2 frees and fills gathered weights, without the dispatcher
             self._count(StorageWeakRef(storage), storage.nbytes())
 
         torch.UntypedStorage.resize_ = resize
@@ -139,12 +140,12 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if DTensor in types:
-            return NotImplemented  # comes back with the tensors of this rank
+            return NotImplemented  # is called again with this rank's local tensors
         self._settle()
         result = function(*args, **(kwargs or {}))
         given = {storage._cdata for storage in storages_of((args, kwargs))}
         for storage in storages_of(result):
-            if storage._cdata not in given:  # neither a view nor changed in place
+            if storage._cdata not in given:  # neither a view nor an in-place result
                 self._made(function, args, StorageWeakRef(storage), storage.nbytes())
         return result
 
@@ -156,7 +157,7 @@ class LiveMemory(TorchDispatchMode):
             self._count(storage, size)
 
     def _settle(self) -> None:
-        """Count the last sum, now that its term has died if nothing but autograd held it."""
+        """Count the last sum, now that its term has been freed if only autograd referenced it."""
         made, self._sum = self._sum, None
         if made is None:
             return
@@ -172,7 +173,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def make_reader(size: Size, dropout: float) -> FusionInDecoder:
-    """A reader with random weights as large as a T5 v1.1."""
+    """A reader with random weights and the shape of a T5 v1.1."""
     width, inner, layers, heads = READERS[size] if isinstance(size, str) else size
     config = T5Config(
         vocab_size=32128,
@@ -194,7 +195,7 @@ def make_reader(size: Size, dropout: float) -> FusionInDecoder:
 
 @functools.cache
 def shapes_of_reader(size: Size) -> list[torch.Size]:
-    """Of all its weights."""
+    """The shapes of all its weights."""
     with torch.device("meta"):
         return [parameter.shape for parameter in make_reader(size, 0.0).parameters()]
 
@@ -211,19 +212,14 @@ def build(reader: Size, retriever: BertConfig, settings: Settings) -> tuple[Atla
         shard_weights(fusion, fusion.blocks, CPU, block_dtype=dtype, forward_methods=("encode",))
     encoders = DualEncoder(contriever, query_side=True)
     atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=MODES["pdist"])
-    groups = {
-        name: ([(key, p) for key, p in half.named_parameters() if p.requires_grad], 1e-5)
-        for name, half in (("reader", fusion), ("retriever", encoders))
-    }
-    schedule = {"scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
-    optimizers = Optimizers(
-        groups, weight_decay=0.01, epsilon=1e-6, beta2=0.999, clip=1.0, shard=settings.shard_optim, **schedule
-    )
+    flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
+    flags = Optimisation(**flags, shard_optim=settings.shard_optim)
+    optimizers = Optimizers(flags, {"reader": fusion, "retriever": encoders})
     return atlas.train(), optimizers
 
 
 def batch_of(settings: Settings, vocabulary: int, embedding: int) -> TrainingTensors:
-    """A batch whose rows are all as long as they may be."""
+    """A batch in which all rows have the maximum length."""
     n, k, length = settings.per_gpu_batch_size, settings.n_context, settings.text_maxlength
 
     def ids(*shape: int) -> torch.Tensor:
@@ -239,9 +235,9 @@ def batch_of(settings: Settings, vocabulary: int, embedding: int) -> TrainingTen
 
 
 def use_cuda_kernels() -> None:
-    """Attention, norms and dropout in the kernels that CUDA has for them, for good; those of a CPU keep more tensors.
+    """Use CUDA's kernels for attention, norms and dropout from now on: those of a CPU keep more tensors.
 
-    Attention goes to the memory-efficient kernel: flash attention takes no bias, this one also gives it a gradient.
+    Attention uses the memory-efficient kernel: flash attention accepts no bias, and this one also gives it a gradient.
     """
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
@@ -262,7 +258,7 @@ def use_cuda_kernels() -> None:
 
 
 def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> None:
-    """One step as src/atlas/training/trainer.py makes it."""
+    """One step as `atlas.training.trainer` takes it."""
     with devices.autocast(CPU, precision):
         losses = atlas(batch)
     optimizers.backward(losses.total)
@@ -271,7 +267,7 @@ def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precisi
 
 
 def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
-    """What this rank really holds: bytes of its weights, of the gradients that wait, and of its moments."""
+    """The bytes of this rank's weights, gradients and moments, measured."""
 
     def size(tensors: Iterable[torch.Tensor | None]) -> int:
         storages = storages_of([local_part(tensor.detach()) for tensor in tensors if tensor is not None])
@@ -283,15 +279,15 @@ def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
 
 
 def held(reader: Size, retriever: BertConfig, settings: Settings, world_size: int) -> Held:
-    """The same by counting, for query-side training: trained are reader and query encoder, all weights are fp32."""
+    """The same, computed from sizes for query-side training of reader and query encoder; all weights are fp32."""
     with torch.device("meta"):
         encoder = [p.numel() for p in Contriever(retriever).parameters()]
     ranks = world_size if settings.shard_grads else 1
-    # rows are dealt out; rank 0 never has fewer than another
+    # FSDP2 distributes rows over ranks; no rank has more than rank 0.
     of_reader = [-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes_of_reader(reader)]
 
     def moments(sizes: list[int], whole: bool) -> int:
-        # whole tensors go to the ranks that have least: the largest of them may be more than an equal share
+        # Whole tensors go to the ranks that have the least; the largest may exceed an equal share.
         return max(max(sizes), -(-sum(sizes) // world_size)) if settings.shard_optim and whole else sum(sizes)
 
     return Held(
@@ -302,13 +298,13 @@ def held(reader: Size, retriever: BertConfig, settings: Settings, world_size: in
 
 
 def working(reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> int:
-    """Bytes that a step needs at its peak beside those of `held`: a real step on fake tensors.
+    """Peak bytes of a step in addition to those of `held`: a real step on fake tensors.
 
-    They are activations, and copies of weights: in the precision of the computation, or gathered from all ranks. It is
-    run in a process of its own: after one torch 2.13 may crash whenever it collects garbage.
+    They are activations and copies of weights, in the precision of the computation or gathered from all ranks. The step
+    runs in a separate process, because after it torch 2.13 may crash during any garbage collection.
 
     Raises:
-        RuntimeError: that process died.
+        RuntimeError: that process crashed.
     """
     context = get_context("spawn")
     mine, theirs = context.Pipe(duplex=False)
@@ -327,23 +323,23 @@ def _send_working(
 ) -> None:
     def norm(parameters: list[torch.nn.Parameter], stop: bool) -> np.ndarray:
         agree_on_norm(parameters, stop)
-        return np.ones(2)  # what it says cannot be read from fake tensors
+        return np.ones(2)  # values cannot be read from fake tensors
 
     def mesh(*arguments: Any) -> DeviceMesh:
-        with unset_fake_temporarily():  # the numbers of the ranks are read
+        with unset_fake_temporarily():  # it reads the numbers of the ranks
             return init_device_mesh(*arguments)
 
     gc.disable()
     optim.agree_on_norm, parallel.init_device_mesh = norm, mesh
     if cuda:
         use_cuda_kernels()
-    if world_size > 1:  # this is rank 0; that the others do not exist is no harm where nothing is read
+    if world_size > 1:  # this is rank 0; the others need not exist because no values are read
         dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     with FakeTensorMode():
         atlas, optimizers = build(reader, retriever, settings)
         batch = batch_of(settings, retriever.vocab_size, retriever.hidden_size)
         wait_for_gradients(atlas)
-        optimizers.step(0)  # makes the moments
+        optimizers.step(0)  # creates the moments
         wait_for_gradients(atlas)
         with LiveMemory() as live:
             update(atlas, optimizers, batch, settings.precision)
@@ -352,7 +348,7 @@ def _send_working(
 
 
 def wait_for_gradients(atlas: Atlas) -> None:
-    """Put zeros where a step adds its gradients: they are there all the time in DDP, and when steps are accumulated."""
+    """Create gradients of zeros, to which a step adds its own: with DDP or accumulation they always exist."""
     for parameter in atlas.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -362,7 +358,7 @@ def memory_per_gpu(size: str, settings: Settings, world_size: int, at_work: int 
     """Bytes by what they are for, while training a reader of a size in `READERS` with a retriever of BERT's base size.
 
     Args:
-        at_work: what `working` found, which is the same for every number of GPUs but for parts of a per cent.
+        at_work: the result of `working`, which differs by less than a percent between numbers of GPUs.
     """
     retriever = BertConfig(vocab_size=30522)
     parts = held(size, retriever, settings, world_size)._asdict()
@@ -370,7 +366,7 @@ def memory_per_gpu(size: str, settings: Settings, world_size: int, at_work: int 
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str | float]]) -> str:
-    """In Markdown; numbers, which are bytes, in GiB."""
+    """A Markdown table; numbers are bytes and printed in GiB."""
     header = list(header)
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     lines += [[cell if isinstance(cell, str) else f"{cell / GIB:.1f}" for cell in row] for row in rows]

@@ -26,12 +26,13 @@ import faiss
 import numpy as np
 import torch
 
-from atlas.index import files
 from atlas.index.codec import Compression
+from atlas.index.convert import compress_index
+from atlas.index.directory import has_index, read_description
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
 from atlas.index.sharded import ShardedIndex
-from atlas.index.storage import compress_index, open_index, save_index
+from atlas.index.store import open_index, save_index
 from benchmarks.search import process_memory, random_embeddings
 
 CPU = torch.device("cpu")
@@ -57,19 +58,25 @@ def build(directory: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     for texts in (1, LONGER):
         if not (directory / f"{texts}.jsonl").exists():
             write_corpus(directory / f"{texts}.jsonl", arguments.passages, texts)
-    if not files.has_index(indices["flat"]):
+    if not has_index(indices["flat"]):
         embeddings = random_embeddings(arguments.passages, arguments.dimension)
         save_index(indices["flat"], ShardedIndex(open_passages(directory / "1.jsonl"), embeddings))
     for kind in arguments.types:
         name, _, code_size = kind.partition("-")
         indices[kind], longer = directory / kind, directory / f"{kind}-long"
-        if not files.has_index(indices[kind]):
-            wanted = Compression(
-                name, int(code_size) if code_size else None, nlist=arguments.faiss_nlist, train_size=arguments.train
-            )
+        wanted = Compression(
+            name, int(code_size) if code_size else None, nlist=arguments.faiss_nlist, train_size=arguments.train
+        )
+        try:
+            wanted.factory(arguments.passages, arguments.dimension)
+        except ValueError as error:
+            print(f"{kind} is left out: {error}")
+            del indices[kind]
+            continue
+        if not has_index(indices[kind]):
             compress_index(indices["flat"], indices[kind], wanted, codes_only=True)
         indices[f"{kind}, texts x {LONGER}"] = longer
-        if not files.has_index(longer):
+        if not has_index(longer):
             local = open_index(indices[kind], device=CPU).local
             save_index(longer, ShardedIndex(open_passages(directory / f"{LONGER}.jsonl"), None, local), codes_only=True)
     return indices
@@ -88,7 +95,7 @@ def mapped_bytes(directory: Path, name: str) -> int:
 
 def measure(directory: Path, nprobe: int | None) -> dict[str, float]:
     """Open an index and answer one query: seconds, and bytes of memory."""
-    queries = torch.randn(1, files.read_description(directory).dimension)
+    queries = torch.randn(1, read_description(directory).dimension)
     FlatIndex(random_embeddings(100, queries.shape[1])).search(queries, 10)
     before, started = process_memory("RssAnon"), time.perf_counter()
     index = open_index(directory, device=CPU, compression=Compression(nprobe=nprobe))
@@ -96,7 +103,8 @@ def measure(directory: Path, nprobe: int | None) -> dict[str, float]:
     found = index.passages_of(index.search(queries, 10).ids)
     answered = time.perf_counter() - started
     assert len(found[0]) == 10
-    width = index.compressed.quantizer.code_size if index.compressed else 2 * index.dimension
+    quantizer = read_description(directory).quantizer
+    width = quantizer.code_size if quantizer else 2 * index.dimension
     return {
         "opened": opened,
         "answered": answered,
@@ -123,7 +131,10 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=10**6)
     parser.add_argument("--dimension", type=int, default=768, help="D")
     parser.add_argument(
-        "--types", nargs="*", default=["pq-64", "ivfpq-64", "ivfsq"], help="beside flat; with the bytes of a code"
+        "--types",
+        nargs="*",
+        default=["pq-64", "ivfpq-64", "ivfsq", "PQ128x4fs"],
+        help="beside flat; with the bytes of a code",
     )
     parser.add_argument("--faiss_nlist", type=int, help="lists of ivf types; by default the root of the passages")
     parser.add_argument("--faiss_nprobe", type=int, help="lists searched; by default all")

@@ -1,10 +1,10 @@
-"""Masked language modelling with retrieval and with the book closed: how well hidden spans are guessed, over the steps.
+"""Masked language modelling with retrieval and closed-book: how well masked spans are predicted over the steps.
 
     python -m benchmarks.pretraining_curves --directory curves --plot curves/curves.png
 
 Both runs are `train.py --task mlm` on the demo's corpus, from the same tiny models, with the same steps, batches and
-noise. Spans of passages that are never trained on are guessed; a passage cannot retrieve itself, but the corpus tells
-most facts in other words as well. `--plot` needs matplotlib, which nothing else here does: pip install matplotlib
+noise. Spans of held-out passages are predicted. A passage cannot retrieve itself, but the corpus states most facts
+again in other words. `--plot` needs matplotlib: pip install matplotlib
 """
 
 import argparse
@@ -29,7 +29,7 @@ def call(*words: object) -> None:
 
 
 def split(data: Path, directory: Path, held_out: int) -> tuple[Path, Path]:
-    """The corpus's lines to train on, and those to evaluate on: about things that the models were not pretrained on."""
+    """Files of passages to train on and to evaluate on; the latter are about things not seen in pretraining."""
     corpus, seen = ((data / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("passages", "passages.train"))
     seen = seen.splitlines(keepends=True)
     others = sorted(set(corpus.splitlines(keepends=True)) - set(seen))
@@ -41,7 +41,7 @@ def split(data: Path, directory: Path, held_out: int) -> tuple[Path, Path]:
 
 
 def measured(log: Path, every: int) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> (step, value) of the evaluations in a log, which come every so many steps."""
+    """Metric -> (step, value) of the evaluations in a log, one every `every` steps."""
     curves: dict[str, list[tuple[int, float]]] = {}
     evaluations = [line for line in log.read_text(encoding="utf-8").splitlines() if "Dataset: " in line]
     for number, line in enumerate(evaluations, 1):

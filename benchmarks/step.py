@@ -1,15 +1,15 @@
-"""A training step at the size of T5 base: its share of the machine's peak, and what each measure brings.
+"""A training step at the size of T5 base: its share of the machine's peak, and the speed-up of each optimisation.
 
     python -m benchmarks.step
 
-A query-side step takes the passages' embeddings out of the index. It is measured against embedding them again: padded
-to the longest of the batch, as all rows here are, and padded to text_maxlength, as the published system does. Passages
-are as long as Wikipedia's of 100 words (130 to 150 tokens), and the reader's rows have the query as well. Dropout is
-off: with it the reader encodes the passages once more for the gold scores, and both ratios are smaller.
+A query-side step takes the passages' embeddings from the index. It is compared with embedding them again: padded to the
+longest of the batch, like all rows here, and padded to text_maxlength, as in the published system. Passages are as long
+as Wikipedia passages of 100 words (130 to 150 tokens), and the reader's rows also contain the query. Dropout is off:
+with dropout the reader encodes the passages again for the gold scores, and both ratios are smaller.
 
-*Plain* pads all to 384 tokens, where the rows have 60 to 160, computes in fp32, embeds the passages again, and looks at
-every parameter's gradient by itself, which waits for the device each time. All else computes in bf16 where this CPU has
-it (AVX512-BF16 or AMX), elsewhere in fp32: there the ratios are those of the other measures alone.
+*Plain* pads all rows, which have 60 to 160 tokens, to 384, computes in fp32, embeds the passages again, and checks each
+parameter's gradient separately, which waits for the device each time. Everything else computes in bf16 if this CPU
+supports it (AVX512-BF16 or AMX), otherwise in fp32; the ratios then show the other optimisations alone.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, T5Config
 
+from atlas.config import Optimisation
 from atlas.model.atlas import Atlas, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.reader import FusionInDecoder
@@ -34,11 +35,11 @@ CPU = torch.device("cpu")
 PRECISION = devices.cpu_precision()
 VOCABULARY, QUERY, TARGET = 32128, 24, 16
 PLAIN_MAXLENGTH = 384
-MIXED, WIKIPEDIA = (60, 160), (130, 150)  # least and most tokens of a passage
+MIXED, WIKIPEDIA = (60, 160), (130, 150)  # the fewest and the most tokens of a passage
 
 
 def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Median of several runs after one to warm up."""
+    """Median of several runs after a warm-up."""
     function()
     times = []
     for _ in range(repeats):
@@ -49,7 +50,7 @@ def seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def peak(dtype: torch.dtype, repeats: int) -> float:
-    """Floating point operations a second of the fastest of several large matrix products."""
+    """Floating point operations per second of the fastest of several large matrix products."""
     best = 0.0
     for n, m, k in ((4096, 2048, 768), (4096, 768, 2048), (2048, 2048, 2048), (4096, 4096, 4096)):
         a, b = torch.randn(n, k, dtype=dtype), torch.randn(k, m, dtype=dtype)
@@ -58,7 +59,7 @@ def peak(dtype: torch.dtype, repeats: int) -> float:
 
 
 def models(layers: int, width: int) -> tuple[FusionInDecoder, DualEncoder]:
-    """A T5 v1.1 and a BERT of the shapes of their base sizes, but perhaps of fewer layers; random weights."""
+    """A T5 v1.1 and a BERT with random weights; the defaults are their base sizes."""
     shape = {"d_model": width, "d_kv": 64, "d_ff": width * 8 // 3, "num_heads": width // 64, "num_layers": layers}
     config = T5Config(
         vocab_size=VOCABULARY,
@@ -75,22 +76,22 @@ def models(layers: int, width: int) -> tuple[FusionInDecoder, DualEncoder]:
 
 
 def tokens(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (…) -> (…, L), (…, L)
-    """Ids and mask of rows of these lengths, padded to the longest."""
+    """Ids and mask of rows with these lengths, padded to the longest."""
     mask = torch.arange(int(lengths.max())) < lengths[..., None]
     return torch.randint(3, 30000, mask.shape) * mask, mask
 
 
 def pad(tensor: torch.Tensor, length: int) -> torch.Tensor:  # (…, L) -> (…, length)
-    """Fill up the rows."""
+    """Pad the rows to this length."""
     return F.pad(tensor, (0, length - tensor.shape[-1]))
 
 
 class Batch:
-    """One query with K passages: rows for the reader, rows for the retriever, embeddings out of an index.
+    """One query with K passages: rows for the reader, rows for the retriever, embeddings from an index.
 
     Args:
-        limits: least and most tokens of a passage.
-        query: what the reader's rows have in addition.
+        limits: the fewest and the most tokens of a passage.
+        query: tokens of the query in each of the reader's rows.
     """
 
     def __init__(self, k: int, limits: tuple[int, int], dim: int, query: int = 0) -> None:
@@ -103,42 +104,31 @@ class Batch:
         self.embeddings = torch.randn(1, k, dim)
 
     def from_index(self) -> TrainingTensors:
-        """Rows as long as they are, embeddings out of the index."""
+        """Unpadded rows, embeddings from the index."""
         return TrainingTensors(*self.rows, self.targets, *self.query, passage_embeddings=self.embeddings)
 
     def embedding_again(self, length: int | None = None) -> TrainingTensors:
-        """The same, but the frozen encoder embeds the passages once more, padded to `length` or to the longest."""
+        """The same, but the frozen encoder embeds the passages again, padded to `length` or to the longest."""
         passages = [pad(tensor, length or tensor.shape[-1]) for tensor in self.passages]
         return TrainingTensors(*self.rows, self.targets, *self.query, *passages)
 
     def padded(self, length: int) -> TrainingTensors:
-        """Everything padded, and embedded again."""
+        """All rows padded, and the passages embedded again."""
         rows, query, passages = ([pad(tensor, length) for tensor in x] for x in (self.rows, self.query, self.passages))
         return TrainingTensors(*rows, self.targets, *query, *passages)
 
 
 class Step:
-    """The models and optimizers of a run with K passages for a query."""
+    """The models and optimizers of a run with K passages per query."""
 
     def __init__(self, k: int, layers: int, width: int) -> None:
         torch.manual_seed(0)
         self.reader, self.retriever = models(layers, width)
         self.atlas = Atlas(self.reader, self.retriever, n_context=k, mode=MODES["pdist"])
-        trained = {
-            "reader": list(self.reader.named_parameters()),
-            "retriever": [(n, p) for n, p in self.retriever.named_parameters() if p.requires_grad],
-        }
-        self.parameters = [p for named in trained.values() for _, p in named]
-        self.optimizers = Optimizers(
-            {name: (parameters, 1e-5) for name, parameters in trained.items()},
-            weight_decay=0.01,
-            epsilon=1e-6,
-            beta2=0.999,
-            clip=1.0,
-            scheduler="fixed",
-            warmup_steps=0,
-            total_steps=100,
-        )
+        halves = {"reader": self.reader, "retriever": self.retriever}
+        self.parameters = [p for half in halves.values() for p in half.parameters() if p.requires_grad]
+        flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 100}
+        self.optimizers = Optimizers(Optimisation(**flags), halves)
 
     def update(self, batch: TrainingTensors) -> None:
         with devices.autocast(CPU, PRECISION):
@@ -147,7 +137,7 @@ class Step:
         self.optimizers.step(0)
 
     def plain(self, batch: TrainingTensors) -> None:
-        """In fp32, every parameter looked at by itself."""
+        """In fp32, with a separate check of each parameter's gradient."""
         self.optimizers.backward(self.atlas(batch).total)
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -163,8 +153,8 @@ class Step:
         logits.float().mean().backward()
 
 
-def in_turns(fast: Callable[[], object], others: list[Callable[[], object]], repeats: int) -> list[float]:
-    """How many times as long each of the others takes: medians of the ratios of times taken one after the other."""
+def speed_ups(fast: Callable[[], object], others: list[Callable[[], object]], repeats: int) -> list[float]:
+    """How many times as long as `fast` each of the others takes: the medians of ratios within each repeat."""
     functions, ratios = [fast, *others], []
     for function in functions:
         function()
@@ -185,7 +175,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="layers of each stack")
     parser.add_argument("--width", type=int, default=768, help="width of the models, a multiple of 64")
     parser.add_argument("--repeats", type=int, default=3, help="measurements; the median is shown")
-    parser.add_argument("--text_maxlength", type=int, default=384, help="that passages are padded to")
+    parser.add_argument("--text_maxlength", type=int, default=384, help="length that passages are padded to")
     options = parser.parse_args()
     if options.text_maxlength < WIKIPEDIA[1]:
         parser.error(f"--text_maxlength {options.text_maxlength}: passages have up to {WIKIPEDIA[1]} tokens; give more")
@@ -198,7 +188,7 @@ def main() -> None:
     achieved = counter.get_total_flops() / seconds(lambda: step.read(mixed.from_index()), options.repeats)
     print(f"{PRECISION} matrix products at their best: {most / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
     print(f"reader, forward and backward: {achieved / 1e9:.0f} GFLOP/s, {100 * achieved / most:.0f} % of that")
-    to_longest, to_maxlength = in_turns(
+    to_longest, to_maxlength = speed_ups(
         lambda: step.update(wikipedia.from_index()),
         [
             lambda: step.update(wikipedia.embedding_again()),
@@ -206,13 +196,13 @@ def main() -> None:
         ],
         options.repeats,
     )
-    print("step with embeddings out of the index against embedding the passages again,")
+    print("step with embeddings from the index, compared with embedding the passages again,")
     print(f"- padded to the longest of the batch: {to_longest:.2f} times as fast")
     print(f"- padded to text_maxlength, {options.text_maxlength}: {to_maxlength:.2f} times as fast")
-    (plain,) = in_turns(
+    (plain,) = speed_ups(
         lambda: step.update(mixed.from_index()), [lambda: step.plain(mixed.padded(PLAIN_MAXLENGTH))], options.repeats
     )
-    print(f"whole step against the plain way: {plain:.2f} times as fast")
+    print(f"whole step, compared with the plain one: {plain:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What the fast paths bring: each against the plain way of doing the same, as a ratio measured in one run.
+"""The speed-up of each fast path: its time compared with that of a plain implementation, measured in the same run.
 
     python -m benchmarks.throughput
 
-The plain way pads everything to text_maxlength, takes passages in the order they come, embeds the passages of a
-training step again although their encoder is frozen, and runs the encoder twice at evaluation (for the loss and for the
-answer). Passages have 60 to 160 tokens; the models are small and have random weights, which costs the same time as good
-ones.
+The plain implementation pads everything to text_maxlength, does not sort passages by length, embeds the passages of a
+training step again although their encoder is frozen, and runs the encoder twice in evaluation (for the loss and for the
+answer). Passages have 60 to 160 tokens. The models are small and have random weights, which does not affect the time.
 """
 
 import argparse
@@ -20,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig, T5Config
 
+from atlas import config
 from atlas.model.atlas import Atlas, TrainingTensors
 from atlas.model.inputs import Inputs, Targets
+from atlas.model.load import Model
 from atlas.model.reader import FusionInDecoder, token_log_probabilities
 from atlas.model.retriever import Contriever, DualEncoder
 from atlas.model.signals import MODES
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def median_ratio(fast: Callable[[], None], plain: Callable[[], None], repeats: int) -> tuple[float, float, float]:
-    """Median seconds of both, taken in turns, and the median of the pairs' ratios."""
+    """Median seconds of both, measured alternately, and the median ratio of the pairs."""
     times = []
     for function in (fast, plain):
         function()  # warm-up
@@ -74,33 +75,32 @@ class Bench:
         torch.manual_seed(0)
         shape = {"d_model": 256, "d_kv": 64, "d_ff": 640, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4}
         vocabulary = len(self.reader_tokenizer)
-        config = T5Config(
+        shape_of_reader = T5Config(
             vocab_size=vocabulary, feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0, **shape
         )
-        self.reader = FusionInDecoder(config)
+        self.reader = FusionInDecoder(shape_of_reader)
         shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
         dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         retriever = Contriever(BertConfig(vocab_size=len(self.retriever_tokenizer), **shape, **dropout))
         self.retriever = DualEncoder(retriever, query_side=True)
+        formats = {"encoder_format": "{query} {text}", "retriever_format": "{text}"}
         self.inputs = Inputs(
+            config.Model(text_maxlength=MAXLENGTH, **formats),
             self.reader_tokenizer,
             self.retriever_tokenizer,
             device=CPU,
-            text_maxlength=MAXLENGTH,
-            encoder_format="{query} {text}",
-            retriever_format="{text}",
         )
         self.retrieval = Retrieval(
-            self.retriever,
-            self.inputs,
+            Model(self.reader, self.retriever, self.inputs),
             self.passages,
-            device=CPU,
-            embedder_precision="fp32",
-            embedder_batch_size=64,
+            config.Index(),
+            config.Run(embedder_precision="fp32", per_gpu_embedder_batch_size=64),
+            config.RetrieverTraining(),
+            CPU,
         )
 
     def _cut(self, text: str, rng: random.Random) -> str:
-        """So that the passage has 60 to 160 tokens of the retriever."""
+        """The beginning of the text, with 60 to 160 tokens of the retriever."""
         tokenizer: RetrieverTokenizer = self.retriever_tokenizer
         wanted, words = rng.randint(60, 160), (text + " " + text).split()
         while len(tokenizer.encode([" ".join(words)])[0]) > wanted:
@@ -132,20 +132,8 @@ class Bench:
     def training(self, repeats: int) -> tuple[float, float, float]:
         queries, passages, targets = self.examples()
         atlas = Atlas(self.reader, self.retriever, n_context=self.k, mode=MODES["pdist"])
-        trained = {
-            "reader": list(self.reader.named_parameters()),
-            "retriever": [(n, p) for n, p in self.retriever.named_parameters() if p.requires_grad],
-        }
-        optimizers = Optimizers(
-            {name: (parameters, 1e-5) for name, parameters in trained.items()},
-            weight_decay=0.01,
-            epsilon=1e-6,
-            beta2=0.999,
-            clip=1.0,
-            scheduler="fixed",
-            warmup_steps=0,
-            total_steps=100,
-        )
+        flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 100}
+        optimizers = Optimizers(config.Optimisation(**flags), {"reader": self.reader, "retriever": self.retriever})
         from_index = torch.randn(self.batch, self.k, self.retriever.dim)
 
         def fast() -> None:

@@ -3,9 +3,9 @@
     python evaluation_scripts/evaluate_mmlu_predictions.py experiments/mmlu/combined_test-step-100.jsonl
     python evaluation_scripts/evaluate_mmlu_predictions.py experiments/mmlu_5_shot/
 
-The second form takes a directory with a run for each subject: of every evaluation file in it, the last step counts.
+The second form takes a directory with a run for each subject, and uses the last step of every evaluation file in it.
 `debiased` is the accuracy of the option that is most probable over all orders of the options, `standard` that of the
-answer which was written to the question as it stands. Like MMLU's authors, every question counts the same.
+answer generated for the original order. As in MMLU's own evaluation, all questions have the same weight.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from atlas.files.jsonl import DataError, JsonlCorpus
 
-# The 57 subjects by subcategory, and these by category (Hendrycks et al. 2021)
+# The 57 subjects by subcategory, and the subcategories by category (Hendrycks et al. 2021).
 SUBJECTS = {
     "physics": ("astronomy", "college_physics", "conceptual_physics", "high_school_physics"),
     "chemistry": ("college_chemistry", "high_school_chemistry"),
@@ -87,33 +87,33 @@ SPLIT = {"test": "test", "val": "valid", "valid": "valid", None: None}
 
 
 class Score(NamedTuple):
-    """Of one question: 1 or 0, or None where the file does not tell."""
+    """The scores of a question: 1 or 0, or None if the file does not have them."""
 
     debiased: float | None
     standard: float | None
 
 
 def score(row: dict) -> tuple[str, str | None, Score]:
-    """Subject, split and score of a row. Raises: ValueError."""
+    """The subject, split and score of a row. Raises: ValueError."""
     rows = row.get("permutations")
     if not isinstance(rows, list) or not all(isinstance(of_order, dict) for of_order in rows):
-        raise ValueError(f"no `permutations`, so no result of --task multiple_choice; found {', '.join(row)}")
+        raise ValueError(f"no `permutations`, so not a result of --task multiple_choice; found {', '.join(row)}")
     originals = [of_order for of_order in rows if (of_order.get("metadata") or {}).get("is_original")]
     if len(originals) != 1:
-        raise ValueError(f"{len(originals)} of its `permutations` say `is_original` in `metadata`; one should")
+        raise ValueError(f"{len(originals)} of its `permutations` have `is_original` set in `metadata`; one must")
     (original,) = originals
     line = original["metadata"]
     for field, kind in (("dataset", str), ("options", dict), ("answer", str)):
         if not isinstance(line.get(field), kind):
             raise ValueError(f"no `{field}` in the `metadata` of `permutations`; found {', '.join(line)}")
-    found = DATASET.fullmatch(line["dataset"])
-    subject, split = found.groups() if found else (line["dataset"], None)
+    match = DATASET.fullmatch(line["dataset"])
+    subject, split = match.groups() if match else (line["dataset"], None)
     if subject not in SUBCATEGORY:
-        raise ValueError(f"`dataset` {line['dataset']!r} is none of MMLU's {len(SUBCATEGORY)} subjects")
+        raise ValueError(f"`dataset` {line['dataset']!r} is not one of MMLU's {len(SUBCATEGORY)} subjects")
     options, right = line["options"], line["answer"]
     probabilities = row.get("choice_probs")
     if right not in options or (probabilities is not None and set(probabilities) != set(options)):
-        raise ValueError(f"`answer` and `choice_probs` are not of the letters of `options`, {', '.join(options)}")
+        raise ValueError(f"`answer` and `choice_probs` must have the letters of `options`, {', '.join(options)}")
     debiased = standard = None
     if probabilities is not None:
         chosen = max(probabilities, key=probabilities.get)
@@ -124,26 +124,30 @@ def score(row: dict) -> tuple[str, str | None, Score]:
 
 
 def result_files(path: Path) -> list[Path]:
-    """The file itself, or the last step of each evaluation file in and below a directory. Raises: DataError."""
+    """The file itself, or the last step of each evaluation file in a directory and its subdirectories.
+
+    Raises: DataError if there is none.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise DataError(f"there is no file or directory {path}")
     last: dict[Path, tuple[int, Path]] = {}
     for file in path.rglob("*.jsonl"):
-        if found := re.fullmatch(r"(.+)-step-(\d+)\.jsonl", file.name):
-            last[file.parent / found[1]] = max(last.get(file.parent / found[1], (-1, file)), (int(found[2]), file))
+        if match := re.fullmatch(r"(.+)-step-(\d+)\.jsonl", file.name):
+            name, step = file.parent / match[1], int(match[2])
+            last[name] = max(last.get(name, (-1, file)), (step, file))
     if not last:
-        raise DataError(f"{path}: there is no result file NAME-step-N.jsonl in it; were runs given --write_results?")
+        raise DataError(f"{path}: no result files NAME-step-N.jsonl in it; run with --write_results")
     return [file for _, (_, file) in sorted(last.items())]
 
 
 def read(files: Iterable[Path], split: str | None) -> dict[str, list[Score]]:
-    """Scores by subject, of one split: that asked for, the test questions if there are any, or the only one.
+    """Scores by subject, of one split: the given one, else test if there are test questions, else the only one.
 
-    Raises: DataError for a bad row; for a subject that is in two files; where there is nothing of the split.
+    Raises: DataError for a bad row, for a subject in two files, or if there is nothing of the split.
     """
-    found: dict[str | None, dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
+    by_split: dict[str | None, dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
     source: dict[tuple[str, str | None], Path] = {}
     for file in files:
         rows = JsonlCorpus([file])
@@ -155,16 +159,14 @@ def read(files: Iterable[Path], split: str | None) -> dict[str, list[Score]]:
             except ValueError as error:
                 raise DataError(f"{rows.where(number)}: {error}") from error
             if source.setdefault((subject, of_split), file) != file:
-                raise DataError(
-                    f"{subject} is in {source[subject, of_split]} and in {file}: only one of them can count"
-                )
-            found[of_split][subject].append(result)
-    if not found:
-        raise DataError(f"{', '.join(map(str, files))}: there is no result in it")
-    split = split or ("test" if "test" in found else next(iter(found)))
-    if split not in found:
-        raise DataError(f"nothing is of the split {split}; there is {', '.join(map(str, found))}")
-    return found[split]
+                raise DataError(f"{subject} is both in {source[subject, of_split]} and in {file}: remove one of them")
+            by_split[of_split][subject].append(result)
+    if not by_split:
+        raise DataError(f"{', '.join(map(str, files))}: contains no results")
+    split = split or ("test" if "test" in by_split else next(iter(by_split)))
+    if split not in by_split:
+        raise DataError(f"no results for the split {split}, only for {', '.join(map(str, by_split))}")
+    return by_split[split]
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -173,7 +175,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def table(by_subject: dict[str, list[Score]]) -> Iterator[str]:
-    """Lines of what is to be seen: categories, their subcategories, the subjects of these; at the end all together."""
+    """Lines of a table: each category with its subcategories and their subjects, and at the end all subjects."""
 
     def line(name: str, indent: int, subjects: Iterable[str]) -> Iterator[str]:
         scores = [score for subject in subjects for score in by_subject.get(subject, [])]
@@ -195,7 +197,7 @@ def table(by_subject: dict[str, list[Score]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, help="a result file, or a directory of runs")
-    parser.add_argument("--split", choices=("test", "valid"), help="of the questions (test, if there are any)")
+    parser.add_argument("--split", choices=("test", "valid"), help="which questions (default: test, if there are any)")
     arguments = parser.parse_args()
     try:
         print("\n".join(table(read(result_files(arguments.results), arguments.split))))

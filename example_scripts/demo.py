@@ -1,8 +1,8 @@
-"""The whole system in minutes, on two CPU processes: `make demo`.
+"""The whole system in minutes, in two CPU processes: `make demo`.
 
-Prepares a corpus of facts and questions, measures the tiny reader and the tiny retriever of models/tiny on it,
-fine-tunes both together on 64 questions with finetune_qa.py, and shows what changed. Every command is printed as it
-could be typed.
+Prepares a corpus of facts and questions, evaluates the tiny reader and retriever of models/tiny on it, fine-tunes both
+together on 64 questions with finetune_qa.py, and shows the difference. Every command is printed so that it can be
+copied.
 """
 
 import argparse
@@ -22,7 +22,7 @@ DEPTHS = (1, 5, 20)
 READING = ("--task", "qa", "--text_maxlength", "128", "--n_context", "5", "--generation_max_length", "32")
 SEARCHING = ("--task", "qa", "--text_maxlength", "128", "--n_context", str(max(DEPTHS)), "--retrieve_only")
 LAUNCH = ("--standalone", "--nnodes", "1", "--nproc_per_node", "2")
-# chosen on dev.jsonl
+# These settings were chosen on dev.jsonl.
 FINE_TUNING = (
     *("--retriever_n_context", "5", "--lr", "5e-4", "--lr_retriever", "1e-4", "--dropout", "0", "--shuffle"),
     *("--gold_score_mode", "pdist", "--temperature_gold", "0.1", "--temperature_score", "0.1"),
@@ -31,10 +31,10 @@ FINE_TUNING_STEPS = 40  # with 16 examples in each
 
 
 def call(*words: str | Path) -> None:
-    """Print a command and run it, from the repository's root."""
+    """Print a command and run it in the repository's root directory."""
     line = shlex.join(map(str, words))
     print(f"\n$ {line.replace(sys.executable, 'python')}", flush=True)
-    # torchrun's two processes share the processors, and a thread that waits must not keep one busy
+    # torchrun's two processes share the processors, so threads must not spin while they wait.
     threads = "1" if any("torchrun" in str(word) for word in words) else str(os.cpu_count() or 1)
     environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
     subprocess.run([str(word) for word in words], cwd=ROOT, env=environment, check=True)
@@ -47,7 +47,7 @@ def two_processes(script: str, *flags: str | Path) -> None:
 
 
 def prepare(data: Path) -> None:
-    """Make the corpus with its questions, also where there is one: it might be of another version."""
+    """Write the corpus and its questions, even if they exist: they may be of another version."""
     call(sys.executable, "preprocessing/prepare_demo.py", "--output_directory", data)
 
 
@@ -57,7 +57,7 @@ def read(file: Path) -> list[dict]:
 
 
 def measure(answered: Path, searched: Path) -> dict[str, float]:
-    """Percentages: exact match of the answers, and recall of a deeper search."""
+    """Percentages: exact match of the answers, and recall of a search for more passages."""
     answers, recalls = read(answered), [retrieval_metrics(row["passages"], row["answers"]) for row in read(searched)]
     measured = {"exact match": sum(exact_match(row["generation"], row["answers"]) for row in answers)}
     measured |= {f"recall@{k}": sum(recall[f"recall@{k}"] for recall in recalls) for k in DEPTHS}
@@ -65,7 +65,7 @@ def measure(answered: Path, searched: Path) -> dict[str, float]:
 
 
 def show(before: tuple[Path, Path], after: tuple[Path, Path], questions: int) -> None:
-    """The table of both measurements, and a few questions with what was found and answered."""
+    """Print a table of both measurements, and a few questions with their passages and answers."""
     first, second, rows = measure(*before), measure(*after), read(after[0])
     print(f"\n{len(rows)} test questions about things that no training question is about")
     print(f"{'':14}{'before':>8}{'after 64 examples':>20}")
@@ -84,8 +84,8 @@ def show(before: tuple[Path, Path], after: tuple[Path, Path], questions: int) ->
 def main() -> None:
     """Prepare, measure, train, measure, show."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
-    parser.add_argument("--models", type=Path, default=MODELS, help=f"to start from (default: {MODELS})")
+    parser.add_argument("--directory", type=Path, default=Path("demo"), help="for all output (default: demo)")
+    parser.add_argument("--models", type=Path, default=MODELS, help=f"models to start from (default: {MODELS})")
     parser.add_argument("--short", action="store_true", help="a fraction of the training, to see that it runs")
     options = parser.parse_args()
     started = time.monotonic()
@@ -103,11 +103,11 @@ def main() -> None:
         *("--eval_data", test, "--checkpoint_dir", experiments, "--retriever_model_path", models / "retriever"),
         "--write_results",
     )
-    # the passages are embedded once: fine-tuning changes the encoder of queries only
+    # The passages are embedded only once: fine-tuning changes the query encoder alone.
     embed = ("--passages", data / "passages.jsonl", "--save_index_path", home / "index")
     index = ("--load_index_path", home / "index")
     search = (*flags, *SEARCHING, "--per_gpu_batch_size", "64")
-    # not bf16, which finetune_qa.py would ask for: the figures are the same on all CPUs then
+    # finetune_qa.py would use bf16; in fp32 the figures are the same on all CPUs.
     answer = (*flags, *READING, "--per_gpu_batch_size", "8", "--precision", "fp32")
     answer += ("--reader_model_type", models / "reader")
 

@@ -1,11 +1,11 @@
-"""Pretrain the demo's tiny models from nothing, as those of models/tiny were: `make demo-pretrain`.
+"""Pretrain the demo's tiny models from scratch, as those of models/tiny were: `make demo-pretrain`.
 
-Prepares the corpus, builds an untrained reader and retriever with tokenizers of their own, and pretrains them with
-train.py on statements with a gap, in two stages: first the reader alone learns to copy from one passage, then both
-learn together, the retriever from nothing but the reader's judgement of four passages. The models are exported to
-ordinary directories. It takes at most an hour on two cores. Nothing of it sees a passage about, or a question on, the
-things that dev.jsonl and test.jsonl ask about. A run that was stopped goes on when the same command is typed again;
-with the same seed, on the same machine, the models come out the same, bit for bit.
+Prepares the corpus, builds an untrained reader and retriever with their own tokenizers, and pretrains them with
+train.py on cloze statements, in two stages. First the reader alone learns to copy from one passage. Then both learn
+together: the retriever is only trained on the reader's scores of four passages. The models are exported to ordinary
+directories. It takes at most an hour on two cores. Pretraining sees no passage and no question about the things in
+dev.jsonl and test.jsonl. A run that was stopped is resumed when the same command is run again. With the same seed, on
+the same machine, the models are the same, bit for bit.
 """
 
 import argparse
@@ -28,7 +28,7 @@ DISTILLATION = (
 
 
 def build(data: Path, models: Path, seed: int) -> None:
-    """Make untrained models, unless they are there."""
+    """Build untrained models, unless they exist."""
     if not (ROOT / models / "retriever/tokenizer_config.json").exists():
         flags = ("--passages", data / "passages.train.jsonl", "--output_directory", models, "--seed", str(seed))
         call(sys.executable, "preprocessing/make_tiny_models.py", *flags)
@@ -37,7 +37,7 @@ def build(data: Path, models: Path, seed: int) -> None:
 def pretrain(
     data: Path, start: Path, runs: Path, seed: int, steps: tuple[int, int] = STEPS, distillation: bool = True
 ) -> Path:
-    """Both stages, as runs in `runs`; the directory of the second, which without distillation trains the reader."""
+    """Both stages, as runs in `runs`; returns that of the second, which trains only the reader without distillation."""
     train(data, start, runs, "reader", steps[0], seed, *READER)
     name = "joint" if distillation else "without-distillation"
     learning = DISTILLATION if distillation else ()
@@ -46,7 +46,7 @@ def pretrain(
 
 
 def train(data: Path, start: Path, runs: Path, name: str, steps: int, seed: int, *flags: str | Path) -> None:
-    """One run of train.py; a finished one is left as it is."""
+    """One run of train.py; does nothing if it is finished."""
     two_processes(
         "train.py",
         *("--name", name, "--checkpoint_dir", runs, "--total_steps", str(steps), "--seed", str(seed)),
@@ -57,7 +57,7 @@ def train(data: Path, start: Path, runs: Path, name: str, steps: int, seed: int,
 
 
 def export(run: Path, models: Path) -> None:
-    """Write a run's models as ordinary directories, in half precision, unless they are there."""
+    """Export a run's models to ordinary directories, in half precision, unless they exist."""
     if not (ROOT / models).exists():
         flags = ("--model_path", run, "--output_directory", models, "--dtype", "fp16")
         call(sys.executable, "preprocessing/export_huggingface.py", *flags)
@@ -66,7 +66,7 @@ def export(run: Path, models: Path) -> None:
 def main() -> None:
     """Prepare, build, pretrain, export."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--directory", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
+    parser.add_argument("--directory", type=Path, default=Path("demo"), help="for all output (default: demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
     prepare(data)
     build(data, home / "start", options.seed)
     export(pretrain(data, home / "start", home, options.seed, steps), home / "models")
-    print(f"\nThe pretrained models: {home}/models/reader and {home}/models/retriever. See what they can do:")
+    print(f"\nThe pretrained models: {home}/models/reader and {home}/models/retriever. To evaluate them:")
     print(f"python example_scripts/demo.py --directory {directory} --models {home / 'models'}")
 
 

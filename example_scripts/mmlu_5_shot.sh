@@ -11,15 +11,15 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #
-# MMLU, a model for each of its 57 subjects from five examples. SUBJECTS takes a list of some of them.
+# MMLU, a model for each of its 57 subjects from five examples. SUBJECTS selects some of them.
 #
 # Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_mmlu.py, and the index
 # converted once for all subjects: convert_index.py $DATA_DIR/indices/atlas/wiki/xl $DATA_DIR/indices/xl_flat.
 # After the paper: the answer is the letter that is most probable over the four rotations of the options ("debiased").
 # Our choice: updates on 64 examples, 16 for xxl, 32 for xl, 64 for smaller readers; learning rates 5e-5 and 1e-5, 5
 # updates of warm-up; 30 passages, 512 tokens.
-# Checkpoints are large and 57 are many: REMOVE_MODELS=1 removes each one when its subject has been evaluated. A job
-# that was stopped goes on with the first subject without results.
+# 57 checkpoints take a lot of space: REMOVE_MODELS=1 removes each one after its subject has been evaluated. A job that
+# was stopped resumes with the first subject that has no results.
 # Score all subjects: evaluation_scripts/evaluate_mmlu_predictions.py, given the directory $OUT/{name}.
 
 set -euo pipefail

@@ -11,12 +11,12 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #
-# NaturalQuestions from 64 examples: the paper's few-shot setting. SHOTS takes another file of prepare_qa.py.
+# NaturalQuestions from 64 examples: the paper's few-shot setting. SHOTS selects another file of prepare_qa.py.
 #
-# Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_qa.py (README, "Fetch").
+# Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_qa.py (docs/preparing-data.md).
 # After the paper (appendix, question answering): 30 updates on 32 examples, learning rates 4e-5 with 5 updates of
-# warm-up and linear decay, 40 passages, query and passage together cut at 384 tokens, the query encoder alone is
-# trained. The rest are the defaults of finetune_qa.py.
+# warm-up and linear decay, 40 passages, query and passage together truncated to 384 tokens; only the query encoder is
+# trained. All other settings are the defaults of finetune_qa.py.
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"

@@ -13,11 +13,11 @@
 #
 # NaturalQuestions from all training examples.
 #
-# Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_qa.py (README, "Fetch").
+# Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_qa.py (docs/preparing-data.md).
 # After the paper (appendix, question answering): 5,000 updates on 32 examples, learning rates 4e-5 with 5 updates of
-# warm-up and linear decay, both encoders are trained, the index is built anew every 500 updates up to the 1,000th and
-# every 2,000 after it, 40 passages, 384 tokens. A checkpoint and an evaluation every 500 updates: take the test result
-# of the step that is best on dev. On one node of 8 GPUs a refresh alone takes long; `sbatch --nodes 4` is our choice.
+# warm-up and linear decay, both encoders are trained, the index is refreshed every 500 updates up to the 1,000th and
+# every 2,000 after it, 40 passages, 384 tokens. A checkpoint and an evaluation every 500 updates: report the test
+# result of the step that is best on dev. On one node of 8 GPUs a refresh takes long; `sbatch --nodes 4` is our choice.
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"

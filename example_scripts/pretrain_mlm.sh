@@ -12,14 +12,14 @@
 #SBATCH --signal=B:USR1@600
 #
 # Pretraining with masked spans: reader and retriever learn together from the passages of a corpus, from T5 and
-# Contriever (MODEL=none). HELD_OUT takes a jsonl file of passages to evaluate on, CORPUS another directory of passages.
+# Contriever (MODEL=none). HELD_OUT is a jsonl file of passages to evaluate on, CORPUS another directory of passages.
 #
 # Needs: download_corpus.py corpora/wiki/enwiki-dec2021.
 # After the paper (section on pretraining): 10,000 updates on 64 passages, learning rates 1e-4 and 1e-5 with 1,000
-# updates of warm-up and linear decay, the index is built anew every 1,000 updates, 20 passages, perplexity
+# updates of warm-up and linear decay, the index is refreshed every 1,000 updates, 20 passages, perplexity
 # distillation.
 # Our choice: 384 tokens, targets of 128, passages of 20 words or more, and more refreshes at the start, where the
-# retriever moves fast. The paper reads Common Crawl besides Wikipedia, which was not released.
+# retriever changes fast. The paper also uses Common Crawl passages, which were not released.
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"

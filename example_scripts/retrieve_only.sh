@@ -11,9 +11,8 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #
-# The retriever alone, without a reader and without answers: the first K passages for each question, in the result file;
-# the log's `Dataset:` lines give recall@k and MRR where the questions have answers. QUESTIONS takes another file, K a
-# number.
+# The retriever alone, without a reader: the first K passages for each question go to the result file. If the questions
+# have answers, the log's `Dataset:` lines give recall@k and MRR. QUESTIONS is another file, K another number.
 #
 # Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_qa.py.
 # Our choice: 100 passages, queries of 384 tokens at most.

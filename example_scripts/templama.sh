@@ -11,12 +11,12 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@600
 #
-# TempLAMA: does a model follow its index through time? Trained on the answers of 2017 with the Wikipedia of 2017, then
-# asked for those of 2017 and 2020, with that index and with the one of 2020 in its place.
+# TempLAMA: do a model's answers change with its index? It is trained on the answers of 2017 with the Wikipedia of 2017,
+# and evaluated on those of 2017 and 2020, with this index and with that of 2020.
 #
 # Needs: download_model.py models/atlas/xl, download_corpus.py corpora/wiki/enwiki-dec2017 and enwiki-dec2020,
-# prepare_templama.py. Both corpora are embedded once, into $OUT/index_2017_$SIZE and $OUT/index_2020_$SIZE; the passage
-# encoder stays as it was, so both fit the model before and after training.
+# prepare_templama.py. Both corpora are embedded once, into $OUT/index_2017_$SIZE and $OUT/index_2020_$SIZE. The passage
+# encoder is frozen, so both fit the model before and after training.
 # Our choice: 30 updates on 32 examples and everything else as in nq_few_shot.sh.
 
 set -euo pipefail

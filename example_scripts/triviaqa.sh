@@ -13,7 +13,7 @@
 #
 # TriviaQA, from 64 examples or, with SHOTS=full, from all of them.
 #
-# Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_qa.py (README, "Fetch").
+# Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_qa.py (docs/preparing-data.md).
 # The settings are those of nq_few_shot.sh and nq_full.sh, as in the paper.
 
 set -euo pipefail

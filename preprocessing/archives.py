@@ -1,4 +1,4 @@
-"""Read files out of a tar archive that somebody else made. Nothing is ever unpacked: no member becomes a file here."""
+"""Read files out of a tar archive from an untrusted source. Nothing is ever unpacked to disk."""
 
 import gzip
 import tarfile
@@ -10,12 +10,12 @@ from typing import Any, BinaryIO
 from atlas.files.jsonl import DataError
 
 MEMBERS_LIMIT = 10_000
-HEADER_LIMIT = 1 << 20  # bytes of one member's headers, which tarfile reads in one piece
+HEADER_LIMIT = 1 << 20  # bytes of one member's headers, which tarfile reads at once
 CHUNK = 1 << 20
 
 
 class Metered:
-    """A stream that refuses to give more than its allowance."""
+    """A stream that raises ValueError when more than its allowance is read."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -32,12 +32,15 @@ class Metered:
 def read_archive(
     archive: Path, choose: Callable[[PurePosixPath], Callable[[BinaryIO], Any] | None], unpacked_limit: int
 ) -> dict[PurePosixPath, Any]:
-    """What the functions that `choose` gives for names (None: not wanted) make of the files in a .tar or .tar.gz.
+    """Read the chosen files of a .tar or .tar.gz: a result for each name.
 
-    All members are checked, wanted or not: only files and directories with relative names inside the archive, each name
-    once, at most MEMBERS_LIMIT of them and `unpacked_limit` bytes together.
+    All members are checked, chosen or not. They must be plain files and directories with relative names, each name
+    once, at most MEMBERS_LIMIT of them and at most `unpacked_limit` bytes in total.
 
-    Raises: DataError with the archive, the member and what is wrong with it; a ValueError of a function becomes one.
+    Args:
+        choose: returns the function that reads the file of this name, or None to skip it.
+
+    Raises: DataError with the archive, the member and what is wrong with it, also for a ValueError of a function.
     """
     results: dict[PurePosixPath, Any] = {}
     seen: set[PurePosixPath] = set()
@@ -48,7 +51,7 @@ def read_archive(
             compressed = packed.read(2) == b"\x1f\x8b"
             packed.seek(0)
             metered = Metered(gzip.GzipFile(fileobj=packed) if compressed else packed)
-            # "r|": one pass, forward only. A fixed encoding of the names, so that a locale changes nothing.
+            # "r|": one pass, forward only. The encoding of the names is fixed, so that the locale does not matter.
             with tarfile.open(fileobj=metered, mode="r|", encoding="utf-8") as tar:
                 while member := tar.next():
                     name = PurePosixPath(member.name)
@@ -73,15 +76,15 @@ def read_archive(
 
 
 def check_member(member: tarfile.TarInfo, seen: set[PurePosixPath], total: int, unpacked_limit: int) -> None:
-    """Raises: ValueError if no honest archive of data has such a member."""
+    """Raises: ValueError if this member has no place in an archive of data."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
-        raise ValueError("this name leads out of the archive; nothing was unpacked")
+        raise ValueError("this name points outside the archive; nothing was unpacked")
     if not (member.isreg() or member.isdir()) or member.issparse():
-        raise ValueError("a link, a device or otherwise no plain file; nothing was unpacked")
+        raise ValueError("a link, a device or otherwise not a plain file; nothing was unpacked")
     if member.isreg() and name in seen:
-        raise ValueError("there twice; nothing was unpacked")
+        raise ValueError("the archive contains it twice; nothing was unpacked")
     if len(seen) >= MEMBERS_LIMIT:
         raise ValueError(f"more than {MEMBERS_LIMIT:,} files; nothing was unpacked")
     if member.size < 0 or total > unpacked_limit:
-        raise ValueError(f"with this file more than {unpacked_limit:,} bytes; nothing was unpacked")
+        raise ValueError(f"with this file, more than {unpacked_limit:,} bytes; nothing was unpacked")

@@ -1,15 +1,16 @@
-"""Convert a saved index without any model: the published format to ours, ours to a compressed index or a Faiss file.
+"""Convert, compress, export or check a saved index without any model.
 
 SOURCE is a published index (embeddings.0.pt, passages.0.pt, ...) or an index of ours; TARGET is
 
-  a directory                          for a flat index of ours, made of a published one
+  a directory                          for an index of ours, made of a published one or of one in an older format
   a directory, with --faiss_index_type for a compressed index of ours, made of a published or a flat one
   a file that ends in .faiss           for what `faiss.read_index` reads, made of a flat or compressed index of ours
 
-Indices of ours are what --load_index_path takes, at any number of processes.
+Indices of ours are what --load_index_path takes, at any number of processes. --check reads an index of ours from its
+first byte to its last and says where it is damaged.
 
-Reading a published index can be stopped at any moment: the same command goes on with the shards that it
-had not finished. On the way to a compressed index there is a flat one in TARGET, so there must be room for
+Reading a published index can be stopped at any moment: the same command resumes after the shards that it
+has finished. On the way to a compressed index there is a flat one in TARGET, so there must be room for
 both. A compressed index shares the files of the flat one that it is made of where they are on one file system.
 
 Row i of a .faiss file, from 0, is line i of the index's passages.*.jsonl (blank lines are not counted). A flat
@@ -26,19 +27,21 @@ EXAMPLES = """examples:
   python preprocessing/convert_index.py indices/atlas/wiki/xl my_index
   python preprocessing/convert_index.py my_index my_pq --faiss_index_type pq --faiss_code_size 64
   python preprocessing/convert_index.py my_pq my_pq.faiss
+  python preprocessing/convert_index.py --check my_index
 """
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises: SystemExit with status 2 and one sentence when it is wrong."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s SOURCE TARGET [flags]",
+        usage="%(prog)s SOURCE TARGET [flags]\n       %(prog)s --check DIRECTORY",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="directory of an index, published or ours")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="new directory, or new file that ends in .faiss")
+    parser.add_argument("source", metavar="SOURCE", type=Path, nargs="?", help="directory of an index")
+    parser.add_argument("target", metavar="TARGET", type=Path, nargs="?", help="new directory, or new .faiss file")
+    parser.add_argument("--check", metavar="DIRECTORY", type=Path, help="read this index and look for damage")
     compressed = parser.add_argument_group("to compress")
     kinds = "ivfflat, ivfsq, ivfpq, pq, or a Faiss factory string like OPQ64,PQ64"
     compressed.add_argument("--faiss_index_type", metavar="TYPE", help=kinds)
@@ -50,6 +53,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         compressed.add_argument(f"--{name}", metavar="N", type=int, help=text)
     compressed.add_argument("--save_index_codes_only", action="store_true", help="leave the embeddings out")
     options = parser.parse_args(arguments)
+    missing = [name for name in ("source", "target") if getattr(options, name) is None]
+    if options.check:
+        if len(missing) < 2 or options.faiss_index_type:
+            parser.error("--check takes one directory and nothing else")
+    elif missing:
+        parser.error(f"the following arguments are required: {', '.join(map(str.upper, missing))}")
     for name in ("faiss_code_size", "faiss_nlist", "faiss_train_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name} {value} is too small: it must be at least 1")
@@ -64,8 +73,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     # These import torch: a wrong flag is answered before that.
     from atlas.index.codec import Compression
-    from atlas.index.convert import convert
-    from atlas.runtime.tracking import ProgressBars, start_log, tell_error
+    from atlas.index.convert import check_index, convert
+    from atlas.runtime.tracking import ProgressBars, report_error, start_log
 
     start_log(None)
     compression = Compression(
@@ -77,9 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
     codes_only = options.save_index_codes_only
     try:
         with ProgressBars() as progress:
-            convert(options.source, options.target, compression, codes_only=codes_only, progress=progress)
+            if options.check:
+                check_index(options.check, progress)
+            else:
+                convert(options.source, options.target, compression, codes_only=codes_only, progress=progress)
     except (ValueError, OSError) as error:
-        tell_error(error, str(error))
+        report_error(error, str(error))
         sys.exit(1)
 
 

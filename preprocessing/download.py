@@ -10,11 +10,11 @@ from sources import RELEASED
 
 
 def main(kind: str, released: Mapping[str, Sequence[str]]) -> None:
-    """Fetch the files of the keys that the command line names into `{output_directory}/{key}/`."""
+    """Fetch the files of the keys given on the command line into `{output_directory}/{key}/`."""
     parser = argparse.ArgumentParser(description=f"Download a released {kind} to {{output_directory}}/{{key}}/.")
     parser.add_argument("keys", nargs="*", metavar="KEY", help="what to fetch, one or several")
     parser.add_argument(f"--{kind}", nargs="+", dest="named", default=[], metavar="KEY", help="the same")
-    parser.add_argument("--list", action="store_true", help="print the keys that there are, and end")
+    parser.add_argument("--list", action="store_true", help="print the available keys and exit")
     parser.add_argument("--base_url", type=flags.base_url, default=RELEASED, help=f"a mirror; default: {RELEASED}")
     flags.add_flags(parser)
     arguments = parser.parse_args()
@@ -23,10 +23,10 @@ def main(kind: str, released: Mapping[str, Sequence[str]]) -> None:
         return
     keys = list(dict.fromkeys(key.strip("/") for key in arguments.keys + arguments.named))
     if not keys:
-        parser.error(f"no --{kind} given; --list shows what there is")
+        parser.error(f"no --{kind} given; --list shows the available keys")
     if unknown := [key for key in keys if key not in released]:
-        parser.error(f"there is no {kind} {unknown[0]}; there are {', '.join(released)}")
-    with flags.one_sentence():
+        parser.error(f"there is no {kind} {unknown[0]}; choose from {', '.join(released)}")
+    with flags.exit_on_user_error():
         checksums = flags.Checksums(arguments.checksums)
         files = {
             key: [
@@ -44,5 +44,5 @@ def main(kind: str, released: Mapping[str, Sequence[str]]) -> None:
             new = sum(download in fetched for download in downloads)
             size = readable(sum(download.target.stat().st_size for download in downloads))
             print(
-                f"{arguments.output_directory / key}: {size}; files: {new} fetched, {len(downloads) - new} were there"
+                f"{arguments.output_directory / key}: {size}; files: {new} fetched, {len(downloads) - new} up to date"
             )

@@ -1,13 +1,13 @@
 """Export a checkpoint to ordinary directories, which transformers and sentence-transformers load without this project.
 
-OUTPUT_DIRECTORY must not exist, or be empty. In it will be
+OUTPUT_DIRECTORY must be new or empty. The script writes
 
   reader/                                 T5: config, safetensors, tokenizer, model card
   retriever/                              BERT with its pooling: as a directory of sentence-transformers, model card
   query_encoder/ and passage_encoder/     instead of retriever/, if the retriever was trained on the query side
 
-Each model card (README.md) has the code that reads or embeds as this project does. What a checkpoint does not say
-itself, configs and vocabularies, comes from --reader_model_type and --retriever_model_path.
+Each model card (README.md) has code that reads or embeds as this project does. Configs and vocabularies, which a
+checkpoint does not contain, come from --reader_model_type and --retriever_model_path.
 """
 
 import argparse
@@ -41,32 +41,32 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model_path", metavar="DIR", required=True, help="checkpoint or run of ours, or published one"
+        "--model_path", metavar="DIR", required=True, help="checkpoint or run of this project, or published checkpoint"
     )
     parser.add_argument("--output_directory", metavar="DIR", type=Path, required=True, help="new, or empty")
     parser.add_argument(
-        "--reader_model_type", metavar="NAME", help="hub id or local directory of its T5 (the one the run was given)"
+        "--reader_model_type", metavar="NAME", help="hub id or local directory of its T5 (default: that of the run)"
     )
     parser.add_argument(
         "--retriever_model_path",
         metavar="NAME",
-        help="hub id or local directory of its BERT (the one the run was given; published: facebook/contriever)",
+        help="hub id or local directory of its BERT (default: that of the run, or facebook/contriever)",
     )
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights (fp32)")
     options = parser.parse_args(arguments)
     output = options.output_directory
     if output.exists() and not (output.is_dir() and next(output.iterdir(), None) is None):
-        parser.error(f"--output_directory {output} is there and not empty: give another one, or remove it")
+        parser.error(f"--output_directory {output} exists and is not empty: give another one, or remove it")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, export; a mistake of the user's ends it with one sentence and status 1."""
+    """Parse and export. A user's mistake ends the script with one sentence and status 1."""
     options = parse_options(arguments)
-    # These import torch: a wrong flag is answered before that.
+    # These import torch, which a wrong flag should not wait for.
     from safetensors import SafetensorError
 
-    from atlas.runtime.tracking import log, start_log, tell_error
+    from atlas.runtime.tracking import log, report_error, start_log
 
     start_log(None)
     output = options.output_directory.absolute()
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         beside.replace(output)
     except (ValueError, OSError, SafetensorError) as error:
-        tell_error(error, str(error))
+        report_error(error, str(error))
         sys.exit(1)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -90,24 +90,24 @@ def main(arguments: list[str] | None = None) -> None:
 def export(
     model_path: str, output: Path, reader_name: str | None, retriever_name: str | None, dtype: str = "fp32"
 ) -> list[str]:
-    """Write the directories of what is in a checkpoint into the directory `output`; their names.
+    """Write a directory in `output` for each model in a checkpoint; returns their names.
 
     Raises:
         ValueError: there is no such checkpoint, or it does not fit the configs.
-        OSError: configs or vocabularies cannot be had, or the disk is full.
+        OSError: configs or vocabularies cannot be found, or the disk is full.
     """
     from atlas.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(model_path)
     flags = checkpoint.options
     reader_name = reader_name or flags.get("reader_model_type")
-    # published checkpoints name a path of the machine they were made on
+    # Published checkpoints name a path on the machine they were trained on.
     retriever_name = retriever_name or (None if checkpoint.published else flags.get("retriever_model_path"))
     names = []
     if checkpoint.reader:
         if reader_name is None:
             raise ValueError(
-                f"{checkpoint.path} does not say which T5 it is: give --reader_model_type (for the published sizes "
+                f"{checkpoint.path} does not say which T5 it has: give --reader_model_type (for the published sizes "
                 "google/t5-{base,large,xl,xxl}-lm-adapt)"
             )
         names += export_reader(checkpoint, output, reader_name, dtype)
@@ -117,7 +117,7 @@ def export(
 
 
 def export_reader(checkpoint: Any, output: Path, name_or_path: str, dtype: str) -> list[str]:
-    """Write `reader/`; its name. Raises: ValueError, OSError."""
+    """Write `reader/`; returns its name. Raises: ValueError, OSError."""
     from transformers.utils.hub import cached_file
 
     from atlas.model.reader import ALIASES, load_reader, load_reader_state
@@ -134,15 +134,15 @@ def export_reader(checkpoint: Any, output: Path, name_or_path: str, dtype: str) 
     if config.scale_decoder_outputs and not one_matrix:
         raise ValueError(
             f"--reader_model_type {name_or_path} has one matrix for embeddings and output (T5 v1.0), and "
-            f"{checkpoint.path} has two: give the T5 that it was trained from"
+            f"{checkpoint.path} has two: give the T5 that its training started from"
         )
     state = {name: tensor for name, tensor in reader.state_dict().items() if name not in ALIASES}
     if config.scale_decoder_outputs:
         del state["lm_head.weight"]
-    elif one_matrix:  # in the file they are two all the same, as the config says
+    elif one_matrix:  # the config says that there are two, so the file has both
         state["lm_head.weight"] = state["lm_head.weight"].clone()
-    # In a config this key also says whether the decoder's output is scaled; transformers 5 keeps True in it whatever
-    # the model is.
+    # This key of the config also says whether the decoder's output is scaled. transformers 5 sets it to True for every
+    # model.
     settings = {"tie_word_embeddings": config.scale_decoder_outputs}
     directory = write_model(output / "reader", "T5ForConditionalGeneration", config, settings, state, dtype)
     tokenizer.save_pretrained(directory)
@@ -153,7 +153,7 @@ def export_reader(checkpoint: Any, output: Path, name_or_path: str, dtype: str) 
 
 
 def export_retriever(checkpoint: Any, output: Path, name_or_path: str, dtype: str) -> list[str]:
-    """Write `retriever/`, or a directory for each of its two encoders; their names. Raises: ValueError, OSError."""
+    """Write `retriever/`, or a directory for each of two encoders; returns the names. Raises: ValueError, OSError."""
     from transformers import AutoTokenizer
 
     from atlas.model.inputs import RETRIEVER_MAXLENGTH
@@ -182,8 +182,8 @@ def export_retriever(checkpoint: Any, output: Path, name_or_path: str, dtype: st
         gap = norm_gap(encoder, tokenizer) if encoder.config.uncentered_layer_norm else 0.0
         if gap:
             log.warning(
-                "%s: its layer norm is that of the published retrievers, which BERT does not have: embeddings of "
-                "transformers differ by %.1e of their length (measured); the model card says so",
+                "%s: it has the layer norm of the published retrievers, which BERT does not have: embeddings computed "
+                "by transformers differ by %.1e of their length (measured); the model card says so",
                 name,
                 gap,
             )
@@ -194,14 +194,14 @@ def export_retriever(checkpoint: Any, output: Path, name_or_path: str, dtype: st
 def write_model(
     directory: Path, kind: str, config: Any, settings: dict[str, Any], state: dict[str, Any], dtype: str
 ) -> Path:
-    """Write config.json and model.safetensors into a new directory, which is returned."""
+    """Write config.json and model.safetensors into a new directory and return it."""
     import torch
     from safetensors.torch import save_file
 
     directory.mkdir()
     to = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     described = config.to_dict() | {"architectures": [kind], "dtype": str(to).removeprefix("torch.")} | settings
-    described.pop("_name_or_path", None)  # may be a path of this machine
+    described.pop("_name_or_path", None)  # may be a path on this machine
     write_json(directory / "config.json", described)
     weights = {name: tensor.to(to).contiguous() for name, tensor in state.items()}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
@@ -209,7 +209,7 @@ def write_model(
 
 
 def write_sentence_files(directory: Path, config: Any, max_length: int) -> None:
-    """What sentence-transformers reads beside a BERT: its modules, their settings, what to put before texts."""
+    """The files that sentence-transformers reads in addition to a BERT: modules, their settings, prefixes of texts."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * config.normalize
     write_json(
         directory / "modules.json",
@@ -222,7 +222,7 @@ def write_sentence_files(directory: Path, config: Any, max_length: int) -> None:
         (directory / path).mkdir()
     modes = {f"pooling_mode_{mode}": ours == config.pooling for ours, mode in SENTENCE_MODES.items()}
     write_json(directory / "1_Pooling/config.json", {"word_embedding_dimension": config.hidden_size, **modes})
-    # there are no weights of a pooler, and none is needed
+    # There are no pooler weights, and none are needed.
     bert = {"max_seq_length": max_length, "do_lower_case": False, "model_args": {"add_pooling_layer": False}}
     write_json(directory / "sentence_bert_config.json", bert)
     prompts = {"query": config.query_prefix, "document": config.passage_prefix}
@@ -233,7 +233,7 @@ def write_sentence_files(directory: Path, config: Any, max_length: int) -> None:
 
 
 def norm_gap(encoder: Any, tokenizer: Any) -> float:
-    """How far embeddings move, in parts of their length, when the encoder gets BERT's layer norm; for good."""
+    """How far embeddings move, relative to their length, with BERT's layer norm, which the encoder keeps afterwards."""
     import torch
 
     from atlas.model.retriever import UncenteredLayerNorm
@@ -260,16 +260,16 @@ def reader_card(checkpoint: Any, name_or_path: str) -> str:
     return f"""{front_matter("transformers", ["fusion-in-decoder", "t5"], name_or_path)}
 # Reader of {origin(checkpoint)}
 
-A T5 that answers from passages as a Fusion-in-Decoder (Izacard & Grave 2021): the encoder reads every passage by
-itself, together with the query, and the decoder attends to all of them at once. It was trained as the reader of
-[Atlas](https://arxiv.org/abs/2208.03299). With one passage it is used as any T5; with several:
+A T5 that answers from passages as a Fusion-in-Decoder (Izacard & Grave 2021): the encoder reads each passage
+separately, together with the query, and the decoder attends to all of them at once. It was trained as the reader of
+[Atlas](https://arxiv.org/abs/2208.03299). With one passage it is used like any T5; with several:
 
 ```python
 import torch
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-directory = "."  # where this file lies
+directory = "."  # the directory of this file
 tokenizer = AutoTokenizer.from_pretrained(directory)
 reader = T5ForConditionalGeneration.from_pretrained(directory).eval()
 
@@ -288,8 +288,8 @@ with torch.no_grad():
 print(tokenizer.decode(answer[0], skip_special_tokens=True))
 ```
 
-Use the tokenizer that is here. It keeps a token for the space before `<extra_id_0>`, which the reader was trained to
-see and T5's own tokenizer in transformers 5 drops.
+Use the tokenizer in this directory. It keeps a token for the space before `<extra_id_0>`. The reader was trained with
+it, but T5's own tokenizer in transformers 5 drops it.
 
 {LICENCE}
 """
@@ -304,31 +304,23 @@ def retriever_card(checkpoint: Any, name: str, name_or_path: str, config: Any, m
     passage = flags.get("retriever_format", Model.retriever_format)
     passage = passage.format(id="1", title="Paris", section="", text="Paris is the capital of France.")
     which = {
-        "retriever": "It embeds queries and passages alike.",
+        "retriever": "It embeds both queries and passages.",
         "query_encoder": "It embeds queries; passages are embedded by the encoder in `passage_encoder`.",
         "passage_encoder": "It embeds passages; queries are embedded by the encoder in `query_encoder`.",
     }[name]
-    warning = f"""
-**Not quite the same numbers.** This encoder was trained with a layer norm that divides by the root of the mean square
-without subtracting the mean first. BERT has no such norm, so embeddings computed by transformers and
-sentence-transformers differ from those it was trained with, by {gap:.1e} of their length (measured on
-{len(NORM_PROBES)} short texts). Do not search an index that Atlas has built with them. `"uncentered_layer_norm": true`
-in config.json tells Atlas to use the right norm.
-"""
-    normalize = "\n    embeddings = torch.nn.functional.normalize(embeddings, dim=-1)" if config.normalize else ""
     return f"""{front_matter("sentence-transformers", ["sentence-similarity", "bert"], name_or_path)}
 # {name.replace("_", " ").capitalize()} of {origin(checkpoint)}
 
 A BERT that maps a text to {config.hidden_size} numbers, trained as the retriever of
 [Atlas](https://arxiv.org/abs/2208.03299) to find passages that help its reader. {which}
 Similarity is the inner product.
-{warning if gap else ""}
+{norm_warning(gap) if gap else ""}
 With sentence-transformers:
 
 ```python
 from sentence_transformers import SentenceTransformer
 
-directory = "."  # where this file lies
+directory = "."  # the directory of this file
 encoder = SentenceTransformer(directory)
 queries = encoder.encode_query([{json.dumps(query, ensure_ascii=False)}])
 passages = encoder.encode_document([{json.dumps(passage, ensure_ascii=False)}])
@@ -337,11 +329,34 @@ print(queries @ passages.T)
 
 With transformers alone:
 
+{transformers_code(config, max_length, query, passage)}
+A query is the whole prompt that the reader is given; a passage is its title and text, formatted as above.
+
+{LICENCE}
+"""
+
+
+def norm_warning(gap: float) -> str:
+    """A paragraph for encoders whose layer norm BERT does not have; `gap` as from `norm_gap`."""
+    return f"""
+**Not quite the same numbers.** This encoder was trained with a layer norm that divides by the root of the mean square
+without subtracting the mean first. BERT has no such norm, so embeddings computed by transformers and
+sentence-transformers differ from those it was trained with by {gap:.1e} of their length (measured on
+{len(NORM_PROBES)} short texts). Do not use them to search an index that Atlas has built.
+`"uncentered_layer_norm": true` in config.json tells Atlas to use the right norm.
+"""
+
+
+def transformers_code(config: Any, max_length: int, query: str, passage: str) -> str:
+    """A block of Python that embeds the query and the passage with transformers alone."""
+    normalize = "\n    embeddings = torch.nn.functional.normalize(embeddings, dim=-1)" if config.normalize else ""
+    return f"""\
+
 ```python
 import torch
 from transformers import AutoTokenizer, BertModel
 
-directory = "."  # where this file lies
+directory = "."  # the directory of this file
 tokenizer = AutoTokenizer.from_pretrained(directory)
 encoder = BertModel.from_pretrained(directory, add_pooling_layer=False).eval()
 
@@ -359,15 +374,11 @@ queries = embed([{json.dumps(config.query_prefix + query, ensure_ascii=False)}])
 passages = embed([{json.dumps(config.passage_prefix + passage, ensure_ascii=False)}])
 print(queries @ passages.T)
 ```
-
-A query is the whole prompt that the reader gets, a passage its title and text, in the forms above.
-
-{LICENCE}
 """
 
 
 def front_matter(library: str, tags: list[str], name_or_path: str) -> str:
-    """What the hub reads at the head of a card; a local directory is nobody's base model."""
+    """The metadata that the hub reads at the top of a card. A local directory is not named as base model."""
     base = [] if Path(name_or_path).is_dir() else [f"base_model: {name_or_path}"]
     return "\n".join(
         ["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in ["atlas", *tags]), *base, "---"]
@@ -375,7 +386,7 @@ def front_matter(library: str, tags: list[str], name_or_path: str) -> str:
 
 
 def origin(checkpoint: Any) -> str:
-    """Which checkpoint this was, without the path of this machine."""
+    """Which checkpoint the model comes from, without paths of this machine."""
     return f"{checkpoint.options.get('name') or checkpoint.path.name}, step {checkpoint.step}"
 
 

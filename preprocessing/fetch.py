@@ -1,4 +1,4 @@
-"""Download files so that in the end each is right or not there: several at a time, resumed, retried, checked."""
+"""Download files, several at a time, resumed, retried and checked. In the end each file is complete or absent."""
 
 import contextlib
 import email.utils
@@ -23,11 +23,11 @@ from partial import FetchError, PartialFile, Version
 
 CHUNK = 1 << 20  # bytes
 LONGEST_WAIT = 300  # seconds between two attempts
-MIRROR = "--base_url takes the address of a mirror"
+MIRROR = "--base_url accepts the address of a mirror"
 
 
 class Transient(Exception):
-    """What went wrong and may go right at the next attempt, after `wait` seconds if the server said so."""
+    """A failure that the next attempt may not have, after `wait` seconds if the server asked for that."""
 
     def __init__(self, reason: str, wait: float | None = None):
         super().__init__(reason)
@@ -35,7 +35,7 @@ class Transient(Exception):
 
 
 class Download(NamedTuple):
-    """One file to be had."""
+    """One file to download."""
 
     url: str
     target: Path
@@ -44,10 +44,10 @@ class Download(NamedTuple):
 
 @dataclass
 class Fetcher:
-    """Fetches files: `parallel` at a time, with `retries` after failures in a row that brought no new bytes.
+    """Fetches files, `parallel` at a time, and gives up after `retries` retries in a row without new bytes.
 
     Waits `retry_wait` seconds before the second attempt, then twice as long each time, or as long as the server asks.
-    `timeout` is the longest silence of a server, in seconds.
+    `timeout` is how long a server may send nothing, in seconds.
     """
 
     parallel: int = 4
@@ -58,13 +58,13 @@ class Fetcher:
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def fetch(self, downloads: Sequence[Download]) -> set[Download]:
-        """Have every file at its target; those that were not there already. What is there and right is not touched.
+        """Fetch every file that is not already complete at its target; returns the files that were fetched.
 
-        Right means: of the given SHA-256; without one, of the length that the server names.
+        Complete means that it has the given SHA-256 or, without one, the length that the server reports.
 
         Raises:
-            FetchError: a server refuses or lies, the disk is too small, a checksum differs. Every target is then as
-                it was or right.
+            FetchError: a server refuses or sends something else, the disk is too small, a checksum differs. Every
+                target is then unchanged or complete.
         """
         versions = dict(self._each(self._look_up, downloads))
         missing = {download: version for download, version in versions.items() if version is not None}
@@ -84,11 +84,11 @@ class Fetcher:
         return set(missing)
 
     def _each(self, action: Callable, downloads: Sequence[Download]) -> Iterator[tuple[Download, object]]:
-        """Results as they come. The first error stops all the others, which leave their parts for the next time.
+        """Results as they are ready. The first error stops all other downloads, which keep their partial files.
 
-        They are waited for, but not when the user wants to go: a server may be silent for `timeout` seconds.
+        Their threads are waited for, except after Ctrl-C: a server may send nothing for `timeout` seconds.
         """
-        patient = True
+        wait = True
         pool = ThreadPoolExecutor(self.parallel)
         futures = {pool.submit(action, download): download for download in downloads}
         try:
@@ -96,19 +96,19 @@ class Fetcher:
                 yield futures[future], future.result()
         except BaseException as error:
             self.stop.set()
-            patient = not isinstance(error, KeyboardInterrupt)
+            wait = not isinstance(error, KeyboardInterrupt)
             raise
         finally:
-            pool.shutdown(wait=patient, cancel_futures=True)
+            pool.shutdown(wait=wait, cancel_futures=True)
 
     def _look_up(self, download: Download) -> Version | None:
-        """What the server has; None if the target is right."""
+        """The server's version of the file; None if the target is complete."""
         url, target, sha256 = download
         if target.is_dir():
-            raise FetchError(f"{target} is a directory, but a file of this name is to be fetched")
+            raise FetchError(f"{target} is a directory, but should be a file; move it away")
         if sha256 and target.exists() and digest(target) == sha256:
             return None
-        version = self._patiently(lambda: self._head(url))
+        version = self._with_retries(lambda: self._head(url))
         if not sha256 and target.exists() and target.stat().st_size == version.size:
             return None
         return version
@@ -118,7 +118,7 @@ class Fetcher:
             version = Version.of(response.headers)
             if version.size is not None:
                 return version
-        with self._open(url) as response:  # there are servers that only answer this
+        with self._open(url) as response:  # some servers do not answer HEAD
             return Version.of(response.headers)
 
     def _check_space(self, missing: dict[Download, Version]) -> None:
@@ -130,73 +130,72 @@ class Fetcher:
             free = shutil.disk_usage(parts[0].parent).free
             if needed > free:
                 raise FetchError(
-                    f"{parts[0].parent}: {readable(needed)} are to be fetched and {readable(free)} are free; "
-                    "make room or take another --output_directory"
+                    f"{parts[0].parent}: {readable(needed)} are needed, but only {readable(free)} are free; "
+                    "free some space or choose another --output_directory"
                 )
 
     def _fetch_one(self, download: Download, version: Version, progress: Callable[[int], object]) -> None:
         with PartialFile(download.target, progress) as part:
             if part.version != version or version.validator is None:
-                part.clear()  # the beginning of something else, or of nobody knows what
+                part.clear()  # it belongs to another version, or to an unknown one
             for _ in range(2):
                 if not part.complete:
-                    self._patiently(lambda: self._attempt(download, version, part), lambda: part.size)
-                found = hashlib.file_digest(part.content(), "sha256").hexdigest() if download.sha256 else None
-                if found == download.sha256:
+                    self._with_retries(lambda: self._attempt(download, version, part), lambda: part.size)
+                sha256 = hashlib.file_digest(part.content(), "sha256").hexdigest() if download.sha256 else None
+                if sha256 == download.sha256:
                     return part.finish()
-                pieced_together = part.resumed
+                was_resumed = part.resumed
                 part.clear()
-                if not pieced_together:  # otherwise the pieces may be of two files: once more, in one piece
+                if not was_resumed:  # a resumed file may be made of two versions: fetch it once more in one piece
                     break
         raise FetchError(
-            f"{download.url}: what came has the SHA-256 {found} instead of {download.sha256} and was thrown away; "
-            f"{MIRROR}"
+            f"{download.url}: the file has the SHA-256 {sha256} instead of {download.sha256} and was deleted; {MIRROR}"
         )
 
     def _attempt(self, download: Download, expected: Version, part: PartialFile) -> None:
-        """One request, which goes on where the last one ended. Raises: Transient, FetchError."""
+        """One request, which resumes where the last one ended. Raises: Transient, FetchError."""
         headers = {}
         if part.size and part.version.validator:
             headers = {"Range": f"bytes={part.size}-", "If-Range": part.version.validator}
         with self._open(download.url, "GET", headers, part) as response:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise FetchError(
-                    f"{download.url}: the server sends the file encoded, which was not asked for; {MIRROR}"
+                    f"{download.url}: the server sends the file encoded, which was not requested; {MIRROR}"
                 )
             if response.status == 200:
                 part.begin(self._agreed(download, expected, response))
-            elif response.status == 206 and goes_on(response.headers, part):
+            elif response.status == 206 and continues(response.headers, part):
                 part.resumed = True
             else:
                 part.clear()
-                raise Transient(f"{download.url}: the server answered with other bytes than it was asked for")
+                raise Transient(f"{download.url}: the server did not send the requested bytes")
             self._copy(download.url, response, part)
-        if part.version.size is None:  # the SHA-256 will tell
+        if part.version.size is None:  # the SHA-256 decides whether it is complete
             part.version = part.version._replace(size=part.size)
         if not part.complete:
             raise Transient(f"{download.url}: the connection ended after {part.size:,} of {part.version.size:,} bytes")
 
     def _agreed(self, download: Download, expected: Version, response: http.client.HTTPResponse) -> Version:
-        """The version of an answer with the whole file. Raises: FetchError if the length is not known for sure."""
+        """The version of a response with the whole file. Raises: FetchError if the file's length is not certain."""
         size, validator = response.length, Version.of(response.headers).validator
         if validator == expected.validator and expected.size is not None and not download.sha256:
             if size is None:
                 size = expected.size
             elif size != expected.size:
                 raise FetchError(
-                    f"{download.url}: the server names two lengths, {expected.size:,} and {size:,} bytes; {MIRROR}"
+                    f"{download.url}: the server reports two lengths, {expected.size:,} and {size:,} bytes; {MIRROR}"
                 )
         if size is None and not download.sha256:
             raise FetchError(
-                f"{download.url}: the server does not say how long the file is, so that nobody knows when it is whole; "
+                f"{download.url}: the server does not report the file's length, so a cut-off file would go unnoticed; "
                 "give its SHA-256 with --checksums"
             )
         return Version(size, validator)
 
     def _copy(self, url: str, response: http.client.HTTPResponse, part: PartialFile) -> None:
-        left = response.length  # None: up to the end, or in chunks, which say themselves where they end
+        left = response.length  # None: up to the end of the connection, or chunked, which marks its own end
         if left is not None:
-            response.length += 1  # http.client would not look whether more comes than was promised
+            response.length += 1  # so that http.client also reads a byte beyond the announced length
         while left is None or left > 0:
             with self._network(url):
                 chunk = response.read1(CHUNK if left is None else min(CHUNK, left))
@@ -212,7 +211,7 @@ class Fetcher:
         if more:
             size = part.version.size
             part.clear()
-            raise FetchError(f"{url}: the server sends more than the {size:,} bytes it promised; {MIRROR}")
+            raise FetchError(f"{url}: the server sends more than the {size:,} bytes it announced; {MIRROR}")
 
     def _open(
         self, url: str, method: str = "GET", headers: dict | None = None, part: PartialFile | None = None
@@ -224,13 +223,13 @@ class Fetcher:
                 return self.opener.open(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
             with error:
-                if error.code == 416 and part:  # the file is not as long as the part
+                if error.code == 416 and part:  # the file is shorter than the part
                     part.clear()
                 raise refusal(url, error) from error
 
     @contextlib.contextmanager
     def _network(self, url: str) -> Iterator[None]:
-        """What the line does wrong is Transient; what the disk does wrong is not."""
+        """Turn network errors into Transient; errors of the disk are none of them."""
         try:
             yield
         except urllib.error.HTTPError:
@@ -238,22 +237,22 @@ class Fetcher:
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLCertVerificationError):
-                raise FetchError(f"{url}: the server cannot prove who it is ({reason.verify_message})") from error
+                raise FetchError(f"{url}: the server's certificate is not valid ({reason.verify_message})") from error
             raise Transient(f"{url}: {str(reason) or type(reason).__name__}") from error
 
-    def _patiently(self, action: Callable, gained: Callable[[], int] = lambda: 0) -> object:
-        """The action's result, however often it takes; failures count as long as no new bytes are gained."""
-        failures, best = 0, gained()
+    def _with_retries(self, action: Callable, size: Callable[[], int] = lambda: 0) -> object:
+        """The action's result, after retries if necessary. Whenever `size()` has grown, the count starts from 0."""
+        failures, largest = 0, size()
         while True:
             try:
                 return action()
             except Transient as error:
-                if gained() > best:
-                    failures, best = 0, gained()
+                if size() > largest:
+                    failures, largest = 0, size()
                 failures += 1
                 if failures > self.retries:
                     raise FetchError(
-                        f"{error} (attempt {failures}, the last one); the same command goes on, {MIRROR}"
+                        f"{error} (gave up after attempt {failures}); run the same command again to resume; {MIRROR}"
                     ) from error
                 wait = error.wait if error.wait is not None else self.retry_wait * 2 ** (failures - 1)
                 if self.stop.wait(min(wait, LONGEST_WAIT)):
@@ -261,7 +260,7 @@ class Fetcher:
 
 
 class WebRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows to http and https, and from https to https only."""
+    """Follows redirects to http and https, but from https only to https."""
 
     def redirect_request(self, request, fp, code, msg, headers, newurl):
         """The request to the new address. Raises: FetchError if it is not followed."""
@@ -290,33 +289,33 @@ def web_opener() -> urllib.request.OpenerDirector:
 
 
 def check_address(url: str) -> str:
-    """The address. Raises: FetchError if it is not an http or https one."""
+    """Returns the address. Raises: FetchError if it is not an http or https address."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise FetchError(f"{url} is not followed: only http:// and https:// addresses are")
+        raise FetchError(f"{url} is not supported: only http:// and https:// addresses are")
     return url
 
 
 def refusal(url: str, error: urllib.error.HTTPError) -> Exception:
-    """What an answer that is not the file means."""
+    """The exception for an error response."""
     if error.code in (401, 403):
         return FetchError(
-            f"{url}: permission denied ({error.code}); the host does not offer this file, or not to you: {MIRROR}"
+            f"{url}: permission denied ({error.code}); the host does not offer this file, or not to you; {MIRROR}"
         )
     if error.code in (404, 410):
         return FetchError(f"{url}: not found ({error.code}); {MIRROR}")
     if 300 <= error.code < 400:
-        return FetchError(f"{url}: redirected ({error.code}) in a circle, to nowhere, or away from http and https")
+        return FetchError(f"{url}: redirected ({error.code}) in a loop, to nowhere, or away from http and https")
     if error.code in (408, 416, 425, 429) or (error.code >= 500 and error.code != 501):
         wait = seconds_to_wait(error.headers.get("Retry-After"))
         if wait is not None and wait > LONGEST_WAIT:
-            return FetchError(f"{url}: the server is busy ({error.code}) and asks to come back in {wait:.0f} seconds")
+            return FetchError(f"{url}: the server is busy ({error.code}) and asks to retry in {wait:.0f} seconds")
         return Transient(f"{url}: the server answers {error.code} ({error.reason})", wait)
     return FetchError(f"{url}: the server answers {error.code} ({error.reason})")
 
 
 def seconds_to_wait(header: str | None) -> float | None:
-    """`Retry-After`: seconds or a date; None if there is none that can be read."""
+    """The seconds of a `Retry-After` header, which is a number or a date; None if it is absent or unreadable."""
     if header is None or header.strip().isdecimal():
         return None if header is None else float(header)
     with contextlib.suppress(ValueError):
@@ -324,8 +323,8 @@ def seconds_to_wait(header: str | None) -> float | None:
     return None
 
 
-def goes_on(headers: http.client.HTTPMessage, part: PartialFile) -> bool:
-    """Whether a 206 answer starts where the part ends and is of the same version."""
+def continues(headers: http.client.HTTPMessage, part: PartialFile) -> bool:
+    """Whether a 206 response starts where the part ends and belongs to the same version."""
     span, _, total = (headers.get("Content-Range") or "").removeprefix("bytes ").partition("/")
     same = Version.of(headers).validator in (None, part.version.validator) if part.version else False
     return same and span.startswith(f"{part.size}-") and total in ("*", str(part.version.size))

@@ -1,4 +1,4 @@
-"""What the command lines of all scripts that fetch have in common."""
+"""Flags and error handling shared by the scripts that download files."""
 
 import argparse
 import contextlib
@@ -13,9 +13,9 @@ from partial import FetchError
 
 
 class Checksums:
-    """The SHA-256 of files by name, from lines as `sha256sum` writes them. Without a file nothing is known.
+    """SHA-256 checksums by file name, from lines in the format of `sha256sum`; none without a file.
 
-    Raises: DataError if a line is not of that form.
+    Raises: DataError if a line has another format.
     """
 
     def __init__(self, path: Path | None):
@@ -32,14 +32,14 @@ class Checksums:
             self._by_name[name] = checksum.lower()
 
     def of(self, name: str) -> str | None:
-        """None if there is no list. Raises: DataError if there is one and the file is not on it."""
+        """The checksum, or None if there is no list. Raises: DataError if there is a list without this file."""
         if self.path and name not in self._by_name:
             raise DataError(f"{self.path}: no line for {name}; add it, or fetch without --checksums")
         return self._by_name.get(name)
 
 
 def base_url(text: str) -> str:
-    """An argparse type: the address of a directory, without a slash at its end."""
+    """An argparse type: the address of a directory, without a trailing slash."""
     try:
         return check_address(text).rstrip("/")
     except FetchError as error:
@@ -47,7 +47,7 @@ def base_url(text: str) -> str:
 
 
 def at_least(smallest: float, kind: type) -> Callable[[str], float]:
-    """An argparse type: a number of a kind, not below the smallest."""
+    """An argparse type: a number of this kind that is not smaller than `smallest`."""
 
     def number(text: str) -> float:
         value = kind(text)
@@ -59,18 +59,20 @@ def at_least(smallest: float, kind: type) -> Callable[[str], float]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that all scripts that fetch have in common."""
+    """Add the flags shared by all scripts that download files."""
     parser.add_argument("--output_directory", type=Path, default=Path("data"), help="default: data")
     parser.add_argument(
         "--checksums", type=Path, help="SHA-256 of the files, as sha256sum writes them; all are checked"
     )
     parser.add_argument("--parallel", type=at_least(1, int), default=4, help="files at a time (default: 4)")
     parser.add_argument(
-        "--retries", type=at_least(0, int), default=5, help="attempts after one that brought nothing (default: 5)"
+        "--retries", type=at_least(0, int), default=5, help="retries in a row without new bytes (default: 5)"
     )
-    parser.add_argument("--retry_wait", type=at_least(0, float), default=1.0, help="seconds, doubled each time (1.0)")
     parser.add_argument(
-        "--timeout", type=at_least(0.01, float), default=60.0, help="a server's longest silence, s (60)"
+        "--retry_wait", type=at_least(0, float), default=1.0, help="seconds before a retry, doubled each time (1.0)"
+    )
+    parser.add_argument(
+        "--timeout", type=at_least(0.01, float), default=60.0, help="seconds that a server may send nothing (60)"
     )
 
 
@@ -79,10 +81,10 @@ def fetcher(arguments: argparse.Namespace) -> Fetcher:
 
 
 @contextlib.contextmanager
-def one_sentence(stopped: str = "the same command goes on") -> Iterator[None]:
+def exit_on_user_error(stopped: str = "run the same command again to resume") -> Iterator[None]:
     """End the script with one sentence and status 1 if something is wrong with files, servers or data.
 
-    `stopped` is what the user is told after Ctrl-C.
+    `stopped` is the message printed after Ctrl-C.
     """
     try:
         yield
@@ -90,4 +92,4 @@ def one_sentence(stopped: str = "the same command goes on") -> Iterator[None]:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(f"stopped; {stopped}", file=sys.stderr, flush=True)
-        os._exit(1)  # an ordinary end would wait for threads that wait for silent servers
+        os._exit(1)  # an ordinary exit would wait for threads, which may wait for a server

@@ -8,14 +8,14 @@ from typing import Any, BinaryIO
 CHUNK = 1 << 20  # bytes
 ITEM_LIMIT = 1 << 26  # characters
 WHITE_SPACE = " \t\n\r"
-BEHIND_A_VALUE = (*WHITE_SPACE, ",", ":", "]", "}")
+AFTER_A_VALUE = (*WHITE_SPACE, ",", ":", "]", "}")
 
 
 def array_items(stream: BinaryIO, key: str) -> Iterator[Any]:
-    """The items of the array under `key` of the file's top-level object, one at a time. What follows is not read.
+    """The items of the array under `key` in the top-level object, one at a time. The rest of the file is not read.
 
-    Raises: ValueError if the file is not UTF-8, not JSON up to there, has an item of more than ITEM_LIMIT characters,
-        or has no such array.
+    Raises: ValueError if the file is not UTF-8, is not JSON up to the end of the array, has an item of more than
+        ITEM_LIMIT characters, or has no such array.
     """
     text = _Text(stream)
     text.expect("{")
@@ -36,7 +36,7 @@ def array_items(stream: BinaryIO, key: str) -> Iterator[Any]:
 
 
 class _Text:
-    """A window of a text, and where in it the next value starts."""
+    """A window of a text, and the position of the next value in it."""
 
     def __init__(self, stream: BinaryIO):
         self.stream = stream
@@ -64,9 +64,8 @@ class _Text:
         while True:
             try:
                 value, end = self.parse(self.window, self.at)
-                if (
-                    self.window[end : end + 1] in BEHIND_A_VALUE
-                ):  # a number may be cut by the window's end: 23. for 23.5
+                # The end of the window may cut a number, such as 23. for 23.5.
+                if self.window[end : end + 1] in AFTER_A_VALUE:
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
@@ -79,7 +78,7 @@ class _Text:
                 raise ValueError(f"not JSON, or one item of more than {ITEM_LIMIT:,} characters: {problem}")
 
     def _slide(self) -> bool:
-        """Drop what was read and read on, as much again as is left: then a long item is not parsed too often."""
+        """Drop the text before the position and at least double the rest, so that a long item is not parsed often."""
         self.window, self.at = self.window[self.at :], 0
         data = self.stream.read(max(CHUNK, len(self.window)))
         self.window += self.decode(data, final=not data)

@@ -1,10 +1,10 @@
-"""Build a tiny reader and a tiny retriever, untrained, with tokenizers of their own.
+"""Build a tiny untrained reader and retriever with their own tokenizers.
 
     python preprocessing/make_tiny_models.py --passages demo/data/passages.train.jsonl --output_directory demo/models
 
 `reader` is a T5 v1.1-style encoder-decoder, `retriever` a BERT with mean pooling; both are ordinary `save_pretrained`
-directories with their tokenizers, to be pretrained with `train.py`. They start from weights that make the first steps
-count (`copy_start`, `lexical_start`) and otherwise have the standard architectures: 3.8 million parameters together.
+directories with their tokenizers, to be pretrained with `train.py`. They have the standard architectures with 3.8
+million parameters together, and initial weights from which they learn faster (`copy_start`, `lexical_start`).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 SENTINELS = 100
-# What queries are made of besides the corpus' own words: the tokenizers learn these as whole words.
+# Words of queries that are not in the corpus: the tokenizers learn them as whole words.
 PROMPT_WORDS = "question: answer: title: context: What Which Who How many do does In which By whom is was ?"
 METASPACE = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
 CONSTANT_DIMENSIONS = 16  # of the retriever's embeddings: see lexical_start
@@ -31,7 +31,7 @@ CONSTANT_DIMENSIONS = 16  # of the retriever's embeddings: see lexical_start
 def learn_pieces(
     texts: list[str], size: int, splitters: list, normalizer: normalizers.Normalizer | None = None
 ) -> dict[str, int]:
-    """The `size` most useful pieces of words, learned by BPE, with their frequencies, the most frequent first."""
+    """`size` word pieces learned by BPE, with their frequencies, the most frequent first."""
     bpe = Tokenizer(models.BPE())
     if normalizer is not None:
         bpe.normalizer = normalizer
@@ -45,7 +45,7 @@ def train_reader_tokenizer(texts: list[str], vocabulary_size: int) -> Tokenizer:
     """A Unigram model in T5's layout: `<pad>` 0, `</s>` 1, `<unk>` 2, sentinels last, `<extra_id_0>` highest."""
     special = ["<pad>", "</s>", "<unk>"]
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(SENTINELS))]
-    # Punctuation is kept apart, so that an answer has the same pieces whether a full stop follows it or not.
+    # Punctuation is split off, so that an answer has the same pieces with and without a full stop after it.
     splitters = [METASPACE, pre_tokenizers.Punctuation("isolated")]
     pieces = learn_pieces(texts, vocabulary_size - len(special) - len(sentinels), splitters)
     total = sum(pieces.values())
@@ -67,7 +67,7 @@ def train_retriever_tokenizer(texts: list[str], vocabulary_size: int) -> Tokeniz
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitters = [pre_tokenizers.BertPreTokenizer(), METASPACE]
     pieces = learn_pieces(texts, vocabulary_size - len(special), splitters, normalizer)
-    # BPE marks a word's first piece (with ▁), WordPiece marks the others (with ##). Single characters may be either.
+    # BPE marks a word's first piece (▁), WordPiece marks the others (##). Single characters are added in both forms.
     word_pieces = [piece[1:] if piece.startswith("▁") else "##" + piece for piece in pieces]
     word_pieces += [piece for piece in pieces if len(piece) == 1 and piece != "▁"]
     vocabulary = {
@@ -89,17 +89,17 @@ def train_tokenizers(texts: list[str], reader_size: int, retriever_size: int) ->
     return train_reader_tokenizer(texts, reader_size), train_retriever_tokenizer(texts, retriever_size)
 
 
-# ---- models as they start -------------------------------------------------------------------------------------------
+# ---- models and their initial weights -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def copy_start(reader: T5ForConditionalGeneration, seed: int) -> None:
-    """Starting weights from which a small T5 learns to copy in hundreds of steps instead of many thousands.
+    """Initial weights with which a small T5 learns to copy in hundreds of steps instead of many thousands.
 
     Encoder: head 0 attends to the previous token, head 1 to the next one (by relative position), the others to equal
     tokens (same projection for q and k). Decoder: the first head of the cross-attention looks for positions whose
     *previous* token is the current one, as an induction head does (Olsson et al. 2022, arXiv 2209.11895), the others
-    for equal tokens; all of them copy what they see.
+    look for equal tokens. All of them copy the tokens that they attend to.
     """
     generator = torch.Generator().manual_seed(seed)
     width, head_width, heads = reader.config.d_model, reader.config.d_kv, reader.config.num_heads
@@ -161,11 +161,11 @@ def build_reader(tokenizer: Tokenizer, width: int, layers: tuple[int, int], seed
 
 @torch.no_grad()
 def lexical_start(retriever: BertModel, tokenizer: Tokenizer, passages: list[str], seed: int) -> None:
-    """Starting weights that make mean pooling a bag of words weighted by inverse document frequency.
+    """Initial weights that make mean pooling a bag of words weighted by inverse document frequency.
 
-    BERT normalises each token's embedding, so the length of a word vector alone says nothing. Here the token type adds
-    a constant in a few dimensions of its own: what a frequent, short word vector loses to the constant in the
-    normalisation is its weight, and the last layer norm blanks the constant out.
+    BERT normalises each token's embedding, so the length of a word vector alone has no effect. Here the token type adds
+    a constant in a few separate dimensions. The shorter the vector of a frequent word is, compared with this constant,
+    the less of it is left after the normalisation. The last layer norm removes the constant.
     """
     generator = torch.Generator().manual_seed(seed)
     width = retriever.config.hidden_size
@@ -180,7 +180,7 @@ def lexical_start(retriever: BertModel, tokenizer: Tokenizer, passages: list[str
     embeddings.word_embeddings.weight.copy_(words)
     embeddings.position_embeddings.weight.normal_(0, 0.02, generator=generator)
     embeddings.token_type_embeddings.weight.zero_()
-    signs = torch.tensor([1.0, -1.0]).repeat(CONSTANT_DIMENSIONS // 2)  # mean 0, as the layer norm will subtract it
+    signs = torch.tensor([1.0, -1.0]).repeat(CONSTANT_DIMENSIONS // 2)  # mean 0, because the layer norm subtracts it
     constant = 0.3 * math.sqrt((width - CONSTANT_DIMENSIONS) / CONSTANT_DIMENSIONS)
     embeddings.token_type_embeddings.weight[:, :CONSTANT_DIMENSIONS] = signs * constant
     retriever.encoder.layer[-1].output.LayerNorm.weight[:CONSTANT_DIMENSIONS] = 0.0
@@ -194,7 +194,7 @@ def build_retriever(tokenizer: Tokenizer, passages: list[str], width: int, layer
         num_hidden_layers=layers,
         num_attention_heads=4,
         intermediate_size=width,
-        initializer_range=0.005,  # small layers: the bag of words passes through them unharmed
+        initializer_range=0.005,  # small weights, so that the layers hardly change the bag of words
         max_position_embeddings=512,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -262,11 +262,11 @@ def build_tiny_models(
 
 
 def read_texts(passages: Path) -> list[str]:
-    """The passages of a corpus file, as the retriever sees them."""
+    """The texts of a corpus file's passages, with their titles and sections."""
     try:
         rows = [json.loads(line) for line in passages.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
-        sys.exit(f"{passages} is missing; write it with: python preprocessing/prepare_demo.py")
+        sys.exit(f"{passages} does not exist; create it with: python preprocessing/prepare_demo.py")
     return [f"{row['title']}: {row['section']} {row['text']}" for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""The part of a file that has been fetched so far, and of which version of the file it is."""
+"""The part of a file that has been downloaded so far, and the version of the file that it belongs to."""
 
 import contextlib
 import errno
@@ -13,31 +13,31 @@ from atlas.files.jsonl import replacing
 
 
 class FetchError(Exception):
-    """Why a file is not there, in one sentence that says what to do where something can be done."""
+    """A file cannot be fetched. The message is one sentence and says what to do if anything can be done."""
 
 
 class Version(NamedTuple):
-    """What a server has under an address: how many bytes, and what stands for just these bytes; None if unknown."""
+    """A version of a file on a server: its size in bytes, and a validator that identifies its content, if known."""
 
     size: int | None
     validator: str | None
 
     @classmethod
     def of(cls, headers: Mapping[str, str]) -> "Version":
-        """What the headers of an answer say."""
+        """The version in the headers of a response."""
         length, etag = headers.get("Content-Length") or "", headers.get("ETag") or ""
-        # RFC 9110, 13.1.5: a weak ETag (W/"...") does not stand for the same bytes.
+        # RFC 9110, 13.1.5: a weak ETag (W/"...") does not identify the exact bytes.
         validator = etag if etag.startswith('"') else headers.get("Last-Modified")
         return cls(int(length) if length.isdecimal() and len(length) < 20 else None, validator)
 
 
 class PartialFile:
-    """`{target}.part`, which one process at a time may hold, and `{target}.part.json`, which names its version.
+    """`{target}.part`, which is locked by one process at a time, and `{target}.part.json`, which names its version.
 
-    What is in it is the beginning of `version`. It stays when the process ends, unless it is empty, so that the next
-    one can go on. `progress` is told how many bytes were gained (or, negative, lost).
+    It contains the beginning of `version`. Unless it is empty, it is kept when the process ends, so that the next one
+    can resume. `progress` is called with the number of bytes added (negative if bytes are discarded).
 
-    Raises: FetchError if another process has it.
+    Raises: FetchError if another process has locked it.
     """
 
     def __init__(self, target: Path, progress: Callable[[int], object]):
@@ -63,7 +63,7 @@ class PartialFile:
         return self.version is not None and self.size == self.version.size
 
     def begin(self, version: Version) -> None:
-        """Empty, to be filled with this version."""
+        """Empty the file, to be filled with this version."""
         self.clear()
         with replacing(self.note) as beside:
             beside.write_text(json.dumps(version._asdict()), encoding="utf-8")
@@ -86,12 +86,12 @@ class PartialFile:
         self.path.unlink(missing_ok=True)
 
     def content(self) -> BinaryIO:
-        """To be read from its beginning."""
+        """The file, positioned at its beginning, to be read."""
         self._file.seek(0)
         return self._file
 
     def finish(self) -> None:
-        """Give it its name."""
+        """Rename the complete file to `target`."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self.note.unlink(missing_ok=True)
@@ -102,14 +102,14 @@ class PartialFile:
         try:
             note = json.loads(self.note.read_bytes())
             return Version(note["size"], note["validator"])
-        except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: nobody knows whose beginning this is
+        except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: the version is unknown
             return None
 
 
 def open_locked(path: Path) -> BinaryIO:
-    """Open for reading and writing, made if absent. Raises: FetchError if another process holds it."""
+    """Open (or create) for reading and writing, and lock. Raises: FetchError if another process has locked it."""
     while True:
-        # A link that somebody else laid here is not followed.
+        # Symbolic links are not followed: somebody else may have put one here.
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,4 +120,4 @@ def open_locked(path: Path) -> BinaryIO:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()  # between the two calls another process finished and renamed it
+        file.close()  # another process finished and renamed it between the two calls

@@ -1,14 +1,14 @@
-"""Make passages of about 100 words of your own documents.
+"""Split your own documents into passages of about 100 words.
 
     python preprocessing/prepare_corpus.py my_documents --output my_corpus.jsonl
     python preprocessing/prepare_corpus.py articles.csv --output my_corpus.jsonl
 
-A source is a folder, searched with all folders in it for .txt, .md and .html files, or a single such file, or a table
-(.csv, .tsv) with a header that names its columns: `text`, and, where there are such, `id`, `title` and `section`. Lines
-of the output have `id`, `title`, `section` and `text`. An id is the file's path in the folder (or the row's `id`, or
-its number, from 1), a hyphen, and the number of the passage in the document, from 0. The title is the first heading if
-all others are below it, or else what the HTML page or the front matter says, or the file's name. Other headings become
-sections. Hidden files and folders are not looked at. Words are what spaces separate.
+A source is a folder, which is searched recursively for .txt, .md and .html files; or a single such file; or a table
+(.csv, .tsv) with a header that names its columns: `text`, and optionally `id`, `title` and `section`. Lines of the
+output have `id`, `title`, `section` and `text`. An id is the file's path in the folder (or the row's `id`, or its
+number, from 1), a hyphen, and the number of the passage in the document, from 0. The title is the first heading if all
+others are below it, else that of the HTML page or the front matter, else the file's name. Other headings become
+sections. Hidden files and folders are ignored. Words are separated by spaces.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from markdown_it import MarkdownIt
 from tqdm import tqdm
 
 from atlas.files.jsonl import DataError, decode_text, open_existing
-from flags import one_sentence
+from flags import exit_on_user_error
 from splitting import Section, add_words_flag, blocks_of, heading_path, passages_of, writing
 
 FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|$)", re.DOTALL)
@@ -39,11 +39,11 @@ class Document(NamedTuple):
 
 
 class Outline:
-    """A document as it is read: text, and headings in between."""
+    """A document while it is read: headings, and the text below each."""
 
     def __init__(self) -> None:
         self.title = ""
-        self.parts: list[tuple[int, str, list[str]]] = [(0, "", [])]  # level and text of a heading, text under it
+        self.parts: list[tuple[int, str, list[str]]] = [(0, "", [])]  # level and text of a heading, text below it
 
     def heading(self, level: int, text: str) -> None:
         if text := " ".join(text.split()):
@@ -53,14 +53,14 @@ class Outline:
         self.parts[-1][2].append(text)
 
     def document(self, identifier: str, name: str) -> Document:
-        """`name` is the title where there is no other."""
+        """The finished document; `name` is its title if it has no other."""
         parts = [(level, heading, blocks_of("".join(texts))) for level, heading, texts in self.parts]
         if len(parts) > 1 and all(parts[1][0] < level for level, _, _ in parts[2:]):
             self.title = parts[1][1]
         above: list[tuple[int, str]] = []
         sections = []
         for level, heading, blocks in parts:
-            # A heading that is the title again is no section of it.
+            # A heading that repeats the title is not a section.
             path = heading_path(above, level, "" if heading == self.title else heading)
             if blocks:
                 sections.append(Section(path, blocks))
@@ -68,7 +68,7 @@ class Outline:
 
 
 class Page(HTMLParser):
-    """Fills an outline from HTML: no scripts, no styles, no navigation; every block element begins a paragraph."""
+    """Fills an outline from HTML, without scripts, styles and navigation; every block element starts a paragraph."""
 
     SKIPPED = re.compile("script|style|noscript|template|nav|svg|button|select|textarea|iframe|object")
     INLINE = re.compile(
@@ -77,13 +77,13 @@ class Page(HTMLParser):
     )
     OPENING = {"br": "\n", "li": "\n* ", "td": " ", "th": " "}
     CLOSING = {"li": "\n", "td": " ", "th": " "}
-    BESIDE_HEADINGS = re.compile("p|ul|ol|dl|table|pre|blockquote")  # a heading that nobody closed ends there
+    BESIDE_HEADINGS = re.compile("p|ul|ol|dl|table|pre|blockquote")  # an unclosed heading ends there
 
     def __init__(self, outline: Outline):
         super().__init__()
         self.outline = outline
-        self.skipped: list[str] = []  # elements to skip that are open
-        self.captured: tuple[str, list[str]] | None = None  # the title or heading that is open, and its text
+        self.skipped: list[str] = []  # the open elements that are skipped
+        self.captured: tuple[str, list[str]] | None = None  # the open title or heading, and its text
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if self.SKIPPED.fullmatch(tag):
@@ -99,7 +99,7 @@ class Page(HTMLParser):
             self._text(" " if self.captured else self.OPENING.get(tag, "\n\n"))
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if not self.SKIPPED.fullmatch(tag):  # as `<svg/>`, which holds nothing; the slash of `<div/>` means nothing
+        if not self.SKIPPED.fullmatch(tag):  # `<svg/>` is empty, but in `<div/>` HTML ignores the slash
             self.handle_starttag(tag, attributes)
 
     def handle_endtag(self, tag: str) -> None:
@@ -114,7 +114,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self.skipped:
-            self._text(re.sub(r"\s+", " ", data))  # a line end in HTML is a space
+            self._text(re.sub(r"\s+", " ", data))  # line ends in HTML are spaces
 
     def close(self) -> None:
         super().close()
@@ -133,7 +133,7 @@ class Page(HTMLParser):
 
 
 def read_markdown(text: str) -> Outline:
-    """CommonMark with tables; a `title:` in front matter (lines between two of `---`, at the start) is the title."""
+    """CommonMark with tables; `title:` in the front matter (between two lines `---` at the start) is the title."""
     title = ""
     if front := FRONT_MATTER.match(text):
         title = next((line[6:].strip(" \"'") for line in (front[1] or "").split("\n") if line.startswith("title:")), "")
@@ -175,21 +175,21 @@ def read_file(path: Path, identifier: str) -> Document:
 
 
 def find_files(folder: Path) -> list[Path]:
-    """All files below that are not hidden, in the order of their paths."""
+    """All files in the folder and its subfolders that are not hidden, sorted by path."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    found = []
+    files = []
     for directory, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(directory, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+        files += [Path(directory, name) for name in names if not name.startswith(".")]
+    return sorted(files)
 
 
 def read_table(path: Path) -> Iterator[Document]:
-    """Raises: DataError with file and line."""
-    limit = csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's 128 KiB
+    """A document per row. Raises: DataError with file and line."""
+    limit = csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's limit of 128 KiB
     seen = set()
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, delimiter=TABLES[path.suffix.lower()], strict=True)
@@ -197,7 +197,7 @@ def read_table(path: Path) -> Iterator[Document]:
             header = [name.strip().lower() for name in next(rows, [])]
             if "text" not in header:
                 raise ValueError(
-                    f"the first line names the columns, `text` among them; found {', '.join(header)!r:.90}"
+                    f"the first line must name the columns, including `text`; found {', '.join(header)!r:.90}"
                 )
             for number, row in enumerate(filter(None, rows), 1):
                 if len(row) != len(header):
@@ -205,7 +205,7 @@ def read_table(path: Path) -> Iterator[Document]:
                 record = dict(zip(header, row, strict=True))
                 identifier = record.get("id", "").strip() or str(number)
                 if identifier in seen:
-                    raise ValueError(f"the id {identifier} was in a row before")
+                    raise ValueError(f"an earlier row has the same id, {identifier}")
                 seen.add(identifier)
                 section = Section(record.get("section", "").strip(), blocks_of(record["text"].replace("\r", "\n")))
                 yield Document(identifier, record.get("title", "").strip(), [section])
@@ -220,7 +220,7 @@ def read_table(path: Path) -> Iterator[Document]:
 
 
 def read_source(source: Path, counts: Counter[str]) -> Iterator[Document]:
-    """All documents; files that are of no known kind are counted. Raises: FileNotFoundError, DataError."""
+    """All documents; files of unknown kinds are counted. Raises: FileNotFoundError, DataError."""
     if source.is_dir():
         files = find_files(source)
         readable = [path for path in files if path.suffix.lower() in READERS]
@@ -234,11 +234,11 @@ def read_source(source: Path, counts: Counter[str]) -> Iterator[Document]:
     elif source.suffix.lower() in READERS:
         yield read_file(source, source.name)
     else:
-        raise DataError(f"{source}: not a folder, and not {', '.join([*READERS, *TABLES])}")
+        raise DataError(f"{source}: neither a folder nor one of {', '.join([*READERS, *TABLES])}")
 
 
 def prepare(source: Path, output: Path, words: int) -> None:
-    """Write the passages and say how many. Raises: FileNotFoundError, DataError."""
+    """Write the passages and print how many there are. Raises: FileNotFoundError, DataError."""
     counts: Counter[str] = Counter()
     with writing(output) as write:
         for document in read_source(source, counts):
@@ -248,7 +248,7 @@ def prepare(source: Path, output: Path, words: int) -> None:
             for passage in passages:
                 write(passage)
         if not counts["passages"]:
-            raise DataError(f"{source}: no text in it ({', '.join([*READERS, *TABLES])} are read)")
+            raise DataError(f"{source}: contains no text (supported: {', '.join([*READERS, *TABLES])})")
     print(f"{output}: {counts.pop('passages'):,} passages of {counts.pop('documents'):,} documents")
     left_out = ", ".join(f"{what} {number:,}" for what, number in sorted(counts.items()) if number)
     print(f"left out: {left_out or 'nothing'}")
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl to write")
     add_words_flag(parser)
     arguments = parser.parse_args()
-    with one_sentence(stopped="nothing was written"):
+    with exit_on_user_error(stopped="nothing was written"):
         prepare(arguments.source, arguments.output, arguments.words)
 
 

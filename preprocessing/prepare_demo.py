@@ -1,4 +1,4 @@
-"""Write the demo's corpus and questions: real facts, in our own sentences, without any download beyond pip.
+"""Write the demo's corpus and questions: real facts in our own sentences, downloaded only through pip.
 
     pip install --no-deps -r requirements-demo.txt
     python preprocessing/prepare_demo.py --output_directory demo/data
@@ -16,13 +16,13 @@ Facts come from four permissively licensed packages:
 Files written:
 
 - `passages.jsonl`: `id`, `title`, `section`, `text`; two differently worded passages per entity and fact group.
-- `train.jsonl`, `dev.jsonl`, `test.jsonl`: `id`, `question`, `answers`, `relation`. Entities, not questions, are split:
-  nothing is ever asked about a dev or test entity in training. Dev and test are balanced over relations.
-- `train.{16,64,256}-shot.jsonl`: so many training questions, balanced over relations.
-- `passages.train.jsonl`: those of the passages that are about train entities: what pretraining may see.
-- `pretrain.jsonl` (`--task cloze`): `id`, `query`, `answers`, `relation`: facts about train entities to be filled in,
-  half of them masked in a passage (whose `id` it is, so that it is not found for itself), half of them asked for by a
-  keyword. None is worded as a question. Drawn at random, a relation as often as the square root of its size.
+- `train.jsonl`, `dev.jsonl`, `test.jsonl`: `id`, `question`, `answers`, `relation`. The split is by entity: no training
+  question is about a dev or test entity. Dev and test are balanced over relations.
+- `train.{16,64,256}-shot.jsonl`: this many training questions, balanced over relations.
+- `passages.train.jsonl`: the passages about train entities, for pretraining.
+- `pretrain.jsonl` (`--task cloze`): `id`, `query`, `answers`, `relation`: facts about train entities to be filled in.
+  Half of them are masked in a passage; they have its `id`, so that they do not retrieve it. The others ask by keyword.
+  None is worded like a question. They are drawn at random, a relation in proportion to the square root of its size.
 """
 
 import argparse
@@ -52,10 +52,10 @@ PRETRAIN_LINES = 100_000
 
 @dataclass(frozen=True)
 class Relation:
-    """How one fact is told and asked. `{e}` is the entity, `{a}` the answer.
+    """How a fact is stated and asked for. `{e}` is the entity, `{a}` the answer.
 
-    `wordings` has one pair per passage: the sentence when it opens the passage, and when it follows another one. Every
-    sentence ends with the answer, so that pretraining can put another one in its place.
+    `wordings` has two sentences for each of two passages: one to open the passage, one to follow another sentence.
+    Every sentence ends with the answer, so that pretraining can mask it.
     """
 
     keyword: str
@@ -262,7 +262,7 @@ RELATIONS: dict[str, dict[str, dict[str, Relation]]] = {
         },
     },
 }
-# Queries about any relation: statements with a gap, and keywords as one types them into a search engine.
+# Queries about any relation: cloze statements, and keywords like those typed into a search engine.
 CLOZES = (
     "The {keyword} of {e} is <extra_id_0>.",
     "<extra_id_0> is the {keyword} of {e}.",
@@ -454,7 +454,7 @@ def capitalised(sentence: str) -> str:
 
 
 def write_passages(position: int, entity: Entity) -> list[dict]:
-    """Two passages per section for which the entity has a fact; the second tells the facts in reverse order."""
+    """Two passages per section for which the entity has a fact; the second states the facts in reverse order."""
     passages = []
     for section, relations in RELATIONS[entity.kind].items():
         known = [relation for relation in relations if relation in entity.facts]
@@ -489,22 +489,22 @@ def ask(position: int, entity: Entity, random_numbers: random.Random) -> list[di
 
 
 def write_clozes(position: int, entity: Entity, passages: list[dict]) -> dict[str, list[dict]]:
-    """Each fact as queries with a gap, by relation: half of them `CLOZES`, half of them the entity's `passages`."""
+    """Each fact as cloze queries, by relation: half of them from `CLOZES`, half of them masked `passages`."""
     clozes = {}
     for relations in RELATIONS[entity.kind].values():
         for name, relation in relations.items():
             if name not in entity.facts:
                 continue
             answer = entity.facts[name]
-            told = re.compile(rf"(?<= ){re.escape(answer)}\.(?= |$)")  # every sentence ends with its answer
+            at_sentence_end = re.compile(rf"(?<= ){re.escape(answer)}\.(?= |$)")  # sentences end with their answers
             generic = [
                 (f"{entity.kind}-{position}-{name}-cloze-{i}", cloze.format(keyword=relation.keyword, e=entity.name))
                 for i, cloze in enumerate(CLOZES)
             ]
             masked = [
-                (passage["id"], told.sub("<extra_id_0>.", passage["text"]))
+                (passage["id"], at_sentence_end.sub("<extra_id_0>.", passage["text"]))
                 for passage in passages
-                if len(told.findall(passage["text"])) == 1
+                if len(at_sentence_end.findall(passage["text"])) == 1
             ]
             queries = generic + masked * (len(generic) // max(1, len(masked)))
             clozes[f"{entity.kind}.{name}"] = [
@@ -515,7 +515,7 @@ def write_clozes(position: int, entity: Entity, passages: list[dict]) -> dict[st
 
 
 def draw_clozes(groups: Iterable[dict[str, list[dict]]], n: int, seed: int) -> list[dict]:
-    """`n` clozes, a relation as often as the square root of its size."""
+    """`n` clozes, drawn with a relation's probability proportional to the square root of its size."""
     by_relation = defaultdict(list)
     for group in groups:
         for relation, clozes in group.items():
@@ -549,7 +549,7 @@ def at_most_per_relation(examples: list[dict], limit: int) -> list[dict]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write beside and rename, so that a killed run leaves no half file."""
+    """Write to a temporary file and rename it, so that a killed run leaves no incomplete file."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -558,7 +558,7 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def prepare(output: Path, seed: int = 0) -> dict[str, int]:
-    """Write all files into `output`; returns the number of lines of each."""
+    """Write all files into `output`; returns each file's number of lines."""
     entities = read_entities(seed)
     splits = split_entities(entities, seed)
     random_numbers = random.Random(seed)

@@ -2,8 +2,8 @@
 
     python preprocessing/prepare_fever.py --output_directory $DATA_DIR
 
-Written to `fever_data/`: `train.jsonl`, `dev.jsonl`, `test.jsonl`, which has no labels, and `train-64.jsonl`, the 64
-training claims of the paper. Lines have `claim`, `label` and the other fields of the originals.
+Writes `fever_data/`: `train.jsonl`, `dev.jsonl`, `test.jsonl` (without labels) and `train-64.jsonl`, the 64 training
+claims of the paper. Lines have `claim`, `label` and the other fields of the original files.
 """
 
 import json
@@ -26,7 +26,7 @@ def claim(record: dict) -> dict:
 def labelled(record: dict) -> dict:
     """A line of train or dev. Raises: ValueError."""
     if record.get("label") not in LABELS:
-        raise ValueError(f"`label` is one of {', '.join(LABELS)}, found {record.get('label')!r:.40}")
+        raise ValueError(f"`label` must be one of {', '.join(LABELS)}, found {record.get('label')!r:.40}")
     return claim(record)
 
 

@@ -1,14 +1,14 @@
-"""Fetch MMLU's multiple-choice questions and arrange them for the paper's three ways to train.
+"""Fetch MMLU's multiple-choice questions and arrange them for the paper's three training settings.
 
     python preprocessing/prepare_mmlu.py --output_directory $DATA_DIR
 
-Written to `data/mmlu_data/`, lines with `question`, `options` {A, B, C, D}, `answer` and `dataset` (such as
-`anatomy_test`):
+Writes `data/mmlu_data/`, with `question`, `options` {A, B, C, D}, `answer` and `dataset` (such as `anatomy_test`) in
+each line:
 
 - `5-shot/{train,valid,test}/{subject}.{train,valid,test}.jsonl`: a model per subject, from five examples.
 - `5-shot-multitask/{train,combined_valid,combined_test}.jsonl`: one model, from the five examples of all subjects.
-- `full/{train,combined_valid,combined_test}.jsonl`: one model, from these and the auxiliary questions that MMLU's
-  authors took from other data sets.
+- `full/{train,combined_valid,combined_test}.jsonl`: one model, from these examples and the auxiliary questions that
+  MMLU's authors took from other data sets.
 """
 
 import csv
@@ -24,7 +24,7 @@ from archives import read_archive
 from atlas.files.jsonl import DataError
 
 LETTERS = "ABCD"
-ORIGINAL_NAMES = {"train": "dev", "valid": "val", "test": "test"}  # the five examples are in MMLU's dev
+ORIGINAL_NAMES = {"train": "dev", "valid": "val", "test": "test"}  # MMLU's dev has the five examples
 TABLE = re.compile(r"(?:.*/)?(auxiliary_train|dev|val|test)/([\w-]+)\.csv")
 
 
@@ -35,7 +35,7 @@ def read_table(stream: BinaryIO) -> list[dict]:
     try:
         for row in table:
             if len(row) != 6 or row[5] not in tuple(LETTERS):
-                raise ValueError(f"expected question, A, B, C, D and the right letter, found {row!r:.90}")
+                raise ValueError(f"expected question, A, B, C, D and the letter of the answer, found {row!r:.90}")
             examples.append(
                 {"question": row[0], "options": dict(zip(LETTERS, row[1:5], strict=True)), "answer": row[5]}
             )
@@ -57,7 +57,7 @@ def read_tables(archive: Path) -> dict[str, dict[str, list[dict]]]:
         folders[folder][subject] = [example | {"dataset": dataset} for example in examples]
     subjects = [folders[folder].keys() for folder in ORIGINAL_NAMES.values()]
     if not all(subjects) or subjects.count(subjects[0]) != 3 or not folders["auxiliary_train"]:
-        raise DataError(f"{archive}: auxiliary_train, and dev, val and test of the same subjects, are not all in it")
+        raise DataError(f"{archive}: it must contain auxiliary_train, and dev, val and test for the same subjects")
     return folders
 
 

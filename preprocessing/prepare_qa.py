@@ -2,10 +2,10 @@
 
     python preprocessing/prepare_qa.py --output_directory $DATA_DIR
 
-Written to `nq_data/` and `triviaqa_data/`: `train.jsonl`, `dev.jsonl`, `test.jsonl`, with `question`, `answers` and,
-for TriviaQA, `target`, and `train.{n}-shot.jsonl` for each n of `--shots`. 64 are those of the paper; other numbers are
-a seeded choice from train.jsonl, of which a smaller one is the beginning of a larger one. TriviaQA is read from its
-archive piece by piece: its 3 GB are never unpacked, neither to the disk nor into memory.
+Writes `nq_data/` and `triviaqa_data/`: `train.jsonl`, `dev.jsonl`, `test.jsonl`, with `question`, `answers` and, for
+TriviaQA, `target`, and `train.{n}-shot.jsonl` for each n of `--shots`. The 64 are those of the paper; other numbers are
+a seeded choice from train.jsonl, in which a smaller set is the beginning of a larger one. TriviaQA's archive of 3 GB is
+streamed: it is never unpacked, neither to disk nor into memory.
 """
 
 import json
@@ -47,7 +47,7 @@ def triviaqa(record: dict) -> dict:
 
 
 def read_triviaqa(stream: BinaryIO) -> list[dict]:
-    """Questions, answers and targets; not the search results, which are nearly all of the file. Raises: ValueError."""
+    """Questions, answers and targets, without the search results that make up most of the file. Raises: ValueError."""
     rows = []
     for number, record in enumerate(tqdm(array_items(stream, "Data"), "TriviaQA", unit=" questions", disable=None), 1):
         try:
@@ -58,7 +58,7 @@ def read_triviaqa(stream: BinaryIO) -> list[dict]:
 
 
 def read_positions(stream: BinaryIO) -> list[int]:
-    """Which lines a split is made of. Raises: ValueError."""
+    """The line numbers of a split. Raises: ValueError."""
     positions = json.load(stream)
     if not isinstance(positions, list) or not all(type(position) is int for position in positions):
         raise ValueError("expected a list of whole numbers")
@@ -66,33 +66,33 @@ def read_positions(stream: BinaryIO) -> list[int]:
 
 
 def read_files(archive: Path, readers: dict[str, Callable[[BinaryIO], Any]]) -> list:
-    """What the readers make of the files of these names, wherever in the archive they lie. Raises: DataError."""
+    """The readers' results for the files of these names, in any folder of the archive. Raises: DataError."""
 
     def choose(name: PurePosixPath):
         return readers.get(name.name)
 
-    found = read_archive(archive, choose, sources.UNPACKED_LIMIT[archive.name])
-    by_name = {name.name: result for name, result in found.items()}
-    if len(by_name) < len(found):
-        raise DataError(f"{archive}: {', '.join(map(str, found))}: the same file more than once")
+    results = read_archive(archive, choose, sources.UNPACKED_LIMIT[archive.name])
+    by_name = {name.name: result for name, result in results.items()}
+    if len(by_name) < len(results):
+        raise DataError(f"{archive}: {', '.join(map(str, results))}: the same file more than once")
     if missing := readers.keys() - by_name.keys():
-        raise DataError(f"{archive}: there is no {sorted(missing)[0]} in it")
+        raise DataError(f"{archive}: it does not contain {sorted(missing)[0]}")
     return [by_name[name] for name in readers]
 
 
 def splits(
     name: str, train: list[dict], dev: list[dict], positions: list[list[int]], shots: list[int], seed: int
 ) -> Iterator[tuple[str, list[dict]]]:
-    """File names and rows: train and dev come from the original train file, test from the original dev file."""
+    """File names and rows. Train and dev come from the original train file, test comes from the original dev file."""
     original = {"train": train, "dev": train, "test": dev}
     for split, chosen in zip(SPLITS, positions, strict=True):
-        yield f"{split}.jsonl", preparing.pick(original[split], chosen, f"the file that {split} of {name} is from")
+        yield f"{split}.jsonl", preparing.pick(original[split], chosen, f"the original file for {split} of {name}")
     published = json.loads(FEW_SHOT_INDICES.read_text(encoding="utf-8"))[name]
     shuffled = list(positions[0])
     random.Random(f"{seed} {name}").shuffle(shuffled)
     for number in shots:
         if number > len(shuffled):
-            raise DataError(f"--shots {number}: {name} has {len(shuffled):,} training questions")
+            raise DataError(f"--shots {number}: {name} has only {len(shuffled):,} training questions")
         chosen = published if number == PUBLISHED_SHOTS else shuffled[:number]
         yield f"train.{number}-shot.jsonl", preparing.pick(train, chosen, f"the train file of {name}")
 
@@ -113,7 +113,9 @@ def prepare(originals: dict[str, Path], shots: list[int], seed: int) -> Iterator
 def main() -> None:
     parser = preparing.make_parser(__doc__, sources.QA)
     parser.add_argument("--shots", type=at_least(1, int), nargs="*", default=[64, 100], help="default: 64 100")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of few-shot questions, except the 64")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of few-shot questions, except for 64 of them"
+    )
     arguments = parser.parse_args()
     chosen = {"shots": sorted(set(arguments.shots)), "seed": arguments.seed}
     preparing.run("prepare_qa", arguments, sources.QA, lambda originals: prepare(originals, **chosen), **chosen)

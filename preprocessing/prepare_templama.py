@@ -1,10 +1,10 @@
-"""Fetch TempLAMA and write the queries whose answer changed from 2017 to 2020, once for each of the two years.
+"""Fetch TempLAMA and write the queries whose answer changed between 2017 and 2020, in a file for each of these years.
 
     python preprocessing/prepare_templama.py --output_directory $DATA_DIR
 
-Written to `data/templama_data/`: `temp_lama.{train,valid,test}.{2017,2020}.jsonl` with `question`, which holds
-`<extra_id_0>` where the answer belongs, `answers`, `id` and `date`. The files of the two years have the same questions
-in the same order. They are for the task qa with `--qa_prompt_format "{question}"`.
+Writes `data/templama_data/temp_lama.{train,valid,test}.{2017,2020}.jsonl` with `question`, which has `<extra_id_0>` in
+place of the answer, `answers`, `id` and `date`. The files of both years have the same questions in the same order. Use
+them for the task qa with `--qa_prompt_format "{question}"`.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def cloze(record: dict) -> dict:
     if GAP not in query:
         raise ValueError(f"no {GAP} in `query`: {query!r:.60}")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, dict) for answer in answers):
-        raise ValueError(f"`answer` is a list of objects with a `name`, found {answers!r:.40}")
+        raise ValueError(f"`answer` must be a list of objects with a `name`, found {answers!r:.40}")
     return {
         "id": record.get("id"),
         "question": query.replace(GAP, SENTINEL),
@@ -34,7 +34,7 @@ def cloze(record: dict) -> dict:
 
 
 def changed(rows: list[dict]) -> list[dict[str, dict]]:
-    """Year to row, for each query that has answers in both years and none in common."""
+    """For each query that has answers in both years but none in common: its row for each year."""
     by_question: dict[str, dict[str, dict]] = {}
     for row in rows:
         by_question.setdefault(row["question"], {})[row["date"]] = row
@@ -53,7 +53,7 @@ def prepare(originals: dict[str, Path]) -> Iterator[tuple[str, list[dict]]]:
 def main() -> None:
     arguments = preparing.make_parser(__doc__, sources.TEMPLAMA).parse_args()
     preparing.run("prepare_templama", arguments, sources.TEMPLAMA, prepare)
-    print('The questions hold their gap: train and evaluate with --task qa --qa_prompt_format "{question}"')
+    print('The questions contain <extra_id_0>: use them with --task qa --qa_prompt_format "{question}"')
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Make passages of about 100 words, and infoboxes, of a dump of Wikipedia.
+"""Split a Wikipedia dump into passages of about 100 words, and extract its infoboxes.
 
     python preprocessing/prepare_wikipedia.py enwiki-20211220-pages-articles.xml.bz2 --output_directory my_wiki
 
-Written to the output directory, as the released corpora are: `text-list-100-sec.jsonl` and `infobox.jsonl`, lines with
-`id`, `title`, `section` and `text`. Redirects, disambiguation pages and pages that are no articles are left out. Dumps
-are `pages-articles` files, plain or .bz2, one or several; they are read once, piece by piece, and what is written does
-not depend on the number of processes. Infoboxes, disambiguation pages, sections of mere references, and templates that
-stand for words are known by the names that they have in the English Wikipedia.
+Writes two files in the format of the released corpora: `text-list-100-sec.jsonl` and `infobox.jsonl`, with `id`,
+`title`, `section` and `text` in each line. Redirects, disambiguation pages and pages that are not articles are left
+out. Dumps are one or several `pages-articles` files, plain or .bz2. They are read once, piece by piece, and the output
+does not depend on the number of processes. Infoboxes, disambiguation pages, sections that only have references, and
+templates that stand for words are recognised by their names in the English Wikipedia.
 """
 
 import argparse
@@ -28,15 +28,15 @@ from xml.parsers import expat
 from tqdm import tqdm
 
 from atlas.files.jsonl import DataError, open_existing
-from flags import at_least, one_sentence
+from flags import at_least, exit_on_user_error
 from splitting import Section, add_words_flag, batched, passages_of, writing
 
 PARSER = "mwparserfromhell"
-CHUNK = 1 << 16  # bytes of a dump, unpacked
+CHUNK = 1 << 16  # bytes of an unpacked dump
 PAGE_LIMIT = 1 << 24  # characters of one page, eight times what MediaWiki allows
 BATCH = 16  # pages that a process is given at a time
-PAGE_SECONDS = 30  # of computing for one page; most take hundredths
-AHEAD = 4  # batches a process that are read before they are asked for
+PAGE_SECONDS = 30  # limit of processor time for a page; most take hundredths of a second
+AHEAD = 4  # batches per process that are read ahead
 
 
 class Page(NamedTuple):
@@ -48,12 +48,12 @@ class Page(NamedTuple):
 
 
 class DumpReader:
-    """Takes the bytes of a dump piece by piece and gives pages. Never more than one page and a piece is held.
+    """Takes the bytes of a dump piece by piece and returns pages. Keeps no more than one page and a piece in memory.
 
-    A document type is where XML declares entities, those that grow to gigabytes among them. Dumps have none, so one
-    that does is refused, and there is nothing to expand.
+    A document type can declare XML entities that expand to gigabytes. Dumps have no document type, so a file that has
+    one is refused.
 
-    Raises: ValueError if the XML is not well-formed or no dump.
+    Raises: ValueError if the XML is not well-formed or not a dump.
     """
 
     FIELDS = {
@@ -65,7 +65,7 @@ class DumpReader:
     }
 
     def __init__(self) -> None:
-        self.file_namespaces: list[str] = []  # what files and categories are called in this language
+        self.file_namespaces: list[str] = []  # the names of the file and category namespaces in this language
         self._parser = expat.ParserCreate()
         self._parser.buffer_text = True
         self._parser.StartDoctypeDeclHandler = self._refuse
@@ -73,7 +73,7 @@ class DumpReader:
         self._parser.EndElementHandler = self._end
         self._parser.CharacterDataHandler = self._characters
         self._path: list[str] = []
-        self._field: str | None = None  # which field the characters are of
+        self._field: str | None = None  # the field that the characters belong to
         self._pieces: list[str] = []
         self._length = 0
         self._namespace_key = ""
@@ -81,12 +81,12 @@ class DumpReader:
         self._pages: list[Page] = []
 
     def feed(self, data: bytes, is_last: bool) -> list[Page]:
-        """The pages that end in this piece."""
+        """Parse a piece; returns the pages that end in it."""
         try:
             self._parser.Parse(data, is_last)
         except expat.ExpatError as error:
             reason = expat.ErrorString(error.code)
-            raise ValueError(f"not well-formed XML ({reason}): damaged or cut off, fetch it again") from error
+            raise ValueError(f"not well-formed XML ({reason}): damaged or truncated, fetch it again") from error
         pages, self._pages = self._pages, []
         return pages
 
@@ -95,11 +95,11 @@ class DumpReader:
         return self._parser.CurrentLineNumber
 
     def _refuse(self, *_: object) -> None:
-        raise ValueError("a document type (<!DOCTYPE ...>), which no dump has and which may hold entity bombs")
+        raise ValueError("a document type (<!DOCTYPE ...>), which dumps do not have and which may hide entity bombs")
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         if not self._path and name != "mediawiki":
-            raise ValueError(f"no dump of a MediaWiki: the first element is <{name[:40]}>, not <mediawiki>")
+            raise ValueError(f"not a MediaWiki dump: the first element is <{name[:40]}>, not <mediawiki>")
         self._path.append(name)
         self._field = self.FIELDS.get(tuple(self._path))
         self._pieces, self._length = [], 0
@@ -133,9 +133,9 @@ class DumpReader:
 
 
 def read_dump(path: Path, progress: Callable[[int], object]) -> Iterator[tuple[Page, list[str]]]:
-    """Pages of a dump in its order, with its names of the file and category namespaces.
+    """Pages of a dump in order, each with the names of the file and category namespaces.
 
-    `progress` is told how many more bytes of the file have been read.
+    `progress` is called with the number of bytes read since the last call.
 
     Raises: FileNotFoundError; DataError with file and line.
     """
@@ -149,7 +149,7 @@ def read_dump(path: Path, progress: Callable[[int], object]) -> Iterator[tuple[P
                 data = file.read(CHUNK)
                 pages = reader.feed(data, is_last=not data)
             except EOFError as error:
-                raise DataError(f"{path}: cut off ({error}); fetch it again") from error
+                raise DataError(f"{path}: truncated ({error}); fetch it again") from error
             except OSError as error:
                 raise DataError(f"{path}: damaged ({error}); fetch it again") from error
             except ValueError as error:
@@ -162,34 +162,34 @@ def read_dump(path: Path, progress: Callable[[int], object]) -> Iterator[tuple[P
                 return
 
 
-class Made(NamedTuple):
-    """What was made of a batch of pages."""
+class Parsed(NamedTuple):
+    """The results for a batch of pages."""
 
     passages: list[dict]
     infoboxes: list[dict]
     counts: Counter[str]
-    failures: list[str]  # titles of pages that the parser cannot cope with
+    failures: list[str]  # titles of pages that could not be parsed
 
 
-def read_pages(pages: list[tuple[Page, list[str]]], words: int, seconds: float = PAGE_SECONDS) -> Made:
-    """What other processes do: parse pages and split them. A page that takes longer ends the process."""
+def read_pages(pages: list[tuple[Page, list[str]]], words: int, seconds: float = PAGE_SECONDS) -> Parsed:
+    """Parse pages and split them, in a worker process. A page that takes longer than `seconds` ends the process."""
     from mwparserfromhell.parser import ParserError
 
     from wikitext import read_article
 
-    made = Made([], [], Counter(), [])
+    parsed = Parsed([], [], Counter(), [])
     for page, namespaces in pages:
         if page.namespace != "0":
-            made.counts["pages that are no articles"] += 1
+            parsed.counts["pages that are not articles"] += 1
             continue
         if page.is_redirect:
-            made.counts["redirects"] += 1
+            parsed.counts["redirects"] += 1
             continue
         try:
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # while the parser is at work, no handler in Python would run
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process even inside the C parser
             article = read_article(page.wikitext, namespaces)
         except (ParserError, RecursionError):
-            made.failures.append(page.title)
+            parsed.failures.append(page.title)
             continue
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -197,18 +197,18 @@ def read_pages(pages: list[tuple[Page, list[str]]], words: int, seconds: float =
         boxes = [Section("", [f"{entry};" for entry in box[:-1]] + box[-1:]) for box in article.infoboxes]
         infoboxes = passages_of(f"{page.id}-infobox", page.title, boxes, words)
         if article.is_disambiguation or page.title.endswith("(disambiguation)"):
-            made.counts["disambiguation pages"] += 1
+            parsed.counts["disambiguation pages"] += 1
         elif not passages and not infoboxes:
-            made.counts["articles without text"] += 1
+            parsed.counts["articles without text"] += 1
         else:
-            made.counts["articles"] += 1
-            made.passages.extend(passages)
-            made.infoboxes.extend(infoboxes)
-    return made
+            parsed.counts["articles"] += 1
+            parsed.passages.extend(passages)
+            parsed.infoboxes.extend(infoboxes)
+    return parsed
 
 
 def start_processes(number: int) -> ProcessPoolExecutor:
-    # "spawn" is the same on every system, and no lock of ours is copied; Ctrl-C is for this process alone.
+    # "spawn" is the same on every system and copies no locks. Ctrl-C is handled by this process only.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(number, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
@@ -216,10 +216,10 @@ def start_processes(number: int) -> ProcessPoolExecutor:
 def in_order(
     function: Callable[[list, Any], Any], batches: Iterable[list], setting: Any, processes: int, give_up: Callable
 ) -> Iterator[Any]:
-    """`function(batch, setting)` for every batch, in their order, by so many processes; only a few batches are held.
+    """`function(batch, setting)` for every batch, in order, on several processes; few batches are in memory at a time.
 
-    The parser is written in C, and there is wikitext that ends its process or takes it too long. Then the batch is done
-    again in smaller and smaller parts, and for an item that ends a process by itself there is `give_up(item)`.
+    The parser is written in C, and some wikitext crashes its process or takes too long. The batch is then repeated in
+    smaller and smaller parts, and an item that ends a process by itself is replaced by `give_up(item)`.
     """
     pool = start_processes(processes)
     waiting: deque[tuple[list, Future]] = deque()
@@ -228,7 +228,7 @@ def in_order(
         batch, future = waiting.popleft()
         try:
             return [future.result()]
-        except BrokenProcessPool:  # all batches that were waiting come here, each is done for itself
+        except BrokenProcessPool:  # raised for all batches that were waiting; each is repeated by itself
             return in_parts(function, batch, setting, give_up)
 
     try:
@@ -259,12 +259,12 @@ def in_parts(function: Callable[[list, Any], Any], batch: list, setting: Any, gi
     return [result for part in (batch[:half], batch[half:]) for result in in_parts(function, part, setting, give_up)]
 
 
-def cannot_read(page: tuple[Page, list[str]]) -> Made:
-    return Made([], [], Counter(), [page[0].title])
+def cannot_read(page: tuple[Page, list[str]]) -> Parsed:
+    return Parsed([], [], Counter(), [page[0].title])
 
 
 def prepare(dumps: list[Path], output: Path, words: int, processes: int, max_pages: int | None) -> None:
-    """Write both files and say what is in them. Raises: FileNotFoundError, DataError."""
+    """Write both files and print their counts. Raises: FileNotFoundError, DataError."""
     for path in dumps:
         open_existing(path).close()
     sizes = sum(path.stat().st_size for path in dumps)
@@ -277,20 +277,20 @@ def prepare(dumps: list[Path], output: Path, words: int, processes: int, max_pag
         writing(infoboxes_path) as write_infobox,
     ):
         pages = (page for path in dumps for page in read_dump(path, bar.update))
-        for made in in_order(read_pages, batched(islice(pages, max_pages), BATCH), words, processes, cannot_read):
-            for passage in made.passages:
+        for parsed in in_order(read_pages, batched(islice(pages, max_pages), BATCH), words, processes, cannot_read):
+            for passage in parsed.passages:
                 write_passage(passage)
-            for passage in made.infoboxes:
+            for passage in parsed.infoboxes:
                 write_infobox(passage)
-            counts += made.counts + Counter(passages=len(made.passages), infoboxes=len(made.infoboxes))
-            failures += made.failures
+            counts += parsed.counts + Counter(passages=len(parsed.passages), infoboxes=len(parsed.infoboxes))
+            failures += parsed.failures
         if not counts["articles"]:
-            raise DataError(f"{', '.join(map(str, dumps))}: no article in it")
+            raise DataError(f"{', '.join(map(str, dumps))}: contains no article")
     articles = counts.pop("articles")
     print(f"{passages_path}: {counts.pop('passages'):,} passages of {articles:,} articles")
     print(f"{infoboxes_path}: {counts.pop('infoboxes'):,} passages")
     if failures:
-        print(f"left out, as {PARSER} cannot read them: {', '.join(failures[:10])}{', ...' * (len(failures) > 10)}")
+        print(f"left out because {PARSER} cannot read them: {', '.join(failures[:10])}{', ...' * (len(failures) > 10)}")
         counts["articles that cannot be read"] = len(failures)
     print("left out:", ", ".join(f"{what} {number:,}" for what, number in sorted(counts.items())) or "nothing")
 
@@ -306,11 +306,11 @@ def main() -> None:
     add_words_flag(parser)
     cores = os.cpu_count() or 1
     parser.add_argument("--processes", type=at_least(1, int), default=cores, help=f"default: all {cores} cores")
-    parser.add_argument("--max_pages", type=at_least(1, int), help="stop after so many pages, for a first look")
+    parser.add_argument("--max_pages", type=at_least(1, int), help="stop after this many pages, for a first look")
     arguments = parser.parse_args()
     if importlib.util.find_spec(PARSER) is None:
         sys.exit(f"error: this needs the package {PARSER}; run: pip install mwparserfromhell")
-    with one_sentence(stopped="nothing was written"):
+    with exit_on_user_error(stopped="nothing was written"):
         prepare(arguments.dumps, arguments.output_directory, arguments.words, arguments.processes, arguments.max_pages)
 
 

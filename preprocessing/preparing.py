@@ -1,4 +1,4 @@
-"""What the prepare_*.py scripts have in common: fetch the originals, write what is made of them, remember what was."""
+"""Shared by the prepare_*.py scripts: fetch the original files, write the prepared ones, keep a record of them."""
 
 import argparse
 import contextlib
@@ -17,10 +17,10 @@ Rows = Iterable[dict]
 
 
 def make_parser(document: str, originals: Sequence[str]) -> argparse.ArgumentParser:
-    """The flags of every such script; `document` is its docstring, `originals` the addresses of what it reads."""
+    """The flags of a script; `document` is its docstring, `originals` are the addresses of the files that it reads."""
     parser = argparse.ArgumentParser(description=document.split("\n")[0])
     names = ", ".join(map(file_name, originals))
-    parser.add_argument("--base_url", type=flags.base_url, help=f"a mirror's directory that has {names}")
+    parser.add_argument("--base_url", type=flags.base_url, help=f"directory of a mirror with {names}")
     parser.add_argument("--keep_downloads", action="store_true", help="leave them in {output_directory}/downloads")
     flags.add_flags(parser)
     return parser
@@ -33,13 +33,13 @@ def run(
     prepare: Callable[[dict[str, Path]], Iterator[tuple[str, Rows]]],
     **settings: Any,
 ) -> None:
-    """Write the files that `prepare` gives, as (path below the output directory, rows), unless they are all there.
+    """Write the files that `prepare` yields, unless all of them exist and are unchanged.
 
-    `prepare` is given the originals by name. What is there and right is told by `.{name}.json`, which holds the
-    `settings` and the SHA-256 of every file that was written.
+    `prepare` is given the paths of the originals by name, and yields paths below the output directory with their rows.
+    The record `.{name}.json` has the `settings` and the SHA-256 of every file that was written.
     """
     output, record = arguments.output_directory, arguments.output_directory / f".{name}.json"
-    with flags.one_sentence():
+    with flags.exit_on_user_error():
         before = read_record(record)
         if (
             before["settings"] == settings
@@ -49,7 +49,7 @@ def run(
                 for file, sha256 in before["files"].items()
             )
         ):
-            print(f"{output}: the {len(before['files'])} files of {name}.py are there and as they were written")
+            print(f"{output}: the {len(before['files'])} files of {name}.py exist and are unchanged")
             return
         downloads = fetch_originals(arguments, originals)
         written = {}
@@ -60,12 +60,12 @@ def run(
         if not arguments.keep_downloads:
             for download in downloads:
                 download.target.unlink()
-            with contextlib.suppress(OSError):  # somebody else's files are in it
+            with contextlib.suppress(OSError):  # other files are in it
                 downloads[0].target.parent.rmdir()
 
 
 def fetch_originals(arguments: argparse.Namespace, originals: Sequence[str]) -> list[Download]:
-    """Have the originals in `{output_directory}/downloads/`."""
+    """Fetch the originals into `{output_directory}/downloads/`."""
     checksums = flags.Checksums(arguments.checksums)
     downloads = [
         Download(
@@ -84,7 +84,7 @@ def file_name(url: str) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What an earlier run has written; nothing, if there was none or its record is damaged."""
+    """The record of an earlier run; an empty one if there is none or it is damaged."""
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(path.read_bytes())
         if isinstance(record, dict) and isinstance(record.get("files"), dict) and "settings" in record:
@@ -93,7 +93,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, rows: Rows, ours: str | None) -> str:
-    """Write rows as jsonl; the SHA-256. A file of other content is kept beside, unless it is `ours`, by its SHA-256."""
+    """Write rows as jsonl; returns the SHA-256. A file with another SHA-256 is renamed first, unless that is `ours`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     checksum, lines = hashlib.sha256(), 0
     with replacing(path) as beside, open(beside, "wb") as file:
@@ -108,13 +108,13 @@ def write(path: Path, rows: Rows, ours: str | None) -> str:
             names = (path.with_name(f"{path.name}.old-{i}") for i in itertools.count(1))
             kept = next(name for name in names if not name.exists())
             path.rename(kept)
-            print(f"{path} was not written by this script, or changed since: it is kept as {kept.name}")
+            print(f"{path} was not written by this script, or has changed since: it is kept as {kept.name}")
     print(f"{path}: {lines} lines")
     return checksum.hexdigest()
 
 
 def read_jsonl(path: Path, parse: Callable[[dict], dict]) -> list[dict]:
-    """All rows of a file that fits into memory. Raises: DataError that names file and line."""
+    """All rows of a file, read into memory. Raises: DataError that names file and line."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -127,11 +127,11 @@ def read_jsonl(path: Path, parse: Callable[[dict], dict]) -> list[dict]:
 
 
 def pick(rows: Sequence[dict], positions: Sequence[int], source: str) -> list[dict]:
-    """The rows at these positions, in their order. Raises: DataError if there are not so many rows."""
+    """The rows at these positions, in this order. Raises: DataError if there are not enough rows."""
     if positions and not 0 <= min(positions) <= max(positions) < len(rows):
         raise DataError(
-            f"{source} has {len(rows):,} rows, but positions from {min(positions):,} to {max(positions):,} are asked "
-            "for: it is not the file that was published"
+            f"{source} has {len(rows):,} rows, but rows {min(positions):,} to {max(positions):,} are needed: it is not "
+            "the file that was published"
         )
     return [rows[position] for position in positions]
 
@@ -140,7 +140,7 @@ def string(record: dict, field: str) -> str:
     """A field that is a string and not blank. Raises: ValueError."""
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"`{field}` is a string that is not empty, found {value!r:.40}")
+        raise ValueError(f"`{field}` must be a string that is not empty, found {value!r:.40}")
     return value
 
 
@@ -148,5 +148,5 @@ def strings(record: dict, field: str) -> list[str]:
     """A field that is a list of strings. Raises: ValueError."""
     value = record.get(field)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"`{field}` is a list of strings, found {value!r:.40}")
+        raise ValueError(f"`{field}` must be a list of strings, found {value!r:.40}")
     return value

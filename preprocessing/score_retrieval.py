@@ -3,19 +3,19 @@
     python preprocessing/score_retrieval.py test-step-31.jsonl
     python preprocessing/score_retrieval.py test-step-31.jsonl --qrels qrels/test.tsv --trec_run test.run
 
-Lines of a result file have `passages` (whose order counts, not their `score`), `answers`, and `id` where the data file
-had one; without it a query is called by its number, from 1. An average is over all queries that have an answer or,
-with --qrels, a relevant passage. With answers a passage is relevant if its text holds one, and
+Lines of a result file have `passages` (whose order counts, not their `score`), `answers`, and `id` if the data file had
+one; without it a query is identified by its number, from 1. Averages are over all queries that have an answer or, with
+--qrels, a relevant passage. With answers, a passage is relevant if its text contains one, and
 
   recall@k  is 1 if one of the first k passages is relevant, else 0 (DPR calls this top-k accuracy)
-  mrr       is 1 / the rank of the first relevant passage, 0 without one (not in percent)
-  ndcg@k    is DCG / DCG of the same passages in the best order: how many relevant ones the corpus has is not known
+  mrr       is 1 / the rank of the first relevant passage, 0 if there is none (not in percent)
+  ndcg@k    is DCG / DCG of the same passages in the best order, since the relevant ones in the corpus are not known
 
-With --qrels, of TREC's form (`query 0 passage relevance`) or BEIR's (a header `query-id corpus-id score`, with tabs), a
-passage is relevant if its relevance is above 0, and as trec_eval defines them
+With --qrels, in TREC's format (`query 0 passage relevance`) or BEIR's (a header `query-id corpus-id score`, with tabs),
+a passage is relevant if its relevance is above 0, and as in trec_eval
 
   recall@k  is the share of the query's relevant passages that are among the first k
-  mrr       is as above, over all passages that were retrieved
+  mrr       is as above, over all retrieved passages
   ndcg@k    is DCG / DCG of the best order of all judged passages
 
 DCG = sum of relevance / log2(rank + 1) over ranks 1 to k: the gain is the relevance itself, not 2^relevance - 1.
@@ -31,8 +31,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from atlas.files.jsonl import DataError, JsonlCorpus, open_existing, replacing
-from atlas.metrics import RECALL_AT, holds_one, simple_tokens
-from flags import at_least, one_sentence
+from atlas.metrics import RECALL_AT, contains_answer, simple_tokens
+from flags import at_least, exit_on_user_error
 
 Judgements = dict[str, dict[str, int]]  # query to passage to relevance
 
@@ -47,27 +47,29 @@ def parse_result(record: dict) -> dict:
     """A line of a result file. Raises: ValueError."""
     passages, answers = record.get("passages"), record.get("answers")
     if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
-        raise ValueError(f"`passages` is a list of objects, found {passages!r:.40}; write them with --write_results")
+        raise ValueError(
+            f"`passages` must be a list of objects, found {passages!r:.40}; use --write_results in the run"
+        )
     if not all(isinstance(passage.get("text"), str) and isinstance(passage.get("id"), str) for passage in passages):
         raise ValueError("a passage needs `id` and `text` (strings)")
     if answers is not None and not (isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)):
-        raise ValueError(f"`answers` is a list of strings, found {answers!r:.40}")
+        raise ValueError(f"`answers` must be a list of strings, found {answers!r:.40}")
     return record
 
 
 def read_results(paths: Sequence[Path]) -> Iterator[Result]:
-    """Raises: FileNotFoundError; DataError with file and line; a query that is there twice is one."""
+    """The rows of result files. Raises: FileNotFoundError; DataError with file and line, also for a repeated query."""
     rows, seen = JsonlCorpus(paths, parse=parse_result), set()
     for number, row in enumerate(tqdm(rows, "Results", unit=" queries", disable=None)):
         identifier = str(row["id"] if row.get("id") is not None else number + 1)
         if identifier in seen:
-            raise DataError(f"{rows.where(number)}: the query {identifier} was in a line before")
+            raise DataError(f"{rows.where(number)}: an earlier line has the same query, {identifier}")
         seen.add(identifier)
         yield Result(identifier, row.get("answers") or [], row["passages"])
 
 
 def read_judgements(path: Path) -> Judgements:
-    """TREC's or BEIR's. Raises: FileNotFoundError; DataError with file and line."""
+    """Judgements in TREC's or BEIR's format. Raises: FileNotFoundError; DataError with file and line."""
     judgements: Judgements = {}
     with open_existing(path) as file:
         for number, line in enumerate(file, 1):
@@ -86,9 +88,9 @@ def read_judgements(path: Path) -> Judgements:
 
 
 def ndcg(relevances: Sequence[int], ideal: Sequence[int], k: int) -> float:
-    """Järvelin and Kekäläinen 2002 with trec_eval's gain and discount; 0 if nothing in `ideal` is relevant.
+    """nDCG@k (Järvelin and Kekäläinen 2002) with trec_eval's gain and discount; 0 if nothing in `ideal` is relevant.
 
-    `relevances` are in the order of the ranks, `ideal` are those of all passages that there were to find.
+    `relevances` are those of the retrieved passages by rank; `ideal` are those of all passages that could be retrieved.
     """
 
     def dcg(gains: Sequence[int]) -> float:
@@ -99,51 +101,51 @@ def ndcg(relevances: Sequence[int], ideal: Sequence[int], k: int) -> float:
 
 
 def score(relevances: Sequence[int], ideal: Sequence[int], to_find: int, at: Sequence[int]) -> dict[str, float]:
-    """Metrics of one query. `to_find`: of how many relevant passages recall@k is a share; more do not count.
+    """Metrics of one query, with `relevances` and `ideal` as for `ndcg`.
 
-    `relevances` and `ideal` as for `ndcg`.
+    recall@k is the share of `to_find` relevant passages; if more are retrieved, it is 1.
     """
     first = next((rank for rank, relevance in enumerate(relevances, 1) if relevance > 0), None)
-    found = {k: sum(relevance > 0 for relevance in relevances[:k]) for k in at}
+    relevant = {k: sum(relevance > 0 for relevance in relevances[:k]) for k in at}
     return (
-        {f"recall@{k}": min(found[k], to_find) / to_find for k in at}
+        {f"recall@{k}": min(relevant[k], to_find) / to_find for k in at}
         | {f"ndcg@{k}": ndcg(relevances, ideal, k) for k in at}
         | {"mrr": 1 / first if first else 0.0}
     )
 
 
 def by_answers(result: Result, at: Sequence[int]) -> dict[str, float] | None:
-    """None without answers."""
+    """The query's metrics by its answers; None if it has none."""
     answers = [simple_tokens(answer) for answer in result.answers]
-    relevances = [int(holds_one(passage["text"], answers)) for passage in result.passages]
+    relevances = [int(contains_answer(passage["text"], answers)) for passage in result.passages]
     return score(relevances, relevances, 1, at) if answers else None
 
 
 def by_judgements(result: Result, judgements: Judgements, at: Sequence[int]) -> dict[str, float] | None:
-    """None without relevant passages. Raises: DataError if a passage was retrieved twice."""
+    """The query's metrics by judgements; None without relevant passages. Raises: DataError if ids are not unique."""
     judged = judgements.get(result.id, {})
-    found = [passage["id"] for passage in result.passages]
-    if len(set(found)) < len(found):
-        raise DataError(f"query {result.id}: a passage was retrieved twice; judgements are of passages with unique ids")
+    retrieved = [passage["id"] for passage in result.passages]
+    if len(set(retrieved)) < len(retrieved):
+        raise DataError(f"query {result.id}: a passage was retrieved twice; --qrels needs passages with unique ids")
     to_find = sum(relevance > 0 for relevance in judged.values())
     if not to_find:
         return None
-    return score([judged.get(passage, 0) for passage in found], list(judged.values()), to_find, at)
+    return score([judged.get(passage, 0) for passage in retrieved], list(judged.values()), to_find, at)
 
 
 def run_lines(result: Result, tag: str) -> Iterator[str]:
-    """`query Q0 passage rank score tag`, ranks from 1. Raises: DataError if an id has white space in it."""
+    """Lines `query Q0 passage rank score tag`, ranks from 1. Raises: DataError if an id contains white space."""
     for rank, passage in enumerate(result.passages, 1):
         if len(f"{result.id} {passage['id']}".split()) != 2:
             raise DataError(
-                f"--trec_run: white space in the id {passage['id']!r} or {result.id!r}, which separates fields"
+                f"--trec_run: the id {passage['id']!r} or {result.id!r} contains white space, which separates fields"
             )
-        # trec_eval sorts by score, equal ones by id: without scores of ours they fall with the rank.
+        # trec_eval sorts by score, then by id. Passages without a score get one that decreases with the rank.
         yield f"{result.id} Q0 {passage['id']} {rank} {passage.get('score', -rank)} {tag}\n"
 
 
 def score_files(paths: Sequence[Path], qrels: Path | None, run: Path | None, tag: str, at: Sequence[int]) -> None:
-    """Print the means, write the run. Raises: FileNotFoundError, DataError."""
+    """Print the means and write the run. Raises: FileNotFoundError, DataError."""
     judgements = read_judgements(qrels) if qrels else None
     scores, longest = [], 0
     with ExitStack() as stack:
@@ -176,13 +178,15 @@ def main() -> None:
         epilog=__doc__.split("\n\n", 2)[2],
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="what runs with --write_results write")
-    parser.add_argument("--qrels", type=Path, help="relevance judgements, of TREC's form or BEIR's")
+    parser.add_argument(
+        "results", type=Path, nargs="+", metavar="RESULTS", help="result files of runs with --write_results"
+    )
+    parser.add_argument("--qrels", type=Path, help="relevance judgements in TREC's or BEIR's format")
     parser.add_argument("--k", type=at_least(1, int), nargs="+", default=RECALL_AT, help=f"default: {RECALL_AT}")
     parser.add_argument("--trec_run", type=Path, metavar="FILE", help="write `query Q0 passage rank score tag` lines")
     parser.add_argument("--tag", default="atlas", help="the last field of the run's lines (default: atlas)")
     arguments = parser.parse_args()
-    with one_sentence(stopped="nothing was written"):
+    with exit_on_user_error(stopped="nothing was written"):
         score_files(arguments.results, arguments.qrels, arguments.trec_run, arguments.tag, sorted(set(arguments.k)))
 
 

@@ -1,11 +1,11 @@
-"""Every address that is fetched from, and what lies there: the released files and the originals of the data sets."""
+"""The addresses of all downloads: the released files and the original files of the data sets."""
 
 RELEASED = "https://dl.fbaipublicfiles.com/atlas"  # {RELEASED}/{key}/{file}
 SIZES = ("base", "large", "xl", "xxl")
 FAMILIES = ("atlas", "atlas_nq")
 SHARDS = 128
 
-# Key to files, as they were released and as they lie in {output_directory}/{key}/.
+# Key to files, both at the address above and in {output_directory}/{key}/.
 CORPORA = {
     f"corpora/wiki/{dump}": ("text-list-100-sec.jsonl", "infobox.jsonl")
     for dump in ("enwiki-dec2017", "enwiki-dec2018", "enwiki-aug2019", "enwiki-dec2020", "enwiki-dec2021")
@@ -19,7 +19,7 @@ INDICES = {
     for size in SIZES
 }
 
-# Originals of the data sets. A mirror has them in one directory under the last part of their addresses.
+# Original files of the data sets. A mirror has them in one directory, named by the last part of their addresses.
 _NQ = "https://raw.githubusercontent.com/google-research-datasets/natural-questions/master/nq_open"
 QA = (
     "https://dl.fbaipublicfiles.com/FiD/data/dataindex.tar.gz",
@@ -33,5 +33,5 @@ FEVER = tuple(
 MMLU = ("https://people.eecs.berkeley.edu/~hendrycks/data.tar",)
 TEMPLAMA = tuple(f"https://storage.googleapis.com/gresearch/templama/{name}.json" for name in ("train", "val", "test"))
 
-# Bytes that an archive may hold at most: several times what it held when it was released.
+# Most bytes that an archive may contain: several times what it contained when it was released.
 UNPACKED_LIMIT = {"dataindex.tar.gz": 64 << 20, "triviaqa-unfiltered.tar.gz": 16 << 30, "data.tar": 2 << 30}

@@ -1,7 +1,7 @@
-"""From documents to passages: the split into about 100 words, and the file that passages go into.
+"""From documents to passages: the split into about 100 words, and writing the passages to a file.
 
-The paper (Izacard et al. 2022) splits articles by section and long sections into passages of equal size. So do these
-functions, and where a sentence ends near the place of a cut, the cut is there.
+As in the paper (Izacard et al. 2022), articles are split by section and long sections into passages of equal size.
+Here a cut is moved to the end of a sentence if one is near.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from flags import at_least
 
 WORDS = 100
 SENTENCE_END = re.compile(r"""[.!?…。！？]["'”’»)\]]*$""")
-# A full stop behind these ends no sentence: initials ("J.", "U.S."), and what stands before names and numbers.
+# A full stop after these does not end a sentence: initials ("J.", "U.S."), and words before names and numbers.
 ABBREVIATION = re.compile(
     r"""["'“(\[]*(?:(?:\w\.)+|(?:mr|mrs|ms|dr|prof|st|mt|ft|gen|col|capt|lt|sgt|rev|hon|sen|rep|gov|jr|sr|no|nos|vol|pp|"""
     r"""ed|eds|fig|cf|vs|ca|c|approx|al|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec)\.)$""",
@@ -29,20 +29,20 @@ LIST_ITEM = re.compile(r"[*\s]*\*\s*")
 
 
 class Section(NamedTuple):
-    """A piece of a document that no passage reaches out of."""
+    """A part of a document; passages do not cross its boundaries."""
 
-    heading: str  # with those above it: `History: Early years`; empty before the first heading
+    heading: str  # preceded by the headings above it: `History: Early years`; empty before the first heading
     blocks: list[str]  # paragraphs and list items
 
 
 def add_words_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--words", type=at_least(1, int), default=WORDS, help=f"a passage has at most (default: {WORDS})"
+        "--words", type=at_least(1, int), default=WORDS, help=f"most words of a passage (default: {WORDS})"
     )
 
 
 def heading_path(above: list[tuple[int, str]], level: int, heading: str) -> str:
-    """The section's full name, `History: Early years`; `above` holds the headings it is under, and is brought on."""
+    """The section's full name, `History: Early years`. `above`, the open headings above it, is updated in place."""
     while above and above[-1][0] >= level:
         above.pop()
     above.append((level, heading))
@@ -52,10 +52,10 @@ def heading_path(above: list[tuple[int, str]], level: int, heading: str) -> str:
 def blocks_of(text: str) -> list[str]:
     """Paragraphs (between blank lines) and list items (lines that begin with `* `), without line ends.
 
-    Items that follow one another are separated by semicolons, as in the paper, unless they have punctuation already.
+    Consecutive items are separated by semicolons, as in the paper, unless they already end with punctuation.
     """
     blocks: list[str] = []
-    fresh, in_list = True, False  # whether the next line begins a paragraph; whether the last block is a list item
+    fresh, in_list = True, False  # whether the next line starts a paragraph; whether the last block is a list item
     for line in text.split("\n"):
         marker = LIST_ITEM.match(line)
         words = " ".join(line[marker.end() if marker else 0 :].split())
@@ -74,13 +74,14 @@ def blocks_of(text: str) -> list[str]:
 
 
 def split(blocks: Iterable[str], words: int = WORDS) -> list[str]:
-    """Passages of at most so many words and about the same size, cut where sentences or blocks end if that is near.
+    """Passages of at most this many words and about equal size, cut at the end of a sentence or block if one is near.
 
-    From where the last passage ended, what is left would make n equal passages. The cut is at the end nearest to that
-    size, among those that make at least half a passage and leave at least a quarter of one; where none is, just there.
+    After each passage, the rest is divided into n equal parts. The next cut is at the end of a sentence or block
+    nearest to this size that makes at least half a passage and leaves at least a quarter of one. If there is none, the
+    cut is exactly at this size.
     """
     text: list[str] = []
-    ends: set[int] = set()  # how many words stand before the end of a block or sentence
+    ends: set[int] = set()  # the number of words before each end of a block or sentence
     for block in blocks:
         start = len(text)
         text += block.split()
@@ -94,8 +95,8 @@ def split(blocks: Iterable[str], words: int = WORDS) -> list[str]:
         left = len(text) - start
         size = math.ceil(left / math.ceil(left / words))
         lengths = range((words + 1) // 2, min(words, left - words // 4) + 1)
-        whole = (length for length in lengths if start + length in ends)
-        length = left if left <= words else min(whole, key=lambda length: abs(length - size), default=size)
+        at_ends = (length for length in lengths if start + length in ends)
+        length = left if left <= words else min(at_ends, key=lambda length: abs(length - size), default=size)
         passages.append(" ".join(text[start : start + length]))
         start += length
     return passages
@@ -109,7 +110,7 @@ def ends_here(word: str, following: str) -> bool:
 
 
 def passages_of(identifier: str, title: str, sections: Iterable[Section], words: int = WORDS) -> list[dict]:
-    """A document's passages; their ids are `{identifier}-{n}`, n from 0 through all its sections."""
+    """A document's passages. Their ids are `{identifier}-{n}`, n counted from 0 over all sections."""
     texts = [(section.heading, text) for section in sections for text in split(section.blocks, words)]
     return [
         {"id": f"{identifier}-{number}", "title": title, "section": heading, "text": text}
@@ -118,7 +119,7 @@ def passages_of(identifier: str, title: str, sections: Iterable[Section], words:
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """As Python 3.12's, in lists."""
+    """As `itertools.batched` of Python 3.12, but lists."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
@@ -126,7 +127,7 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Callable[[dict], None]]:
-    """What writes a row to a jsonl file, which has its name only when the block has ended well.
+    """A function that writes a row to a jsonl file. The file gets its name only if the block succeeds.
 
     Raises: DataError if a string has half of a surrogate pair.
     """

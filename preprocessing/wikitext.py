@@ -1,7 +1,7 @@
-"""From the wikitext of an article to what a reader sees: sections of plain text, and infoboxes.
+"""From the wikitext of an article to readable text: sections of plain text, and infoboxes.
 
-Gone are tables, references, files, galleries, comments, categories, and templates except those that stand for words
-(`TEMPLATES`). Kept are lists, the text of links, and formulas as they were typed.
+Tables, references, files, galleries, comments, categories and templates are removed, except templates that stand for
+words (`TEMPLATES`). Lists, the text of links, and formulas as they were typed are kept.
 """
 
 import html
@@ -14,7 +14,7 @@ from mwparserfromhell import nodes
 
 from splitting import Section, batched, blocks_of, heading_path
 
-# Sections of nothing but references, and names of other articles.
+# Sections that only have references or names of other articles.
 SKIPPED_SECTIONS = {
     *("references", "notes", "footnotes", "citations", "sources", "notes and references", "references and notes"),
     *("bibliography", "further reading", "external links", "see also", "works cited", "gallery", "explanatory notes"),
@@ -28,7 +28,7 @@ BLOCK_TAGS = {"p", "div", "blockquote", "poem", "center", "hr"}
 SKIPPED_LINKS = {"file", "image", "media", "category"}  # names of namespaces that every language understands
 DISAMBIGUATION = re.compile(r"(?:.*[ -])?(?:disambig|disambiguation|disamb|dab|hndis|geodis|numberdis)(?:[ -]cleanup)?")
 INFOBOX = re.compile(r"(?:infobox|geobox)\b.*|.*\binfobox|(?:automatic )?taxobox|speciesbox|chembox|drugbox")
-# Words in the names of an infobox's parameters that are for the eye.
+# Words in the names of infobox parameters that only concern the layout.
 LAYOUT = {
     *("image", "imagesize", "img", "logo", "photo", "caption", "map", "mapsize", "color", "colour", "width", "pixels"),
     *(
@@ -66,16 +66,16 @@ INTERLANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z-]+)?:\S")
 COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 HEADING = re.compile(r"^(={1,6})(.+?)\1[ \t]*$", re.MULTILINE)
 TEMPLATE_NAME = re.compile(r"\{\{([^{}|<>\[\]]+)")
-TERM, MEANING = "\x02", "\x03"  # what `;` and `:` become: no text has these
+TERM, MEANING = "\x02", "\x03"  # replace `;` and `:`; these characters do not occur in texts
 EMPTY_BRACKETS = re.compile(r"\(\s*(?:[;,:]\s*)*\)|\[\s*\]")
-# What the parser gave up on.
+# Markup that the parser could not parse.
 LEFT_OVER = re.compile(
     r"^\s*(?:\{\||\|[-}]|[|!]|\[\[(?:file|image):).*$|<ref\b[^<>]*>.*?(?:</ref>|$)|</?(?:ref|br|small|div|span|sup|sub|font"
     r"|center|blockquote|code|nowiki|gallery|math|big|tt|references|onlyinclude|noinclude|includeonly)\b[^<>]*>|__[A-Z]+__",
     re.IGNORECASE | re.MULTILINE,
 )
 TIDY = (
-    (re.compile(r"[^\S\n]+"), " "),  # before what would look at every space of a long row of them
+    (re.compile(r"[^\S\n]+"), " "),  # first, because later patterns are slow on long runs of spaces
     (re.compile(r"(?: ?\n){2,}"), "\n\n"),
     (LEFT_OVER, ""),
     (re.compile(r"(?<=\w)'{3}(?=s\b)"), "'"),  # a title in italics, and its genitive
@@ -94,19 +94,19 @@ TIDY = (
 
 
 class Article(NamedTuple):
-    """What is in an article; nothing at all if it is a disambiguation page."""
+    """The content of an article; empty if it is a disambiguation page."""
 
     sections: list[Section]
-    infoboxes: list[list[str]]  # each of entries, `name: value`
+    infoboxes: list[list[str]]  # the entries of each, `name: value`
     is_disambiguation: bool = False
 
 
 def read_article(wikitext: str, namespaces: Iterable[str] = ()) -> Article:
-    """Parse and render an article. `namespaces`: what files and categories are called in its language.
+    """Parse and render an article. `namespaces` are the names of the file and category namespaces in its language.
 
-    Each section is parsed alone, so that a bracket that nobody closed spoils no other.
+    Each section is parsed separately, so that an unclosed bracket affects only its own section.
 
-    Raises: mwparserfromhell.parser.ParserError or RecursionError if the parser cannot cope.
+    Raises: mwparserfromhell.parser.ParserError or RecursionError if the parser fails.
     """
     wikitext = COMMENT.sub("", wikitext)
     if "__DISAMBIG__" in wikitext or any(map(DISAMBIGUATION.fullmatch, map(folded, TEMPLATE_NAME.findall(wikitext)))):
@@ -123,12 +123,12 @@ def read_article(wikitext: str, namespaces: Iterable[str] = ()) -> Article:
 
 
 def parse(wikitext: str) -> mwparserfromhell.wikicode.Wikicode:
-    """Quotes for bold and italic stay as they are: in wikitext they end with the line, in the parser they do not."""
+    """Parse, but keep the quotes of bold and italics: in wikitext they end with the line, in the parser they do not."""
     return mwparserfromhell.parse(wikitext, skip_style_tags=True)
 
 
 def split_by_headings(wikitext: str, render: "Renderer") -> Iterator[tuple[str, str]]:
-    """Headings with those above them, and the wikitext that is under them; without sections that are skipped."""
+    """Headings, preceded by those above them, with the wikitext below them; without skipped sections."""
     first, *rest = HEADING.split(wikitext)
     yield "", first
     above: list[tuple[int, str]] = []
@@ -139,7 +139,7 @@ def split_by_headings(wikitext: str, render: "Renderer") -> Iterator[tuple[str, 
 
 
 def name_of(template: nodes.Template) -> str:
-    """Lower-case, spaces for underscores, without the namespace."""
+    """The template's name in lower case, with spaces for underscores and without the namespace."""
     return folded(str(template.name))
 
 
@@ -148,20 +148,20 @@ def folded(name: str) -> str:
 
 
 def tidy(text: str) -> str:
-    """Without what is left where something was removed: empty brackets, commas after nothing, rows of spaces."""
+    """Remove what is left over after removals: empty brackets, commas after nothing, runs of spaces."""
     for pattern, replacement in TIDY:
         text = pattern.sub(replacement, text)
     return text
 
 
 class Renderer:
-    """Nodes of the parser to text. List items become lines with `* `; other line ends stay as they are."""
+    """Renders the parser's nodes as text. List items become lines with `* `; other line ends are kept."""
 
     def __init__(self, skipped_links: set[str]):
         self.skipped_links = skipped_links
 
     def __call__(self, code: Any) -> str:
-        """All that is in a piece of wikitext; of None, nothing."""
+        """The text of a piece of wikitext; empty for None."""
         return "".join(map(self.node, code.nodes)) if code is not None else ""
 
     def node(self, node: nodes.Node) -> str:
@@ -180,7 +180,7 @@ class Renderer:
                 return self.template(node)
             case nodes.Argument():
                 return self(node.default)
-        return ""  # comments; headings that stand inside something
+        return ""  # comments, and headings inside other nodes
 
     def link(self, link: nodes.Wikilink) -> str:
         target = str(link.title).strip()
@@ -195,7 +195,9 @@ class Renderer:
             return ""
         if name in VERBATIM_TAGS:
             return html.unescape(str(tag.contents))
-        if name in ("li", "dt", "dd") and tag.wiki_markup:  # the marker; what follows is not inside it
+        if (
+            name in ("li", "dt", "dd") and tag.wiki_markup
+        ):  # only the marker: the parser puts the item's text after the node
             return {";": TERM, ":": MEANING}.get(tag.wiki_markup, "* ")
         inside = self(tag.contents) if not tag.self_closing else ""
         if name in ("li", "dt", "dd"):
@@ -220,7 +222,7 @@ class Renderer:
         return rule(values, named)
 
     def entries(self, box: nodes.Template) -> Iterator[str]:
-        """`name: value` of an infobox, without what is empty or for the eye."""
+        """The entries `name: value` of an infobox, without empty ones and those that only concern the layout."""
         for parameter in box.params:
             name = " ".join(str(parameter.name).strip().split())
             lines = tidy(self(parameter.value)).split("\n")
@@ -230,11 +232,11 @@ class Renderer:
                 yield f"{name.replace('_', ' ')}: {', '.join(values)}"
 
 
-Rule = Callable[[list[str], dict[str, str]], str]  # from the parameters in order, and from all by name
+Rule = Callable[[list[str], dict[str, str]], str]  # takes the positional parameters, and all parameters by name
 
 
 def nth(number: int) -> Rule:
-    """One of the parameters, from 0; -1 is the last."""
+    """The positional parameter of this number, from 0; -1 is the last."""
     return lambda values, named: values[number] if number < len(values) and values else ""
 
 
@@ -255,7 +257,7 @@ def quantity(values: list[str], named: dict[str, str]) -> str:
 
 
 def date(values: list[str], named: dict[str, str]) -> str:
-    """`{{birth date|1809|2|12}}`: `12 February 1809`. Of a death's two dates the first; a year or month may be all."""
+    """`{{birth date|1809|2|12}}`: `12 February 1809`, or only month and year, or the year; a death date comes first."""
     year, *rest = [*values, "", "", ""]
     month = int(rest[0]) if re.fullmatch(r"0?[1-9]|1[0-2]", rest[0]) else 0
     day = rest[1].lstrip("0") if month and rest[1].isdecimal() else ""
@@ -272,7 +274,7 @@ MONTHS = (
     *("", "January", "February", "March", "April", "May", "June", "July"),
     *("August", "September", "October", "November", "December"),
 )
-# Templates of the English Wikipedia that stand for words, by their lower-case names; all others are left out.
+# Templates of the English Wikipedia that stand for words, by lower-case name; all others are removed.
 TEMPLATES: dict[str, Rule] = {
     name: rule
     for rule, names in (

@@ -1,13 +1,45 @@
 """One thread per process: the machines that run the tests are small, and results do not depend on it."""
 
 import logging
+import multiprocessing.process
 import os
+import socketserver
+import subprocess
+from collections.abc import Iterator
 
 import pytest
+
+from tests import ranks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+STARTERS = (
+    (subprocess.Popen, "__init__"),
+    (multiprocessing.process.BaseProcess, "start"),
+    (os, "fork"),
+    (socketserver.BaseServer, "__init__"),
+    (ranks, "_pool"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="record tests/trajectories again instead of comparing")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A unit test, with its fixtures, starts no process and asks no ranks: those that do are marked."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not (item.get_closest_marker("processes") or item.get_closest_marker("slow")):
+            for owner, name in STARTERS:
+                patch.setattr(owner, name, _refuse)
+        return (yield)
+
+
+def _refuse(*_: object, **__: object) -> None:
+    pytest.fail("this test starts a process, a server or ranks: mark it with @pytest.mark.processes")
 
 
 @pytest.fixture(autouse=True)

@@ -3,15 +3,18 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from atlas import build
-from atlas.config import parse_config
+from atlas.config import Tasks, parse_config
+from atlas.tasks import TASKS, Task, TaskSetup
+from evaluate import evaluate
 from tests.ranks import run_on_ranks, scratch_directory
+from train import train
 
 SYLLABLES = ["ba", "ko", "ri", "nu", "sel", "tam", "vor", "eth", "lin", "gra", "dus", "mon", "pel", "zor", "qua", "fim"]
 PLACES = ("river", "bird", "founder", "trade", "month")
@@ -77,6 +80,13 @@ def choice_questions(n: int, n_options: Callable[[int], int] = lambda i: 4) -> l
     return rows
 
 
+def make_task(name: str, **settings: Any) -> Task:
+    """A task by its name; settings are flags of the section Tasks or fields of `TaskSetup`, defaults elsewhere."""
+    flags = {field.name for field in fields(Tasks)}
+    own = {key: value for key, value in settings.items() if key not in flags}
+    return TASKS[name](TaskSetup(Tasks(**{key: settings[key] for key in settings.keys() & flags}), **own))
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -127,7 +137,7 @@ def command_line(output: str | Path, **changes: Any) -> list[str]:
 def run(output: str | Path, program: str = "train", preset: dict[str, Any] | None = None, **changes: Any) -> Path:
     """Do in this process (or rank) what the script would do; the run's directory."""
     config = parse_config(command_line(output, **changes), program=program, **(preset or {}))
-    build.run(config, build.evaluate if program == "evaluate" else build.train)
+    evaluate(config) if program == "evaluate" else train(config)
     return Path(output) / config.run.name
 
 
@@ -144,7 +154,7 @@ def _run_as_rank(arguments: list[str], program: str) -> None:
     try:
         torch.set_num_threads(1)
         config = parse_config(arguments, program=program)
-        build.run(config, build.evaluate if program == "evaluate" else build.train)
+        evaluate(config) if program == "evaluate" else train(config)
     except SystemExit as error:
         raise AssertionError(f"the run ended with status {error.code}") from error
     finally:

@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tests.patience import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -147,7 +149,7 @@ def run_script(name: str, *words: str | Path) -> subprocess.CompletedProcess[str
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
 
 

@@ -1,16 +1,22 @@
 """Pools of real gloo ranks for the tests: started once, they take any picklable function again and again.
 
-Starting Python, torch and a process group costs seconds, so the pools are shared by the whole test run.
+Starting a process group costs a second, so the pools are shared by the whole test run. Importing torch and
+transformers costs five, so every process of the tests is forked from one that has done it (and nothing else).
 """
 
 import atexit
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
+
+from tests.patience import HANG_SECONDS, free_port
+
+warm = ForkServerContext()  # its processes start with what is imported here
+warm.set_forkserver_preload(["atlas.training.trainer", "atlas.evaluation.evaluator", "atlas.retrieval"])
 
 _pools: dict[int, "_Pool"] = {}
 
@@ -20,19 +26,17 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
 
     The function must be importable (top level of a test module). An exception on any rank is raised here.
     """
-    if world_size not in _pools:
-        _pools[world_size] = _Pool(world_size)
     try:
-        return _pools[world_size].run(function, arguments)
+        return _pool(world_size).run(function, arguments)
     except Exception:
         _pools.pop(world_size).close()  # after an error the ranks may be out of step
         raise
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def _pool(world_size: int) -> "_Pool":
+    if world_size not in _pools:
+        _pools[world_size] = _Pool(world_size)
+    return _pools[world_size]
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -48,7 +52,8 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Any) -> None:
-    os.environ.update(rank_environment(rank, world_size, port), OMP_NUM_THREADS="1", ATLAS_TIMEOUT_SECONDS="60")
+    os.environ.update(rank_environment(rank, world_size, port), OMP_NUM_THREADS="1")
+    os.environ["ATLAS_TIMEOUT_SECONDS"] = str(HANG_SECONDS)
     import torch
 
     from atlas.runtime import distributed
@@ -66,12 +71,12 @@ def _serve(rank: int, world_size: int, port: int, connection: Any) -> None:
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        context, port = get_context("spawn"), _free_port()
+        port = free_port()
         self.pipes, self.processes = [], []
         for rank in range(world_size):
-            mine, theirs = context.Pipe()
+            mine, theirs = warm.Pipe()
             # not daemons: the ranks start worker processes of their own
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs))
+            process = warm.Process(target=_serve, args=(rank, world_size, port, theirs))
             process.start()
             theirs.close()
             self.pipes.append(mine)
@@ -80,15 +85,21 @@ class _Pool:
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(300):
-                raise TimeoutError(f"rank {rank} did not answer within 300 s")
-            answers.append(pipe.recv())
-        errors = [f"rank {rank}:\n{error}" for rank, (_, error) in enumerate(answers) if error]
-        if errors:
-            raise AssertionError("\n".join(errors))
-        return [result for result, _ in answers]
+        answers: dict[int, tuple[Any, str | None]] = {}
+        while len(answers) < len(self.pipes):
+            failed = any(error for _, error in answers.values())
+            open_pipes = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            # a rank that fails alone leaves the others waiting for it
+            ready = wait(open_pipes, 10 if failed else 2 * HANG_SECONDS)
+            for pipe in ready:
+                answers[self.pipes.index(pipe)] = pipe.recv()
+            if not ready:
+                break
+        errors = [f"rank {rank}:\n{error}" for rank, (_, error) in sorted(answers.items()) if error]
+        silent = [f"rank {rank} did not answer" for rank in range(len(self.pipes)) if rank not in answers]
+        if errors or silent:
+            raise AssertionError("\n".join(errors + silent))
+        return [answers[rank][0] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):

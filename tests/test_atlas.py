@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from atlas.config import Model
 from atlas.model.atlas import Atlas, TrainingTensors, evaluating
 from atlas.model.inputs import Inputs
 from atlas.model.losses import distillation_loss, retriever_scores
@@ -28,7 +29,7 @@ def parts():
 
 
 def inputs(tokenizers, **settings):
-    return Inputs(*tokenizers, device=CPU, text_maxlength=64, **settings)
+    return Inputs(Model(text_maxlength=64, **settings), *tokenizers, device=CPU)
 
 
 def batch(b, k, ragged=False):

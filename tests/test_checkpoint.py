@@ -11,19 +11,15 @@ import torch
 from transformers import T5Config
 
 from atlas import checkpoint as checkpoints
-from atlas.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from atlas.checkpoint import Contents, latest_checkpoint, load_checkpoint, save_checkpoint
 from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state
 from atlas.model.retriever import load_retriever, load_retriever_state
 from tests.kit import read_jsonl, run, world
 
-SETTINGS = {
-    "options": {"run": {"seed": 1}},
-    "configs": {},
-    "examples": 6,
-    "evaluation_due": False,
-    "keep_optimizers": False,
-    "keep_checkpoints": None,
-}
+
+def save(directory, step, model, *, optimizer=None, keep_optimizers=False, keep_checkpoints=None):
+    contents = Contents(step, model, optimizer or {}, options={"run": {"seed": 1}}, configs={}, examples=6)
+    return save_checkpoint(directory, contents, keep_optimizers=keep_optimizers, keep_checkpoints=keep_checkpoints)
 
 
 def published(directory, model, **more):
@@ -76,7 +72,7 @@ def test_separate_embeddings_survive_the_published_container(tmp_path):
 def test_separate_embeddings_survive_our_format(tmp_path):
     reader = v11_reader()
     state = {f"reader.{name}": tensor for name, tensor in reader.state_dict().items()}
-    save_checkpoint(tmp_path, 3, model=state, optimizer={}, **SETTINGS)
+    save(tmp_path, 3, state)
     loaded = load_checkpoint(tmp_path)
     assert "encoder.embed_tokens.weight" not in loaded.reader  # one matrix, saved once
     reader.config.save_pretrained(tmp_path / "config")
@@ -154,7 +150,7 @@ def test_other_files_are_refused_with_their_name(tmp_path):
     odd = published(tmp_path / "odd", {"decoder.x": torch.ones(1)})
     with pytest.raises(ValueError, match="unknown weight decoder.x"):
         load_checkpoint(odd)
-    ours = save_checkpoint(tmp_path, 1, model={"reader.a": torch.ones(2)}, optimizer={}, **SETTINGS)
+    ours = save(tmp_path, 1, {"reader.a": torch.ones(2)})
     (ours / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="step-1: the checkpoint cannot be read"):
         load_checkpoint(ours)
@@ -163,7 +159,7 @@ def test_other_files_are_refused_with_their_name(tmp_path):
 def test_what_is_kept(tmp_path):
     for step in (2, 4, 10):
         model = {"reader.a": torch.full((2,), float(step)), "retriever.b": torch.ones(1)}
-        save_checkpoint(tmp_path, step, model=model, optimizer={"reader/a/step": torch.ones(())}, **SETTINGS)
+        save(tmp_path, step, model, optimizer={"reader/a/step": torch.ones(())})
     folder = tmp_path / "checkpoint"
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-10", "step-2", "step-4"]
     assert [p.parent.name for p in folder.glob("step-*/optimizer.safetensors")] == ["step-10"]
@@ -172,8 +168,7 @@ def test_what_is_kept(tmp_path):
     assert loaded.step == 10 and loaded.reader["a"].tolist() == [10, 10]
     assert loaded.optimizer_state() == {"reader/a/step": torch.ones(())}
     assert json.loads((folder / "step-10/options.json").read_text()) == {"run": {"seed": 1}}
-    settings = SETTINGS | {"keep_checkpoints": 2, "keep_optimizers": True}
-    save_checkpoint(tmp_path, 11, model={"reader.a": torch.ones(2)}, optimizer={}, **settings)
+    save(tmp_path, 11, {"reader.a": torch.ones(2)}, keep_checkpoints=2, keep_optimizers=True)
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-10", "step-11"]
     assert (folder / "step-10/optimizer.safetensors").exists()
 
@@ -203,8 +198,7 @@ def save_and_die(directory, victim):
     try:
         for owner, name in STEPS_OF_SAVING:
             setattr(owner, name, dying(getattr(owner, name)))
-        settings = SETTINGS | {"keep_checkpoints": 1}
-        save_checkpoint(directory, 2, model={"reader.a": torch.full((3,), 2.0)}, optimizer={}, **settings)
+        save(directory, 2, {"reader.a": torch.full((3,), 2.0)}, keep_checkpoints=1)
         status = 0
     finally:
         os._exit(status)
@@ -214,7 +208,7 @@ def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
     ends = []
     for victim in range(1, 40):
         directory = tmp_path / str(victim)
-        save_checkpoint(directory, 1, model={"reader.a": torch.ones(3)}, optimizer={}, **SETTINGS)
+        save(directory, 1, {"reader.a": torch.ones(3)})
         status = save_and_die(directory, victim)
         loaded = load_checkpoint(directory)
         assert loaded.reader["a"].tolist() == [float(loaded.step)] * 3
@@ -222,7 +216,7 @@ def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
         if status == 0:
             break
         # the next save clears up after the killed one
-        save_checkpoint(directory, 5, model={"reader.a": torch.ones(3)}, optimizer={}, **SETTINGS)
+        save(directory, 5, {"reader.a": torch.ones(3)})
         assert not list((directory / "checkpoint").glob("*.partial"))
     assert ends[0] == (9, 1) and ends[-1] == (0, 2) and len(ends) > 10
 

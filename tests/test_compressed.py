@@ -288,6 +288,7 @@ def _resident_per_byte(factory):
     return grown / size
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process")
 @pytest.mark.parametrize(
     ("factory", "most"),
@@ -488,6 +489,7 @@ def test_the_limits_of_a_gpu_are_told(told, monkeypatch):
 # Without Faiss
 
 
+@pytest.mark.processes
 def test_a_flat_index_needs_no_faiss():
     command = """
 import sys

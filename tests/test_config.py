@@ -254,7 +254,7 @@ def test_sections_are_frozen(files):
 def test_no_retrieval_no_retriever_training(files, switch):
     line = words(files, total_steps=31, passages=None, **{switch: True})
     config = parse_config(line, program="finetune_qa", **finetune_qa.PRESET)
-    assert not config.retrieves and not config.retriever_training.train_retriever
+    assert not config.model.retrieves and not config.retriever_training.train_retriever
 
 
 REFUSED = [
@@ -285,15 +285,15 @@ REFUSED = [
     ("train", {"refresh_index": "5-3:1"}, "--refresh_index '5-3:1'"),
     ("train", {"per_gpu_batch_size": 0}, "--per_gpu_batch_size 0 is too small: it must be at least 1"),
     ("train", {"target_maxlength": 0}, "--target_maxlength 0"),
-    ("train", {"temperature_gold": 0}, "--temperature_gold must be above 0"),
-    ("train", {"dropout": 1.0}, "--dropout 1"),
+    ("train", {"temperature_gold": 0}, "--temperature_gold 0 is too small: it must be above 0"),
+    ("train", {"dropout": 1.0}, "--dropout 1 is too large: it must be below 1"),
     ("train", {"lr": "nan"}, "--lr nan is too small"),
-    ("train", {"mlm_noise_density": 0}, "--mlm_noise_density 0 must be above 0 and below 1"),
-    ("train", {"mlm_noise_density": 1}, "--mlm_noise_density 1 must be above 0 and below 1"),
+    ("train", {"mlm_noise_density": 0}, "--mlm_noise_density 0 is too small: it must be above 0"),
+    ("train", {"mlm_noise_density": 1}, "--mlm_noise_density 1 is too large: it must be below 1"),
     ("train", {"mlm_mean_noise_span_length": 0.5}, "--mlm_mean_noise_span_length 0.5 is too small"),
     ("train", {"min_words_per_lm_instance": -1}, "--min_words_per_lm_instance -1 is too small"),
     ("train", {"min_lm_context_ratio": 0.6}, "--min_lm_context_ratio 0.6 is above --max_lm_context_ratio 0.5"),
-    ("train", {"max_lm_context_ratio": 1.5}, "--max_lm_context_ratio 1.5 must be at most 1"),
+    ("train", {"max_lm_context_ratio": 1.5}, "--max_lm_context_ratio 1.5 is too large: it must be at most 1"),
     (
         "evaluate",
         {"task": "mlm", "retrieve_only": True, "reader_model_type": None},
@@ -305,7 +305,11 @@ REFUSED = [
         "--task multiple_choice makes its queries",
     ),
     ("train", {"multiple_choice_num_options": 1}, "--multiple_choice_num_options 1 is too small"),
-    ("train", {"multiple_choice_num_options": 27}, "--multiple_choice_num_options must be at most 26"),
+    (
+        "train",
+        {"multiple_choice_num_options": 27},
+        "--multiple_choice_num_options 27 is too large: it must be at most 26",
+    ),
     (
         "train",
         {"multiple_choice_num_options": 7, "multiple_choice_eval_permutations": "all"},
@@ -357,6 +361,7 @@ def test_refresh_schedule(text, steps):
     assert [step for step in range(10) if schedule(step)] == steps
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", ["train", "evaluate", "finetune_qa"])
 def test_help_is_grouped_and_needs_no_torch(script):
     code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']\n"

@@ -5,15 +5,14 @@ import pytest
 
 from atlas.files.jsonl import DataError, JsonlCorpus
 from atlas.model.tokenization import load_reader_tokenizer
-from atlas.tasks import TASKS
 from atlas.tasks.data import Data
-from tests.kit import read_jsonl, world, write_jsonl
+from tests.kit import make_task, read_jsonl, world, write_jsonl
 
 
 def make(tmp_path, n=7, batch_size=2, rank=0, world_size=1, seed=0, rows=None, task=None):
     rows = rows or [{"question": f"q{i}", "answers": [f"a{i}", f"b{i}", f"c{i}"]} for i in range(n)]
     corpus = JsonlCorpus([write_jsonl(tmp_path / "data.jsonl", rows)])
-    task = task or TASKS["qa"](qa_prompt_format="{question}")
+    task = task or make_task("qa", qa_prompt_format="{question}")
     return Data(corpus, task, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
 
 
@@ -66,7 +65,9 @@ def test_a_bad_line_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def mlm():
     tokenizer = load_reader_tokenizer(str(world() / "models/reader"))
-    return TASKS["mlm"](tokenizer=tokenizer, text_maxlength=64, mlm_noise_density=0.3, mlm_mean_noise_span_length=2.0)
+    return make_task(
+        "mlm", tokenizer=tokenizer, text_maxlength=64, mlm_noise_density=0.3, mlm_mean_noise_span_length=2.0
+    )
 
 
 def texts(empty):

@@ -17,6 +17,8 @@ from atlas.config import parse_config
 from benchmarks import evidence
 from example_scripts import demo, demo_pretrain
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
@@ -178,7 +180,7 @@ def test_the_page_of_evidence(written, tmp_path):
     assert "40 test questions over 2 relations" in page and "would be right for 32.5 %" in page
     assert re.search(r"\| exact match after 64 examples: 60 or more \| [2-4]\d\.\d \| \*\*does not hold\*\* \|", page)
     assert re.search(r"\| recall@5 after 64 examples: 90 or more \| \d+\.\d \| ", page)
-    assert "as the country of a city, say: 11 questions." in page
+    assert "such as the country of a city: 11 questions." in page
     assert (tmp_path / "docs/evidence.png").stat().st_size > 10_000
     for row in ("book closed", "not pretrained", "without distillation", "loop", "both, index refreshed", "OPQ-32"):
         assert f"\n| {row} | " in page

@@ -5,12 +5,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from atlas.runtime import distributed
-from tests.ranks import _free_port, rank_environment, run_on_ranks
+from tests.patience import HANG_SECONDS, free_port, wait_until
+from tests.ranks import rank_environment, run_on_ranks
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -65,25 +69,27 @@ def test_one_process_is_the_identity():
         pass
 
 
-def _main_goes_first(path):
+def _main_goes_first(directory):
+    (directory / f"at the door {distributed.rank()}").touch()
     with distributed.main_first("the order"):
         if distributed.is_main():
-            time.sleep(0.3)
-        with open(path, "a") as f:
+            wait_until(lambda: len(list(directory.glob("at the door *"))) == 3, "all ranks at the door")
+            time.sleep(0.1)  # who does not wait there goes through now
+        with open(directory / "order", "a") as f:
             f.write(str(distributed.rank()))
     distributed.wait_for_all("the order")
-    return Path(path).read_text()
+    return (directory / "order").read_text()
 
 
 def test_main_first(tmp_path):
-    order = run_on_ranks(3, _main_goes_first, str(tmp_path / "order"))[1]
+    order = run_on_ranks(3, _main_goes_first, tmp_path)[1]
     assert order[0] == "0" and sorted(order) == ["0", "1", "2"]
 
 
 def _one_rank_fails():
     error = ValueError("bad line") if distributed.rank() == 1 else None
     try:
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
     except ValueError as seen:
         return str(seen)
     return None
@@ -93,51 +99,114 @@ def test_an_error_of_one_rank_ends_all():
     assert run_on_ranks(2, _one_rank_fails) == ["bad line", "bad line"]
 
 
-def _work_longer_than_the_timeout():
-    distributed.TIMEOUT_SECONDS, distributed.HEARTBEAT_SECONDS = 1.0, 0.1
+class _ClockOfTheWaiting:
+    """Stands in for `time` on a rank that waits: time passes only while it sleeps, and only in step with the other
+    rank, 9/10 of the time-out after each sign of life. After the fifth it lets the other one come."""
+
+    def __init__(self, directory, other):
+        self.directory, self.key, self.now, self.naps = directory, f"heartbeat/{other}", 0.0, 0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        if self.naps == 5:
+            return time.sleep(seconds)
+        heard = distributed._store.add(self.key, 0)
+        wait_until(lambda: distributed._store.add(self.key, 0) > heard, "a sign of life")
+        self.now += 0.9 * distributed.TIMEOUT_SECONDS
+        self.naps += 1
+        if self.naps == 5:
+            (self.directory / "enough").touch()
+        return None
+
+
+def _long_work(directory, worker, with_busy):
+    """One rank works for 4.5 times the time-out of the other, which waits; how often the other has napped."""
+    enough = directory / "enough"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "HEARTBEAT_SECONDS", 0.01)
+        clock = _ClockOfTheWaiting(directory, worker)
+        if distributed.rank() != worker:
+            patch.setattr(distributed, "time", clock)
+        elif with_busy:
+            with distributed.busy():
+                wait_until(enough.exists, "the end of the work")
+        else:
+            while not enough.exists():
+                distributed.progress()
+                time.sleep(0.01)
+        distributed.wait_for_all("long work")
+        return clock.naps
+
+
+@pytest.mark.parametrize("with_busy", [False, True])
+@pytest.mark.parametrize("worker", [0, 1])
+def test_long_uneven_work_does_not_trip_the_timeout(tmp_path, worker, with_busy):
+    naps = run_on_ranks(2, _long_work, tmp_path, worker, with_busy)
+    assert naps[worker] == 0 and naps[1 - worker] == 5
+
+
+def _silence(directory):
+    """Rank 1 says nothing; what rank 0 says of it, for which time flies."""
     if distributed.rank() == 1:
-        until = time.monotonic() + 2.5
-        while time.monotonic() < until:
-            distributed.progress()
-            time.sleep(0.05)
-    distributed.wait_for_all("uneven work")
-    distributed.TIMEOUT_SECONDS, distributed.HEARTBEAT_SECONDS = 60.0, 5.0
-    return "done"
+        wait_until((directory / "given up").exists, "the end of the other's patience")
+        distributed.wait_for_all("silence")
+        return None
+    now = iter(range(1000))
+    clock = SimpleNamespace(monotonic=lambda: next(now) * 0.3 * distributed.TIMEOUT_SECONDS, sleep=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "time", clock)
+        with pytest.raises(distributed.LostRankError) as error:
+            distributed.wait_for_all("silence")
+    (directory / "given up").touch()
+    distributed._waits -= 1  # now wait again, for the other one too
+    distributed.wait_for_all("silence")
+    return str(error.value)
 
 
-def test_long_uneven_work_does_not_trip_the_timeout():
-    assert run_on_ranks(2, _work_longer_than_the_timeout) == ["done", "done"]
-
-
-def _one_long_thing():
-    distributed.TIMEOUT_SECONDS, distributed.HEARTBEAT_SECONDS = 1.0, 0.1
-    if distributed.rank() == 0:
-        with distributed.busy():
-            time.sleep(2.5)
-    distributed.wait_for_all("one long thing")
-    distributed.TIMEOUT_SECONDS, distributed.HEARTBEAT_SECONDS = 60.0, 5.0
-    return "done"
-
-
-def test_one_long_thing_does_not_trip_the_timeout_either():
-    assert run_on_ranks(2, _one_long_thing) == ["done", "done"]
+def test_a_silent_rank_trips_the_timeout(tmp_path):
+    said, _ = run_on_ranks(2, _silence, tmp_path)
+    assert "rank 0 of 2 could not finish silence" in said and "no heartbeat from rank 1" in said
 
 
 _FAILS = """
-import sys
+import contextlib, sys
 from pathlib import Path
-from atlas import build
 from atlas.runtime import distributed
 from atlas.config import parse_config
-def job(config, device, directory):
-    distributed.any_rank(False)
-    if str(distributed.rank()) in sys.argv[2]:
-        raise eval(sys.argv[3])
-    distributed.wait_for_all("the other rank")
+from atlas.runtime.session import session
+from tests.patience import wait_until
 config = parse_config(["--task", "qa", "--checkpoint_dir", sys.argv[1], "--closed_book", "--reader_model_type", "x",
     "--eval_data", __file__ if "__file__" in globals() else "Makefile"], program="evaluate")
-build.run(config, job)
+with session(config.run):
+    distributed.any_rank(False)
+    ranks, me = sys.argv[2], str(distributed.rank())
+    if me in ranks:
+        if ranks == "01" and me == "1":
+            with contextlib.suppress(RuntimeError):  # the store ends with rank 0
+                distributed._store.wait(["main has failed"])
+        raise eval(sys.argv[3])
+    wait_until((Path(sys.argv[1]) / "rank 1 has ended").exists, "the end of rank 1")
+    distributed.TIMEOUT_SECONDS = 0.5
+    distributed.wait_for_all("the other rank")
 """
+
+
+def _two_ranks(code, *words):
+    """Two ranks that run this code, each in a Python of its own."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, words)],
+            env={**os.environ, **rank_environment(rank, 2, port), "ATLAS_TIMEOUT_SECONDS": str(HANG_SECONDS)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
 
 
 @pytest.mark.slow
@@ -150,19 +219,10 @@ build.run(config, job)
     ],
 )
 def test_an_error_is_told_once_and_logged_where_it_happened(tmp_path, ranks, error, said):
-    port = _free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _FAILS, str(tmp_path), ranks, error],
-            env={**os.environ, **rank_environment(rank, 2, port), "ATLAS_TIMEOUT_SECONDS": "6"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=60) for process in processes]
+    processes = _two_ranks(_FAILS, tmp_path, ranks, error)
+    outputs = [processes[1].communicate(timeout=HANG_SECONDS)]
+    (tmp_path / "rank 1 has ended").touch()
+    outputs = [processes[0].communicate(timeout=HANG_SECONDS), *outputs]
     assert [process.returncode for process in processes] == [1, 1]
     screen = "".join(output + errors for output, errors in outputs)
     told = [line for line in screen.splitlines() if line.endswith(said)]
@@ -172,13 +232,14 @@ def test_an_error_is_told_once_and_logged_where_it_happened(tmp_path, ranks, err
 
 
 _DIES = """
-import os, sys, time
+import os, sys
 from atlas.runtime import distributed
 import torch
 distributed.start("cpu")
 distributed.any_rank(False)
 if distributed.rank() == 1:
     os._exit(9)
+distributed.TIMEOUT_SECONDS = 0.5  # from now on; the start may take as long as it likes
 try:
     if sys.argv[1] == "collective":
         distributed.sum_over_ranks(torch.ones(3))
@@ -192,17 +253,8 @@ except distributed.LostRankError as error:
 
 @pytest.mark.parametrize("where", ["collective", "wait"])
 def test_a_dead_rank_takes_the_others_down_with_a_message(where):
-    port = _free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _DIES, where],
-            env={**os.environ, **rank_environment(rank, 2, port), "ATLAS_TIMEOUT_SECONDS": "4"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    output, _ = processes[0].communicate(timeout=60)
-    assert processes[0].returncode == 3 and processes[1].wait(60) == 9
+    processes = _two_ranks(_DIES, where)
+    output, _ = processes[0].communicate(timeout=HANG_SECONDS)
+    processes[1].communicate(timeout=HANG_SECONDS)
+    assert [process.returncode for process in processes] == [3, 9]
     assert "rank 0 of 2 could not finish" in output and "another rank has ended" in output

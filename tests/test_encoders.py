@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, BertModel
 
 from atlas.checkpoint import load_checkpoint
+from atlas.config import Model
 from atlas.index.passages import open_passages
 from atlas.model.inputs import Inputs
 from atlas.model.retriever import SETTINGS, fingerprint, load_retriever
@@ -94,14 +95,8 @@ def plain_sides(path, queries, passages, query_prefix="", passage_prefix="", **p
 def test_embeddings_are_those_of_plain_transformers(tmp_path, settings, query_side):
     path = str(encoder(tmp_path / "encoder", **settings))
     retriever = load_retriever(path, query_side=query_side, dropout=None)
-    inputs = Inputs(
-        None,
-        load_retriever_tokenizer(path),
-        device=torch.device("cpu"),
-        text_maxlength=64,
-        query_prefix=retriever.query_prefix,
-        passage_prefix=retriever.passage_prefix,
-    )
+    tokenizer = load_retriever_tokenizer(path)
+    inputs = Inputs(Model(text_maxlength=64), None, tokenizer, device=torch.device("cpu"), retriever=retriever)
     queries = [row["question"] for row in read_jsonl(world() / "dev.jsonl")] + [""]
     passages = corpus_of_the_world()[:30]
     passages[3]["text"] *= 40  # is cut, prefix included
@@ -210,7 +205,7 @@ def test_our_keys_and_overrides_win_over_modules_json(tmp_path):
             ("Transformer", "Pooling"),
             r"pooling 'cls_token \+ mean_tokens'",
         ),
-        ({"pooling_mode": "mean"}, ("Transformer", "Pooling", "Dense"), "asks for Dense, which"),
+        ({"pooling_mode": "mean"}, ("Transformer", "Pooling", "Dense"), "lists Dense, which"),
         (None, ("Transformer", "Pooling"), "No such file"),
         (None, ("Transformer",), "cannot be read: KeyError"),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from atlas.config import TASK_NAMES
 from atlas.tasks import TASKS
-from tests.kit import choice_questions, lettered_models, read_jsonl, run, run_on, world, write_jsonl
+from tests.kit import choice_questions, lettered_models, make_task, read_jsonl, run, run_on, world, write_jsonl
 from tests.test_pretraining import last_metrics, results_of
 from tests.test_training import losses_of
 
@@ -72,6 +72,7 @@ def comparable(row):
     return row
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_ranks_do_not_change_the_numbers(tmp_path, task):
@@ -126,7 +127,7 @@ NEEDED = {
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_a_wrong_field_name_is_told(tmp_path, capfd, task):
     lines = lines_of(task, 3)
-    expected = TASKS[task](**options()).fields
+    expected = make_task(task, **options()).fields
     for field in NEEDED[task]:
         assert f"`{field}`" in expected
         wrong = {("wrong" if key == field else key): value for key, value in lines[1].items()}
@@ -157,9 +158,11 @@ def assert_refused(tmp_path, sentence, **changes):
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_metadata_is_an_object_of_the_line(task):
     given = (
-        TASKS[task](**options()).process(lines_of(task, 1)[0] | {"metadata": {"year": 1}}, random.Random(0)).metadata
+        make_task(task, **options())
+        .process(lines_of(task, 1)[0] | {"metadata": {"year": 1}}, random.Random(0))
+        .metadata
     )
     if task in ("qa", "cloze", "fever", "kilt"):
         assert given["year"] == 1
-        with pytest.raises(ValueError, match="`metadata` is an object, found 3"):
-            TASKS[task](**options()).process(lines_of(task, 1)[0] | {"metadata": 3}, random.Random(0))
+        with pytest.raises(ValueError, match="`metadata` must be an object, found 3"):
+            make_task(task, **options()).process(lines_of(task, 1)[0] | {"metadata": 3}, random.Random(0))

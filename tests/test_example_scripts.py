@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,9 @@ import sources
 from atlas.checkpoint import load_checkpoint
 from atlas.config import Config, parse_config
 from tests.kit import read_jsonl, world, write_jsonl
+from tests.patience import HANG_SECONDS, free_port, wait_until
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in (ROOT / "example_scripts").glob("*.sh") if path.stem != "launch")
@@ -68,7 +70,7 @@ def start(script, data, *flags, background=False, **environment):
     settings = {"env": clean | environment, "cwd": data.parent, "text": True}
     if background:
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
-    return subprocess.run(words, capture_output=True, timeout=300, **settings)
+    return subprocess.run(words, capture_output=True, timeout=HANG_SECONDS, **settings)
 
 
 def calls(data) -> list[list[str]]:
@@ -231,7 +233,7 @@ def slurm(data):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         program(data.parent / "bin" / name, text.format(python=sys.executable, calls=calls))
     environment = {
-        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_ID": str(free_port(20_000, 29_999)),  # launch.sh makes the port of it
         "SLURM_JOB_NODELIST": "a[1-2]",
         "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "1",
@@ -248,7 +250,7 @@ def test_slurm_command_line(data, slurm):
     asked = "srun --ntasks 2 --ntasks-per-node 1 --cpus-per-task 64 --kill-on-bad-exit=0 "
     assert said.read_text().startswith(asked)
     assert len(calls(data)) == 2
-    port = 20000 + os.getpid() % 10000
+    port = 20000 + int(environment["SLURM_JOB_ID"]) % 10000
     for call in calls(data):
         launcher = dict(zip(call[:14:2], call[1:14:2], strict=True))
         assert launcher["--nnodes"] == "2" and launcher["--nproc_per_node"] == "1"
@@ -308,23 +310,22 @@ def test_templama_then_others_on_its_index(tiny):
 def test_pretraining_is_requeued_and_goes_on(tiny, slurm):
     """On two `nodes`: USR1 to the batch shell alone ends in a checkpoint and a requeue; the next start goes on."""
     said, environment = slurm
-    flags = ["--total_steps", 60, "--refresh_index", 30, "--save_freq", 1000, "--eval_freq", 1000]
+    flags = ["--refresh_index", 30, "--save_freq", 10**6, "--eval_freq", 10**6]
     models = {name: value.format(home=world(), data=tiny) for name, value in MODELS.items() if name != "GPUS"}
     log = tiny / "experiments/pretrain_mlm_base/run.log"
-    process = start("pretrain_mlm", tiny, *SMALL, *flags, background=True, **models, **environment)
-    deadline = time.monotonic() + 120
-    while not (log.exists() and re.search(r"\] \d+ / 60", log.read_text())):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
+    endless = ["--total_steps", 10**6]
+    process = start("pretrain_mlm", tiny, *SMALL, *flags, *endless, background=True, **models, **environment)
+    begun = re.compile(r"\] \d+ / 1000000")
+    wait_until(lambda: log.exists() and begun.search(log.read_text()), "the first step", lambda: process.poll() is None)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 143, output
     assert said.read_text().splitlines()[-1] == f"requeue {environment['SLURM_JOB_ID']}"
     stopped = load_checkpoint(log.parent).step
-    assert 0 < stopped < 60 and f"Asked to stop: step {stopped} is saved" in log.read_text()
-    again = start("pretrain_mlm", tiny, *SMALL, *flags, **models, **environment)
+    assert stopped > 0 and f"Asked to stop: step {stopped} is saved" in log.read_text()
+    again = start("pretrain_mlm", tiny, *SMALL, *flags, "--total_steps", stopped + 5, **models, **environment)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"Going on after step {stopped}" in log.read_text() and load_checkpoint(log.parent).step == 60
+    assert f"Going on after step {stopped}" in log.read_text() and load_checkpoint(log.parent).step == stopped + 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -333,12 +334,10 @@ def test_a_stop_without_slurm_is_passed_on_and_waited_for(data, number):
     heard = data.parent / "heard"
     code = f"import pathlib, signal, sys, time; file = pathlib.Path({str(heard)!r})\n"
     code += "signal.signal(signal.SIGUSR1, lambda *_: (time.sleep(0.5), file.write_text('saved'), sys.exit(1)))\n"
-    code += "file.write_text('ready'); time.sleep(60)"
+    code += f"file.write_text('ready'); time.sleep({HANG_SECONDS})"
     program(data.parent / "bin/torchrun", f'#!/bin/sh\nexec {sys.executable} -c "{code}"\n')
     process = start("templama", data, background=True)
-    deadline = time.monotonic() + 20
-    while not (heard.exists() and heard.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: heard.exists() and heard.read_text(), "the program", lambda: process.poll() is None)
     process.send_signal(number)
-    process.communicate(timeout=20)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 143 and heard.read_text() == "saved"

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import export_huggingface
 from atlas.checkpoint import load_checkpoint
+from atlas.config import Model
 from atlas.model.inputs import Inputs
 from atlas.model.reader import load_reader, load_reader_state
 from atlas.model.retriever import load_retriever, load_retriever_state
@@ -143,9 +144,8 @@ def test_the_reader_reads_as_it_did(trained):
     load_reader_state(reader, checkpoint.reader)
     for name, tensor in names["reader"].state_dict().items():
         assert torch.equal(tensor, reader.state_dict()[name]), name
-    own = Inputs(
-        load_reader_tokenizer(str(world() / "models/reader")), None, device=torch.device("cpu"), text_maxlength=64
-    )
+    tokenizer = load_reader_tokenizer(str(world() / "models/reader"))
+    own = Inputs(Model(text_maxlength=64), tokenizer, None, device=torch.device("cpu"))
     ids, mask = own.reader([names["query"]], [names["passages"]])
     assert torch.equal(ids[0], names["inputs"].input_ids)
     decoder_ids = torch.tensor([[0, 7, 8, 9]])
@@ -291,10 +291,10 @@ def test_sentence_transformers(pooled):
 @pytest.mark.parametrize(
     ("words", "status", "sentence"),
     [
-        (["--output_directory", "full"], 2, "full is there and not empty"),
-        (["--output_directory", "file"], 2, "file is there and not empty"),
+        (["--output_directory", "full"], 2, "full exists and is not empty"),
+        (["--output_directory", "file"], 2, "file exists and is not empty"),
         (["--model_path", "empty"], 1, "empty holds no checkpoint"),
-        ([], 1, "does not say which T5 it is: give --reader_model_type"),
+        ([], 1, "does not say which T5 it has: give --reader_model_type"),
         (["--reader_model_type", "nowhere"], 1, "--reader_model_type nowhere: cannot load"),
         (["--reader_model_type", "wide"], 1, "and --reader_model_type wide: these weights do not fit the reader"),
         (["--reader_model_type", "tied"], 1, "has one matrix for embeddings and output (T5 v1.0), and"),

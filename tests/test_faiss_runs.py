@@ -1,13 +1,12 @@
 """Whole small runs over compressed indices: built, saved, opened again, refreshed, refined."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from atlas.index.storage import open_index
+from atlas.index.store import open_index
 from atlas.retrieval import Retrieval
 from tests.kit import logged, read_jsonl, run, run_on, world
 from tests.ranks import scratch_directory
@@ -51,6 +50,7 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_flat_index_is_loaded_compressed_and_kept(home, tmp_path, world_size):
     """The announcement's way: load a flat index, ask for PQ, keep the compressed index; the next run opens that."""
@@ -68,6 +68,7 @@ def test_a_flat_index_is_loaded_compressed_and_kept(home, tmp_path, world_size):
         assert "is a compressed index: PQ8, 8 bytes a passage" in log and "Training the quantizer" not in log
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [
@@ -127,6 +128,7 @@ def test_codes_alone_train_the_query_side_too(home, tmp_path):
         np.testing.assert_allclose(logged(without, statistic), logged(with_embeddings, statistic), rtol=2e-2)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("codes_only", [True, False])
 def test_a_refresh_encodes_with_the_quantizer_that_is_there(home, tmp_path, world_size, codes_only):
@@ -164,21 +166,15 @@ def test_a_refresh_can_train_the_quantizer_again(home, tmp_path, loaded):
     assert log.count("Training the quantizer PQ8") == (1 if loaded else 2)
 
 
-def _built(changes):
-    retrieval: Retrieval = make(world())
-    for name, value in changes.items():
-        setattr(retrieval, name, value)
-    retrieval.build()
-    return retrieval
-
-
-def test_memory_is_kept_for_what_needs_it(home):
+def test_memory_is_kept_for_what_needs_it(home, tmp_path, monkeypatch):
     """Embeddings of a compressed index stay for refinement alone, and are there while the index is saved."""
     directory, *_ = home
-    pq = dataclasses.replace(make(world()).compression, kind="pq", code_size=8)
     seen = []
-    plain = _built({"compression": pq, "on_build": lambda index: seen.append(index.has_embeddings)})
-    refined = _built({"compression": dataclasses.replace(pq, refine_factor=2), "keep_embeddings": True})
+    monkeypatch.setattr(Retrieval, "_save", lambda retrieval, *_: seen.append(retrieval.index.has_embeddings))
+    plain = make(world(), **PQ, save_index_path=str(tmp_path / "codes"), save_index_codes_only=True)
+    refined = make(world(), **PQ, refine_factor=2)
+    plain.build()
+    refined.build()
     assert not plain.index.has_embeddings and refined.index.has_embeddings
     embeddings, codes = refined.index.embeddings, plain.index.compressed.codes().copy()
     assert np.array_equal(codes, refined.index.compressed.codes())

@@ -39,7 +39,7 @@ def test_fixed_inner_products_are_inner_products(dimension):
 @pytest.fixture(params=[False, True], ids=["fp32 first", "16 bits first"], autouse=True)
 def half_precision(request, monkeypatch):
     """Every test with the first passes of every CPU, and with few queries enough for bf16."""
-    monkeypatch.setattr("atlas.runtime.device.fast_bf16", lambda device: request.param)
+    monkeypatch.setattr("atlas.runtime.device.cpu_prefers_bf16", lambda device: request.param)
     monkeypatch.setattr("atlas.index.flat._MANY_QUERIES", 3)
     return request.param
 

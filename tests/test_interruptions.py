@@ -1,5 +1,6 @@
 """Runs that are stopped, killed and started again: they go on as if nothing had happened, and no checkpoint is lost."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,13 @@ import torch
 
 from atlas.checkpoint import latest_checkpoint, load_checkpoint
 from atlas.files.jsonl import JsonlCorpus
-from atlas.tasks import Task
+from atlas.runtime import session
+from atlas.runtime.session import StopSignals
 from atlas.tasks.data import Data
-from atlas.training import trainer
-from atlas.training.trainer import StopSignals, Trainer
-from tests.kit import command_line, logged, read_jsonl, run, run_on, write_jsonl
+from atlas.training.trainer import Trainer
+from tests.kit import command_line, logged, make_task, read_jsonl, run, run_on, write_jsonl
+from tests.patience import HANG_SECONDS, free_port, wait_until
+from tests.ranks import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -41,14 +45,14 @@ def ask_to_stop(monkeypatch):
     """Sends this process a signal when so many steps are finished: the next one is taken, and no more."""
 
     def after(steps, number):
-        refresh = Trainer._refresh
+        refresh = Trainer.refresh_index
 
-        def signal_and_refresh(trainer, finished):
-            if finished == steps:
+        def signal_and_refresh(trainer, step):
+            if step == steps + 1:
                 os.kill(os.getpid(), number)
-            return refresh(trainer, finished)
+            return refresh(trainer, step)
 
-        monkeypatch.setattr(Trainer, "_refresh", signal_and_refresh)
+        monkeypatch.setattr(Trainer, "refresh_index", signal_and_refresh)
 
     return after
 
@@ -112,6 +116,7 @@ def test_a_stop_at_the_last_step_changes_nothing(tmp_path, ask_to_stop):
 
 def test_the_second_signal_is_not_caught_but_an_echo_of_the_first_is(monkeypatch):
     heard = []
+    monkeypatch.setattr(session, "ECHO_SECONDS", float("inf"))
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     try:
         with StopSignals() as stop:
@@ -119,7 +124,7 @@ def test_the_second_signal_is_not_caught_but_an_echo_of_the_first_is(monkeypatch
             for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):  # SLURM's, and torchrun's for the same
                 os.kill(os.getpid(), number)
             assert stop.received and heard == []
-            monkeypatch.setattr(trainer, "ECHO_SECONDS", 0.0)
+            monkeypatch.setattr(session, "ECHO_SECONDS", 0.0)
             os.kill(os.getpid(), signal.SIGUSR1)
             assert heard == [signal.SIGUSR1]
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -134,7 +139,7 @@ def test_the_order_of_the_data_survives_another_number_of_ranks(tmp_path):
 
     def queries(steps, world_size, batch_size, resumed=(0, 0)):
         ranks = [
-            Data(corpus, Task(), seed=5, batch_size=batch_size, rank=rank, world_size=world_size)
+            Data(corpus, make_task("base"), seed=5, batch_size=batch_size, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         for data in ranks:
@@ -149,6 +154,7 @@ def test_the_order_of_the_data_survives_another_number_of_ranks(tmp_path):
     assert first + second + third == straight and seen == 30
 
 
+@pytest.mark.processes
 def test_going_on_with_another_number_of_ranks(tmp_path):
     """2 ranks, and then one that accumulates 2 steps, are one that does so from the start."""
     flags = {"per_gpu_batch_size": 1, "eval_data": None, "train_retriever": True, "refresh_index": 100}
@@ -165,92 +171,106 @@ def start(*words):
     return subprocess.Popen(
         [*map(str, words)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ATLAS_TIMEOUT_SECONDS": "30"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ATLAS_TIMEOUT_SECONDS": str(HANG_SECONDS)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def wait_for_step(process, directory, step, seconds=120):
-    """Until the log has a line of this step or a later one; whether the process still lives then."""
-    end = time.monotonic() + seconds
-    while process.poll() is None:
-        if (directory / "run.log").exists() and max(losses_by_step(directory), default=0) >= step:
-            return True
-        assert time.monotonic() < end, "the run is too slow"
-        time.sleep(0.02)
-    return False
+def last_step(directory):
+    return max(losses_by_step(directory), default=0) if (directory / "run.log").exists() else 0
 
 
+def wait_for_step(process, directory, step):
+    """Until the log has a line of this step or a later one."""
+    wait_until(lambda: last_step(directory) >= step, f"step {step}", lambda: process.poll() is None)
+
+
+def killed_at_a_random_moment(directory, flags, rng):
+    """Start a run or go on with it; whether it was killed before it reached the end by itself."""
+    process = warm.Process(target=run, args=(directory.parent,), kwargs=flags | {"name": directory.name})
+    step = last_step(directory) + rng.randrange(1, 5)
+    process.start()
+    wait_until(lambda: last_step(directory) >= step or not process.is_alive(), f"step {step}")
+    time.sleep(rng.random() * 0.2)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+@pytest.mark.processes
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
-    """40 steps straight, and with ten kills: the same losses at every step, and a good checkpoint at every moment."""
+    """40 steps straight, and with ten kills: the same losses at every step, and a good checkpoint at every moment.
+
+    A run that was quicker than its killer is compared as well, and another one begun.
+    """
     flags = {"total_steps": 40, "save_freq": 3, "eval_data": None, "keep_checkpoints": 2, **FLAGS}
-    straight = run(tmp_path, name="straight", **flags)
-    directory, rng, kills = tmp_path / "killed", random.Random(0), 0
-    while kills < 10:
-        done = max(losses_by_step(directory), default=0) if directory.exists() else 0
-        process = start(sys.executable, "train.py", *command_line(tmp_path, name="killed", **flags))
-        if not wait_for_step(process, directory, done + rng.randrange(1, 5)):
-            break  # it was quicker
-        time.sleep(rng.random() * 0.2)
-        process.kill()
-        process.communicate()
-        kills += 1
-        if found := latest_checkpoint(directory):
-            saved = load_checkpoint(found)
-            assert saved.reader and saved.retriever and saved.optimizer_state()
-    assert kills > 5
-    process = start(sys.executable, "train.py", *command_line(tmp_path, name="killed", **flags))
-    assert process.wait(200) == 0, process.stderr.read()
-    assert losses_by_step(directory) == losses_by_step(straight)
+    straight, rng, kills = run(tmp_path, name="straight", **flags), random.Random(0), 0
+    for attempt in count():
+        directory = tmp_path / f"killed-{attempt}"
+        while kills < 10 and killed_at_a_random_moment(directory, flags, rng):
+            kills += 1
+            if found := latest_checkpoint(directory):
+                saved = load_checkpoint(found)
+                assert saved.reader and saved.retriever and saved.optimizer_state()
+        run(tmp_path, name=directory.name, **flags)
+        assert losses_by_step(directory) == losses_by_step(straight)
+        if kills == 10:
+            break
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_torchrun_starts_a_run_again_whose_rank_was_killed(tmp_path):
     flags = {"total_steps": 30, "save_freq": 2, **FLAGS}
     straight = run_on(2, tmp_path, name="straight", **flags)
-    directory = tmp_path / "killed"
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", 2, "--max-restarts", 1]
-    process = start(*launcher, "train.py", *command_line(tmp_path, name="killed", **flags))
-    assert wait_for_step(process, directory, 5)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
-    assert process.wait(200) == 0, process.stderr.read()
-    assert "Going on after step" in (directory / "run.log").read_text()
+    for attempt in count():
+        directory = tmp_path / f"killed-{attempt}"
+        process = start(*launcher, "train.py", *command_line(tmp_path, name=directory.name, **flags))
+        wait_for_step(process, directory, 5)
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        with contextlib.suppress(IndexError, ProcessLookupError):  # on a busy machine, the run was quicker
+            os.kill(int(ranks[-1]), signal.SIGKILL)
+        assert process.wait(HANG_SECONDS) == 0, process.stderr.read()
+        if "Going on after step" in (directory / "run.log").read_text():
+            break
     assert losses_by_step(directory) == losses_by_step(straight)
     assert read_jsonl(directory / "dev-step-30.jsonl") == read_jsonl(straight / "dev-step-30.jsonl")
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_sigterm_to_torchrun(tmp_path):
     """As SLURM ends a job: every rank saves what it has, and the same command goes on."""
-    flags = {"total_steps": 60, "save_freq": 1000, "eval_data": None, **FLAGS}
+    flags = {"save_freq": 10**6, "eval_data": None, **FLAGS}
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", 2, "--signals-to-handle", "SIGTERM,SIGUSR1"]
-    command = [*launcher, "train.py", *command_line(tmp_path, **flags)]
-    process = start(*command)
-    assert wait_for_step(process, tmp_path / "run", 3)
-    process.terminate()
-    assert process.wait(60) != 0
+    launcher += ["--shutdown-timeout", HANG_SECONDS]
+    endless = start(*launcher, "train.py", *command_line(tmp_path, total_steps=10**6, **flags))
+    wait_for_step(endless, tmp_path / "run", 3)
+    endless.terminate()
+    assert endless.wait(HANG_SECONDS) != 0
     saved = load_checkpoint(tmp_path / "run").step
-    assert saved == max(losses_by_step(tmp_path / "run"))
-    process = start(*command)
-    assert process.wait(200) == 0, process.stderr.read()
-    assert sorted(losses_by_step(tmp_path / "run")) == list(range(1, 61))
+    assert saved == last_step(tmp_path / "run")
+    process = start(*launcher, "train.py", *command_line(tmp_path, total_steps=saved + 5, **flags))
+    assert process.wait(HANG_SECONDS) == 0, process.stderr.read()
+    assert sorted(losses_by_step(tmp_path / "run")) == list(range(1, saved + 6))
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_machines(tmp_path):
     """Two launchers of one rank each, as on two machines: one job, one writer, the numbers of two ranks."""
     flags = {"total_steps": 5, **FLAGS}
     expected = run_on(2, tmp_path, name="expected", **flags)
-    port = random.Random(os.getpid()).randrange(20000, 30000)
     launcher = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d"]
-    launcher += ["--rdzv_id", "two", "--rdzv_endpoint", f"127.0.0.1:{port}"]
+    launcher += ["--rdzv_id", "two", "--rdzv_endpoint", f"127.0.0.1:{free_port()}"]
     processes = [start(*launcher, "train.py", *command_line(tmp_path, name="two", **flags)) for _ in range(2)]
     for process in processes:
-        assert process.wait(200) == 0, process.stderr.read()
+        assert process.wait(HANG_SECONDS) == 0, process.stderr.read()
     directory = tmp_path / "two"
     assert losses_by_step(directory) == losses_by_step(expected)
     assert read_jsonl(directory / "dev-step-5.jsonl") == read_jsonl(expected / "dev-step-5.jsonl")

@@ -10,6 +10,7 @@ import pytest
 
 from atlas.files import jsonl
 from atlas.files.jsonl import JSON_LINES, DataError, JsonlCorpus, LineFormat, replacing
+from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +265,9 @@ def test_gz_is_decompressed_once_and_again_when_it_is_newer(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.gz", "a.jsonl.offsets.npy"]
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"row": 0}\n' * 1000)[:-20]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b'{"row": 0}\n' * 1000)[:-20]], ids=["not gzip", "cut short"]
+)
 def test_damaged_gz_is_named_and_leaves_nothing(tmp_path, content):
     packed = tmp_path / "a.jsonl.gz"
     packed.write_bytes(content)
@@ -287,6 +290,7 @@ def read_in_child(corpus, queue):
     queue.put([corpus[i] for i in range(len(corpus))])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_read_in_other_processes(tmp_path, method):
     corpus = JsonlCorpus(random_file(tmp_path / "a.jsonl", 3))
@@ -295,7 +299,7 @@ def test_read_in_other_processes(tmp_path, method):
     children = [context.Process(target=read_in_child, args=(corpus, queue)) for _ in range(2)]
     for child in children:
         child.start()
-    assert [queue.get(timeout=60) for _ in children] == [list(corpus)] * 2
+    assert [queue.get(timeout=HANG_SECONDS) for _ in children] == [list(corpus)] * 2
     for child in children:
         child.join()
 

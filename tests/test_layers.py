@@ -15,9 +15,9 @@ FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 MODULES = {
     "config": set(),
     "metrics": set(),
-    "checkpoint": {"files"},
-    "build": set(FOLDERS) | {"checkpoint", "config", "metrics", "retrieval"},
-    "retrieval": {"config", "files", "index", "model", "runtime"},
+    "checkpoint": {"files", "runtime"},
+    "preflight": {"config", "runtime", "tasks"},
+    "retrieval": {"checkpoint", "config", "files", "index", "model", "runtime"},
 }
 
 

@@ -106,7 +106,7 @@ def test_lexical_start_finds_passages_by_rare_words(models, texts):
 
 
 def test_a_missing_corpus_is_named_with_the_remedy(tmp_path):
-    with pytest.raises(SystemExit, match=r"passages.jsonl is missing; write it with: .*prepare_demo"):
+    with pytest.raises(SystemExit, match=r"passages.jsonl does not exist; create it with: .*prepare_demo"):
         tiny.read_texts(tmp_path / "passages.jsonl")
 
 

@@ -28,6 +28,7 @@ from benchmarks.memory import (
     wait_for_gradients,
     working,
 )
+from tests.patience import HANG_SECONDS
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,7 @@ def test_gradients_are_added_in_place_unless_something_holds_them(hooked):
     assert tensors * size <= live.peak < tensors * size + 1000
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "changes",
     [
@@ -123,6 +125,7 @@ def _growth_of_the_process(shape, settings):
     return grown, live.peak
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of a process")
 @pytest.mark.parametrize(
@@ -138,7 +141,8 @@ def test_a_process_grows_by_what_is_counted(shape, settings):
     command = f"from tests.test_memory import {names}; print(*_growth_of_the_process({shape}, {settings!r}))"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}  # frees go to the system
     words = [sys.executable, "-c", command]
-    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+    settings = {"env": environment, "cwd": ROOT, "capture_output": True, "text": True}
+    done = subprocess.run(words, check=True, timeout=HANG_SECONDS, **settings)
     grown, counted = map(int, done.stdout.split())
     assert grown == pytest.approx(counted, rel=0.05)
 
@@ -157,6 +161,7 @@ def _memory_of_a_rank(flags):
     return tuple(between), live.peak
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("flags", SHARDED, ids=" ".join)
 def test_two_ranks_hold_what_is_counted(flags):
     counted = held(SHAPE, RETRIEVER, STEP._replace(**flags), 2)
@@ -165,6 +170,7 @@ def test_two_ranks_hold_what_is_counted(flags):
         assert max(rank[part] for rank in of_ranks) == pytest.approx(expected, rel=0.02), Held._fields[part]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", SHARDED[::3], ids=" ".join)
 def test_fake_ranks_take_what_real_ones_take(flags):

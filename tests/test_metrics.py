@@ -6,9 +6,9 @@ import regex
 
 from atlas.metrics import (
     accuracy,
+    contains_answer,
     exact_match,
     f1,
-    holds_one,
     normalize_answer,
     retrieval_metrics,
     rouge,
@@ -90,7 +90,7 @@ def test_rouge_of_long_texts():
 
 
 def has_answer(text, answers):
-    return holds_one(text, [simple_tokens(answer) for answer in answers])
+    return contains_answer(text, [simple_tokens(answer) for answer in answers])
 
 
 def dpr_has_answer(text, answers):

@@ -14,6 +14,8 @@ from tests.kit import lettered_models, read_jsonl, run, write_jsonl
 from tests.test_prepare_scripts import mmlu_archive, mmlu_files
 from tests.test_pretraining import last_metrics
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -80,29 +82,29 @@ def test_a_directory_of_runs(tmp_path):
     assert found["all (2 of 57 subjects)"] == (2, 50.0, 100.0)
     assert accuracies(evaluate(tmp_path / "runs", "--split", "valid"))["anatomy"] == (1, 0.0, 100.0)
     write_jsonl(tmp_path / "runs/other-step-3.jsonl", [result("anatomy_test", 1, 1)])
-    assert "anatomy is in " in evaluate(tmp_path / "runs") and len(result_files(tmp_path / "runs")) == 4
+    assert "anatomy is both in " in evaluate(tmp_path / "runs") and len(result_files(tmp_path / "runs")) == 4
 
 
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([], "there is no result in it"),
+        ([], "contains no results"),
         (
             [{"query": "q", "answers": []}],
-            "line 1: no `permutations`, so no result of --task multiple_choice; found query",
+            "line 1: no `permutations`, so not a result of --task multiple_choice; found query",
         ),
         (
             [result("anatomy_test", 1, 1), result("cooking_test", 1, 1)],
-            "line 2: `dataset` 'cooking_test' is none of MMLU's",
+            "line 2: `dataset` 'cooking_test' is not one of MMLU's",
         ),
         ([result(None, 1, 1)], "line 1: no `dataset` in the `metadata` of `permutations`; found question, options"),
-        ([result("anatomy", 1, 1, permutations=[])], "line 1: 0 of its `permutations` say `is_original`"),
+        ([result("anatomy", 1, 1, permutations=[])], "line 1: 0 of its `permutations` have `is_original` set"),
         ([result("anatomy", 1, 1, permutations=3)], "line 1: no `permutations`"),
         (
             [result("anatomy", 1, 1, choice_probs={"A": 1.0})],
-            "line 1: `answer` and `choice_probs` are not of the letters",
+            "line 1: `answer` and `choice_probs` must have the letters",
         ),
-        ([result("anatomy_val", 1, 1)], "nothing is of the split test; there is valid"),
+        ([result("anatomy_val", 1, 1)], "no results for the split test, only for valid"),
     ],
 )
 def test_sentences(tmp_path, rows, sentence):
@@ -112,7 +114,7 @@ def test_sentences(tmp_path, rows, sentence):
 
 def test_sentences_about_paths(tmp_path):
     assert "there is no file or directory" in evaluate(tmp_path / "nowhere")
-    assert "there is no result file NAME-step-N.jsonl in it" in evaluate(tmp_path)
+    assert "no result files NAME-step-N.jsonl in it" in evaluate(tmp_path)
     (tmp_path / "a-step-1.jsonl").write_text("{\n")
     assert "a-step-1.jsonl, line 1: not JSON" in evaluate(tmp_path)
 

@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
+from atlas.config import Model
 from atlas.files.jsonl import JsonlCorpus
 from atlas.model.inputs import Inputs
 from atlas.model.reader import load_reader
 from atlas.model.tokenization import load_reader_tokenizer
-from atlas.tasks import TASKS
 from atlas.tasks.data import Data
-from tests.kit import choice_questions, lettered_models, read_jsonl, run, run_on, world, write_jsonl
+from tests.kit import choice_questions, lettered_models, make_task, read_jsonl, run, run_on, world, write_jsonl
 from tests.test_pretraining import last_metrics
 
 LINE = {"question": "who?", "options": {"A": "Ada", "B": "Bob", "C": "Cy"}, "answer": "B", "id": 7, "dataset": "x_test"}
@@ -27,7 +27,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def make(tokenizer):
     def make(permutations="cyclic", num_options=4, text_maxlength=512, **others):
-        return TASKS["multiple_choice"](
+        return make_task(
+            "multiple_choice",
             tokenizer=tokenizer,
             text_maxlength=text_maxlength,
             multiple_choice_num_options=num_options,
@@ -177,13 +178,13 @@ def test_options_of_the_same_text_share(make):
     [
         ({"question": None}, "no `question`: expected `question`.*`options`.*`answer`.*found question, options"),
         ({"options": None}, "no `options`: expected `question`"),
-        ({"options": ["a", "b"]}, r"`options` is an object of strings by letter, found \['a', 'b'\]"),
-        ({"options": {"A": "a", "B": 2}}, "`options` is an object of strings by letter"),
-        ({"options": {"A": "a", "C": "c"}}, "`options` are lettered A, B, and so on, at least two; found 'A, C'"),
+        ({"options": ["a", "b"]}, r"`options` must be an object of strings by letter, found \['a', 'b'\]"),
+        ({"options": {"A": "a", "B": 2}}, "`options` must be an object of strings by letter"),
+        ({"options": {"A": "a", "C": "c"}}, "`options` must be lettered A, B, and so on, at least two; found 'A, C'"),
         ({"options": {"A": "a"}}, "at least two; found 'A'"),
         ({"options": {"a": "a", "b": "b"}}, "found 'a, b'"),
         ({"options": dict.fromkeys("ABCDE", "x")}, "5 `options` are more than --multiple_choice_num_options 4"),
-        ({"answer": "D"}, "`answer` is one of A, B, C, found 'D'"),
+        ({"answer": "D"}, "`answer` must be one of A, B, C, found 'D'"),
         ({"answer": None}, "no `answer`"),
     ],
 )
@@ -198,7 +199,8 @@ def test_bad_lines(make, change, reason):
 
 def test_a_vocabulary_without_letters_is_refused():
     with pytest.raises(ValueError, match="vocabulary has no token for every letter from A to D"):
-        TASKS["multiple_choice"](
+        make_task(
+            "multiple_choice",
             tokenizer=load_reader_tokenizer(str(world() / "models/reader")),
             text_maxlength=64,
             multiple_choice_num_options=4,
@@ -232,6 +234,7 @@ def rounded(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_three_ranks_equal_one(tmp_path, batch_size):
     changes = flags(tmp_path, per_gpu_batch_size=batch_size)
@@ -260,6 +263,7 @@ def test_three_ranks_equal_one(tmp_path, batch_size):
     assert f"Evaluated {orders} examples" in (three / "run.log").read_text()
 
 
+@pytest.mark.processes
 def test_debiased_accuracy_without_results(tmp_path):
     changes = flags(tmp_path, closed_book=True, passages=None)
     written = run(tmp_path / "written", "evaluate", **changes)
@@ -274,7 +278,7 @@ def test_choice_logits_are_those_of_a_decoder_that_said_the_sentinel(tmp_path, t
     changes = flags(tmp_path, closed_book=True, passages=None, decoder_prompt_format=prompt, text_maxlength=200)
     rows = read_jsonl(run(tmp_path, "evaluate", **changes) / "dev-step-0.jsonl")
     reader = load_reader(str(lettered_models() / "reader"), dropout=0)
-    inputs = Inputs(tokenizer, None, device=torch.device("cpu"), text_maxlength=200)
+    inputs = Inputs(Model(text_maxlength=200), tokenizer, None, device=torch.device("cpu"))
     said = [reader.config.decoder_start_token_id, *tokenizer.encode([prompt], eos=False)[0], tokenizer.sentinel_ids[0]]
     for row in [of_order for joined in rows for of_order in joined["permutations"]]:
         ids, mask = inputs.reader([row["query"]], None)

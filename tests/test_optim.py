@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from atlas.config import Optimisation
 from atlas.training.optim import FIRST_SCALE, Optimizers, schedule_factor
 
 SETTINGS = {"weight_decay": 0.1, "epsilon": 1e-6, "beta2": 0.99, "clip": 1.0, "scheduler": "linear"}
@@ -30,8 +31,9 @@ def test_schedules(warmup, total):
 def make(lr=0.1, **settings):
     torch.manual_seed(0)
     weights = {"w": torch.nn.Parameter(torch.randn(4)), "v": torch.nn.Parameter(torch.randn(2))}
-    groups = {"reader": ([("w", weights["w"])], lr), "retriever": ([("v", weights["v"])], 2 * lr)}
-    return weights, Optimizers(groups, warmup_steps=2, total_steps=6, **SETTINGS, **settings)
+    halves = {"reader": [("w", weights["w"])], "retriever": [("v", weights["v"])]}
+    flags = SETTINGS | {"lr": lr, "lr_retriever": 2 * lr, "warmup_steps": 2, "total_steps": 6} | settings
+    return weights, Optimizers(Optimisation(**flags), halves)
 
 
 def take(weights, optimizers, steps):
@@ -82,7 +84,7 @@ def test_state_of_other_parameters_is_refused():
 
 
 def test_the_loss_scale_is_kept_by_fp16_alone():
-    scaling, scaled = make(loss_scaling=True)[1], make(loss_scaling=True)[1]
+    scaling, scaled = make(precision="fp16")[1], make(precision="fp16")[1]
     scaling.load_state(make()[1].state())  # of a run in another precision
     assert scaling.scale == FIRST_SCALE
     scaled.scale = 4.0

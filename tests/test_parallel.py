@@ -5,11 +5,14 @@ import torch
 from safetensors.torch import load_file
 
 from atlas.checkpoint import load_checkpoint
+from atlas.config import Optimisation
 from atlas.runtime import distributed
-from atlas.runtime.parallel import ShardedAdamW, finish_gradients, shard_weights, whole_on_main, whole_weights
+from atlas.runtime.parallel import ShardedAdamW, finish_gradients, full_tensors_on_main, gathered_weights, shard_weights
 from atlas.training.optim import Optimizers
 from tests.kit import logged, read_jsonl, run, run_on
 from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.processes
 
 RETRIEVER = {"train_retriever": True, "query_side_retriever_training": True}
 KINDS = {
@@ -103,11 +106,11 @@ def _shards_of_a_linear_layer():
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     shard_weights(model, [model[0]], torch.device("cpu"), block_dtype=torch.bfloat16, forward_methods=())
     local = sum(p.to_local().numel() for p in model.parameters())
-    with whole_weights(model), torch.no_grad():
+    with gathered_weights(model), torch.no_grad():
         dtypes = [part.weight.dtype for part in model]
         # ranks run it different numbers of times: nothing may wait for the others
         outputs = [model[1](model[0](torch.ones(1, 5).bfloat16()).float()) for _ in range(1 + 2 * distributed.rank())]
-    gathered = whole_on_main({name: p.detach() for name, p in model.named_parameters()})
+    gathered = full_tensors_on_main({name: p.detach() for name, p in model.named_parameters()})
     same = all(torch.equal(gathered[name], whole[name]) for name in whole) if distributed.is_main() else not gathered
     return local, dtypes, same, outputs[0]
 
@@ -123,9 +126,8 @@ def _a_rank_with_infinite_gradients():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"sharded": torch.nn.Linear(4, 4), "whole": torch.nn.Linear(4, 4)})
     shard_weights(model["sharded"], [], torch.device("cpu"), block_dtype=None, forward_methods=())
-    settings = {"weight_decay": 0, "epsilon": 1e-6, "beta2": 0.9, "clip": 1.0, "scheduler": "fixed"}
-    groups = {name: (list(half.named_parameters()), 0.1) for name, half in model.items()}
-    optimizers = Optimizers(groups, warmup_steps=0, total_steps=9, **settings)
+    flags = Optimisation(lr=0.1, weight_decay=0, beta2=0.9, scheduler="fixed", warmup_steps=0, total_steps=9)
+    optimizers = Optimizers(flags, model)
     decisions = []
     for step, poison in enumerate([1.0, float("inf"), 1.0]):
         poison = poison if distributed.rank() == 1 else 1.0  # one rank alone

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 
-from atlas import build
 from atlas.checkpoint import load_checkpoint
 from atlas.config import parse_config
+from evaluate import evaluate
 from tests.kit import logged, read_jsonl
 from tests.parity import parity_kit
+from train import train
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def play(recording, kit, *more):
     """Run a recording's flags as they stand; the run's directory."""
     script, *flags = shlex.split(recording["flags"].replace(" OUT ", f" {kit}/out "))
     config = parse_config([*flags, *more], program=script.removesuffix(".py"))
-    build.run(config, build.evaluate if script == "evaluate.py" else build.train)
+    evaluate(config) if script == "evaluate.py" else train(config)
     return kit / "out" / config.run.name
 
 

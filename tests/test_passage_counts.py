@@ -11,6 +11,8 @@ import prepare_wikipedia
 from tests.kit import read_jsonl, run_on, write_jsonl
 from tests.test_prepare_wikipedia import page, pages, write_dump
 
+pytestmark = pytest.mark.processes
+
 # What ends a line for some readers but not for `wc -l`, and what needs quotes.
 ODD = 'Next line\x85 line separator\u2028 paragraph\u2029 f\x0c v\x0b tab\t "quotes" \\n comma, no\u200b.\r\n\r\nEnd'
 

@@ -42,6 +42,7 @@ def folder(tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_a_folder(folder, tmp_path):
     done = run_script("prepare_corpus", folder, "--output", tmp_path / "corpus.jsonl", "--words", "50")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -88,13 +89,13 @@ def test_a_table(tmp_path, name):
     [
         ("d/latin.txt", "Größe".encode("latin-1"), r"d/latin.txt: not UTF-8 \(byte 0xf6 at position 3\); save it as"),
         ("d/wide.md", "x".encode("utf-16"), "d/wide.md: not UTF-8"),
-        ("d/empty.txt", b"", "no text in it"),
-        ("d/x.pdf", b"%PDF", "no text in it"),
-        ("x.pdf", b"%PDF", "x.pdf: not a folder, and not .txt"),
-        ("t.csv", b"", "line 0: the first line names the columns, `text` among them"),
-        ("t.csv", b"title,body\na,b\n", "line 1: the first line names .* found 'title, body'"),
+        ("d/empty.txt", b"", "contains no text"),
+        ("d/x.pdf", b"%PDF", "contains no text"),
+        ("x.pdf", b"%PDF", "x.pdf: neither a folder nor one of .txt"),
+        ("t.csv", b"", "line 0: the first line must name the columns, including `text`"),
+        ("t.csv", b"title,body\na,b\n", "line 1: the first line must name .* found 'title, body'"),
         ("t.csv", b"title,text\na,b\nc\n", "line 3: 1 fields, but the header has 2"),
-        ("t.csv", b"id,text\n1,b\n1,c\n", "line 3: the id 1 was in a row before"),
+        ("t.csv", b"id,text\n1,b\n1,c\n", "line 3: an earlier row has the same id, 1"),
         ("t.csv", b'id,text\n1,"b\n', "line 2: not csv .unexpected end"),
         ("t.tsv", b"id\ttext\n1\t\xff\n", "t.tsv: not UTF-8 .byte 0xff.; save"),
     ],
@@ -109,6 +110,7 @@ def test_mistakes_get_one_sentence(tmp_path, name, content, words):
     assert not list((tmp_path / "made").iterdir())
 
 
+@pytest.mark.processes
 def test_the_script_says_it_in_one_sentence(tmp_path):
     said = one_sentence(run_script("prepare_corpus", tmp_path / "absent", "--output", tmp_path / "x.jsonl"))
     assert "absent does not exist" in said and not list(tmp_path.iterdir())

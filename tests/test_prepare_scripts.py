@@ -17,9 +17,10 @@ import prepare_templama
 import sources
 from atlas.files.jsonl import DataError
 from atlas.tasks.base import example_rng
-from atlas.tasks.qa import QA
-from tests.kit import read_jsonl
+from tests.kit import make_task, read_jsonl
 from tests.origin import ROOT, one_sentence, run_script, running, status, storm
+
+pytestmark = pytest.mark.processes
 
 PUBLISHED = json.loads((ROOT / "preprocessing/few_shot_indices.json").read_text())
 LETTERS = "ABCD"
@@ -145,7 +146,7 @@ def test_qa(origin, tmp_path, qa_originals):
         few = made[f"{directory}/train.100-shot.jsonl"]
         assert len({row["question"] for row in few}) == 100
         assert all(row in made[f"{directory}/train.jsonl"] for row in few)
-    task = QA("question: {question} answer: <extra_id_0>")
+    task = make_task("qa")
     for rows in made.values():
         assert all(task.process(row, example_rng(0, 0, 0)).answers == row["answers"] for row in rows)
     assert not (tmp_path / "downloads").exists() and not list(tmp_path.rglob("*.part*"))
@@ -188,7 +189,7 @@ def test_qa_again(origin, tmp_path, qa_originals):
 def test_more_shots_than_questions(origin, tmp_path, qa_originals):
     origin.files |= qa_originals
     message = one_sentence(prepare("qa", origin, tmp_path, "--shots", "5000"))
-    assert "--shots 5000: naturalquestions has 1,000" in message
+    assert "--shots 5000: naturalquestions has only 1,000" in message
 
 
 def save(directory, originals: dict[str, bytes]) -> dict[str, Path]:
@@ -205,7 +206,7 @@ def save(directory, originals: dict[str, bytes]) -> dict[str, Path]:
         ([-1], "not the file that was published"),
         ("x", "list of whole numbers"),
         ([True], "list of whole numbers"),
-        (None, "there is no NQ.dev.idx.json"),
+        (None, "does not contain NQ.dev.idx.json"),
     ],
 )
 def test_wrong_positions(tmp_path, qa_originals, wrong, words):
@@ -224,8 +225,8 @@ def test_wrong_positions(tmp_path, qa_originals, wrong, words):
     "line, words",
     [
         (b'{"question": "x"', "line 3: not JSON"),
-        (b'{"question": "x", "answer": "y"}', "line 3: `answer` is a list"),
-        (b'{"answer": ["y"]}', "line 3: `question` is a string"),
+        (b'{"question": "x", "answer": "y"}', "line 3: `answer` must be a list"),
+        (b'{"answer": ["y"]}', "line 3: `question` must be a string"),
     ],
 )
 def test_wrong_lines(tmp_path, qa_originals, line, words):
@@ -333,8 +334,8 @@ def test_fever(origin, tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        (fever(1, label="TRUE"), "line 2: `label` is one of"),
-        (fever(1, claim=" "), "line 2: `claim` is a string"),
+        (fever(1, label="TRUE"), "line 2: `label` must be one of"),
+        (fever(1, claim=" "), "line 2: `claim` must be a string"),
         (fever(1), "not the file that was published"),
     ],
 )
@@ -413,10 +414,14 @@ def test_mmlu(origin, tmp_path):
 @pytest.mark.parametrize(
     "name, rows, words",
     [
-        ("data/dev/anatomy_dev.csv", [["q", "a", "b", "c", "d", "AB"]], "anatomy_dev.csv.*line 1.*right letter"),
+        (
+            "data/dev/anatomy_dev.csv",
+            [["q", "a", "b", "c", "d", "AB"]],
+            "anatomy_dev.csv.*line 1.*letter of the answer",
+        ),
         ("data/dev/anatomy_dev.csv", [["q", "a", "b", "c", "d", "A"], ["q", "a", "A"]], "anatomy_dev.csv.*line 2"),
-        ("data/dev/anatomy_dev.csv", [["q", "a", "b", "c", "d", ""]], "right letter"),
-        ("data/dev/virology_dev.csv", [], "of the same subjects"),
+        ("data/dev/anatomy_dev.csv", [["q", "a", "b", "c", "d", ""]], "letter of the answer"),
+        ("data/dev/virology_dev.csv", [], "for the same subjects"),
     ],
 )
 def test_mmlu_sentences(origin, tmp_path, name, rows, words):
@@ -471,7 +476,8 @@ def test_templama(origin, tmp_path):
                 for query, names in zip(("Changed", "Changed too"), answers, strict=True)
             ]
     assert made == expected
-    assert QA("{question}").process(made["temp_lama.train.2020.jsonl"][0], example_rng(0, 0, 0)).answers == ["New"]
+    task = make_task("qa", qa_prompt_format="{question}")
+    assert task.process(made["temp_lama.train.2020.jsonl"][0], example_rng(0, 0, 0)).answers == ["New"]
 
 
 @pytest.mark.parametrize(
@@ -479,7 +485,7 @@ def test_templama(origin, tmp_path):
     [
         ({"query": "no gap"}, "no _X_"),
         ({"answer": []}, "list of objects"),
-        ({"answer": [{"name": ""}]}, "`name` is a string"),
+        ({"answer": [{"name": ""}]}, "`name` must be a string"),
     ],
 )
 def test_templama_sentences(tmp_path, changes, words):
@@ -531,15 +537,15 @@ def hostile() -> dict[str, tuple[bytes, str]]:
     whole = archive(member("data/dev/anatomy_dev.csv", b"q,a,b,c,d,A\n" * 5000))
     packed = gzip.compress(whole)
     return {
-        "a name that climbs": (archive(member("../../escaped.py")), "leads out"),
-        "an absolute name": (archive(member("/tmp/escaped.py")), "leads out"),
+        "a name that climbs": (archive(member("../../escaped.py")), "points outside"),
+        "an absolute name": (archive(member("/tmp/escaped.py")), "points outside"),
         "a symbolic link": (
             archive(link("data", "/tmp", tarfile.SYMTYPE), member("data/escaped.py")),
-            "no plain file",
+            "not a plain file",
         ),
-        "a hard link": (archive(link("data/x", "/etc/passwd", tarfile.LNKTYPE)), "no plain file"),
-        "a device": (archive(link("data/null", "", tarfile.CHRTYPE)), "no plain file"),
-        "a pipe": (archive(link("data/pipe", "", tarfile.FIFOTYPE)), "no plain file"),
+        "a hard link": (archive(link("data/x", "/etc/passwd", tarfile.LNKTYPE)), "not a plain file"),
+        "a device": (archive(link("data/null", "", tarfile.CHRTYPE)), "not a plain file"),
+        "a pipe": (archive(link("data/pipe", "", tarfile.FIFOTYPE)), "not a plain file"),
         "too many files": (archive(*(member(f"data/{i}", b"") for i in range(10_001))), "more than 10,000 files"),
         "a file that is too large": (
             bare_header(tarfile.TarInfo("data/big"), 1 << 40),
@@ -551,12 +557,12 @@ def hostile() -> dict[str, tuple[bytes, str]]:
         ),
         "an endless header": (gzip.compress(bare_header(pax, 1 << 30) + bytes(64 << 20), 1), "more data than"),
         "a chain of long names": (b"".join([bare_header(long_name, 1) + bytes(512)] * 900), "damaged"),
-        "the same name twice": (archive(member("data/x"), member("./data/x")), "there twice"),
+        "the same name twice": (archive(member("data/x"), member("./data/x")), "contains it twice"),
         "half of an archive": (packed[: len(packed) // 2], "damaged"),
         "half of a plain archive": (whole[:3000], "damaged"),
         "no archive": (b"<html>Not here any more</html>" * 100, "damaged"),
         "nothing": (b"", "damaged"),
-        "an empty archive": (archive(), "not all in it"),
+        "an empty archive": (archive(), "must contain auxiliary_train"),
     }
 
 

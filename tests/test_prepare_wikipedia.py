@@ -78,13 +78,14 @@ def dump(tmp_path_factory):
     return write_dump(tmp_path_factory.mktemp("dump") / "pages-articles.xml.bz2")
 
 
+@pytest.mark.processes
 def test_the_script(dump, tmp_path):
     done = run_script("prepare_wikipedia", dump, "--output_directory", tmp_path, "--processes", "2")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     texts, boxes = read_jsonl(tmp_path / "text-list-100-sec.jsonl"), read_jsonl(tmp_path / "infobox.jsonl")
     assert f"{len(texts)} passages of 40 articles" in done.stdout and f"{len(boxes)} passages" in done.stdout
     assert (
-        "left out: articles without text 1, disambiguation pages 2, pages that are no articles 1, redirects 2"
+        "left out: articles without text 1, disambiguation pages 2, pages that are not articles 1, redirects 2"
         in done.stdout
     )
     assert all(list(row) == ["id", "title", "section", "text"] for row in texts + boxes)
@@ -179,8 +180,8 @@ BOMB = '<?xml version="1.0"?>\n<!DOCTYPE m [<!ENTITY a "' + "a" * 1000 + '"><!EN
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("d.xml.bz2", lambda packed, text: packed[: len(packed) // 2], "cut off"),
-        ("d.xml.bz2", lambda packed, text: packed[:20], "cut off"),
+        ("d.xml.bz2", lambda packed, text: packed[: len(packed) // 2], "truncated"),
+        ("d.xml.bz2", lambda packed, text: packed[:20], "truncated"),
         ("d.xml.bz2", lambda packed, text: packed[:500] + b"\0" * 50 + packed[550:], "damaged"),
         ("d.xml.bz2", lambda packed, text: bz2.compress(text[: len(text) // 2]), "line [0-9,]+: not well-formed"),
         ("d.xml", lambda packed, text: text[: len(text) // 2], "line [0-9,]+: not well-formed XML .*fetch it again"),
@@ -192,7 +193,7 @@ BOMB = '<?xml version="1.0"?>\n<!DOCTYPE m [<!ENTITY a "' + "a" * 1000 + '"><!EN
         ("d.xml", lambda packed, text: text.replace(b"more", b"&b;"), "undefined entity"),
         ("d.xml", lambda packed, text: text.replace(b"<id>110</id>", b""), "a page without <id>"),
         ("d.xml", lambda packed, text: text.replace(b"more", b"x" * (1 << 24)), "a text of more than 16,777,216 char"),
-        ("d.xml", lambda packed, text: HEAD.encode() + b"</mediawiki>", "no article in it"),
+        ("d.xml", lambda packed, text: HEAD.encode() + b"</mediawiki>", "contains no article"),
     ],
 )
 def test_a_bad_dump_leaves_nothing_behind(dump, tmp_path, name, change, words):
@@ -207,11 +208,12 @@ def test_a_bad_dump_leaves_nothing_behind(dump, tmp_path, name, change, words):
     assert [path.read_text() for path in output.iterdir()] == ["of an earlier run"]
 
 
+@pytest.mark.processes
 def test_mistakes_get_one_sentence(dump, tmp_path, monkeypatch):
     cut = tmp_path / "cut.xml.bz2"
     cut.write_bytes(dump.read_bytes()[:-100])
     said = one_sentence(run_script("prepare_wikipedia", cut, "--output_directory", tmp_path / "made"))
-    assert f"{cut}: cut off" in said and not list((tmp_path / "made").iterdir())
+    assert f"{cut}: truncated" in said and not list((tmp_path / "made").iterdir())
     absent = run_script("prepare_wikipedia", dump, tmp_path / "absent", "--output_directory", tmp_path / "made")
     assert "absent does not exist" in one_sentence(absent)
     monkeypatch.setattr(prepare_wikipedia.importlib.util, "find_spec", lambda name: None)
@@ -226,7 +228,7 @@ def test_pages_that_the_parser_cannot_read_are_named(dump, monkeypatch):
 
     monkeypatch.setattr("wikitext.read_article", fail)
     made = read_pages([(Page("1", "Deep", "0", False, "x"), [])], 100)
-    assert made == prepare_wikipedia.Made([], [], Counter(), ["Deep"])
+    assert made == prepare_wikipedia.Parsed([], [], Counter(), ["Deep"])
 
 
 def text_of(wikitext, namespaces=()):

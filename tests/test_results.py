@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from atlas.evaluation.results import ResultsWriter, result_row
+from atlas.evaluation.results import result_row, results_writer
 from atlas.tasks import Example
 
 PASSAGES = [{"id": "p1", "title": "T", "text": "x", "year": 1}, {"id": "p0", "title": "", "text": "y"}]
@@ -13,9 +13,9 @@ PASSAGES = [{"id": "p1", "title": "T", "text": "x", "year": 1}, {"id": "p0", "ti
 def test_rows_are_one_json_object_a_line(tmp_path):
     path = tmp_path / "run" / "dev-step-5.jsonl"
     rows = [{"query": "caf\u00e9 \u4f60 \U0001f600", "answers": ["a\nb"]}, {"query": "\u2028"}]
-    with ResultsWriter(path) as writer:
+    with results_writer(path) as write:
         for row in rows:
-            writer.write(row)
+            write(row)
         assert not path.exists()
     content = path.read_bytes()
     assert "caf\u00e9 \u4f60 \U0001f600".encode() in content and content.endswith(b"\n") and b"\r" not in content
@@ -26,12 +26,12 @@ def test_rows_are_one_json_object_a_line(tmp_path):
 def test_an_exception_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("old")
-    with pytest.raises(RuntimeError), ResultsWriter(path) as writer:
-        writer.write({"query": "q"})
+    with pytest.raises(RuntimeError), results_writer(path) as write:
+        write({"query": "q"})
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.jsonl"]
-    with pytest.raises(TypeError), ResultsWriter(path) as writer:
-        writer.write({"query": object()})
+    with pytest.raises(TypeError), results_writer(path) as write:
+        write({"query": object()})
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.jsonl"]
 
 

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from atlas import retrieval
-from atlas.index.codec import Compression
+from atlas import config, retrieval
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
 from atlas.index.sharded import shard_rows
 from atlas.model.inputs import Inputs
+from atlas.model.load import Model
 from atlas.model.retriever import load_retriever
 from atlas.model.tokenization import load_retriever_tokenizer
 from atlas.retrieval import Retrieval, batches_by_length
@@ -19,16 +19,23 @@ from tests.kit import read_jsonl, world, write_jsonl
 from tests.ranks import run_on_ranks
 
 
-def make(directory, max_tokens=None):
+def make(directory, max_tokens=None, *, passages=None, rerank=0, overretrieve=2, **index):
+    """A retrieval over the passages of a directory; `index` are flags of the section Index."""
     path = str(directory / "models/retriever")
-    inputs = Inputs(None, load_retriever_tokenizer(path), device=torch.device("cpu"), text_maxlength=64)
+    retriever = load_retriever(path, query_side=False, dropout=0.1)
+    inputs = Inputs(config.Model(text_maxlength=64), None, load_retriever_tokenizer(path), device=torch.device("cpu"))
+    training = config.RetrieverTraining(
+        retrieve_with_rerank=rerank > 0,
+        n_to_rerank_with_retrieve_with_rerank=rerank,
+        filtering_overretrieve_ratio=overretrieve,
+    )
     found = Retrieval(
-        load_retriever(path, query_side=False, dropout=0.1),
-        inputs,
-        open_passages([directory / "passages.jsonl"]),
-        device=torch.device("cpu"),
-        embedder_precision="fp32",
-        embedder_batch_size=16,
+        Model(None, retriever, inputs),
+        passages or open_passages([directory / "passages.jsonl"]),
+        config.Index(**index),
+        config.Run(embedder_precision="fp32", per_gpu_embedder_batch_size=16),
+        training,
+        torch.device("cpu"),
     )
     found.max_tokens = max_tokens or found.max_tokens
     return found
@@ -71,6 +78,7 @@ def _build_on_rank(directory, uneven):
     return found.index.embeddings, [[p["id"] for p in row] for row in hits.passages]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("uneven", [False, True])
 def test_ranks_embed_their_share(one_by_one, uneven):
     parts = run_on_ranks(3, _build_on_rank, world(), uneven)
@@ -94,8 +102,8 @@ def test_batches_by_length():
 
 def test_reranking_makes_up_for_coarse_codes(one_by_one):
     """With every passage among those to rerank, one byte a passage finds what the exact search finds."""
-    found = make(world())
-    found.compression = Compression(kind="pq", code_size=1)
+    pq = {"index_mode": "faiss", "faiss_index_type": "pq", "faiss_code_size": 1}
+    found = make(world(), **pq)
     found.build()
     assert not found.index.has_embeddings
     exact = FlatIndex(one_by_one)
@@ -104,18 +112,18 @@ def test_reranking_makes_up_for_coarse_codes(one_by_one):
         [p["id"] for p in row] for row in found.index.passages_of(exact.search(vectors, 5)[1])
     ]  # distinct scores, so there is one order
     assert [[p["id"] for p in row] for row in found.search(QUERIES, 5).passages] != wanted
-    found.rerank = len(found.passages)
-    again = found.search(QUERIES, 5)
+    reranking = make(world(), rerank=len(found.passages), **pq)
+    reranking.build()
+    again = reranking.search(QUERIES, 5)
     assert [[p["id"] for p in row] for row in again.passages] == wanted
     assert torch.allclose(again.scores, exact.search(vectors, 5)[0], atol=2e-2)
 
 
 def excluding(tmp_path, rerank=0, overretrieve=2, passages=None):
     """A retrieval that may exclude passages, over all of the world's or the given ones."""
-    found = make(world())
-    found.rerank, found.overretrieve = rerank, overretrieve
     if passages is not None:
-        found.passages = open_passages([write_jsonl(tmp_path / "corpus.jsonl", passages)])
+        passages = open_passages([write_jsonl(tmp_path / "corpus.jsonl", passages)])
+    found = make(world(), passages=passages, rerank=rerank, overretrieve=overretrieve)
     found.build()
     return found
 
@@ -180,8 +188,7 @@ def test_nothing_is_said_of_a_corpus_that_is_merely_small(tmp_path, monkeypatch)
 
 
 def _exclude_on_rank(directory, rerank):
-    found = make(directory)
-    found.rerank, found.overretrieve = rerank, 2
+    found = make(directory, rerank=rerank)
     found.build()
     n = [0, 1, 3][distributed.rank()]
     own = [found.passages[i]["id"] for i in range(n)]
@@ -189,6 +196,7 @@ def _exclude_on_rank(directory, rerank):
     return [[p["id"] for p in row] for row in result.passages]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rerank", [0, 10])
 def test_ranks_exclude_alike(rerank):
     """Also when one of them has no query."""
@@ -199,8 +207,7 @@ def test_ranks_exclude_alike(rerank):
 
 
 def _exclude_alone(directory, rerank):
-    found = make(directory)
-    found.rerank, found.overretrieve = rerank, 2
+    found = make(directory, rerank=rerank)
     found.build()
     texts = [found.passages[i]["text"] for i in range(3)]
     return [[p["id"] for p in row] for row in found.search(texts, 4, exclude=["p0", "p1", "p2"]).passages]

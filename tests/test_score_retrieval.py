@@ -43,6 +43,7 @@ def lines(done):
     return done.stdout.splitlines()
 
 
+@pytest.mark.processes
 def test_by_answers(tmp_path):
     """q1: ranks 2 and 3 hold the answer, q2: rank 1, q3: none; q4 has no answers."""
     results = write_jsonl(tmp_path / "test-step-3.jsonl", ROWS)
@@ -60,6 +61,7 @@ def test_by_answers(tmp_path):
     ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("qrels", [TREC, BEIR, BEIR.partition("\n")[2]])
 def test_by_judgements(tmp_path, qrels):
     """q1 finds d1 (0), d2 (2), d3 (not judged), d4 (1), and d8 (3) is missed; q2 finds d3 (1) first."""
@@ -121,6 +123,7 @@ def test_answers_as_a_run_scores_them(seed):
     assert metrics | retrieval_metrics(passages, answers) == metrics
 
 
+@pytest.mark.processes
 def test_a_trec_run(tmp_path):
     without = ROWS[2] | {"id": None, "passages": [{"id": "d5", "text": ""}, {"id": "d4", "text": ""}]}
     results = write_jsonl(tmp_path / "r.jsonl", [*ROWS[:2], without])
@@ -135,16 +138,16 @@ def test_a_trec_run(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "qrels", "words"),
     [
-        ([{"query": "q", "answers": ["a"]}], None, "r.jsonl, line 1: `passages` is a list of objects, found None"),
+        ([{"query": "q", "answers": ["a"]}], None, "r.jsonl, line 1: `passages` must be a list of objects, found None"),
         ([ROWS[0], {"passages": [{"text": "x"}]}], None, "r.jsonl, line 2: a passage needs `id` and `text`"),
-        ([ROWS[0] | {"answers": "Paris"}], None, "r.jsonl, line 1: `answers` is a list of strings"),
-        ([ROWS[0], ROWS[0]], None, "r.jsonl, line 2: the query q1 was in a line before"),
+        ([ROWS[0] | {"answers": "Paris"}], None, "r.jsonl, line 1: `answers` must be a list of strings"),
+        ([ROWS[0], ROWS[0]], None, "r.jsonl, line 2: an earlier line has the same query, q1"),
         ([ROWS[3]], None, "no query has answers"),
         ([ROWS[2]], TREC, "no query has a relevant passage in"),
         ([row("q1", [("d1", "x"), ("d1", "x")])], TREC, "query q1: a passage was retrieved twice"),
         ([ROWS[0]], "q1 0 d1 yes\n", "qrels, line 1: invalid literal"),
         ([ROWS[0]], "q1 0 d1 1\nq1\n", "qrels, line 2: expected query, .*found 1 fields"),
-        ([row("q 1", [("d1", "x")])], None, "white space in the id"),
+        ([row("q 1", [("d1", "x")])], None, "contains white space"),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, rows, qrels, words):
@@ -158,6 +161,7 @@ def test_mistakes_get_one_sentence(tmp_path, rows, qrels, words):
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.processes
 def test_the_script_says_it_in_one_sentence(tmp_path):
     assert "absent.jsonl does not exist" in one_sentence(run_script("score_retrieval", tmp_path / "absent.jsonl"))
     results = write_jsonl(tmp_path / "r.jsonl", ROWS)

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import finetune_qa
-from atlas.index.storage import save_index
+from atlas.index.store import save_index
 from atlas.model.reader import load_reader
 from atlas.model.retriever import load_retriever
 from atlas.retrieval import Retrieval
 from make_tiny_models import build_tiny_models
 from tests.kit import command_line, read_jsonl, run, world, write_jsonl
+from tests.patience import HANG_SECONDS, free_port
 from tests.test_checkpoint import published
 from tests.test_retrieval import make
 
@@ -49,7 +50,7 @@ def start(*words, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
         check=False,
     )
 
@@ -94,6 +95,7 @@ def announced(command, directory, home=None):
     return ["finetune_qa.py", *flags, "--retriever_model_path", str(home / "models/retriever")]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_the_announced_command(data_directory):
     done = start(*TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2, *announced(ANNOUNCED, data_directory))
@@ -109,6 +111,7 @@ def test_the_announced_command(data_directory):
     assert f"results in {directory}/test-step-31.jsonl" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("code_size", [192, 64])
 def test_the_announced_compressed_commands(wide, tmp_path, code_size):
@@ -131,6 +134,7 @@ def test_the_announced_compressed_commands(wide, tmp_path, code_size):
     assert "Training the quantizer" not in again.stdout
 
 
+@pytest.mark.processes
 def test_a_code_size_that_does_not_divide_stops_with_a_sentence(data_directory):
     done = start(sys.executable, *announced(ANNOUNCED_PQ.format(code_size=192), data_directory))
     assert done.returncode == 1
@@ -138,6 +142,7 @@ def test_a_code_size_that_does_not_divide_stops_with_a_sentence(data_directory):
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_one_process_two_processes_the_same(tmp_path):
     alone = start(sys.executable, "evaluate.py", *command_line(tmp_path, name="alone", train_data=None))
@@ -152,6 +157,7 @@ def test_one_process_two_processes_the_same(tmp_path):
         )
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_launchers_as_on_two_machines(tmp_path):
     """`torchrun --nnodes 2`, both on loopback: rank 0 of the whole job writes."""
@@ -165,7 +171,7 @@ def test_two_launchers_as_on_two_machines(tmp_path):
         "--master_addr",
         "127.0.0.1",
         "--master_port",
-        "29517",
+        str(free_port()),
     ]
     launchers = [
         subprocess.Popen(
@@ -178,7 +184,7 @@ def test_two_launchers_as_on_two_machines(tmp_path):
         )
         for node in range(2)
     ]
-    outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    outputs = [launcher.communicate(timeout=HANG_SECONDS)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     assert len(read_jsonl(tmp_path / "run/dev-step-2.jsonl")) == 11
     assert "Done: " in outputs[0] and "Done: " not in outputs[1]
@@ -197,7 +203,7 @@ BAD = [
     ({"load_index_path": "."}, "holds no index"),
     ({"task": "quiz"}, "--task quiz is unknown: give one of base, qa, cloze, mlm, "),
     ({"task": "mlm"}, "dev.jsonl, line 1: no `text`: expected `id` and `text` (strings), found question, answers, id"),
-    ({"task": "lm", "eval_data": None, "train_data": "blank.jsonl"}, "blank.jsonl: nothing is left of it"),
+    ({"task": "lm", "eval_data": None, "train_data": "blank.jsonl"}, "blank.jsonl: no line is left, because"),
 ]
 
 
@@ -219,6 +225,7 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capfd, changes, senten
     assert "Traceback" in (tmp_path / "run/run.log").read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_mistake_on_two_processes_ends_both(tmp_path):
     write_jsonl(tmp_path / "bad.jsonl", [*read_jsonl(world() / "passages.jsonl"), {"id": "x"}])

@@ -51,6 +51,7 @@ def _search(embeddings, queries, sizes, k, chunk_rows):
     return hits.scores, hits.ids
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("sizes", [[6], [4, 2], [0, 6], [3, 0, 3], [1, 2, 3]])
 @pytest.mark.parametrize(("n", "k"), [(50, 5), (50, 30), (7, 4), (7, 100), (2, 1), (1, 3)])
 def test_search_equals_brute_force(sizes, n, k):
@@ -64,6 +65,7 @@ def test_search_equals_brute_force(sizes, n, k):
         assert_same((torch.cat([s for s, _ in parts]), torch.cat([i for _, i in parts])), expected)
 
 
+@pytest.mark.processes
 def test_nobody_asks():
     for scores, ids in run_on_ranks(2, _search, *made_up(9, 4, 0), [0, 0], 3, None):
         assert scores.shape == ids.shape == (0, 3)
@@ -73,6 +75,7 @@ def _embeddings_of(embeddings, ids, sizes):
     return make_index(embeddings).embeddings_of(my_part(ids, sizes))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("sizes", [[5], [2, 3], [0, 4, 1]])
 def test_embeddings_of_equals_indexing(sizes):
     embeddings, _ = made_up(23, 6, 0)
@@ -98,6 +101,7 @@ def _build(embeddings):
         return str(error)
 
 
+@pytest.mark.processes
 def test_an_embedding_that_is_not_finite_ends_every_rank_with_its_number():
     embeddings, _ = made_up(9, 4, 0)
     embeddings[7, 0] = float("nan")
@@ -150,6 +154,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("compression", KINDS, ids=str)
 @pytest.mark.parametrize("n", [1, 7, 60])
 def test_the_number_of_ranks_changes_no_row_but_ties_with_the_last(n, compression):
@@ -176,6 +181,7 @@ REFINED = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("compression", REFINED, ids=str)
 @pytest.mark.parametrize("ties", [False, True])
 def test_refined_scores_are_the_same_on_any_number_of_ranks(compression, ties):
@@ -198,6 +204,7 @@ def test_refined_scores_are_the_same_on_any_number_of_ranks(compression, ties):
         assert_same((scores[clear], ids[clear]), (expected[0][clear], expected[1][clear]))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("refine_factor", [2, 5, 100])
 def test_refined_hits_are_candidates_in_the_order_of_their_embeddings(refine_factor):
     embeddings, queries = made_up(80, 12, 6)
@@ -225,6 +232,7 @@ def _with_local(embeddings):
     return mine, FlatIndex(mine, largest_norm=1.0)  # as one that was saved: nobody looks at the values
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("train_size", [None, 1])
 def test_a_bad_embedding_ends_every_rank_with_its_number(train_size):
     """Whether it is in the sample, or seen only when it is encoded."""
@@ -234,6 +242,7 @@ def test_a_bad_embedding_ends_every_rank_with_its_number(train_size):
     assert answers == ["the embedding of passage 7 is not finite: has the training diverged?"] * 2
 
 
+@pytest.mark.processes
 def test_what_cannot_be_made_ends_every_rank():
     answers = run_on_ranks(2, _refuse_to_compress, made_up(9, 4, 0)[0], Compression("pq", 3))
     assert answers == ["--faiss_code_size 3 does not divide the embedding size 4; try 2 or 4"] * 2

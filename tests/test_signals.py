@@ -423,6 +423,7 @@ def test_correlations_of_one_passage_are_left_out(tmp_path):
     assert "--compute_crossattention_stats has no effect" in (untrained / "run.log").read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mode", ["adist", "loop", "emdr"])
 def test_two_ranks_equal_accumulation(tmp_path, mode):
     flags = {"train_retriever": True, "gold_score_mode": mode, "compute_crossattention_stats": True, "eval_data": None}

@@ -5,17 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from atlas.tasks import TASKS, Example, Task, example_rng
-from atlas.tasks.fever import Fever
-from atlas.tasks.kilt import KILT
-from atlas.tasks.qa import QA
+from atlas.tasks import Example, Task, example_rng
+from tests.kit import make_task
 
 PROMPT = "question: {question} answer: <extra_id_0>"
 LINE = {"question": "who?", "answers": ["Ada", "Ada Lovelace"]}
 
 
 def test_base_example():
-    task = Task()
+    task = make_task("base")
     example = task.process({"query": "a query", "target": "a target", "id": 3, "other": 1}, random.Random(0))
     assert example == Example("a query", "a target", ["a target"], metadata=None, id=3, passages=None)
     assert task.score("a target", example) == {"accuracy": 1.0} and task.score("A target", example) == {"accuracy": 0.0}
@@ -24,7 +22,7 @@ def test_base_example():
 
 
 def test_qa_example():
-    task = QA(PROMPT)
+    task = make_task("qa")
     example = task.process(LINE | {"target": "Countess Ada", "id": "q7"}, random.Random(0))
     assert example.query == "question: who? answer: <extra_id_0>"
     assert example.target == "<extra_id_0> Countess Ada"
@@ -38,13 +36,13 @@ def test_qa_example():
 
 
 def test_qa_metadata_is_that_of_the_line():
-    task = QA(PROMPT)
+    task = make_task("qa")
     assert task.process(LINE | {"metadata": {"year": 1843}}, random.Random(0)).metadata == {"year": 1843}
     assert task.process(LINE | {"metadata": None}, random.Random(0)).metadata == {}
 
 
 def test_qa_target_is_drawn_from_the_answers():
-    task = QA(PROMPT)
+    task = make_task("qa")
     targets = [task.process(LINE, example_rng(0, 0, line)).target for line in range(200)]
     assert set(targets) == {"<extra_id_0> Ada", "<extra_id_0> Ada Lovelace"}
     assert 60 < targets.count("<extra_id_0> Ada") < 140
@@ -54,10 +52,11 @@ def test_qa_target_is_drawn_from_the_answers():
 
 
 def test_qa_target_alone_is_its_own_answer():
-    example = QA(PROMPT).process({"question": "who?", "target": "Ada"}, random.Random(0))
+    example = make_task("qa").process({"question": "who?", "target": "Ada"}, random.Random(0))
     assert (example.target, example.answers) == ("<extra_id_0> Ada", ["Ada"])
 
 
+@pytest.mark.processes
 def test_example_rng_is_the_same_in_every_process():
     values = [example_rng(*key).random() for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 2, 3), (12, 3, 0))]
     assert len(set(values)) == len(values)
@@ -75,14 +74,14 @@ def test_example_rng_is_the_same_in_every_process():
         ({}, "no `query`: expected `query` and `target`.*found no field at all"),
         ({"question": "q", "answers": []}, "no `query`.*found question, answers"),
         ({"query": "q"}, "no `target`.*found query"),
-        ({"query": 3, "target": "t"}, "`query` is a string, found 3"),
+        ({"query": 3, "target": "t"}, "`query` must be a string, found 3"),
         ({"query": " \n", "target": "t"}, "`query` is empty"),
-        ({"query": "q", "target": ["t"]}, "`target` is a string"),
+        ({"query": "q", "target": ["t"]}, "`target` must be a string"),
     ],
 )
 def test_bad_lines_of_base(record, reason):
     with pytest.raises(ValueError, match=reason):
-        Task().process(record, random.Random(0))
+        make_task("base").process(record, random.Random(0))
 
 
 @pytest.mark.parametrize(
@@ -94,25 +93,25 @@ def test_bad_lines_of_base(record, reason):
         ({"question": "q"}, "no `answers`.*found question"),
         ({"question": "q", "answer": ["a"]}, "no `answers`.*found question, answer$"),
         ({"question": "q", "answers": []}, "no `answers`"),
-        ({"question": "q", "answers": "a"}, "`answers` is a list of strings, found 'a'"),
-        ({"question": "q", "answers": ["a", 1999]}, r"`answers` is a list of strings, found \['a', 1999\]"),
-        ({"question": "q", "answers": ["a"], "target": 3}, "`target` is a string, found 3"),
+        ({"question": "q", "answers": "a"}, "`answers` must be a list of strings, found 'a'"),
+        ({"question": "q", "answers": ["a", 1999]}, r"`answers` must be a list of strings, found \['a', 1999\]"),
+        ({"question": "q", "answers": ["a"], "target": 3}, "`target` must be a string, found 3"),
     ],
 )
 def test_bad_lines_of_qa(record, reason):
     with pytest.raises(ValueError, match=reason):
-        QA(PROMPT).process(record, random.Random(0))
+        make_task("qa").process(record, random.Random(0))
 
 
 def test_lines_without_answers_are_enough_to_retrieve():
-    task = QA(PROMPT, answers_needed=False)
+    task = make_task("qa", answers_needed=False)
     for record in ({"question": "who?"}, {"question": "who?", "answers": []}, {"question": "who?", "answers": None}):
         example = task.process(record, random.Random(0))
         assert (example.target, example.answers, task.retrieval_answers(example)) == ("", [], None)
     assert task.process(LINE, random.Random(0)).answers == LINE["answers"]
     with pytest.raises(ValueError, match="list of strings"):
         task.process({"question": "who?", "answers": "Ada"}, random.Random(0))
-    example = Task(answers_needed=False).process({"query": "a query"}, random.Random(0))
+    example = make_task("base", answers_needed=False).process({"query": "a query"}, random.Random(0))
     assert (example.target, example.answers) == ("", [])
 
 
@@ -120,7 +119,7 @@ def test_lines_without_answers_are_enough_to_retrieve():
 def test_passages_of_the_line(name, record):
     options = {"qa_prompt_format": PROMPT, "mlm_noise_density": 0.15}
     given = [{"id": "1", "text": "x", "score": 3.0}, {"title": "T", "text": ""}]
-    free, strict = TASKS[name](**options), TASKS[name](**options, passages_needed=True)
+    free, strict = make_task(name, **options), make_task(name, **options, passages_needed=True)
     assert free.process(record, random.Random(0)).passages is None
     assert free.process(record | {"passages": given}, random.Random(0)).passages == given
     assert strict.process(record | {"passages": given}, random.Random(0)).passages == [
@@ -133,21 +132,21 @@ def test_passages_of_the_line(name, record):
         ("text", "no `passages`"),
         ([*given, "text"], "passage 3 of `passages` has no `text`"),
         ([{"title": "T"}], "passage 1 of `passages` has no `text`"),
-        ([{"title": 5, "text": "x"}], "passage 1 of `passages`: `title` is a string, found 5"),
+        ([{"title": 5, "text": "x"}], "passage 1 of `passages`: `title` must be a string, found 5"),
     ]:
         with pytest.raises(ValueError, match=reason):
             strict.process(record | {"passages": passages}, random.Random(0))
 
 
 def test_registry_takes_the_values_of_all_flags():
-    assert TASKS["qa"](qa_prompt_format="{question}?").process(LINE, random.Random(0)).query == "who??"
-    assert TASKS["qa"](qa_prompt_format=PROMPT, answers_needed=False).answers_needed is False
-    assert type(TASKS["base"](qa_prompt_format=PROMPT)) is Task
+    assert make_task("qa", qa_prompt_format="{question}?").process(LINE, random.Random(0)).query == "who??"
+    assert make_task("qa", qa_prompt_format=PROMPT, answers_needed=False).answers_needed is False
+    assert type(make_task("base", qa_prompt_format=PROMPT)) is Task
 
 
 @pytest.mark.parametrize(("label", "said"), [("SUPPORTS", "true"), ("REFUTES", "false"), ("NOT ENOUGH INFO", "maybe")])
 def test_fever_example(label, said):
-    task = Fever()
+    task = make_task("fever")
     line = {"id": 3, "claim": "Ada wrote.", "label": label, "evidence": [[[1, 2, "Ada", 0]]], "metadata": {"year": 1}}
     example = task.process(line, random.Random(0))
     assert (example.query, example.target) == ("question: Ada wrote. answer: <extra_id_0>", f"<extra_id_0> {said}")
@@ -161,24 +160,26 @@ def test_fever_example(label, said):
     ):
         with pytest.raises(ValueError, match=reason):
             task.process(wrong, random.Random(0))
-    example = Fever(answers_needed=False).process(without, random.Random(0))  # FEVER's test set: enough to retrieve
+    example = make_task("fever", answers_needed=False).process(
+        without, random.Random(0)
+    )  # FEVER's test set: enough to retrieve
     assert (example.target, example.answers) == ("", [])
 
 
 def test_cloze_example():
     line = {"id": "p1", "query": "The river of Bako is <extra_id_0>.", "answers": ["Selnu"]}
-    task = TASKS["cloze"]()
+    task = make_task("cloze")
     example = task.process(line, random.Random(0))
     assert task.filters_by_id and example.id == "p1"
     assert (example.query, example.target, example.answers) == (line["query"], "<extra_id_0> Selnu", ["Selnu"])
     assert task.score("selnu", example) == {"exact_match": 1.0, "f1": 1.0}
     assert task.retrieval_answers(example) == ["Selnu"]
-    with pytest.raises(ValueError, match="has no <extra_id_0>, where the answer belongs: 'The river of Bako"):
+    with pytest.raises(ValueError, match="has no <extra_id_0> in place of the answer: 'The river of Bako"):
         task.process(line | {"query": "The river of Bako is"}, random.Random(0))
 
 
 def test_kilt_example():
-    task = KILT()
+    task = make_task("kilt")
     output = [{"answer": "Ada", "provenance": [{"wikipedia_id": "1"}]}, {"provenance": []}, {"answer": "Ada Lovelace"}]
     line = {"id": "k1", "input": "who?", "output": output, "meta": {}, "filename": "nq-dev-kilt.jsonl"}
     found = [task.process(line, example_rng(0, 0, n)) for n in range(50)]
@@ -194,11 +195,11 @@ def test_kilt_example():
 @pytest.mark.parametrize(("verdict", "said"), [("SUPPORTS", "true"), ("REFUTES", "false"), ("maybe", "false")])
 def test_fever_inside_kilt(verdict, said):
     line = {"input": "Ada wrote.", "output": [{"answer": verdict}]}
-    example = KILT().process(line | {"filename": "fever-dev-kilt.jsonl"}, random.Random(0))
+    example = make_task("kilt").process(line | {"filename": "fever-dev-kilt.jsonl"}, random.Random(0))
     assert (example.target, example.answers) == (f"<extra_id_0> {said}", [said])
-    assert KILT().retrieval_answers(example) is None  # no passage is the better for holding "true"
-    example = KILT().process(line | {"filename": "nq-dev-kilt.jsonl"}, random.Random(0))
-    assert example.answers == [verdict] == KILT().retrieval_answers(example)
+    assert make_task("kilt").retrieval_answers(example) is None  # no passage is the better for holding "true"
+    example = make_task("kilt").process(line | {"filename": "nq-dev-kilt.jsonl"}, random.Random(0))
+    assert example.answers == [verdict] == make_task("kilt").retrieval_answers(example)
 
 
 @pytest.mark.parametrize(
@@ -206,16 +207,16 @@ def test_fever_inside_kilt(verdict, said):
     [
         ({"input": None}, "no `input`: expected `input`.*`output`.*found input, output"),
         ({"output": None}, "no `output`: expected `input`"),
-        ({"output": "Ada"}, "`output` is a list of objects, found 'Ada'"),
-        ({"output": ["Ada"]}, "`output` is a list of objects"),
-        ({"output": [{"answer": 3}]}, r"`answer` in `output` is a string, found \[3\]"),
+        ({"output": "Ada"}, "`output` must be a list of objects, found 'Ada'"),
+        ({"output": ["Ada"]}, "`output` must be a list of objects"),
+        ({"output": [{"answer": 3}]}, r"`answer` in `output` must be a string, found \[3\]"),
         ({"output": [{"provenance": []}]}, "no `answer` in `output`: expected `input`"),
-        ({"filename": 3}, "`filename` is a string, found 3"),
+        ({"filename": 3}, "`filename` must be a string, found 3"),
     ],
 )
 def test_bad_lines_of_kilt(change, reason):
     line = {"input": "who?", "output": [{"answer": "Ada"}]} | change
     with pytest.raises(ValueError, match=reason):
-        KILT().process(line, random.Random(0))
+        make_task("kilt").process(line, random.Random(0))
     if "no `" in reason and "input" not in change:
-        assert KILT(answers_needed=False).process(line, random.Random(0)).answers == []
+        assert make_task("kilt", answers_needed=False).process(line, random.Random(0)).answers == []

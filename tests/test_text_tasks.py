@@ -8,8 +8,8 @@ import pytest
 
 from atlas.model.tokenization import load_reader_tokenizer
 from atlas.tasks import TASKS, example_rng
-from atlas.tasks.mlm import MLM, _composition
-from tests.kit import read_jsonl, world
+from atlas.tasks.mlm import _composition
+from tests.kit import make_task, read_jsonl, world
 from tests.test_every_task import options
 
 LINE = {"id": "p1", "title": "Aardvark", "section": "Diet", "text": "The aardvark feeds on ants and termites."}
@@ -54,12 +54,12 @@ def make(name, **changes):
         "min_lm_context_ratio": 0.5,
         "max_lm_context_ratio": 0.5,
     }
-    return TASKS[name](**options | changes)
+    return make_task(name, **options | changes)
 
 
 def masked(n, density, mean_length, rng, sentinels=5):
     """Query and target of a text of n different words, as lists."""
-    task = MLM(Words(sentinels), 200, density, mean_length)
+    task = make("mlm", tokenizer=Words(sentinels), mlm_noise_density=density, mlm_mean_noise_span_length=mean_length)
     query, target = task.pair({"text": " ".join(f"w{i}" for i in range(n))}, rng)
     return query.split(), target.split()
 
@@ -108,10 +108,10 @@ def test_compositions_are_equally_likely():
 
 def test_mlm_cuts_the_text_and_leaves_out_marks_that_stand_in_it():
     words = [f"w{i}" for i in range(30)]
-    query, target = MLM(Words(), 20, 0.15, 3.0).pair({"text": " ".join(words)}, random.Random(0))
+    query, target = make("mlm", text_maxlength=20).pair({"text": " ".join(words)}, random.Random(0))
     assert [w for w in query.split() + target.split() if w[0] == "w" and int(w[1:]) >= 20] == []
     text = "<extra_id_3> w0 w1 </s> w2 <extra_id_0> w3 w4"
-    query, target = MLM(Words(), 20, 0.15, 3.0).pair({"text": text}, random.Random(0))
+    query, target = make("mlm", text_maxlength=20).pair({"text": text}, random.Random(0))
     assert re.findall("<.*?>", query) == re.findall("<.*?>", target) == ["<extra_id_0>"]
     assert sorted(w for w in query.split() + target.split() if w[0] == "w") == [f"w{i}" for i in range(5)]
     assert make("mlm").process(LINE | {"text": "<extra_id_0> </s>"}, random.Random(0)) is None
@@ -204,10 +204,10 @@ def test_texts_that_are_skipped(name):
     "change, reason",
     [
         ({"text": None}, "no `text`: expected `id`.*`text` .strings., found id, title, section, text"),
-        ({"text": 3}, "`text` is a string, found 3"),
+        ({"text": 3}, "`text` must be a string, found 3"),
         ({"id": None}, "no `id`: expected `id`"),
-        ({"id": True}, "`id` is a string, found True"),
-        ({"id": ["p"]}, "`id` is a string"),
+        ({"id": True}, "`id` must be a string, found True"),
+        ({"id": ["p"]}, "`id` must be a string"),
     ],
 )
 def test_bad_lines(name, change, reason):
@@ -219,9 +219,9 @@ def test_bad_lines(name, change, reason):
 
 def test_bad_lines_of_section():
     for change, reason in (
-        ({"section": 3}, "`section` is a string, found 3"),
+        ({"section": 3}, "`section` must be a string, found 3"),
         ({"title": None}, "no `title`: expected `id`, `title`, `section` and `text`"),
-        ({"title": 3}, "`title` is a string, found 3"),
+        ({"title": 3}, "`title` must be a string, found 3"),
     ):
         with pytest.raises(ValueError, match=reason):
             make("section").check(LINE | change)
@@ -245,5 +245,5 @@ def test_passages_of_the_line(name):
 
 
 def test_which_tasks_may_find_their_own_passages():
-    filters = {name for name in TASKS if TASKS[name](**options()).filters_by_id}
+    filters = {name for name in TASKS if make_task(name, **options()).filters_by_id}
     assert filters == {"cloze", "mlm", "lm", "section"}

@@ -106,6 +106,7 @@ def test_tokenizers_go_to_worker_processes(reader_tokenizer, retriever_directory
     assert pickle.loads(pickle.dumps(retriever_tokenizer)).encode(["a b"], 8) == [[2, 5, 6, 3]]
 
 
+@pytest.mark.processes
 def test_importing_is_light():
     code = "import sys, atlas.model.tokenization; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

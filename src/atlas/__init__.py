@@ -2,7 +2,7 @@
 
 Folders, from the bottom up: `runtime` (ranks, devices, logs) and `files` know nothing of the method; `model` is reader
 and retriever, from text to losses; `index` stores and searches passages; `tasks` turns lines of data into examples;
-`training` and `evaluation` are the two loops. What is imported here loads on first use: `import atlas` is instant.
+`training` and `evaluation` are the two loops. Public names load on first use, so `import atlas` is instant.
 """
 
 from importlib import import_module
@@ -14,8 +14,8 @@ _PUBLIC = {
     "parse_config": "atlas.config",
     "load_checkpoint": "atlas.checkpoint",
     "Retrieval": "atlas.retrieval",
-    "open_index": "atlas.index.storage",
-    "save_index": "atlas.index.storage",
+    "open_index": "atlas.index.store",
+    "save_index": "atlas.index.store",
     "load_reader": "atlas.model.reader",
     "load_retriever": "atlas.model.retriever",
     "TASKS": "atlas.tasks",
@@ -23,6 +23,10 @@ _PUBLIC = {
     "Example": "atlas.tasks.base",
 }
 __all__ = ["__version__", *_PUBLIC]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ A checkpoint of ours is a directory `step-N` with `model.safetensors` (names as 
 
 import argparse
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from atlas.runtime import distributed
+
+log = logging.getLogger("atlas")
 FORMAT = 1
 PUBLISHED_FILE = "model.pth.tar"
 _HALVES = ("reader", "retriever")
@@ -24,24 +28,24 @@ _HALVES = ("reader", "retriever")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read. The tensors are memory-mapped: ranks of a machine share one copy."""
+    """A checkpoint that was read. The tensors are memory-mapped: the ranks of a machine share one copy."""
 
     path: Path
     step: int
     reader: dict[str, torch.Tensor]  # state dicts; empty where the half was not saved
     retriever: dict[str, torch.Tensor]
     retriever_config: dict[str, Any]  # what the weights need to be read with, beyond the hub's config
-    options: dict[str, Any]  # flag -> value, of the run that made it; empty where nobody knows
+    options: dict[str, Any]  # flag -> value, of the run that made it; empty if unknown
     published: bool
     examples: int | None = None  # of the training data seen so far, by all ranks together
     evaluation_due: bool = False  # the run stopped before it could evaluate this step
 
     def optimizer_state(self) -> dict[str, torch.Tensor] | None:
-        """Moments of both optimizers; None where they were not kept, and for published checkpoints."""
+        """Moments of both optimizers; None if they were not kept, and for published checkpoints."""
         return self._more("optimizer")
 
     def index_encoder(self) -> dict[str, torch.Tensor] | None:
-        """The passage encoder that the run's index was built with, where that is not the one in the model any more."""
+        """The passage encoder that the run's index was built with, if that is no longer the one in the model."""
         return self._more("index_encoder")
 
     def _more(self, name: str) -> dict[str, torch.Tensor] | None:
@@ -61,13 +65,25 @@ def latest_checkpoint(run_directory: Path) -> Path | None:
     return link.resolve() if link.exists() else None
 
 
-def set_aside(run_directory: Path) -> Path | None:
-    """Move the checkpoints of an earlier run out of the way (in the place of those moved before); where to."""
+def own_checkpoint(run_directory: Path) -> Checkpoint | None:
+    """The latest checkpoint in a run's directory, the same on all ranks. Collective. Raises: as `load_checkpoint`."""
+    path = distributed.from_main(latest_checkpoint(run_directory) if distributed.is_main() else None)
+    checkpoint = error = None
+    try:
+        checkpoint = load_checkpoint(path) if path is not None else None
+    except ValueError as unreadable:
+        error = unreadable
+    distributed.raise_on_all_ranks(error)
+    return checkpoint
+
+
+def set_aside(run_directory: Path) -> None:
+    """Move the checkpoints of an earlier run, if any, to `checkpoint.before-restart`, replacing what is there."""
     old, aside = run_directory / "checkpoint", run_directory / "checkpoint.before-restart"
-    if not old.exists():
-        return None
-    shutil.rmtree(aside, ignore_errors=True)
-    return old.rename(aside)
+    if distributed.is_main() and old.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        old.rename(aside)
+        log.info("--restart: the checkpoints of the earlier run are in %s now", aside)
 
 
 def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -88,49 +104,37 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
     raise ValueError(f"{path} holds no checkpoint: neither {PUBLISHED_FILE} nor state.json and model.safetensors")
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint."""
+
+    step: int
+    model: dict[str, torch.Tensor]  # state dict with the prefixes `reader.` and `retriever.`
+    optimizer: dict[str, torch.Tensor]
+    options: dict[str, Any]  # section -> flag -> value
+    configs: dict[str, dict[str, Any]]  # "reader" and "retriever" -> their configs
+    examples: int  # as in `Checkpoint`
+    evaluation_due: bool = False  # as in `Checkpoint`
+    index_encoder: dict[str, torch.Tensor] | None = None  # what `Checkpoint.index_encoder` is to return
+
+
 def save_checkpoint(
-    run_directory: Path,
-    step: int,
-    *,
-    model: dict[str, torch.Tensor],
-    optimizer: dict[str, torch.Tensor],
-    index_encoder: dict[str, torch.Tensor] | None = None,
-    options: dict[str, Any],
-    configs: dict[str, dict[str, Any]],
-    examples: int,
-    evaluation_due: bool,
-    keep_optimizers: bool,
-    keep_checkpoints: int | None,
+    run_directory: Path, contents: Contents, *, keep_optimizers: bool, keep_checkpoints: int | None
 ) -> Path:
-    """Write `checkpoint/step-N`, point `latest` at it, and drop what is no longer wanted. For one rank only.
+    """Write `checkpoint/step-N`, point `latest` at it, and remove what is no longer wanted. For one rank only.
 
     Killed at any moment, `latest` is a whole checkpoint: the old one or the new one.
 
     Args:
-        model: state dict with the prefixes `reader.` and `retriever.`.
-        index_encoder: what `Checkpoint.index_encoder` is to give back.
-        configs: "reader" and "retriever" -> their configs.
-        examples, evaluation_due: as in `Checkpoint`.
-        keep_optimizers: leave the optimizer's state in older checkpoints.
+        keep_optimizers: keep the optimizer's state in older checkpoints.
         keep_checkpoints: how many to keep, None for all.
     """
     directory = run_directory / "checkpoint"
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob("*.partial"):
         shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    final, beside = directory / f"step-{step}", directory / f"step-{step}.partial"
-    beside.mkdir()
-    save_file(_without_aliases(model), beside / "model.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, beside / "optimizer.safetensors")
-    if index_encoder is not None:
-        save_file(index_encoder, beside / "index_encoder.safetensors")
-    _write_json(beside / "options.json", options)
-    for half, config in configs.items():
-        _write_json(beside / f"{half}_config.json", config)
-    state = {"format": FORMAT, "step": step, "examples": examples, "evaluation_due": evaluation_due}
-    _write_json(beside / "state.json", state)
-    for file in beside.iterdir():
-        _flush(file)
+    final, beside = directory / f"step-{contents.step}", directory / f"step-{contents.step}.partial"
+    _write(beside, contents)
     if final.exists():  # whole, but its writer was killed before `latest` could point at it
         shutil.rmtree(final)
     beside.rename(final)
@@ -139,6 +143,22 @@ def save_checkpoint(
     link.replace(directory / "latest")
     _tidy(directory, final, keep_optimizers, keep_checkpoints)
     return final
+
+
+def _write(directory: Path, contents: Contents) -> None:
+    directory.mkdir()
+    save_file(_without_aliases(contents.model), directory / "model.safetensors")
+    optimizer = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
+    save_file(optimizer, directory / "optimizer.safetensors")
+    if contents.index_encoder is not None:
+        save_file(contents.index_encoder, directory / "index_encoder.safetensors")
+    _write_json(directory / "options.json", contents.options)
+    for half, config in contents.configs.items():
+        _write_json(directory / f"{half}_config.json", config)
+    facts = ("step", "examples", "evaluation_due")
+    _write_json(directory / "state.json", {"format": FORMAT} | {name: getattr(contents, name) for name in facts})
+    for file in directory.iterdir():
+        _flush(file)
 
 
 def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:

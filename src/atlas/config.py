@@ -5,6 +5,7 @@ Only the standard library is imported here, so that `--help` and a mistyped flag
 
 import argparse
 import dataclasses
+import operator
 import os
 import re
 import string
@@ -15,17 +16,33 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-# those that come with this; more can be added in atlas/tasks, so only a run can tell an unknown one
+# The tasks that come with the package, for help texts. Users add others, so --task is checked when a run starts.
 TASK_NAMES = ("base", "qa", "cloze", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
-TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they make their queries with the reader's tokenizer
+TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they build queries with the reader's tokenizer
 GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
 POOLINGS = ("average", "sqrt", "cls")
 PERMUTATIONS = ("single", "cyclic", "all")
+# Bounds of a number: what must hold, and how to say it. Comparisons with NaN are false, so NaN is always refused.
+BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "least": (operator.ge, "it must be at least"),
+    "most": (operator.le, "it must be at most"),
+    "above": (operator.gt, "it must be above"),
+    "below": (operator.lt, "it must be below"),
+}
 
 
-def flag(default: Any, text: str, *, choices: Sequence[str] | None = None, least: float | None = None) -> Any:
-    """A field of a section: its default, its line of help, and what it may be."""
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "least": least})
+def flag(default: Any, text: str, *, choices: Sequence[str] | None = None, fields: str = "", **bounds: float) -> Any:
+    """A field of a section: its default, its line of help, and the values it may have.
+
+    Args:
+        choices: all values there are.
+        fields: of a format string, the names it may use, separated by spaces.
+        bounds: `least` and `most` are allowed values themselves, `above` and `below` are not.
+    """
+    assert bounds.keys() <= BOUNDS.keys()
+    return dataclasses.field(
+        default=default, metadata={"help": text, "choices": choices, "fields": fields, "bounds": bounds}
+    )
 
 
 @dataclass(frozen=True)
@@ -34,42 +51,46 @@ class Run:
 
     name: str = flag("experiment_name", "name of the experiment: its directory under --checkpoint_dir")
     checkpoint_dir: str = flag("./checkpoint/", "directory for all experiments")
-    model_path: str = flag("none", "checkpoint directory to start from, ours or published; none: T5 and Contriever")
+    model_path: str = flag("none", "checkpoint to start from, ours or published; none: the models' own weights")
     seed: int = flag(0, "seed of every random choice", least=0)
     log_freq: int = flag(100, "steps between lines in run.log", least=1)
     eval_freq: int = flag(500, "steps between evaluations", least=1)
     save_freq: int = flag(5000, "steps between checkpoints", least=1)
     train_data: tuple[str, ...] = flag((), "jsonl files to train on")
     eval_data: tuple[str, ...] = flag((), "jsonl files to evaluate on")
-    write_results: bool = flag(False, "write queries, generations and passages of every evaluation as jsonl")
+    write_results: bool = flag(False, "write queries, generations and passages of every evaluation to jsonl files")
     dont_write_passages: bool = flag(False, "leave the passages out of the result files")
-    local_rank: int = flag(-1, "taken for compatibility: torchrun's environment decides")
-    main_port: int = flag(-1, "taken for compatibility: torchrun's environment decides")
+    local_rank: int = flag(-1, "accepted for compatibility: torchrun's environment decides")
+    main_port: int = flag(-1, "accepted for compatibility: torchrun's environment decides")
     per_gpu_batch_size: int = flag(1, "examples per process and step", least=1)
     per_gpu_embedder_batch_size: int = flag(512, "passages of full length per batch when the index is built", least=1)
     embedder_precision: str | None = flag(
-        None, "of the encoder while it embeds the corpus (fp32 on CPU, fp16 on CUDA)", choices=("fp32", "fp16", "bf16")
+        None, "precision of the encoder outside training (fp32 on CPU, fp16 on CUDA)", choices=("fp32", "fp16", "bf16")
     )
-    shuffle: bool = flag(False, "shuffle the training data, anew in every epoch")
+    shuffle: bool = flag(False, "shuffle the training data, differently in every epoch")
 
 
 @dataclass(frozen=True)
 class Index:
     """Index"""
 
-    passages: tuple[str, ...] = flag((), "Atlas or BEIR jsonl, DPR tsv, also .gz; not used with --load_index_path")
+    passages: tuple[str, ...] = flag(
+        (), "corpus: Atlas or BEIR jsonl, DPR tsv, also .gz; unused with --load_index_path"
+    )
     max_passages: int = flag(-1, "index this many passages at most; -1: all", least=-1)
     index_mode: str = flag("flat", "exact search, or Faiss", choices=("flat", "faiss"))
     faiss_index_type: str = flag("flat", "flat, ivfflat, ivfsq, ivfpq, pq, or a Faiss factory string like OPQ64,PQ64")
     faiss_code_size: int | None = flag(None, "bytes per passage of pq and ivfpq; must divide the dimension", least=1)
     load_index_path: str | None = flag(None, "open this saved index, ours or published, instead of building one")
     save_index_path: str | None = flag(None, "save the index here after every build")
-    save_index_n_shards: int = flag(128, "taken for compatibility: our format has no shards", least=1)
+    save_index_n_shards: int = flag(128, "accepted for compatibility: our format has no shards", least=1)
     faiss_nlist: int | None = flag(None, "lists of an ivf index (square root of the number of passages)", least=1)
     faiss_nprobe: int | None = flag(None, "lists searched per query (all)", least=1)
     faiss_train_size: int | None = flag(None, "rows the quantizer is trained on (256 per centroid)", least=1)
     faiss_retrain: bool = flag(False, "train the quantizer again at every refresh")
-    refine_factor: int = flag(1, "score this many times k candidates of a compressed index exactly", least=1)
+    refine_factor: int = flag(
+        1, "rescore this many times k candidates of a compressed index with their embeddings", least=1
+    )
     save_index_codes_only: bool = flag(False, "save a compressed index without its embeddings")
     refresh_index: str = flag("-1", "-1: only at the start; N: every N steps; a-b:r,...: every r steps in [a, b)")
 
@@ -81,41 +102,50 @@ class Model:
     reader_model_type: str | None = flag(None, "T5-family hub id or local directory; needed unless --retrieve_only")
     retriever_model_path: str = flag("facebook/contriever", "hub id or local directory of a BERT-type encoder")
     retriever_pooling: str | None = flag(
-        None, "hidden states to embedding: mean, sum / sqrt(length), or first (as its config says)", choices=POOLINGS
+        None, "hidden states to embedding: mean, sum / sqrt(length), or first (its config)", choices=POOLINGS
     )
-    retriever_normalize: bool | None = flag(None, "embeddings of unit length (as its config says)")
-    retriever_query_prefix: str | None = flag(None, "put before every query: 'query: ' (as its config says)")
-    retriever_passage_prefix: str | None = flag(None, "put before every passage: 'passage: ' (as its config says)")
+    retriever_normalize: bool | None = flag(None, "scale embeddings to unit length (its config)")
+    retriever_query_prefix: str | None = flag(None, "prefix of every query, such as 'query: ' (its config)")
+    retriever_passage_prefix: str | None = flag(None, "prefix of every passage, such as 'passage: ' (its config)")
     text_maxlength: int = flag(200, "tokens per query and passage", least=1)
-    target_maxlength: int | None = flag(None, "tokens per target; unset or -1: no cut", least=-1)
+    target_maxlength: int | None = flag(None, "tokens per target; unset or -1: no truncation", least=-1)
     n_context: int = flag(1, "passages given to the reader", least=1)
-    retriever_n_context: int = flag(5, "passages retrieved in training, which the retriever learns from", least=1)
+    retriever_n_context: int = flag(
+        5, "passages retrieved per query in training; the retriever learns from all", least=1
+    )
     retrieve_only: bool = flag(False, "evaluate retrieval alone; no reader is loaded")
     use_file_passages: bool = flag(False, "read the passages in the data files; no retriever, no index")
     closed_book: bool = flag(False, "no passages: the reader sees the query alone")
-    encoder_format: str = flag("{query} title: {title} context: {text}", "reader input, per passage")
-    retriever_format: str = flag("{title} {text}", "passage as the retriever embeds it")
-    decoder_format: str | None = flag(None, "target as the reader learns it, with {target}")
-    decoder_prompt_format: str | None = flag(None, "what the decoder is given before it answers, with {query}")
+    encoder_format: str = flag(
+        "{query} title: {title} context: {text}", "reader input, per passage", fields="query title text id section"
+    )
+    retriever_format: str = flag("{title} {text}", "passage as the retriever embeds it", fields="title text id section")
+    decoder_format: str | None = flag(None, "target as the reader learns it, with {target}", fields="target")
+    decoder_prompt_format: str | None = flag(None, "prompt that the decoder continues, with {query}", fields="query")
     generation_max_length: int = flag(128, "most tokens in an answer, the start token included", least=1)
     generation_min_length: int | None = flag(None, "least tokens in an answer", least=0)
     generation_num_beams: int = flag(1, "beams; 1: greedy", least=1)
     generation_length_penalty: float = flag(1.0, "exponent of the length that beam scores are divided by")
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether passages come from an index."""
+        return not (self.closed_book or self.use_file_passages)
 
 
 @dataclass(frozen=True)
 class RetrieverTraining:
     """Training the retriever"""
 
-    train_retriever: bool = flag(False, "train the retriever on the reader's judgement of its passages")
+    train_retriever: bool = flag(False, "train the retriever to rank passages as the reader judges them")
     query_side_retriever_training: bool = flag(False, "train the query encoder only; the passage encoder stays frozen")
     gold_score_mode: str = flag("ppmean", "how the reader judges passages", choices=GOLD_SCORE_MODES)
-    temperature_gold: float = flag(0.01, "temperature of the reader's scores")
-    temperature_score: float = flag(0.01, "temperature of the retriever's scores")
+    temperature_gold: float = flag(0.01, "temperature of the reader's scores", above=0)
+    temperature_score: float = flag(0.01, "temperature of the retriever's scores", above=0)
     freeze_retriever_steps: int = flag(-1, "steps before the retriever starts to learn", least=-1)
-    retrieve_with_rerank: bool = flag(False, "re-embed the passages found with today's encoder and sort again")
+    retrieve_with_rerank: bool = flag(False, "re-embed the retrieved passages with the current encoder and sort again")
     n_to_rerank_with_retrieve_with_rerank: int = flag(128, "passages to re-embed per query", least=1)
-    filtering_overretrieve_ratio: int = flag(2, "times the passages to retrieve where some are filtered out", least=1)
+    filtering_overretrieve_ratio: int = flag(2, "retrieve this many times k when passages are filtered out", least=1)
     compute_crossattention_stats: bool = flag(False, "log how attention agrees with the gold scores")
 
 
@@ -124,20 +154,20 @@ class Optimisation:
     """Optimisation"""
 
     total_steps: int = flag(1000, "steps of training", least=1)
-    warmup_steps: int = flag(1000, "steps of rising learning rate", least=0)
+    warmup_steps: int = flag(1000, "steps until the learning rate is reached", least=0)
     scheduler: str = flag("cosine", "shape of the learning rate", choices=("linear", "cosine", "fixed"))
     scheduler_steps: int | None = flag(None, "steps of the schedule (--total_steps)", least=1)
     lr: float = flag(1e-4, "learning rate of the reader", least=0)
     lr_retriever: float = flag(1e-5, "learning rate of the retriever", least=0)
     weight_decay: float = flag(0.1, "AdamW's weight decay", least=0)
     epsilon: float = flag(1e-6, "AdamW's epsilon", least=0)
-    beta2: float = flag(0.999, "AdamW's second beta", least=0)
-    clip: float = flag(1.0, "largest norm of all gradients together; 0: no clipping", least=0)
-    dropout: float = flag(0.1, "dropout of reader and retriever", least=0)
-    alpha: float = flag(1.0, "taken for compatibility: has no effect")
+    beta2: float = flag(0.999, "AdamW's second beta", least=0, below=1)
+    clip: float = flag(1.0, "clip the norm of all gradients together; 0: no clipping", least=0)
+    dropout: float = flag(0.1, "dropout of reader and retriever", least=0, below=1)
+    alpha: float = flag(1.0, "accepted for compatibility: has no effect")
     accumulation_steps: int = flag(1, "steps whose gradients are averaged before an update", least=1)
     precision: str = flag(
-        "fp32", "of the computation; weights and optimizer stay fp32", choices=("fp16", "fp32", "bf16")
+        "fp32", "precision of the computation; weights and optimizer stay fp32", choices=("fp16", "fp32", "bf16")
     )
     shard_optim: bool = flag(False, "shard the optimizer's state over ranks (ZeRO stage 1)")
     shard_grads: bool = flag(False, "shard gradients and weights as well (ZeRO stage 2)")
@@ -145,7 +175,7 @@ class Optimisation:
     use_gradient_checkpoint_retriever: bool = flag(False, "recompute the retriever's activations")
     save_optimizer: bool = flag(False, "keep the optimizer's state in every checkpoint, not only in the latest")
     keep_checkpoints: int | None = flag(None, "keep this many checkpoints (all)", least=1)
-    restart: bool = flag(False, "begin anew where a checkpoint of this experiment exists")
+    restart: bool = flag(False, "start from scratch although this experiment has a checkpoint, which is set aside")
 
 
 @dataclass(frozen=True)
@@ -153,13 +183,13 @@ class Tasks:
     """Tasks"""
 
     task: str | None = flag(None, f"{', '.join(TASK_NAMES)}, or one of your own")
-    qa_prompt_format: str = flag("question: {question} answer: <extra_id_0>", "query made of a question")
-    mlm_noise_density: float = flag(0.15, "share of the tokens that mlm masks")
+    qa_prompt_format: str = flag("question: {question} answer: <extra_id_0>", "query for a question", fields="question")
+    mlm_noise_density: float = flag(0.15, "share of the tokens that mlm masks", above=0, below=1)
     mlm_mean_noise_span_length: float = flag(3.0, "mean tokens per masked span", least=1)
     min_words_per_lm_instance: int | None = flag(None, "skip shorter texts in mlm, lm and section", least=0)
     min_lm_context_ratio: float = flag(0.5, "least share of a text that lm gives as the query", least=0)
-    max_lm_context_ratio: float = flag(0.5, "largest share of a text that lm gives as the query", least=0)
-    multiple_choice_num_options: int = flag(4, "most options of a question", least=2)
+    max_lm_context_ratio: float = flag(0.5, "largest share of a text that lm gives as the query", least=0, most=1)
+    multiple_choice_num_options: int = flag(4, "most options of a question", least=2, most=26)
     multiple_choice_train_permutations: str = flag("single", "orders of the options to train on", choices=PERMUTATIONS)
     multiple_choice_eval_permutations: str = flag("single", "orders to evaluate and average over", choices=PERMUTATIONS)
 
@@ -174,11 +204,6 @@ class Config:
     retriever_training: RetrieverTraining
     optimisation: Optimisation
     tasks: Tasks
-
-    @property
-    def retrieves(self) -> bool:
-        """Whether passages come out of an index."""
-        return not (self.model.closed_book or self.model.use_file_passages)
 
     def describe(self) -> str:
         """One line per flag: its value, and its default where that differs."""
@@ -328,50 +353,55 @@ def _show(value: Any) -> str:
 
 def _check(config: Config, program: str) -> None:
     """Refuse what cannot work, naming the flag, what was found and what to do. Raises ValueError."""
-    run, index, model, optimisation, tasks = config.run, config.index, config.model, config.optimisation, config.tasks
-    training = program != "evaluate"
     for section in (getattr(config, name) for name in SECTIONS):
         for field in dataclasses.fields(section):
-            value, least = getattr(section, field.name), field.metadata["least"]
-            if least is not None and value is not None and not value >= least:
-                raise ValueError(f"--{field.name} {value} is too small: it must be at least {least:g}")
-    for name, value, low, high in (
-        ("dropout", optimisation.dropout, 0.0, 1.0),
-        ("beta2", optimisation.beta2, 0.0, 1.0),
-    ):
-        if not low <= value < high:
-            raise ValueError(f"--{name} {value:g} must be at least {low:g} and below {high:g}")
-    if model.target_maxlength == 0:
-        raise ValueError("--target_maxlength 0 leaves no target: leave the flag out, or use -1, for no cut")
-    for name in ("temperature_gold", "temperature_score"):
-        if not getattr(config.retriever_training, name) > 0:
-            raise ValueError(f"--{name} must be above 0")
-    if not 0 < tasks.mlm_noise_density < 1:
-        raise ValueError(f"--mlm_noise_density {tasks.mlm_noise_density:g} must be above 0 and below 1")
+            _check_bounds(field.name, getattr(section, field.name), field.metadata["bounds"])
+            _check_format(field.name, getattr(section, field.name), field.metadata["fields"])
+    _check_combinations(config, training=program != "evaluate")
+    _check_files(config, training=program != "evaluate")
+    _check_index(config.index)
+    _check_tasks(config.tasks)
+    if program == "finetune_qa":
+        _check_few_steps(config)
 
-    if tasks.task is None:
+
+def _check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
+    for bound, limit in bounds.items():
+        holds, sentence = BOUNDS[bound]
+        if value is not None and not holds(value, limit):
+            size = "too large" if bound in ("most", "below") and value >= limit else "too small"
+            raise ValueError(f"--{name} {value:g} is {size}: {sentence} {limit:g}")
+
+
+def _check_combinations(config: Config, training: bool) -> None:
+    model, task = config.model, config.tasks.task
+    if model.target_maxlength == 0:
+        raise ValueError("--target_maxlength 0 leaves no target: leave the flag out, or use -1, for no truncation")
+    if task is None:
         raise ValueError(f"--task is missing: give one of {', '.join(TASK_NAMES)}")
     if model.retrieve_only and training:
         raise ValueError("--retrieve_only cannot be trained with: use evaluate.py, or leave the flag out")
     if model.closed_book and model.use_file_passages:
         raise ValueError("--closed_book and --use_file_passages exclude each other: leave one out")
-    if model.retrieve_only and not config.retrieves:
+    if model.retrieve_only and not model.retrieves:
         raise ValueError("--retrieve_only needs an index: leave out --closed_book and --use_file_passages")
     if model.reader_model_type is None and not model.retrieve_only:
         raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
-    if model.reader_model_type is None and tasks.task in TOKENIZING_TASKS:
-        raise ValueError(
-            f"--reader_model_type is missing: --task {tasks.task} makes its queries with the reader's tokenizer"
-        )
-    if training and not run.train_data:
-        raise ValueError("--train_data is missing: give at least one jsonl file")
-    if not training and not run.eval_data:
-        raise ValueError("--eval_data is missing: give at least one jsonl file")
-    if config.retrieves and not index.passages and index.load_index_path is None:
+    if model.reader_model_type is None and task in TOKENIZING_TASKS:
+        raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
+    if model.retrieves and not config.index.passages and config.index.load_index_path is None:
         raise ValueError("give the corpus with --passages, or a saved index with --load_index_path")
-    for name, paths in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", index.passages)):
+
+
+def _check_files(config: Config, training: bool) -> None:
+    run, index = config.run, config.index
+    for name, needed in (("train_data", training), ("eval_data", not training)):
+        if needed and not getattr(run, name):
+            raise ValueError(f"--{name} is missing: give at least one jsonl file")
+    passages = index.passages if index.load_index_path is None else ()
+    for name, paths in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", passages)):
         for path in paths:
-            if not Path(path).is_file() and (name != "passages" or index.load_index_path is None):
+            if not Path(path).is_file():
                 raise ValueError(f"--{name}: there is no file {path}")
     for name, path in (("load_index_path", index.load_index_path), ("model_path", run.model_path)):
         if path not in (None, "none") and not Path(path).is_dir():
@@ -382,47 +412,45 @@ def _check(config: Config, program: str) -> None:
     for name in set(names):
         if names.count(name) > 1:
             raise ValueError(f"--eval_data: two files are called {name}; their results would overwrite each other")
+
+
+def _check_index(index: Index) -> None:
     if index.index_mode == "faiss" and index.faiss_index_type in ("pq", "ivfpq") and index.faiss_code_size is None:
         raise ValueError(f"--faiss_index_type {index.faiss_index_type} needs --faiss_code_size (bytes per passage)")
-    for name, text, fields in (
-        ("encoder_format", model.encoder_format, {"query", "title", "text", "id", "section"}),
-        ("retriever_format", model.retriever_format, {"title", "text", "id", "section"}),
-        ("decoder_format", model.decoder_format, {"target"}),
-        ("decoder_prompt_format", model.decoder_prompt_format, {"query"}),
-        ("qa_prompt_format", tasks.qa_prompt_format, {"question"}),
-    ):
-        _check_format(name, text, fields)
+    refresh_schedule(index.refresh_index)
+
+
+def _check_tasks(tasks: Tasks) -> None:
     if tasks.min_lm_context_ratio > tasks.max_lm_context_ratio:
         raise ValueError(
             f"--min_lm_context_ratio {tasks.min_lm_context_ratio:g} is above "
             f"--max_lm_context_ratio {tasks.max_lm_context_ratio:g}: lower the first or raise the second"
         )
-    if tasks.max_lm_context_ratio > 1:
-        raise ValueError(f"--max_lm_context_ratio {tasks.max_lm_context_ratio:g} must be at most 1: it is a share")
-    if tasks.multiple_choice_num_options > 26:
-        raise ValueError("--multiple_choice_num_options must be at most 26: options have letters")
     for name in ("multiple_choice_train_permutations", "multiple_choice_eval_permutations"):
         if getattr(tasks, name) == "all" and tasks.multiple_choice_num_options > 6:
             raise ValueError(f"--{name} all is for at most 6 options, which have 720 orders: use cyclic")
-    refresh_schedule(index.refresh_index)
-    if program == "finetune_qa":
-        for name, value in (
-            ("warmup_steps", optimisation.warmup_steps),
-            ("save_freq", run.save_freq),
-            ("eval_freq", run.eval_freq),
-        ):
-            if value >= optimisation.total_steps:
-                raise ValueError(f"--{name} {value} must be below --total_steps {optimisation.total_steps}")
 
 
-def _check_format(name: str, text: str | None, fields: set[str]) -> None:
-    if text is None:
+def _check_few_steps(config: Config) -> None:
+    """Few-shot runs are short: a save or an evaluation that never comes is a mistake there."""
+    total = config.optimisation.total_steps
+    for name, value in (
+        ("warmup_steps", config.optimisation.warmup_steps),
+        ("save_freq", config.run.save_freq),
+        ("eval_freq", config.run.eval_freq),
+    ):
+        if value >= total:
+            raise ValueError(f"--{name} {value} must be below --total_steps {total}")
+
+
+def _check_format(name: str, text: Any, fields: str) -> None:
+    if text is None or not fields:
         return
     try:
         used = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
     except ValueError as error:
         raise ValueError(f"--{name} {text!r} is not a format string: {error}") from error
-    if unknown := used - fields:
+    if unknown := used - set(fields.split()):
         names = ", ".join(f"{{{field}}}" for field in sorted(unknown))
-        known = ", ".join(f"{{{field}}}" for field in sorted(fields))
+        known = ", ".join(f"{{{field}}}" for field in sorted(fields.split()))
         raise ValueError(f"--{name} uses {names}; it may use {known}")

@@ -1,4 +1,4 @@
-"""Metrics of one example, 0 to 1. Averages and percentages are the caller's."""
+"""Metrics of one example, from 0 to 1. Averages and percentages are up to the caller."""
 
 import re
 import string
@@ -15,7 +15,7 @@ SIMPLE_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
 def normalize_answer(text: str) -> str:
-    """SQuAD's normalisation: lower-case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -32,7 +32,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 
 def f1(prediction: str, references: Sequence[str], normalize: Callable[[str], str] | None = normalize_answer) -> float:
-    """Token F1 against the best of the references, as SQuAD v1.1 does; `normalize=None` takes raw tokens."""
+    """Token F1 with the best of the references, as in SQuAD v1.1; `normalize=None` compares raw tokens."""
 
     def tokens(text: str) -> list[str]:
         return (normalize(text) if normalize else text).split()
@@ -46,14 +46,14 @@ def f1(prediction: str, references: Sequence[str], normalize: Callable[[str], st
 
 
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """F values rouge_1, rouge_2, rouge_L of the PyPI package `rouge`, case-sensitive; 0 without words on one side."""
+    """The F scores rouge_1, rouge_2, rouge_L of the PyPI package `rouge`, case-sensitive; 0 if a text has no words."""
     import rouge as package
 
     names = {"rouge-1": "rouge_1", "rouge-2": "rouge_2", "rouge-l": "rouge_L"}
     if not prediction.replace(".", "").strip() or not reference.replace(".", "").strip():
         return dict.fromkeys(names.values(), 0.0)
     limit = sys.getrecursionlimit()
-    # The package finds the common subsequence by recursion, one level a word.
+    # The package finds the longest common subsequence by recursion, one level per word.
     sys.setrecursionlimit(limit + len(prediction.split()) + len(reference.split()))
     try:
         scores = package.Rouge().get_scores(prediction, reference)[0]
@@ -63,15 +63,15 @@ def rouge(prediction: str, reference: str) -> dict[str, float]:
 
 
 def simple_tokens(text: str) -> str:
-    """Lower-cased simple tokens, each with a space on either side, so that `in` compares whole tokens."""
+    """Lower-case simple tokens with a space on either side of each, so that `in` compares whole tokens."""
     return f" {' '.join(SIMPLE_TOKEN.findall(unicodedata.normalize('NFD', text)))} ".lower()
 
 
-def holds_one(text: str, answers: Sequence[str]) -> bool:
-    """Whether the tokens of an answer stand in the text one after the other (Karpukhin et al. 2020, DPR).
+def contains_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether the text contains the tokens of an answer one after the other (Karpukhin et al. 2020, DPR).
 
     Args:
-        answers: as `simple_tokens` makes them; one without tokens is in no text.
+        answers: the results of `simple_tokens`; an answer without tokens is never found.
     """
     tokens = simple_tokens(text)
     return any(answer in tokens for answer in answers if answer.strip())
@@ -80,11 +80,11 @@ def holds_one(text: str, answers: Sequence[str]) -> bool:
 def retrieval_metrics(passages: Sequence[dict], answers: Sequence[str]) -> dict[str, float]:
     """`recall@k` for k in RECALL_AT up to the number of passages, and `mrr`, of one ranked list.
 
-    A passage is judged by its `text` alone: an answer that only its title holds does not count. recall@k is 1 if one of
-    the first k passages holds an answer; mrr is 1 / rank of the first that does, 0 if none does.
+    recall@k is 1 if one of the first k passages contains an answer; mrr is 1 / rank of the first that does, 0 if none
+    does. Only a passage's `text` counts, not its title.
     """
     answers = [simple_tokens(answer) for answer in answers]
-    ranks = (rank for rank, passage in enumerate(passages, 1) if holds_one(passage["text"], answers))
+    ranks = (rank for rank, passage in enumerate(passages, 1) if contains_answer(passage["text"], answers))
     first = next(ranks, None)
     metrics = {f"recall@{k}": float(first is not None and first <= k) for k in RECALL_AT if k <= len(passages)}
     return metrics | {"mrr": 1 / first if first else 0.0}

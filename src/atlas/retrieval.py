@@ -1,29 +1,37 @@
-"""The text half: embed the corpus, search it for queries, hand out passages. No gradient anywhere."""
+"""The text half: embed the corpus, search it for queries, return passages. No gradient anywhere."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from atlas import config
+from atlas.checkpoint import Checkpoint
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
+from atlas.index.passages import check_passages, count_duplicates, open_passages
 from atlas.index.sharded import ShardedIndex
+from atlas.index.store import open_index, save_index
 from atlas.model.inputs import Inputs
-from atlas.model.retriever import DualEncoder
+from atlas.model.load import Model
+from atlas.model.retriever import fingerprint
 from atlas.model.tokenization import pad_rows
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.tracking import log, progress_bar
+from atlas.runtime.session import Session
+from atlas.runtime.tracking import ProgressBars, log, progress_bar, read_shares
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
 
 
 class Found(NamedTuple):
-    """What a search brought for B queries."""
+    """The passages found for B queries."""
 
     passages: list[list[dict[str, Any]]]  # B lists of K, best first
     ids: torch.Tensor  # (B, K) rows of the index
@@ -77,60 +85,115 @@ def batches_by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]
 
 
 class Retrieval:
-    """Finds passages for queries in an index that it can (re)build.
+    """Finds passages for queries in an index that it builds and refreshes.
 
     Args:
+        model: its retriever embeds; the reader is not used.
         passages: the whole corpus; this rank embeds and searches its share of the rows.
-        embedder_precision: of both encoders outside of training.
-        embedder_batch_size: passages of full length per batch when the corpus is embedded.
-        rerank: passages to embed anew per query and sort by fresh scores; 0: take the index's order.
-        overretrieve: times the passages to search for where some are excluded.
-        compression: the kind of index to build.
-        retrain: train a compressed index's quantizer again whenever the corpus is embedded again.
-        keep_embeddings: have those of a compressed index in memory while `on_build` is called.
+        run: precision and batch size of the encoder outside training.
+        training: reranking, over-retrieval, and whether the passage encoder moves on after an index is built.
+        index: a saved index that was opened; without one, `refresh` builds it.
+        resumed_encoder: weights of the passage encoder that the index of a resumed run was built with.
     """
 
     def __init__(
         self,
-        retriever: DualEncoder,
-        inputs: Inputs,
+        model: Model,
         passages: JsonlCorpus,
-        *,
+        settings: config.Index,
+        run: config.Run,
+        training: config.RetrieverTraining,
         device: torch.device,
-        embedder_precision: str,
-        embedder_batch_size: int,
-        rerank: int = 0,
-        overretrieve: int = 1,
-        compression: Compression | None = None,
-        retrain: bool = False,
-        keep_embeddings: bool = False,
+        index: ShardedIndex | None = None,
+        resumed_encoder: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        self.retriever, self.inputs, self.passages = retriever, inputs, passages
-        self.device, self.embedder_precision = device, embedder_precision
-        self.max_tokens = devices.embedding_tokens(device, embedder_batch_size, inputs.retriever_maxlength)
-        self.rerank, self.overretrieve = rerank, overretrieve
-        self._told = False  # that too few passages were left
-        self.compression, self.retrain = compression or Compression(), retrain
-        self.keep_embeddings = keep_embeddings or self.compression.refine_factor > 1
-        self.index: ShardedIndex | None = None
-        self.on_build: Callable[[ShardedIndex], None] = lambda index: None
-        # weights of the passage encoder that built the index, kept where the encoder moves on (see `keep_builder`)
+        self.retriever, self.inputs, self.passages = model.retriever, model.inputs, passages
+        self.settings, self.device, self.index = settings, device, index
+        self.embedder_precision = devices.embedder_precision(device, run.embedder_precision)
+        batch_size = run.per_gpu_embedder_batch_size
+        self.max_tokens = devices.embedding_tokens(device, batch_size, self.inputs.retriever_maxlength)
+        self.rerank = training.n_to_rerank_with_retrieve_with_rerank if training.retrieve_with_rerank else 0
+        self.overretrieve = training.filtering_overretrieve_ratio
+        self.compression = compression_of(settings, run.seed)
+        # Weights of the passage encoder that built the index. They are kept only where the encoder moves on after that.
         self.built_by: dict[str, torch.Tensor] | None = None
-        self.keep_builder = False
+        self._keeps_encoder = training.train_retriever and not self.retriever.query_side
+        self._resumed_encoder = resumed_encoder
+        self._warned_of_own_passages = False
+
+    @classmethod
+    def open(
+        cls,
+        settings: config.Index,
+        run: config.Run,
+        training: config.RetrieverTraining,
+        model: Model,
+        session: Session,
+        resumed: Checkpoint | None = None,
+    ) -> Self | None:
+        """Open the saved index, or the corpus that an index is to be built of; None without a retriever. Collective.
+
+        Args:
+            session: says on which device, and in which directory a published index is converted.
+            resumed: the checkpoint of this run that training continues from.
+
+        Raises:
+            ValueError: no such index can be made or opened, a bad line of the corpus, or no passage in it.
+        """
+        if model.retriever is None:
+            return None
+        device, compression = session.device, compression_of(settings, run.seed)
+        kind = compression.factory(1, model.retriever.dim)  # refuses what cannot be made before anything is embedded
+        index = None
+        if settings.load_index_path is not None:
+            with ProgressBars() as progress:
+                index = open_index(
+                    Path(settings.load_index_path),
+                    device=device,
+                    dimension=model.retriever.dim,
+                    retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+                    embedder_precision=devices.embedder_precision(device, run.embedder_precision),
+                    converted=session.directory / "index",
+                    compression=compression,
+                    progress=progress,
+                )
+            kind = index.type
+            log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
+        _check_unused(settings, kind)
+        passages = index.passages if index is not None else open_corpus(settings.passages, settings.max_passages)
+        encoder = resumed.index_encoder() if resumed is not None else None
+        retrieval = cls(model, passages, settings, run, training, device, index, encoder)
+        retrieval._save_opened()
+        return retrieval
+
+    def refresh(self, due: bool) -> None:
+        """Have an index: build one if there is none, and again with the current encoder if that is `due`. Collective.
+
+        A resumed run first builds the index that the stopped run had, with the encoder of that time.
+        """
+        encoder, self._resumed_encoder = self._resumed_encoder, None
+        if encoder is not None and not due:
+            own = {name: tensor.clone() for name, tensor in self.retriever.passage_encoder.state_dict().items()}
+            self.retriever.passage_encoder.load_state_dict(encoder)
+            self.build()
+            self.retriever.passage_encoder.load_state_dict(own)
+        elif self.index is None or due:
+            self.build()
 
     @torch.no_grad()
     def build(self) -> None:
-        """Embed this rank's share of the corpus and make an index of it, which replaces the one that is there."""
+        """Embed the corpus with the current encoder into a new index, and save it if that is asked for. Collective."""
+        saves_embeddings = self.settings.save_index_path is not None and not self.settings.save_index_codes_only
         builder = IndexBuilder(
             self.passages,
             self.retriever.dim,
             self.compression,
             self.device,
             previous=self.index,
-            keep_embeddings=self.keep_embeddings,
-            retrain=self.retrain,
+            keep_embeddings=saves_embeddings or self.compression.refine_factor > 1,
+            retrain=self.settings.faiss_retrain,
         )
-        self.index = None  # its codes take memory
+        self.index = None  # the builder keeps what it needs of the previous one
         was_training, error = self.retriever.training, None
         self.retriever.eval()
         try:
@@ -139,26 +202,40 @@ class Retrieval:
             error = not_finite
         self.retriever.train(was_training)
         distributed.wait_for_all("embedding the corpus")
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
         self.index = builder.finish()
-        if self.keep_builder:
+        if self._keeps_encoder:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        self.on_build(self.index)
+        if self.settings.save_index_path is not None:
+            self._save(fingerprint(self.retriever.passage_encoder), self.embedder_precision)
         if self.index.compressed and self.compression.refine_factor == 1:
-            self.index.embeddings = None
+            self.index.drop_embeddings()
 
-    def build_with(self, encoder: dict[str, torch.Tensor]) -> None:
-        """Build with these weights of the passage encoder, and give it back its own."""
-        own = {name: tensor.clone() for name, tensor in self.retriever.passage_encoder.state_dict().items()}
-        self.retriever.passage_encoder.load_state_dict(encoder)
-        self.build()
-        self.retriever.passage_encoder.load_state_dict(own)
+    def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
+        save_index(
+            Path(self.settings.save_index_path),
+            self.index,
+            retriever_fingerprint=retriever_fingerprint,
+            embedder_precision=embedder_precision,
+            codes_only=self.settings.save_index_codes_only,
+        )
+
+    def _save_opened(self) -> None:
+        """Save an opened index only if it is of another kind than the one that was loaded."""
+        if self.settings.save_index_path is None or self.index is None:
+            return
+        if self.index.type != self.index.stored.description.type:
+            description = self.index.stored.description
+            self._save(description.retriever, description.embedder_precision)
+            log.info("Saved the index %s, of type %s", self.settings.save_index_path, self.index.type)
+        else:
+            log.info("--save_index_path: a loaded index is saved only when it is built again")
 
     def _embed(self, rows: range, store: Callable[[int, torch.Tensor], None]) -> None:
-        """Hand the rows' embeddings to `store`, window by window.
+        """Give the rows' embeddings to `store`, window by window: `store(first row of the window, (n, D) fp16)`.
 
-        Other ranks may have more or fewer batches, nothing here waits for them.
+        Ranks may have different numbers of batches: nothing here waits for another rank.
         """
         windows = _Windows(self.passages, rows, self.inputs, self.max_tokens)
         processes = devices.tokenizer_processes(distributed.local_world_size()) if len(windows) > 1 else 0
@@ -195,12 +272,12 @@ class Retrieval:
 
     @torch.no_grad()
     def search(self, queries: list[str], k: int, exclude: Sequence[str | int | None] | None = None) -> Found:
-        """The best k passages (all, if there are fewer) of each query. Collective: ranks may bring none.
+        """The best k passages (all, if there are fewer) of each query. Collective; a rank may have no query.
 
         Args:
             queries: formatted by the task.
-            exclude: for each query the `id` of passages to leave out, while there are k others among those found. None
-                leaves out nothing; on all ranks, or on none.
+            exclude: for each query the `id` of passages to exclude, as long as k others are found. None excludes
+                nothing; it must be None on all ranks or on none.
         """
         was_training = self.retriever.training
         self.retriever.eval()
@@ -221,14 +298,14 @@ class Retrieval:
                 to_sort = found.scores.masked_fill(own.to(self.device), -torch.inf)
                 order = to_sort.argsort(dim=1, descending=True, stable=True)[:, :k].cpu()
                 found, own = found.select(order), own.gather(1, order)
-            self._tell_of(own)
+            self._warn_of_own_passages(own)
         self.retriever.train(was_training)
         return found
 
-    def _tell_of(self, own: torch.Tensor) -> None:
-        """Say once if passages that were to be left out are among those found, (B, k) bool."""
-        if not self._told and own.any():
-            self._told = True
+    def _warn_of_own_passages(self, own: torch.Tensor) -> None:
+        """Warn once if passages that were to be excluded are among those found, (B, k) bool."""
+        if not self._warned_of_own_passages and own.any():
+            self._warned_of_own_passages = True
             log.warning(
                 "Fewer than %d passages were found besides an example's own, so its own is read as well, after them: "
                 "raise --filtering_overretrieve_ratio (it is %d), if the %d passages of the corpus allow it",
@@ -254,3 +331,47 @@ def _own_passages(passages: list[list[dict[str, Any]]], ids: Sequence[str | int 
             for of_query, identifier in zip(passages, ids, strict=True)
         ]
     )
+
+
+def compression_of(settings: config.Index, seed: int) -> Compression:
+    """The kind of index that the flags ask for; without --index_mode faiss an index is opened as whatever it is."""
+    return Compression(
+        kind=settings.faiss_index_type if settings.index_mode == "faiss" else None,
+        code_size=settings.faiss_code_size,
+        nlist=settings.faiss_nlist,
+        nprobe=settings.faiss_nprobe,
+        train_size=settings.faiss_train_size,
+        seed=seed,
+        refine_factor=settings.refine_factor,
+    )
+
+
+def open_corpus(paths: tuple[str, ...], max_passages: int) -> JsonlCorpus:
+    """The passages in some files, every line of which has been read once: each rank reads its share. Collective.
+
+    Raises:
+        DataError: a line that is no passage.
+        ValueError: there is no passage.
+    """
+    with distributed.main_first(f"opening {', '.join(paths)}"):
+        passages = open_passages(paths, max_passages)
+    if len(passages) == 0:
+        raise ValueError(f"--passages {' '.join(paths)}: there is no passage in it")
+    hashes = read_shares("reading the corpus", len(passages), "passages", partial(check_passages, passages))
+    if of_ranks := distributed.gather_on_main(hashes):
+        duplicates = count_duplicates(np.concatenate(of_ranks))
+        if duplicates:
+            log.warning("%d passages have an id that an earlier passage has", duplicates)
+    return passages
+
+
+def _check_unused(settings: config.Index, kind: str) -> None:
+    """Report flags that have no effect on this kind of index. Raises: ValueError for one that cannot be met."""
+    if settings.refine_factor > 1 and kind == "flat":
+        log.info("--refine_factor has no effect: the search of a flat index is exact")
+    if settings.faiss_nprobe is not None and "IVF" not in kind:
+        log.info("--faiss_nprobe has no effect: an index of type %s has no lists", kind)
+    if settings.save_index_codes_only and settings.save_index_path is not None and kind == "flat":
+        raise ValueError(
+            "--save_index_codes_only: a flat index has no codes; ask for --index_mode faiss, or leave it out"
+        )

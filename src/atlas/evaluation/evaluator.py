@@ -2,20 +2,24 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from atlas.evaluation.results import ResultsWriter, result_row
+from atlas.config import Config
+from atlas.evaluation.results import result_row, results_writer
 from atlas.metrics import retrieval_metrics
-from atlas.model.inputs import Inputs, Targets
-from atlas.model.reader import FusionInDecoder, token_log_probabilities
+from atlas.model.inputs import Targets
+from atlas.model.load import Model
+from atlas.model.reader import token_log_probabilities
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.parallel import whole_weights
-from atlas.runtime.tracking import TensorBoard, log, with_progress
+from atlas.runtime.parallel import gathered_weights
+from atlas.runtime.session import Session
+from atlas.runtime.tracking import log, with_progress
 from atlas.tasks import Example, Task
 from atlas.tasks.data import Data
 
@@ -24,35 +28,23 @@ class Evaluator:
     """Retrieves, reads, generates, scores, writes.
 
     Args:
-        reader: None evaluates retrieval alone.
+        model: without a reader, retrieval alone is evaluated.
         retrieval: None for a closed book and for passages that come with the data.
-        own_passages: read the passages in the data files.
-        n_context: passages per query.
-        generation: `max_length`, `min_length`, `num_beams`, `length_penalty` of `FusionInDecoder.write`.
-        results: directory for the result files; None writes none.
+        files: name of the file without its ending -> data.
     """
 
     def __init__(
-        self,
-        reader: FusionInDecoder | None,
-        retrieval: Retrieval | None,
-        inputs: Inputs,
-        *,
-        device: torch.device,
-        precision: str,
-        n_context: int,
-        own_passages: bool = False,
-        generation: dict[str, int | float | None] | None = None,
-        results: Path | None = None,
-        write_passages: bool = True,
-        tensorboard: TensorBoard | None = None,
+        self, settings: Config, model: Model, retrieval: Retrieval | None, files: dict[str, Data], session: Session
     ) -> None:
-        self.reader, self.retrieval, self.inputs = reader, retrieval, inputs
-        self.device, self.precision = device, precision
-        self.n_context, self.own_passages = n_context, own_passages
-        self.generation = generation or {}
-        self.results, self.write_passages = results, write_passages
-        self.tensorboard = tensorboard
+        self.reader, self.inputs, self.retrieval, self.files = model.reader, model.inputs, retrieval, files
+        self.settings, self.session, self.precision = settings.model, session, settings.optimisation.precision
+        self.results = session.directory if settings.run.write_results else None
+        self.write_passages = self.results is not None and not settings.run.dont_write_passages
+
+    def evaluate_all(self, step: int) -> None:
+        """Evaluate every file. Collective."""
+        for name, data in self.files.items():
+            self.evaluate(name, data, step)
 
     def evaluate(self, name: str, data: Data, step: int) -> dict[str, float]:
         """Evaluate one file. Collective.
@@ -70,7 +62,7 @@ class Evaluator:
         totals: dict[str, tuple[float, float]] = {}
         n_examples = 0
         path = self.results / f"{name}-step-{step}.jsonl" if self.results else None
-        with _writer(path) as write, whole_weights(self.reader):
+        with _row_writer(path) as write, gathered_weights(self.reader):
             lines = _Lines(data.task, write, totals)
             batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")
             for examples in batches:
@@ -92,8 +84,7 @@ class Evaluator:
         log.info(
             "Evaluated %d examples in %.1f s%s", n_examples, time.monotonic() - started, f": {path}" if path else ""
         )
-        if self.tensorboard:
-            self.tensorboard.add({f"{name}/{key}": value for key, value in metrics.items()}, step)
+        self.session.tensorboard.add({f"{name}/{key}": value for key, value in metrics.items()}, step)
         return metrics
 
     def _evaluate_batch(
@@ -116,7 +107,7 @@ class Evaluator:
                 reading.generation,
                 passages[i] if passages is not None else None,
                 scores[i] if scores is not None else None,
-                self.write_passages and self.results is not None,
+                self.write_passages,
                 reading.choice_logits,
             )
             for i, (example, reading) in enumerate(zip(examples, readings, strict=True))
@@ -128,10 +119,10 @@ class Evaluator:
         """What each query's reader is given, and the scores where it was searched for."""
         if self.retrieval is not None:
             exclude = [example.id for example in examples] if filters_by_id else None
-            found = self.retrieval.search(queries, self.n_context, exclude)
+            found = self.retrieval.search(queries, self.settings.n_context, exclude)
             return found.passages, found.scores.tolist()
-        if self.own_passages:
-            return [example.passages[: self.n_context] for example in examples], None
+        if self.settings.use_file_passages:
+            return [example.passages[: self.settings.n_context] for example in examples], None
         return None, None
 
     @torch.no_grad()
@@ -139,20 +130,24 @@ class Evaluator:
         """What the reader makes of each example, from one pass of the encoder."""
         ids, mask = self.inputs.reader(queries, passages)
         targets = self.inputs.targets(queries, [example.target for example in examples])
-        with devices.autocast(self.device, self.precision):
+        with devices.autocast(self.session.device, self.precision):
             hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
             logits = self.reader.logits(hidden, mask.flatten(1), targets.decoder_ids)
-            rows = self.reader.write(hidden, mask.flatten(1), prompt=self.inputs.prompts(queries), **self.generation)
+            rows = self.reader.write(hidden, mask.flatten(1), prompt=self.inputs.prompts(queries), **self._generation())
         losses = (-token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths).tolist()
         choices = self._choice_logits(examples, logits, targets)
         return list(map(_Reading, self.inputs.reader_tokenizer.decode(rows), losses, choices))
 
+    def _generation(self) -> dict[str, int | float | None]:
+        names = ("max_length", "min_length", "num_beams", "length_penalty")
+        return {name: getattr(self.settings, f"generation_{name}") for name in names}
+
     def _choice_logits(
         self, examples: list[Example], logits: torch.Tensor, targets: Targets
     ) -> list[dict[str, float] | None]:
-        """The logits (B, T, V) of each example's choices where the decoder has said `<extra_id_0>`.
+        """The logits (B, T, V) of each example's choices right after `<extra_id_0>`.
 
-        What the target goes on with is of no account: the decoder has not seen it there.
+        The rest of the target does not matter: the decoder has not seen it there.
         """
         if not any(example.choices for example in examples):
             return [None] * len(examples)
@@ -203,15 +198,6 @@ def _add(totals: dict[str, tuple[float, float]], values: dict[str, float]) -> No
         totals[key] = (total + value, weight + 1.0)
 
 
-class _writer:
-    """A function that writes rows to the file on rank 0, and drops them elsewhere and without a file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file = ResultsWriter(path) if path is not None and distributed.is_main() else None
-
-    def __enter__(self):
-        return self._file.__enter__().write if self._file else lambda row: None
-
-    def __exit__(self, *error) -> None:
-        if self._file:
-            self._file.__exit__(*error)
+def _row_writer(path: Path | None) -> AbstractContextManager[Callable[[dict], object]]:
+    """A function that writes rows to the file on rank 0, and drops them on other ranks and without a file."""
+    return results_writer(path) if path is not None and distributed.is_main() else nullcontext(lambda row: None)

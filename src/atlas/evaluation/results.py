@@ -1,37 +1,27 @@
 """Result files: one JSON object a line, one line an example, in the order of the data file."""
 
 import json
-import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
 
 from atlas.files.jsonl import replacing
 from atlas.tasks.base import Example
 
 
-class ResultsWriter:
-    """Writes rows beside `path` and renames the file when the `with` block ends well.
+@contextmanager
+def results_writer(path: Path) -> Iterator[Callable[[dict], None]]:
+    """A function that writes a row to a file beside `path`, which is renamed when the `with` block ends well.
 
-    If it does not, nothing is left behind and a file that was there before stays as it was.
+    If it does not, nothing is left behind, and a file that was there before stays as it was.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        def write(row: dict) -> None:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stack = ExitStack()
-        beside = self._stack.enter_context(replacing(self.path))
-        self._file = self._stack.enter_context(open(beside, "w", encoding="utf-8", newline="\n"))
-        return self
-
-    def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def __exit__(self, *error) -> None:
-        self._stack.__exit__(*error)
+        yield write
 
 
 def result_row(
@@ -65,5 +55,5 @@ def result_row(
 
 
 def six_digits(number: float) -> float:
-    """The digits behind change with the shapes of matrix products, and nobody reads them."""
+    """Rounded to six digits: further digits change with the shapes of matrix products, and nobody reads them."""
     return float(f"{number:.6g}")

@@ -1,4 +1,4 @@
-"""Reading and writing files: jsonl larger than memory, and files that appear whole or not at all.
+"""Reading and writing files: jsonl files larger than memory, and files that are written completely or not at all.
 
 May import: nothing of this package.
 """

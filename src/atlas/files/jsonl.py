@@ -1,4 +1,4 @@
-"""Files of one row a line (JSON, or what a format says), larger than memory, read as one sequence of rows."""
+"""Files with one row per line (JSON, or another format), larger than memory, read as one sequence of rows."""
 
 import bisect
 import contextlib
@@ -19,40 +19,42 @@ import numpy as np
 
 CHUNK = 1 << 20  # bytes: small enough that the comparison's result stays in the processor's cache
 CACHE_VERSION = 1
-CACHE_FROM = 1 << 24  # bytes of a file: the lines of smaller ones are found in milliseconds, again and again
-NPY_HEADER = 128  # bytes before the numbers in an .npy file of one dimension
+CACHE_FROM = 1 << 24  # bytes: in smaller files the lines are found within milliseconds, so nothing is cached
+NPY_HEADER = 128  # bytes before the numbers in a one-dimensional .npy file
 HEADER = 3  # the cached array starts with version, file size and mtime_ns; the offsets follow
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINE_END = ord("\n")
 
 
 class DataError(ValueError):
-    """What is wrong with a data file, in one sentence that names the file and, where there is one, the line."""
+    """A data file is wrong. The message is one sentence that names the file and, if there is one, the line."""
 
 
 class LineFormat(NamedTuple):
-    """How a file writes its rows."""
+    """How a file stores its rows."""
 
-    decode: Callable[[bytes], dict]  # a line; raises ValueError(reason)
-    has_header: bool = False  # its first line is no row
+    decode: Callable[[bytes], dict]  # from a line to a row; raises ValueError(reason)
+    has_header: bool = False  # whether the first line is a header, not a row
 
 
 class JsonlCorpus(Sequence[dict]):
     """Rows of one or several jsonl files, in order: `len(c)`, `c[i]`, `c[2:5]`, `c[[4, 1]]`.
 
-    Files are memory-mapped and nothing but the offsets of the lines is held, so that all processes of a machine share
-    one copy in the page cache. Offsets are found once and, for a large file, cached in `{file}.offsets.npy`;
-    `{file}.gz` is decompressed once to `{file}` (with several processes, let one open the corpus first). Blank lines
-    are not rows.
+    Files are memory-mapped and only the offsets of the lines are kept, so that all processes on a machine share one
+    copy in the page cache. Offsets are found once and, for a large file, cached in `{file}.offsets.npy`. `{file}.gz` is
+    decompressed once to `{file}`; with several processes, let one of them open the corpus first. Blank lines are
+    ignored. A pickled corpus opens its files again.
 
-    `parse` is applied to a row each time it is read and raises ValueError(reason) if the row is bad. `max_rows` cuts
-    after so many rows over all files, -1 means all. `choose_format` is given a file's path and first line (empty, if it
-    has none) and says how it is to be read; without it every file is JSON lines. Pickled, it opens the files again.
+    Args:
+        parse: applied to each row when it is read; raises ValueError(reason) if the row is bad.
+        max_rows: read at most this many rows over all files; -1 means all.
+        choose_format: takes a file's path and first line (empty if the file is) and returns its format; None means that
+            every file is JSON lines.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        DataError: a row that is read is not UTF-8, not a JSON object, or refused by `parse`; a file refused by
-            `choose_format`; a damaged `.gz`.
+        DataError: a row that is read is not UTF-8, not a JSON object, or refused by `parse`; a file is refused by
+            `choose_format`; a `.gz` is damaged.
     """
 
     def __init__(
@@ -67,10 +69,10 @@ class JsonlCorpus(Sequence[dict]):
         self.parse = parse
         self.max_rows = max_rows
         self.choose_format = choose_format
-        self.formats: list[LineFormat] = []  # of every file
+        self.formats: list[LineFormat] = []  # one per file
         self._maps: list[mmap.mmap | bytes] = []
         self._offsets: list[np.ndarray] = []
-        self._first_rows = [0]  # of every file, and the total at the end
+        self._first_rows = [0]  # one per file, and the total number of rows at the end
         for path in self.paths:
             text, offsets = open_lines(path)
             self.formats.append(self._format_of(path, text, offsets))
@@ -94,20 +96,20 @@ class JsonlCorpus(Sequence[dict]):
         return self._row(rows)
 
     def record(self, row: int) -> dict:
-        """A row before `parse`. Raises: DataError."""
+        """A row without `parse` applied. Raises: DataError."""
         return self._read(row, None)
 
     def format_of(self, row: int) -> LineFormat:
-        """How the file that holds the row is written."""
+        """The format of the file that contains the row."""
         return self.formats[self._locate(row)[0]]
 
     def raw(self, row: int) -> bytes:
-        """The line of a row as it stands in the file, without its line end."""
+        """The line of a row as it is in the file, without its line end."""
         file, start = self._locate(row)
         return line_at(self._maps[file], start).removesuffix(b"\r")
 
     def where(self, row: int) -> str:
-        """`{file}, line {n}`, counting from 1 and counting blank lines. Reads the file up to there."""
+        """`{file}, line {n}`, counted from 1 and including blank lines. Reads the file up to that line."""
         file, start = self._locate(row)
         text = self._maps[file]
         line_ends = sum(text[begin : min(begin + CHUNK, start)].count(b"\n") for begin in range(0, start, CHUNK))
@@ -143,7 +145,7 @@ class JsonlCorpus(Sequence[dict]):
         return file, start
 
 
-def decode_text(line: bytes) -> str:  # a reason, not a place, in every ValueError: the caller knows the place
+def decode_text(line: bytes) -> str:  # a ValueError gives the reason; the caller adds file and line
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -159,7 +161,7 @@ def decode(line: bytes) -> dict:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object {{...}}, found {json.dumps(record)[:40]}")
-    if b"\\ud" in line or b"\\uD" in line:  # half of an escaped surrogate pair is no text: no tokenizer takes it
+    if b"\\ud" in line or b"\\uD" in line:  # half of an escaped surrogate pair is not text: tokenizers refuse it
         try:
             json.dumps(record, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
@@ -171,7 +173,7 @@ JSON_LINES = LineFormat(decode)
 
 
 def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:
-    """The file, memory-mapped, and the offsets (rows,) int64 of its lines that are not blank."""
+    """The memory-mapped file, and the offsets (rows,) int64 of its lines that are not blank."""
     with open_existing(path) as file:
         status = os.fstat(file.fileno())
         # An empty file cannot be mapped.
@@ -183,7 +185,7 @@ def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:
         offsets = find_offsets(text)
         if status.st_size < CACHE_FROM:
             return text, offsets
-        # Where they cannot be written (a read-only or full directory) they stay in memory.
+        # If they cannot be written (the directory is read-only or full), they stay in memory.
         with contextlib.suppress(OSError), replacing(cache) as beside, open(beside, "wb") as file:
             np.save(file, np.concatenate([header, offsets]))
     return text, offsets
@@ -194,12 +196,12 @@ def offsets_file(path: Path) -> Path:
 
 
 def read_offsets(cache: Path, header: np.ndarray) -> np.ndarray | None:
-    """The offsets in the cache; None where it is absent, damaged or of another file: they are found again."""
+    """The offsets in the cache; None if it is absent, damaged or belongs to another version of the file."""
     try:
         rows = max(0, (cache.stat().st_size - NPY_HEADER) // 8)
         with open(cache, "rb") as file:
-            begins_well = file.read(NPY_HEADER) == npy_header(rows)  # numpy's parser fails in many ways on damaged ones
-        if not begins_well or rows < HEADER:
+            is_intact = file.read(NPY_HEADER) == npy_header(rows)  # numpy's parser fails in many ways on damaged ones
+        if not is_intact or rows < HEADER:
             return None
         cached = np.memmap(cache, np.int64, "r", offset=NPY_HEADER, shape=(rows,))
     except (OSError, ValueError):
@@ -208,7 +210,7 @@ def read_offsets(cache: Path, header: np.ndarray) -> np.ndarray | None:
 
 
 def npy_header(rows: int) -> bytes:
-    """What `np.save` writes before so many int64 numbers."""
+    """The header that `np.save` writes before this many int64 numbers."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (rows,)})
     return file.getvalue()
@@ -218,20 +220,20 @@ def find_offsets(text: mmap.mmap | bytes) -> np.ndarray:
     """Where the lines that are not blank start, (rows,) int64."""
     data = np.frombuffer(text, np.uint8)
     first = len(BYTE_ORDER_MARK) if text[:3] == BYTE_ORDER_MARK else 0
-    found = [without_blank(text, data, np.array([first]))]
+    starts = [without_blank_lines(text, data, np.array([first]))]
     for begin in range(0, len(data), CHUNK):
         line_ends = np.flatnonzero(data[begin : begin + CHUNK] == ord("\n")) + begin
-        found.append(without_blank(text, data, line_ends + 1))
-    return np.concatenate(found, dtype=np.int64)
+        starts.append(without_blank_lines(text, data, line_ends + 1))
+    return np.concatenate(starts, dtype=np.int64)
 
 
-def without_blank(text: mmap.mmap | bytes, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    starts = starts[starts < len(data)]  # behind the last line end there is no line
-    suspects = np.flatnonzero(data[starts] <= ord(" "))
+def without_blank_lines(text: mmap.mmap | bytes, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    starts = starts[starts < len(data)]  # no line starts after the last line end
+    suspects = np.flatnonzero(data[starts] <= ord(" "))  # empty, indented, or nothing but white space
     at = starts[suspects]
-    behind = np.minimum(at + (data[at] == ord("\r")), len(data) - 1)
-    empty = data[behind] == ord("\n")  # the others, indented or of white space only, are looked at one by one
-    blank = [i for i in suspects[~empty] if not line_at(text, int(starts[i])).strip()]
+    after_return = np.minimum(at + (data[at] == ord("\r")), len(data) - 1)
+    empty = data[after_return] == ord("\n")
+    blank = [i for i in suspects[~empty] if not line_at(text, int(starts[i])).strip()]  # few: checked one by one
     return np.delete(starts, np.concatenate([suspects[empty], np.array(blank, np.int64)]))
 
 
@@ -241,7 +243,7 @@ def line_at(text: mmap.mmap | bytes, start: int) -> bytes:
 
 
 def decompress(path: Path) -> Path:
-    """`{file}` for `{file}.gz`, written unless it is there and newer; any other path as it is.
+    """`{file}` for `{file}.gz`, decompressed unless a newer one exists; any other path unchanged.
 
     Raises: FileNotFoundError; DataError if the file is damaged or its directory cannot be written to.
     """
@@ -258,7 +260,7 @@ def decompress(path: Path) -> Path:
             raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be decompressed beside itself ({error}); decompress it elsewhere"
+                f"{path}: cannot be decompressed into its own directory ({error}); decompress it elsewhere"
             ) from error
     return plain
 
@@ -271,7 +273,7 @@ def open_existing(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; renamed to `path` if the block ends well, removed if it does not."""
+    """A temporary path beside `path` to write to; renamed to `path` if the block succeeds, removed if it fails."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield beside

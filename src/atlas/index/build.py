@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from atlas.files.jsonl import JsonlCorpus
+from atlas.index.arrays import WRITE_BYTES
 from atlas.index.codec import Codec, Compression, all_cores, train, training_rows
 from atlas.index.compressed import CompressedIndex, explain_nprobe
-from atlas.index.files import WRITE_BYTES
 from atlas.index.flat import FlatIndex, measure_largest_norm
 from atlas.index.sharded import Progress, ShardedIndex, Stored, shard_rows
 from atlas.runtime import distributed
@@ -183,7 +183,7 @@ def encode(
     except ValueError as bad_embedding:
         error = bad_embedding
     distributed.wait_for_all("encoding the passages")
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return codes, largest_norm
 
 
@@ -247,7 +247,7 @@ def train_quantizer(index: ShardedIndex, factory: str, compression: Compression,
         except ValueError as found:
             error = found
     distributed.wait_for_all("training the quantizer")
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_ranks(error)
     return Codec.load(distributed.from_main(content), factory, index.dimension)
 
 

@@ -1,16 +1,38 @@
 """One saved index made into another, or into a file of Faiss, without a model: `preprocessing/convert_index.py`."""
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from atlas.index import files
-from atlas.index.codec import Compression, code_size
+import torch
+
+from atlas.files.jsonl import replacing
+from atlas.index import directory as files
+from atlas.index.arrays import BYTE, check_blocks
+from atlas.index.build import encode_parts, train_quantizer
+from atlas.index.codec import FLAT, Codec, Compression, code_size, make_empty
+from atlas.index.directory import Description
+from atlas.index.passages import check_passages
 from atlas.index.published import convert_published, fingerprint_published, is_converted, look_at
 from atlas.index.sharded import Progress
-from atlas.index.storage import check_is_index, compress_index, export_index
+from atlas.index.store import (
+    Content,
+    Origin,
+    check_is_index,
+    checked_passages,
+    map_codes,
+    map_embeddings,
+    open_codec,
+    open_index,
+    write_index,
+)
+from atlas.runtime import distributed
 
 log = logging.getLogger("atlas")
 _FLAT = "flat"  # directory in the target, where a published index is converted to on its way to a compressed one
+_PASSAGES = 10_000  # checked between two reports
 
 
 def convert(
@@ -21,7 +43,7 @@ def convert(
     codes_only: bool = False,
     progress: Progress = lambda what, done, of: None,
 ) -> None:
-    """Convert a published index, compress an index, or export one, in one process.
+    """Convert a published index or one of version 1, compress an index, or export one, in one process.
 
     Args:
         target: a new directory, or the one that the same conversion was stopped in; a new file that ends in `.faiss`.
@@ -36,16 +58,154 @@ def convert(
     ours = files.has_index(source)
     if target.suffix == ".faiss":
         _export(source, target, compression, ours)
-    elif not ours:
+        return
+    if not ours:
         _convert_published(source, target, compression, codes_only, progress)
     elif compression.compresses:
-        _compress(source, target, compression, codes_only, progress)
-        _tell(target)
+        with _all_or_nothing(target):
+            compress_index(source, target, compression, codes_only=codes_only, progress=progress)
+    elif files.read_description(source).version < files.VERSION:
+        with _all_or_nothing(target):
+            _copy_to_this_version(source, target, progress)
     else:
         raise ValueError(
             f"{source} is an index of ours already: say with --faiss_index_type what to compress it to, or end TARGET "
             "in .faiss to export it"
         )
+    found = files.read_description(target)
+    log.info("%s holds an index of %d passages, of type %s", target, found.size, found.type)
+
+
+def compress_index(
+    source: Path,
+    target: Path,
+    compression: Compression,
+    *,
+    codes_only: bool = False,
+    progress: Progress = lambda what, done, of: None,
+) -> None:
+    """Make a compressed index of a saved one that has embeddings, without any model. Collective.
+
+    Rows are encoded and written part by part: memory is for the quantizer's sample, and does not grow with the index.
+
+    Args:
+        target: where it is saved; may be the source, which it replaces in one step.
+        progress: as `compress` has it.
+
+    Raises:
+        ValueError: as `open_index` and `save_index`; the source has no embeddings; there is no room for the target.
+        OSError: a file cannot be read or written.
+    """
+    source, target = Path(source), Path(target)
+    check = partial(_check_compressible, source, target, compression, codes_only)
+    factory = distributed.on_main("checking the index", check)
+    flat = open_index(source, device=torch.device("cpu"), compression=Compression(FLAT[0]))
+    codec = train_quantizer(flat, factory, compression, progress) if factory != FLAT[0] else None
+    codes = ((part, norm) for _, part, norm in encode_parts(codec, flat, progress)) if codec else ()
+    content = Content(flat.passages, flat.rows, None if codes_only else flat.embeddings, codec, codes, flat.stored)
+    write_index(target, content, _origin(flat.stored.description))
+
+
+def export_index(directory: Path, target: Path) -> None:
+    """Write a saved index as one file that `faiss.read_index` reads; its row i is passage i, from 0. For one process.
+
+    A flat index becomes an `IndexScalarQuantizer` of fp16 numbers, which has the values of our embeddings in half the
+    bytes of an `IndexFlatIP`; a compressed one what its Faiss factory string makes. The whole of it is in memory once.
+
+    Raises:
+        ValueError: no index of ours, damaged files, no room for the target.
+        OSError: a file cannot be read or written.
+    """
+    import faiss  # flat indices are opened and saved without it
+
+    directory, target = Path(directory), Path(target)
+    description = files.read_description(directory)
+    files.check_passages(directory, description.segment.passages)
+    rows = range(description.size)
+    if description.quantizer:
+        codec, codes = open_codec(directory, description), map_codes(directory, description, rows)
+    else:
+        codec = Codec(make_empty("SQfp16", description.dimension), "SQfp16")
+        # (N, 2D): Faiss's fp16 codes are little-endian numbers too
+        codes = map_embeddings(directory, description, rows).numpy().view(BYTE)
+    exported = codes.nbytes + (8 * len(codes) if codec.lists else 0)
+    files.check_space(target, exported)
+    log.info("Exporting %d passages: %.2f GB, in memory and in the file", len(codes), exported / 1e9)
+    index = codec.filled(codes)
+    with replacing(target) as beside:
+        try:
+            faiss.write_index(index, str(beside))
+        except RuntimeError as error:
+            raise OSError(f"{target} cannot be written ({' '.join(str(error).split())})") from error
+
+
+def check_index(directory: Path, progress: Progress = lambda what, done, of: None) -> None:
+    """Read every byte of a saved index and compare it with its checksums. For one process.
+
+    Raises:
+        ValueError: the first file that is not as it was written, and where in it.
+        OSError: a file cannot be read.
+    """
+    check_is_index(directory)
+    if not files.has_index(directory):
+        raise ValueError(f"{directory} is a published index, which has no checksums: convert it, and check that")
+    description = files.read_description(directory)
+    passages = checked_passages(directory, description)
+    for start in range(0, len(passages), _PASSAGES):
+        end = min(start + _PASSAGES, len(passages))
+        check_passages(passages, range(start, end))
+        progress("checking the passages", end, len(passages))
+    segment = description.segment
+    if segment.embeddings:
+        check_blocks(directory, segment.embeddings, description.embeddings_layout, progress)
+    if segment.codes:
+        open_codec(directory, description)
+        check_blocks(directory, segment.codes, description.codes_layout, progress)
+    if description.version == 1:
+        log.warning("%s is of version 1, which has no checksums of arrays: only their sizes were checked", directory)
+    log.info("%s: nothing is damaged", directory)
+
+
+def _check_compressible(source: Path, target: Path, compression: Compression, codes_only: bool) -> str:
+    """The factory string of what is asked for. Raises: ValueError when it cannot be made, or there is no room."""
+    description = files.read_description(source)
+    if description.segment.embeddings is None:
+        raise ValueError(
+            f"{source} is an index of type {description.type} without embeddings, which another kind cannot be "
+            "made of: compress an index that has embeddings"
+        )
+    factory = compression.factory(description.size, description.dimension)
+    more_bytes = description.size * code_size(factory, description.dimension)
+    files.check_space(target, more_bytes + _bytes_copied(source, description, target, codes_only))
+    return factory
+
+
+def _bytes_copied(source: Path, description: Description, target: Path, codes_only: bool) -> int:
+    """What takes room of the passages and embeddings of a saved index, because it cannot be linked."""
+    links = files.existing_directory(target).stat().st_dev == source.stat().st_dev
+    text = 0 if links else description.segment.passages.bytes
+    if codes_only or (links and description.version == files.VERSION):
+        return text
+    return text + 2 * description.size * description.dimension
+
+
+def _copy_to_this_version(source: Path, target: Path, progress: Progress) -> None:
+    description = files.read_description(source)
+    passages, rows = checked_passages(source, description), range(description.size)
+    segment, embeddings, codec, codes = description.segment, None, None, ()
+    if segment.embeddings:
+        embeddings = map_embeddings(source, description, rows)
+    if segment.codes:
+        codec = open_codec(source, description)
+        codes = [(map_codes(source, description, rows), segment.codes.largest_norm)]
+    more_bytes = description.size * codec.code_size if codec else 0
+    files.check_space(target, more_bytes + _bytes_copied(source, description, target, embeddings is None))
+    content = Content(passages, rows, embeddings, codec, codes)
+    write_index(target, content, _origin(description), progress)
+
+
+def _origin(description: Description) -> Origin:
+    return Origin(description.retriever, description.embedder_precision, description.source)
 
 
 def _export(source: Path, target: Path, compression: Compression, ours: bool) -> None:
@@ -57,45 +217,40 @@ def _export(source: Path, target: Path, compression: Compression, ours: bool) ->
         raise ValueError(f"{target} exists: choose another TARGET, or move it away")
     target.parent.mkdir(parents=True, exist_ok=True)
     export_index(source, target)
-    passages = source / files.read_description(source).passages
+    passages = source / files.read_description(source).segment.passages.file
     log.info("Exported %s to %s; its row i is line i of %s, from 0", source, target, passages)
 
 
 def _convert_published(
     source: Path, target: Path, compression: Compression, codes_only: bool, progress: Progress
 ) -> None:
-    def report(done: int, of: int) -> None:
-        progress("converting", done, of)
-
+    report = partial(progress, "converting")
     if not compression.compresses:
         if not is_converted(source, target):
             _check_free(target)
         convert_published(source, target, report)
-    else:
-        found = look_at(source)
-        factory = compression.factory(found.size, found.dimension)
-        if not _is_compressed(source, target, factory, codes_only):
-            _check_free(target)
-            more_bytes = found.size * code_size(factory, found.dimension)
-            convert_published(source, target / _FLAT, report, more_bytes=more_bytes)
-            _compress(target / _FLAT, target, compression, codes_only, progress)
-        files.remove_index(target / _FLAT)
-    _tell(target)
+        return
+    found = look_at(source)
+    factory = compression.factory(found.size, found.dimension)
+    if not _is_compressed(source, target, factory, codes_only):
+        _check_free(target)
+        more_bytes = found.size * code_size(factory, found.dimension)
+        convert_published(source, target / _FLAT, report, more_bytes=more_bytes)
+        with _all_or_nothing(target):
+            compress_index(target / _FLAT, target, compression, codes_only=codes_only, progress=progress)
+    files.remove_index(target / _FLAT)
 
 
-def _compress(source: Path, target: Path, compression: Compression, codes_only: bool, progress: Progress) -> None:
+@contextlib.contextmanager
+def _all_or_nothing(target: Path) -> Iterator[None]:
+    """Write a new index, or leave nothing of it."""
     _check_free(target)
     files.tidy(target)
     try:
-        compress_index(source, target, compression, codes_only=codes_only, progress=progress)
+        yield
     except (ValueError, OSError):
         files.tidy(target)
         raise
-
-
-def _tell(target: Path) -> None:
-    found = files.read_description(target)
-    log.info("%s holds an index of %d passages, of type %s", target, found.size, found.type)
 
 
 def _is_compressed(source: Path, target: Path, factory: str, codes_only: bool) -> bool:
@@ -104,7 +259,7 @@ def _is_compressed(source: Path, target: Path, factory: str, codes_only: bool) -
         return False
     found = files.read_description(target)
     same = found.source == fingerprint_published(source) and found.type == factory
-    return same and (found.embeddings is None) == codes_only
+    return same and (found.segment.embeddings is None) == codes_only
 
 
 def _check_free(target: Path) -> None:

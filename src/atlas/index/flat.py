@@ -93,7 +93,7 @@ class FlatIndex:
     def _half_precision(self, queries: torch.Tensor) -> torch.dtype | None:
         """The 16-bit numbers that make the first pass faster than fp32 does, if any do."""
         stored = self.embeddings.dtype
-        if not device_choices.fast_bf16(self.embeddings.device):
+        if not device_choices.cpu_prefers_bf16(self.embeddings.device):
             return None
         if stored == torch.float16 and len(queries) <= _FEW_QUERIES:
             small = (queries.norm(dim=1) * self.largest_norm < _LARGEST_FP16_SCORE).all()

@@ -4,7 +4,7 @@ They are pickles and may come from anywhere: embeddings are read by `torch.load(
 unpickler that finds no class and no function, so nothing in a file can run.
 
 A conversion goes shard by shard, and keeps a list of those that are done (`converting.json`) beside the files that it
-writes: whoever converts again after a stop goes on behind the last of them.
+writes: the next conversion resumes after the last of them.
 """
 
 import hashlib
@@ -16,14 +16,26 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from atlas.files.jsonl import JsonlCorpus
-from atlas.index import files
+from atlas.index import arrays
+from atlas.index import directory as files
+from atlas.index.arrays import (
+    FP16,
+    Array,
+    BlockWriter,
+    Layout,
+    as_text,
+    check_header,
+    create,
+    fp16_parts,
+    header_checksum,
+)
+from atlas.index.directory import Description, Segment
 from atlas.index.passages import parse_passage
 
 log = logging.getLogger("atlas")
@@ -42,7 +54,7 @@ def is_converted(directory: Path, output: Path) -> bool:
     if not files.has_index(output):
         return False
     description = files.read_description(output)
-    return description.source == fingerprint_published(directory) and description.compressed is None
+    return description.source == fingerprint_published(directory) and description.quantizer is None
 
 
 def fingerprint_published(directory: Path) -> str:
@@ -94,7 +106,7 @@ def convert_published(
 ) -> None:
     """Write a published index in our format, in one process and the memory of one shard.
 
-    A conversion that was stopped goes on with the first shard that it did not finish, or that has changed since; the
+    A conversion that was stopped is resumed at the first shard that it did not finish, or that has changed since; the
     files become the same as without the stop. An index in `output` is replaced in one step at the end, unless it is
     what comes out.
 
@@ -116,35 +128,38 @@ def convert_published(
     with files.locked(output):
         conversion = _resume(output, source) or _begin(output, source)
         if conversion.done:
-            log.info("Going on after the first %d of %d shards", len(conversion.done), len(source.shards))
+            log.info("Resuming after the first %d of %d shards", len(conversion.done), len(source.shards))
         try:
             _convert_shards(source, output, conversion, progress)
         except (ValueError, OSError):
             if conversion.done:
                 done, of = len(conversion.done), len(source.shards)
-                log.warning("%d of %d shards are converted and kept: the same command goes on after them", done, of)
+                log.warning("%d of %d shards are converted and kept: the same command resumes after them", done, of)
             else:
                 files.tidy(output)
             raise
         for shard, done in zip(source.shards, conversion.done, strict=True):
             if _fingerprint(shard) != done.fingerprint:
                 raise ValueError(f"{_name(shard)} changed while the index was converted: give the same command again")
-        text = output / conversion.passages
-        files.commit(
-            output,
-            files.Description(
-                type="flat",
-                size=source.size,
-                dimension=source.dimension,
-                largest_norm=max(done.largest_norm for done in conversion.done),
-                passages=conversion.passages,
-                embeddings=conversion.embeddings,
-                titles_joined=True,
-                corpus=files.fingerprint_corpus(text, len(JsonlCorpus(text))),
-                retriever=None,
-                source=_fingerprint(path for shard in source.shards for path in shard),
-            ),
-        )
+        files.commit(output, _describe(source, output, conversion))
+
+
+def _describe(source: Source, output: Path, conversion: "_Conversion") -> Description:
+    """The finished index."""
+    text = output / conversion.passages
+    JsonlCorpus(text)  # leaves the offsets of its lines beside it
+    largest_norm = max(done.largest_norm for done in conversion.done)
+    embeddings = Array(conversion.embeddings, largest_norm, arrays.BLOCK_BYTES, as_text(conversion.checksums))
+    return Description(
+        type="flat",
+        dimension=source.dimension,
+        titles_joined=True,
+        retriever=None,
+        embedder_precision=None,
+        source=_fingerprint(path for shard in source.shards for path in shard),
+        quantizer=None,
+        segments=(Segment(source.size, files.fingerprint_passages(text), embeddings, codes=None),),
+    )
 
 
 def load_plain_pickle(path: Path) -> Any:
@@ -176,6 +191,8 @@ class _Done:
     fingerprint: str  # of its two files
     end: int  # of its passages in the text, in bytes
     largest_norm: float
+    blocks: int  # of the embeddings, begun so far
+    last_checksum: int  # of the last of them, which may not be full yet
 
 
 @dataclass(frozen=True)
@@ -184,9 +201,15 @@ class _Conversion:
 
     size: int
     dimension: int
+    block_bytes: int
     passages: str  # name of a file
     embeddings: str  # name of a file
     done: list[_Done]
+    checksums: list[int]  # of the blocks of embeddings
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.size, self.dimension, FP16)
 
     def written(self, source: Source) -> int:
         """Bytes of both files that need not be written again."""
@@ -199,13 +222,15 @@ class _Conversion:
 def _resume(output: Path, source: Source) -> _Conversion | None:
     """A conversion that was stopped, up to the first shard that has changed since; None if there is nothing to use."""
     try:
-        fields = files.read_fields(output / files.CONVERTING)
+        version, fields = files.read_fields(output / files.CONVERTING)
     except (ValueError, FileNotFoundError):
         return None
-    begun = _Conversion(**fields | {"done": [_Done(**done) for done in fields["done"]]})
-    if (begun.size, begun.dimension) != (source.size, source.dimension):
+    if version != files.VERSION:
         return None
-    if files.has_index(output) and files.read_description(output).passages == begun.passages:
+    begun = _Conversion(**fields | {"done": [_Done(**done) for done in fields["done"]]})
+    if (begun.size, begun.dimension, begun.block_bytes) != (source.size, source.dimension, arrays.BLOCK_BYTES):
+        return None
+    if files.has_index(output) and files.read_description(output).segment.passages.file == begun.passages:
         return None  # it has finished, and was killed before it removed its notes
     same = [_fingerprint(shard) == done.fingerprint for shard, done in zip(source.shards, begun.done, strict=False)]
     done = begun.done[: same.index(False) if False in same else len(same)]
@@ -213,10 +238,11 @@ def _resume(output: Path, source: Source) -> _Conversion | None:
     if not done or not text.is_file() or text.stat().st_size < done[-1].end:
         return None
     try:
-        files.map_embeddings(output / begun.embeddings, begun.size, begun.dimension)
+        check_header(output / begun.embeddings, begun.layout)
     except ValueError:
         return None
-    return replace(begun, done=done)
+    checksums = [*begun.checksums[: done[-1].blocks - 1], done[-1].last_checksum]
+    return replace(begun, done=done, checksums=checksums)
 
 
 def _begin(output: Path, source: Source) -> _Conversion:
@@ -224,10 +250,12 @@ def _begin(output: Path, source: Source) -> _Conversion:
     if (output / files.CONVERTING).is_file():
         log.warning("%s: what a conversion that was stopped has left cannot be used: starting anew", output)
     files.tidy(output)
-    generation = files.next_generation(output)
+    generation, layout = files.next_generation(output), Layout(source.size, source.dimension, FP16)
     names = f"passages.{generation}.jsonl", f"embeddings.{generation}.npy"
-    conversion = _Conversion(source.size, source.dimension, *names, done=[])
-    files.create_embeddings(output / conversion.embeddings, source.size, source.dimension)
+    conversion = _Conversion(
+        source.size, source.dimension, arrays.BLOCK_BYTES, *names, done=[], checksums=header_checksum(layout)
+    )
+    create(output / conversion.embeddings, layout)
     (output / conversion.passages).touch(exist_ok=False)
     return conversion
 
@@ -236,25 +264,29 @@ def _convert_shards(
     source: Source, output: Path, conversion: _Conversion, progress: Callable[[int, int], None]
 ) -> None:
     """Convert the shards that are not done; each is noted down once it is on the disk."""
+    first = sum(source.rows[: len(conversion.done)])
+    writer = BlockWriter(output / conversion.embeddings, conversion.layout.offset(first), conversion.checksums)
     with open(output / conversion.passages, "r+b") as lines:
         lines.truncate(conversion.done[-1].end if conversion.done else 0)
         lines.seek(0, os.SEEK_END)
         for number in range(len(conversion.done), len(source.shards)):
-            shard, n, first = source.shards[number], source.rows[number], sum(source.rows[:number])
+            shard, n = source.shards[number], source.rows[number]
             fingerprint, columns = _fingerprint(shard), _load_embeddings(shard[0])  # (D, n)
             if columns.shape != (source.dimension, n):
                 raise ValueError(f"{shard[0]} changed while the index was converted: give the same command again")
             _write_passages(lines, shard[1], n, lambda done, first=first: progress(first + done, source.size))
             lines.flush()
             os.fsync(lines.fileno())
-            heartbeat = partial(progress, first + n, source.size)
             try:
-                norm = files.write_embeddings(output / conversion.embeddings, first, columns.T, heartbeat)
+                norm = writer.write(fp16_parts(columns.T, first))
             except ValueError as error:
                 raise ValueError(f"{shard[0]}: {error}") from error
-            conversion.done.append(_Done(fingerprint, lines.tell(), norm))
+            first += n
+            progress(first, source.size)
+            blocks = len(writer.checksums)
+            conversion.done.append(_Done(fingerprint, lines.tell(), norm, blocks, writer.checksums[-1]))
+            conversion.checksums[:] = writer.checksums
             conversion.save(output)
-            heartbeat()
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:

@@ -10,9 +10,10 @@ import torch
 
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.compressed import CompressedIndex
-from atlas.index.files import Description
+from atlas.index.directory import Description
 from atlas.index.flat import FlatIndex, exact_scores, measure_largest_norm
 from atlas.runtime import distributed
+from atlas.runtime.distributed import shard_rows
 
 log = logging.getLogger("atlas")
 Progress = Callable[[str, int, int | None], None]
@@ -30,11 +31,6 @@ class LocalIndex(Protocol):
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`(b, D) fp32 -> scores (b, min(k, n)) fp32, rows (b, min(k, n)) int64`, by score descending, then row."""
-
-
-def shard_rows(n: int, rank: int, world_size: int) -> range:
-    """The rows of n that this rank owns: contiguous, in the order of the ranks, sizes that differ by at most 1."""
-    return range(n * rank // world_size, n * (rank + 1) // world_size)
 
 
 class Stored(NamedTuple):
@@ -95,12 +91,16 @@ class ShardedIndex:
                 )
         except ValueError as found:
             error = found
-        distributed.raise_anywhere(error)
+        distributed.raise_on_all_ranks(error)
         self.local = local
         self.compressed = local if isinstance(local, CompressedIndex) else None
         self.dimension = self.compressed.quantizer.dimension if self.compressed else embeddings.shape[-1]
         if self.compressed and self.compressed.list_sizes is not None:
             distributed.sum_over_ranks(self.compressed.list_sizes)
+
+    def drop_embeddings(self) -> None:
+        """Free the memory of a compressed index's embeddings: it is searched by its codes alone from now on."""
+        self.embeddings = None
 
     @property
     def has_embeddings(self) -> bool:

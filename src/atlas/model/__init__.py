@@ -1,4 +1,8 @@
-"""The model, from text to losses: tokenizers, reader, retriever, gold scores, and the loss that joins them.
+"""The model, from text to losses.
 
-May import: checkpoint, config, files, runtime. Tensor code here knows nothing of ranks, searches or files of data.
+`inputs` makes what reader and retriever read; `reader` and `retriever` are the two halves; `signals` says how the
+reader judges passages (gold scores), `losses` what the retriever learns from that; `atlas` joins both, `load` loads
+them.
+
+May import: checkpoint, config, files, runtime. Tensor code here knows nothing of ranks, searches or data files.
 """

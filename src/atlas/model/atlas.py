@@ -1,4 +1,4 @@
-"""The tensor half: a reader's loss and a retriever's loss from tensors, and nothing else."""
+"""The model as one module: from a batch of tensors to the reader's loss and the retriever's loss."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,20 +18,20 @@ from atlas.model.signals import Correlation, Mode, Reading, correlations
 
 @dataclass(frozen=True)
 class TrainingTensors:
-    """One batch of one rank. The retriever's fields are None where it is not trained."""
+    """One rank's batch. The retriever's fields are None when it is not trained."""
 
-    reader_ids: torch.Tensor  # (B, K, L): all passages retrieved; the reader reads the first n_context of them
+    reader_ids: torch.Tensor  # (B, K, L): all retrieved passages; the reader reads the first n_context of them
     reader_mask: torch.Tensor  # (B, K, L) bool
     targets: Targets
     query_ids: torch.Tensor | None = None  # (B, Lq)
     query_mask: torch.Tensor | None = None
-    passage_ids: torch.Tensor | None = None  # (B·K, Lp), where passages are embedded anew
+    passage_ids: torch.Tensor | None = None  # (B·K, Lp), when the passage encoder is trained and embeds them again
     passage_mask: torch.Tensor | None = None
-    passage_embeddings: torch.Tensor | None = None  # (B, K, D), where the passage encoder is frozen
+    passage_embeddings: torch.Tensor | None = None  # (B, K, D) from the index, when the passage encoder is frozen
 
 
 class Losses(NamedTuple):
-    """Scalars; `retriever` is None where it is not trained, `correlations` is empty where they are not asked for."""
+    """Scalars. `retriever` is None when it is not trained, `correlations` is empty unless `correlate` is set."""
 
     reader: torch.Tensor
     retriever: torch.Tensor | None
@@ -44,7 +44,7 @@ class Losses(NamedTuple):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off inside the block, as it was afterwards."""
+    """Evaluation mode (no dropout) inside the block; every submodule gets its own mode back afterwards."""
     was_training = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -58,10 +58,10 @@ class Atlas(nn.Module):
     """Reader and retriever together.
 
     Args:
-        retriever: None for a closed book and for passages that come with the data.
-        mode: how the reader judges passages (src/atlas/model/signals.py); None where the retriever is not trained.
-        n_context: passages that the reader reads; the retriever learns from all that were retrieved.
-        correlate: measure how the gold scores agree with the decoder's attention.
+        retriever: None for closed-book runs, and for runs that read the passages in the data.
+        mode: how the reader scores passages (`atlas.model.signals`); None when the retriever is not trained.
+        n_context: number of passages that the reader reads; the retriever learns from all retrieved passages.
+        correlate: whether to correlate the gold scores with the decoder's attention.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Atlas(nn.Module):
         self.correlate = correlate
 
     def forward(self, batch: TrainingTensors) -> Losses:
-        """Losses of one batch; the retriever's when the batch brings its tensors."""
+        """The losses of one batch. The retriever has one only if the batch contains its tensors."""
         ids, mask = batch.reader_ids[:, : self.n_context], batch.reader_mask[:, : self.n_context]
         hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
         logits = self.reader.logits(hidden, mask.flatten(1), batch.targets.decoder_ids)  # (B, T, V)
@@ -98,15 +98,15 @@ class Atlas(nn.Module):
         with torch.no_grad(), evaluating(self.reader):
             reading = self._reading(batch, hidden)
             gold = self.mode.signal(reading)  # (B, K), or (B, K, T)
-            found = correlations(reading, gold) if self.correlate else {}
+            correlated = correlations(reading, gold) if self.correlate else {}
         retriever_loss = self.mode.loss(self._retriever_scores(batch), gold, reading, self.temperature_score)
-        return Losses(reader_loss, retriever_loss, found)
+        return Losses(reader_loss, retriever_loss, correlated)
 
     def _reading(self, batch: TrainingTensors, hidden: torch.Tensor) -> Reading:
-        """All K passages as the reader without dropout encodes them; what is encoded already is not encoded again.
+        """All K passages, encoded without dropout. Passages already encoded without dropout are not encoded again.
 
         Args:
-            hidden: (B, n_context·L, d), encoded for the reader's loss.
+            hidden: (B, n_context·L, d): the encodings that the reader's loss was computed from.
         """
         ids, mask = batch.reader_ids, batch.reader_mask  # (B, K, L)
         if self.reader.has_dropout:
@@ -118,7 +118,7 @@ class Atlas(nn.Module):
         return Reading(self.reader, hidden, mask, batch.targets, self.temperature_gold)
 
     def _retriever_scores(self, batch: TrainingTensors) -> torch.Tensor:
-        """(B, K), with gradient into the query encoder, and into the passage encoder when it is the same."""
+        """(B, K). Gradients flow into the query encoder, and into the passage encoder if it is the same module."""
         queries = self.retriever.embed_queries(batch.query_ids, batch.query_mask)  # (B, D)
         passages = batch.passage_embeddings
         if passages is None:

@@ -1,129 +1,116 @@
-"""From text to tensors: what the reader and the retriever are given, padded to the longest row of the batch."""
+"""From text to tensors: the inputs of the reader and the retriever, padded to the longest row of the batch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from atlas import config
+from atlas.model.retriever import DualEncoder
 from atlas.model.tokenization import ReaderTokenizer, RetrieverTokenizer, pad_rows
+from atlas.runtime import device as device_choices
 
-RETRIEVER_MAXLENGTH = 512  # as released retrievers were trained
+RETRIEVER_MAXLENGTH = 512  # that of the published retrievers
 
 
 class Targets(NamedTuple):
-    """What the decoder is to say."""
+    """The decoder's labels and inputs."""
 
-    labels: torch.Tensor  # (B, T), -100 where nothing is to be learnt: padding and the decoder's prompt
-    decoder_ids: torch.Tensor  # (B, T): prompt and target, one position later than the labels
+    labels: torch.Tensor  # (B, T), -100 at positions without loss: padding and the decoder's prompt
+    decoder_ids: torch.Tensor  # (B, T): prompt and target, shifted right by one position
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Tokens to be learnt per example, (B,)."""
+        """The number of tokens with a loss per example, (B,)."""
         return (self.labels != -100).sum(-1)
 
 
 class Inputs:
-    """Formats and tokenizes.
+    """Formats and tokenizes texts, as set by the flags of the section Model.
 
     Args:
-        reader_tokenizer, retriever_tokenizer: None where that half is not used.
-        text_maxlength: tokens per query and per passage; target_maxlength: tokens per target, None for no cut.
+        reader_tokenizer, retriever_tokenizer: None if that half is not used.
         decoder_start_id: the token that the decoder starts with.
-        retriever_positions: most tokens that the retriever can take.
-        query_prefix, passage_prefix: what the retriever is given before every query and every passage.
-        pad_multiple: row lengths are rounded up to it.
+        retriever: gives its longest input, and its prefixes for queries and passages. No reference to it is kept,
+            because worker processes get a copy of this object.
     """
 
     def __init__(
         self,
+        settings: config.Model,
         reader_tokenizer: ReaderTokenizer | None,
         retriever_tokenizer: RetrieverTokenizer | None,
         *,
         device: torch.device,
-        text_maxlength: int,
-        target_maxlength: int | None = None,
-        encoder_format: str = "{query} title: {title} context: {text}",
-        retriever_format: str = "{title} {text}",
-        decoder_format: str | None = None,
-        decoder_prompt_format: str | None = None,
         decoder_start_id: int = 0,
-        retriever_positions: int = RETRIEVER_MAXLENGTH,
-        query_prefix: str = "",
-        passage_prefix: str = "",
-        pad_multiple: int = 1,
+        retriever: DualEncoder | None = None,
     ) -> None:
-        self.reader_tokenizer = reader_tokenizer
-        self.retriever_tokenizer = retriever_tokenizer
-        self.device = device
-        self.text_maxlength = text_maxlength
-        self.retriever_maxlength = min(text_maxlength, RETRIEVER_MAXLENGTH, retriever_positions)
-        self.target_maxlength = target_maxlength
-        self.encoder_format = encoder_format
-        self.retriever_format = retriever_format
-        self.decoder_format = decoder_format
-        self.decoder_prompt_format = decoder_prompt_format
-        self.decoder_start_id = decoder_start_id
-        self.query_prefix, self.passage_prefix = query_prefix, passage_prefix
-        self.pad_multiple = pad_multiple
+        self.settings, self.device, self.decoder_start_id = settings, device, decoder_start_id
+        self.reader_tokenizer, self.retriever_tokenizer = reader_tokenizer, retriever_tokenizer
+        positions = retriever.max_length if retriever is not None else RETRIEVER_MAXLENGTH
+        self.retriever_maxlength = min(settings.text_maxlength, RETRIEVER_MAXLENGTH, positions)
+        self.query_prefix = retriever.query_prefix if retriever is not None else ""
+        self.passage_prefix = retriever.passage_prefix if retriever is not None else ""
+        self.pad_multiple = device_choices.pad_multiple(device)  # row lengths are rounded up to it
 
     def reader(
         self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoder input: ids and mask (B, K, L).
 
-        K is the largest number of passages of a query; the rows of those with fewer are masked out altogether. Without
-        passages (None, or none for a query) the reader is given the query alone.
+        K is the largest number of passages of a query; missing passages of other queries are rows without any token.
+        Without passages (None, or none for a query) the reader is given the query alone.
         """
         passages = [[]] * len(queries) if passages is None else passages
         k = max([1, *map(len, passages)])
         texts, rows = [], []
         for query, of_query in zip(queries, passages, strict=True):
-            own = [self._format(self.encoder_format, passage, query=query) for passage in of_query] or [query]
+            own = [self._format(self.settings.encoder_format, passage, query=query) for passage in of_query] or [query]
             rows.append(len(own))
             texts += own
-        tokens = self.reader_tokenizer.encode(texts, max_length=self.text_maxlength)
-        spread: list[list[int]] = []  # B·K rows, empty ones where there is no passage
+        tokens = self.reader_tokenizer.encode(texts, max_length=self.settings.text_maxlength)
+        filled: list[list[int]] = []  # B·K rows, empty where there is no passage
         start = 0
         for n in rows:
-            spread += tokens[start : start + n] + [[]] * (k - n)
+            filled += tokens[start : start + n] + [[]] * (k - n)
             start += n
-        ids, mask = self._pad(spread, self.reader_tokenizer.pad_id)
+        ids, mask = self._pad(filled, self.reader_tokenizer.pad_id)
         return ids.view(len(queries), k, -1), mask.view(len(queries), k, -1)
 
     def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
-        """What the decoder learns: the target with `</s>` behind it, behind the prompt if there is one."""
-        if self.decoder_format is not None:
-            targets = [self.decoder_format.format(target=target) for target in targets]
+        """What the decoder learns to generate: the prompt if there is one (without loss), the target and `</s>`."""
+        if self.settings.decoder_format is not None:
+            targets = [self.settings.decoder_format.format(target=target) for target in targets]
         texts = [target if target.endswith("</s>") else f"{target}</s>" for target in targets]
-        limit = None if self.target_maxlength in (None, -1) else self.target_maxlength
+        limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
         rows = self.reader_tokenizer.encode(texts, max_length=limit, eos=False)
         prompts = self.prompts(queries) or [[]] * len(rows)
         labels, _ = self._pad([[-100] * len(p) + row for p, row in zip(prompts, rows, strict=True)], -100)
-        said, _ = self._pad([p + row for p, row in zip(prompts, rows, strict=True)], self.reader_tokenizer.pad_id)
-        decoder_ids = said.roll(1, dims=1)
+        outputs, _ = self._pad([p + row for p, row in zip(prompts, rows, strict=True)], self.reader_tokenizer.pad_id)
+        decoder_ids = outputs.roll(1, dims=1)
         decoder_ids[:, 0] = self.decoder_start_id
         return Targets(labels, decoder_ids)
 
     def prompts(self, queries: Sequence[str]) -> list[list[int]] | None:
-        """Tokens that the decoder is given before it answers; None without `--decoder_prompt_format`."""
-        if self.decoder_prompt_format is None:
+        """The tokens that the decoder's output starts with; None without `--decoder_prompt_format`."""
+        if self.settings.decoder_prompt_format is None:
             return None
-        texts = [self.decoder_prompt_format.format(query=query) for query in queries]
+        texts = [self.settings.decoder_prompt_format.format(query=query) for query in queries]
         return self.reader_tokenizer.encode(texts, eos=False)
 
     def queries(self, queries: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The retriever's view of the queries: ids and mask (B, L)."""
+        """The retriever's input for queries: ids and mask (B, L)."""
         texts = [self.query_prefix + query for query in queries]
         tokens = self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
         return self._pad(tokens, self.retriever_tokenizer.pad_id)
 
     def passages(self, passages: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The retriever's view of passages: ids and mask (n, L)."""
+        """The retriever's input for passages: ids and mask (n, L)."""
         return self._pad(self.passage_tokens(passages), self.retriever_tokenizer.pad_id)
 
     def passage_tokens(self, passages: Sequence[dict[str, Any]]) -> list[list[int]]:
-        """The retriever's tokens of passages, not padded."""
-        texts = [self.passage_prefix + self._format(self.retriever_format, passage) for passage in passages]
+        """The retriever's token ids of passages, not padded."""
+        texts = [self.passage_prefix + self._format(self.settings.retriever_format, passage) for passage in passages]
         return self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What the retriever learns: pure functions of tensors."""
+"""The retriever's scores and losses: pure functions of tensors."""
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +19,19 @@ def distillation_loss(
     temperature_score: float,
     temperature_gold: float,
 ) -> torch.Tensor:
-    """Pull the retriever's distribution over the K passages towards the reader's.
+    """KL divergence that pulls the retriever's distribution over the K passages towards the reader's.
 
     `KL(p || q)` with `p = softmax(gold_scores / temperature_gold)` and `q = softmax(scores / temperature_score)`
     (Izacard & Grave 2021, section 3; Izacard et al. 2022, section 2.2), averaged over all B·K elements as in the
     published system: 1/K of the usual mean over examples.
 
     Args:
-        scores: (B, K) of the retriever, with gradient.
-        gold_scores: (B, K) of the reader; no gradient flows into them.
-        mask: (B, K), true where there is a passage (None: everywhere); the others have no part in anything.
+        scores: (B, K), the retriever's scores; gradients flow into them.
+        gold_scores: (B, K), the reader's scores of the passages; no gradient flows into them.
+        mask: (B, K), true where there is a passage (None: everywhere); everything else is ignored.
 
     Returns:
-        A scalar, at least 0; 0 where nothing counts.
+        A scalar, at least 0; 0 if the mask is empty.
     """
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool)
@@ -49,19 +49,19 @@ def emdr_loss(
     *,
     temperature_score: float,
 ) -> torch.Tensor:
-    """EMDR² (Sachan et al. 2021, arXiv 2106.05346; Izacard et al. 2022, section 2.2): make the target likely.
+    """EMDR² (Sachan et al. 2021, arXiv 2106.05346; Izacard et al. 2022, section 2.2): maximise the target's likelihood.
 
     Each token's likelihood is a mixture over the passages, `log P(t) = logsumexp_k(log P(t | passage k) + log q_k)`
-    with `q = softmax(scores / temperature_score)`; the loss is minus its mean over the tokens of the batch.
+    with `q = softmax(scores / temperature_score)`. The loss is minus its mean over the tokens of the batch.
 
     Args:
-        scores: (B, K) of the retriever, with gradient.
-        log_likelihoods: (B, K, T) of the target's tokens by the reader; no gradient flows into them.
-        labels: (B, T), -100 where nothing is to be learnt.
-        mask: (B, K), true where there is a passage (None: everywhere); the others have no part in anything.
+        scores: (B, K), the retriever's scores; gradients flow into them.
+        log_likelihoods: (B, K, T), the reader's log-likelihoods of the target's tokens; no gradient flows into them.
+        labels: (B, T), -100 at positions that are ignored.
+        mask: (B, K), true where there is a passage (None: everywhere); everything else is ignored.
 
     Returns:
-        A scalar; 0 where no token counts.
+        A scalar; 0 if every token is ignored.
     """
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool)
@@ -72,5 +72,5 @@ def emdr_loss(
 
 
 def _log_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (B, K), (B, K) -> (B, K)
-    # the least number and not -inf: a row without any passage stays finite, and 0 · log q is 0
+    # The lowest finite number, not -inf: a row without any passage stays finite, and 0 · log q is 0.
     return F.log_softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)

@@ -1,4 +1,4 @@
-"""Small helpers shared by the tokenizers, the reader and the retriever; torch is imported only where it is used."""
+"""Helpers for loading tokenizers, readers and retrievers. torch is imported only where it is used."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def pretrained_errors(flag: str, name_or_path: str, wanted: str) -> Iterator[None]:
-    """Turn whatever a hub or file library says about a missing model into one sentence that names the flag.
+    """Turn a library's error about a model that cannot be loaded into one sentence that names the flag.
 
     Raises:
-        OSError: for a path that is no directory, and in place of the OSError (not found, not reachable), ValueError
-            (not such a model) or RuntimeError (weights of other shapes) raised inside.
+        OSError: the path is not a directory; or in place of an OSError (not found, not reachable), a ValueError
+            (another kind of model) or a RuntimeError (weights of other shapes) raised inside the block.
     """
-    # a hub id is `name` or `owner/name`; the hub's own complaint about anything else does not help
+    # A hub id is `name` or `owner/name`; the hub library's message about anything else does not help.
     is_path = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
     if is_path and not Path(name_or_path).is_dir():
         raise OSError(f"{flag} {name_or_path}: there is no such directory; give one that holds {wanted}, or a hub id")
@@ -35,7 +35,7 @@ def pretrained_errors(flag: str, name_or_path: str, wanted: str) -> Iterator[Non
 
 @contextmanager
 def quiet_loading(name_or_path: str) -> Iterator[None]:
-    """Without transformers' warnings (the loaders check for themselves), and with bars only for downloads."""
+    """Silence transformers' warnings (the loaders check for themselves), and show bars only for downloads."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -51,7 +51,7 @@ def quiet_loading(name_or_path: str) -> Iterator[None]:
 
 
 def set_dropout(module: nn.Module, probability: float) -> None:
-    """Set every dropout in `module`: its Dropout modules, and the numbers called `dropout` that attention keeps."""
+    """Set every dropout in `module`: the Dropout modules and the `dropout` numbers of attention layers."""
     from torch import nn
 
     for child in module.modules():

@@ -18,12 +18,12 @@ from transformers.models.t5 import modeling_t5 as t5
 from atlas.model.pretrained import pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--reader_model_type"
-IGNORE = -100  # label of a position without loss
+IGNORE = -100  # label of a position that has no loss
 ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # other names of `shared.weight`
 
 
 class FusionInDecoder(T5ForConditionalGeneration):
-    """T5 whose encoder reads each passage by itself and whose decoder attends over all of them together."""
+    """T5 whose encoder reads each passage separately and whose decoder attends to all of them at once."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
@@ -41,11 +41,11 @@ class FusionInDecoder(T5ForConditionalGeneration):
     def logits(
         self, hidden: Tensor, mask: Tensor, decoder_ids: Tensor, *, decoder_mask: Tensor | None = None
     ) -> Tensor:
-        """Scores of the token behind each of the decoder's: (B, S, d), (B, S), (B, T) -> (B, T, V).
+        """Logits of the next token at each decoder position: (B, S, d), (B, S), (B, T) -> (B, T, V).
 
         Args:
-            mask: or (B, T, S), which hidden states each of the decoder's positions sees.
-            decoder_mask: (B or 1, T, T), which other positions each one sees; None: itself and all before it.
+            mask: (B, S), or (B, T, S) if the decoder's positions attend to different hidden states.
+            decoder_mask: (B or 1, T, T), the positions that each position attends to; None: causal.
         """
         return self(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
@@ -57,7 +57,7 @@ class FusionInDecoder(T5ForConditionalGeneration):
 
     @functools.wraps(T5ForConditionalGeneration.forward)  # `generate` reads the signature
     def forward(self, *args, attention_mask: Tensor | None = None, **kwargs):
-        """As T5's, with masks widened here: transformers would ask the device whether a 2-D one hides anything."""
+        """T5's, with masks made 4-D here: for 2-D masks, transformers waits for the device to see what they hide."""
         if attention_mask is not None and attention_mask.dim() < 4:
             attention_mask = _broadcastable(attention_mask)
         return super().forward(*args, attention_mask=attention_mask, **kwargs)
@@ -74,10 +74,10 @@ class FusionInDecoder(T5ForConditionalGeneration):
         length_penalty: float = 1.0,
         prompt: Sequence[Sequence[int]] | None = None,  # B rows
     ) -> list[list[int]]:
-        """Generate an answer per row of encoder output; rows end before `</s>`.
+        """Generate the tokens of an answer for each row of encoder output, without `</s>`.
 
-        `max_length` and `min_length` count the decoder's start token and the prompt. The decoder is forced through the
-        tokens of `prompt` first; they are cut off what is returned.
+        `max_length` and `min_length` include the decoder's start token and the prompt. The decoder is forced to begin
+        with the tokens of `prompt`, which are not returned.
         """
         rows = self.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
@@ -87,7 +87,7 @@ class FusionInDecoder(T5ForConditionalGeneration):
             num_beams=num_beams,
             length_penalty=length_penalty,
             do_sample=False,
-            synced_gpus=False,  # ranks answer on their own: see `parallel.whole_weights`
+            synced_gpus=False,  # ranks generate independently: see `parallel.gathered_weights`
             logits_processor=[ForcedPrompt(prompt, num_beams, hidden.device)] if prompt and any(prompt) else None,
         ).tolist()
         lengths = [len(tokens) for tokens in prompt] if prompt else [0] * len(rows)
@@ -95,10 +95,10 @@ class FusionInDecoder(T5ForConditionalGeneration):
 
     @contextmanager
     def observing_cross_attention(self, watch: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-        """Show `watch` what the decoder attends with inside the block.
+        """Call `watch` with the projections of the decoder's cross-attention whenever it runs inside the block.
 
-        It is called once for each layer that is run, in their order, with the projections of that layer's
-        cross-attention: queries (B, heads, T, d_kv), keys and values (B, heads, S, d_kv). Nothing is kept of them.
+        It is called once per layer, in order, with queries (B, heads, T, d_kv), keys and values (B, heads, S, d_kv).
+        They are not kept afterwards.
         """
         hooks = []
         for block in self.decoder.block:
@@ -126,19 +126,19 @@ class FusionInDecoder(T5ForConditionalGeneration):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The layers of both stacks: nearly all of the weights."""
+        """The layers of encoder and decoder: nearly all of the weights."""
         return [*self.encoder.block, *self.decoder.block]
 
     @property
     def has_dropout(self) -> bool:
-        """Whether training mode computes something else than evaluation mode."""
+        """Whether training mode and evaluation mode differ."""
         return any(getattr(module, "p", 0) > 0 for module in self.modules() if isinstance(module, nn.Dropout))
 
     def tie_output_embeddings(self, tied: bool) -> None:
-        """Let `lm_head` be the input embeddings (T5 v1.0) or a parameter of its own (v1.1, lm-adapt), for good.
+        """Tie `lm_head` to the input embeddings (T5 v1.0), or make it a separate parameter (v1.1, lm-adapt).
 
-        transformers 5 ties them whatever the config says, and loading a state dict would then overwrite one by the
-        other. The values of the input embeddings are the start of an `lm_head` that was tied before.
+        transformers 5 ties them whatever the config says, so that loading a state dict would overwrite one with the
+        other. An `lm_head` that was tied before starts with the values of the input embeddings.
         """
         self._tied_weights_keys = dict.fromkeys(ALIASES, "shared.weight")
         if tied:
@@ -158,13 +158,13 @@ def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T,
 def load_reader(
     name_or_path: str, *, dropout: float | None, weights: bool = True, gradient_checkpointing: bool = False
 ) -> FusionInDecoder:
-    """A reader in eval mode with fp32 parameters from a local T5 directory or a hub id.
+    """A reader in evaluation mode, with fp32 parameters, from a local T5 directory or a hub id.
 
-    With `weights=False` only the config is read and the parameters are empty (on the meta device) until
-    `load_reader_state` hands them over. `dropout=None` keeps the config's.
+    With `weights=False` only the config is read; the parameters are empty (on the meta device) until
+    `load_reader_state` fills them. `dropout=None` keeps the config's.
 
     Raises:
-        OSError: nothing there, the hub cannot be reached, not a T5, or weights that do not fill the model.
+        OSError: the model does not exist, the hub cannot be reached, it is not a T5, or weights are missing.
     """
     with pretrained_errors(FLAG, name_or_path, "a T5 model (config.json and weights)"), quiet_loading(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
@@ -188,11 +188,11 @@ def load_reader(
 
 
 def load_reader_state(reader: FusionInDecoder, state: Mapping[str, Tensor]) -> None:
-    """Load a T5 state dict (names without the `reader.` prefix) with `shared` and `lm_head` as they are in it.
+    """Load a T5 state dict, whose names have no `reader.` prefix.
 
-    Where they differ, `lm_head` becomes a parameter of its own; where they agree or `lm_head` is absent, they are tied.
-    The names of `encoder.embed_tokens` and `decoder.embed_tokens` may be absent. A reader that was built with
-    `weights=False` takes over the tensors themselves, as fp32; otherwise the values are copied.
+    `lm_head` is tied to `shared` if they are equal or `lm_head` is absent; otherwise it becomes a separate parameter.
+    `encoder.embed_tokens` and `decoder.embed_tokens` may be absent. A reader built with `weights=False` takes over the
+    tensors themselves, as fp32; otherwise their values are copied.
 
     Raises:
         ValueError: keys are missing or unexpected, or shapes differ.
@@ -221,7 +221,7 @@ def load_reader_state(reader: FusionInDecoder, state: Mapping[str, Tensor]) -> N
 
 
 class RootMeanSquareNorm(t5.T5LayerNorm):
-    """T5's layer norm in one kernel; the result has the precision the matrix products after it run in."""
+    """T5's layer norm in one kernel; its result has the precision of the matrix products that follow."""
 
     def forward(self, hidden: Tensor) -> Tensor:  # (…, d) -> (…, d)
         weight = self.weight.to(hidden.dtype)
@@ -229,7 +229,7 @@ class RootMeanSquareNorm(t5.T5LayerNorm):
 
 
 class FeedForward(t5.T5DenseActDense):
-    """Without the detour through fp32 that transformers takes before `wo`; dropout as there."""
+    """T5's, without transformers' conversion to fp32 before `wo`; the dropout is the same."""
 
     def forward(self, hidden: Tensor) -> Tensor:  # (…, d) -> (…, d)
         return self.wo(self.dropout(self.act(self.wi(hidden))))
@@ -243,10 +243,10 @@ class GatedFeedForward(t5.T5DenseGatedActDense):
 
 
 class SharedBiasAttention(t5.T5Attention):
-    """T5 attention that joins mask and position bias once, in a stack's first layer, not in every layer.
+    """T5 attention that adds the mask to the position bias once, in a stack's first layer, not in every layer.
 
-    transformers hands the first layer's bias to the others, so it is enough to put the mask into it. At XL size with 40
-    passages of 384 tokens each such tensor has 377 MB. The decoder's causal attention stays as it is.
+    transformers passes the first layer's bias on to the others, so it is enough to put the mask into it. At XL size,
+    with 40 passages of 384 tokens, each such tensor takes 377 MB. The decoder's causal attention is unchanged.
     """
 
     def forward(self, hidden_states: Tensor, mask=None, key_value_states=None, position_bias=None, **kwargs):
@@ -263,7 +263,7 @@ class SharedBiasAttention(t5.T5Attention):
 
 
 class ForcedPrompt(LogitsProcessor):
-    """Leaves each row only the next token of its prompt until the prompt is over; the token then costs nothing."""
+    """Forces each row through its prompt, at no cost in beam search: only the prompt's next token can be chosen."""
 
     def __init__(self, prompt: Sequence[Sequence[int]], num_beams: int, device: torch.device) -> None:
         longest = max(len(row) for row in prompt)
@@ -279,7 +279,7 @@ class ForcedPrompt(LogitsProcessor):
         return torch.where(tokens == IGNORE, scores, forced)
 
 
-# same parameters, same numbers, fewer kernels
+# Same parameters, same results, fewer kernels.
 FASTER = {
     t5.T5LayerNorm: RootMeanSquareNorm,
     t5.T5DenseActDense: FeedForward,

@@ -1,7 +1,7 @@
 """The retriever: Contriever (Izacard et al. 2022), a BERT whose mean hidden state is the embedding of a text.
 
-Other BERT encoders differ in how they pool the hidden states, in unit length, and in what they want to be put before
-queries and passages (E5, BGE, sentence-transformers' models): settings in their config.
+Other BERT encoders (E5, BGE, sentence-transformers models) differ in pooling, in normalization, and in the prefixes
+they expect before queries and passages. These are settings in their config.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atlas.model.pretrained import pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--retriever_model_path"
 POOLINGS = ("average", "sqrt", "cls")
-SETTINGS: dict[str, Any] = {  # keys of ours in a BERT's config, with their defaults
+SETTINGS: dict[str, Any] = {  # keys that this project adds to a BERT's config, with their defaults
     "pooling": "average",
     "normalize": False,  # to unit length
     "query_prefix": "",
@@ -40,10 +40,10 @@ TIED, QUERY, PASSAGE = "contriever.", "query_contriever.", "passage_contriever."
 
 
 class Contriever(BertModel):
-    """BERT without pooler. Its config may have the keys of `SETTINGS`; it has them all afterwards.
+    """BERT without a pooler. Keys of `SETTINGS` that its config lacks are added with their defaults.
 
     Raises:
-        ValueError: `pooling` is not one of average, sqrt, cls, or another key is of the wrong type.
+        ValueError: `pooling` is not one of average, sqrt, cls, or a key has the wrong type.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -61,20 +61,20 @@ class Contriever(BertModel):
             use_uncentered_layer_norm(self)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:  # (n, L), (n, L) -> (n, D) fp32
-        """Embeddings of n texts; padding, where `mask` is false, has no part in them.
+        """Embeddings of n texts. Padding, where `mask` is false, does not affect them.
 
         Raises:
-            ValueError: L is above the number of positions the model knows.
+            ValueError: L exceeds the number of positions of the model.
         """
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
-                f"a text of {ids.shape[1]} tokens is too long for the retriever, which knows "
+                f"a text of {ids.shape[1]} tokens is too long for the retriever, which has "
                 f"{self.config.max_position_embeddings} positions; lower --text_maxlength"
             )
-        if ids.shape[0] == 0:  # a rank without queries; transformers cannot reshape nothing
+        if ids.shape[0] == 0:  # a rank without queries; transformers cannot reshape an empty batch
             return torch.zeros(0, self.config.hidden_size, device=ids.device)
         mask = mask.bool()
-        # with a mask of two dimensions transformers would ask the device whether it hides anything
+        # For a 2-D mask, transformers would wait for the device to see whether it hides anything.
         hidden = super().forward(input_ids=ids, attention_mask=mask[:, None, None])[0].float()  # (n, L, D)
         if self.pooling == "cls":
             embeddings = hidden[:, 0]
@@ -86,10 +86,12 @@ class Contriever(BertModel):
 
 
 class DualEncoder(nn.Module):
-    """One encoder for queries and passages, or with `query_side` a trained and a frozen one that start equal.
+    """One encoder for queries and passages or, with `query_side`, a trained query and a frozen passage encoder.
+
+    Two encoders start with the same weights.
 
     Attributes: `query_encoder`, `passage_encoder` (the same module when tied), `query_side`, `dim` (embedding size D),
-    `max_length` (most tokens of a text), `query_prefix`, `passage_prefix` (what belongs before the texts it is given).
+    `max_length` (most tokens of a text), `query_prefix`, `passage_prefix` (to be put before the texts).
     """
 
     def __init__(self, contriever: Contriever, query_side: bool) -> None:
@@ -120,7 +122,7 @@ class DualEncoder(nn.Module):
         return self.passage_encoder(ids, mask)
 
     def train(self, mode: bool = True) -> DualEncoder:
-        """As every module's, but a frozen passage encoder never drops anything out."""
+        """As for every module, but a frozen passage encoder stays in evaluation mode."""
         super().train(mode)
         if self.query_side:
             self.passage_contriever.eval()
@@ -128,7 +130,7 @@ class DualEncoder(nn.Module):
 
 
 class UncenteredLayerNorm(nn.LayerNorm):
-    """The norm of the published retrievers: (x - mean(x)) / sqrt(mean(x²) + eps) · weight + bias."""
+    """The layer norm of the published retrievers: (x - mean(x)) / sqrt(mean(x²) + eps) · weight + bias."""
 
     def forward(self, hidden: Tensor) -> Tensor:  # (…, D) -> (…, D) fp32
         scaled = F.rms_norm(hidden.float(), self.normalized_shape, eps=self.eps)
@@ -136,7 +138,7 @@ class UncenteredLayerNorm(nn.LayerNorm):
 
 
 def use_uncentered_layer_norm(module: nn.Module) -> None:
-    """Give every encoder in `module` the published layer norm, its parameters kept; its config remembers."""
+    """Switch every encoder in `module` to the published layer norm, keep the parameters, and note it in the config."""
     for child in module.modules():
         if type(child) is nn.LayerNorm:
             child.__class__ = UncenteredLayerNorm
@@ -153,28 +155,28 @@ def load_retriever(
     gradient_checkpointing: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> DualEncoder:
-    """A dual encoder in eval mode and fp32 from a local BERT directory or a hub id.
+    """A dual encoder in evaluation mode and fp32, from a local BERT directory or a hub id.
 
-    `weights=False` reads only the config and starts from random weights; `dropout=None` keeps the config's. The
-    `SETTINGS` are taken from `overrides` (what the user wants, the config that a checkpoint's weights came with), then
-    from the config.json, then from the files of a local sentence-transformers directory.
+    `weights=False` reads only the config and starts from random weights; `dropout=None` keeps the config's. Each of the
+    `SETTINGS` comes from `overrides` (the user's flags, the config saved with a checkpoint), else from config.json,
+    else from the files of a local sentence-transformers directory, else it has its default.
 
     Raises:
-        OSError: nothing there, the hub cannot be reached, not a BERT, or weights that do not fill the model.
+        OSError: the model does not exist, the hub cannot be reached, it is not a BERT, or weights are missing.
     """
     with pretrained_errors(FLAG, name_or_path, "a BERT encoder (config.json and weights)"), quiet_loading(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "bert":
             raise ValueError(f"its config.json says model_type {config.model_type}, not bert")
-        found = SETTINGS | _sentence_settings(Path(name_or_path)) | config.to_dict() | dict(overrides or {})
+        settings = SETTINGS | _sentence_settings(Path(name_or_path)) | config.to_dict() | dict(overrides or {})
         for key in SETTINGS:
-            setattr(config, key, found[key])
+            setattr(config, key, settings[key])
         if weights:
             contriever, report = Contriever.from_pretrained(
                 name_or_path, config=config, dtype=torch.float32, output_loading_info=True
             )
             if report["missing_keys"]:
-                raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys']))}")
+                raise ValueError(f"its weights have no {', '.join(sorted(report['missing_keys']))}")
         else:
             contriever = Contriever(config)
     if dropout is not None:
@@ -185,10 +187,10 @@ def load_retriever(
 
 
 def _sentence_settings(directory: Path) -> dict[str, Any]:
-    """What the files of a sentence-transformers directory say of `SETTINGS`; nothing for any other directory.
+    """The `SETTINGS` found in the files of a sentence-transformers directory; empty for any other directory.
 
     Raises:
-        ValueError: they are damaged, or there is a step after the BERT that is neither pooling nor normalization.
+        ValueError: the files are damaged, or the model has a step that is neither BERT, pooling nor normalization.
     """
     if not (directory / "modules.json").is_file():
         return {}
@@ -206,30 +208,30 @@ def _sentence_settings(directory: Path) -> dict[str, Any]:
         prompts = (read(more).get("prompts") if (directory / more).is_file() else None) or {}
         prefixes = {"query_prefix": prompts.get("query"), "passage_prefix": prompts.get("document")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its modules.json, or a file that this names, cannot be read: {error!r}") from error
+        raise ValueError(f"its modules.json, or a file named there, cannot be read: {error!r}") from error
     if unknown := paths.keys() - {"Transformer", "Pooling", "Normalize"}:
-        raise ValueError(f"its modules.json asks for {', '.join(sorted(unknown))}, which this retriever does not have")
+        raise ValueError(f"its modules.json lists {', '.join(sorted(unknown))}, which this project does not support")
     settings = {"pooling": SENTENCE_POOLINGS.get(mode, mode), "normalize": "Normalize" in paths}
     return settings | {key: prefix for key, prefix in prefixes.items() if prefix}
 
 
 def state_is_untied(state: Iterable[str]) -> bool:
-    """Whether a retriever's state dict (names without the `retriever.` prefix) has an encoder for each side."""
+    """Whether a state dict (names without the `retriever.` prefix) has separate query and passage encoders."""
     return any(name.startswith(QUERY) for name in state)
 
 
 def load_retriever_state(retriever: DualEncoder, state: Mapping[str, Tensor]) -> None:
-    """Copy a published retriever state, tied or untied (names without the `retriever.` prefix); a tied one fills both.
+    """Copy a retriever's state dict (names without the `retriever.` prefix). A tied one fills both encoders.
 
     Raises:
-        ValueError: an untied state for a tied encoder; keys missing or unexpected; shapes that differ.
+        ValueError: the state has two encoders and the retriever one; keys are missing or unexpected; shapes differ.
     """
     state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
     if retriever.query_side and not state_is_untied(state):
         state = {name.replace(TIED, side, 1): tensor for name, tensor in state.items() for side in (QUERY, PASSAGE)}
     elif not retriever.query_side and state_is_untied(state):
         raise ValueError(
-            "these weights have an encoder for queries and another for passages, the retriever has one for both; "
+            "these weights have separate encoders for queries and passages, but the retriever has one for both; "
             "use --query_side_retriever_training"
         )
     try:
@@ -239,10 +241,10 @@ def load_retriever_state(retriever: DualEncoder, state: Mapping[str, Tensor]) ->
 
 
 def fingerprint(encoder: Contriever) -> str:
-    """A short hash of what makes a passage's embedding, the same on every device.
+    """A short hash of everything that determines a passage's embedding, the same on every device.
 
-    Of the weights: names, shapes, a sample and a sum of all bits. Of the settings: those that are not the defaults; the
-    query prefix is none of them, an index stays what it is when that is changed.
+    It covers names, shapes, a sample and a checksum of the weights, and the settings that differ from their defaults.
+    The query prefix is left out: changing it does not change the passages' embeddings.
     """
     digest = hashlib.sha256()
     for key, default in SETTINGS.items():
@@ -251,6 +253,6 @@ def fingerprint(encoder: Contriever) -> str:
     for name, tensor in sorted(encoder.state_dict().items()):
         bits = tensor.detach().float().flatten().view(torch.int32)
         sample = bits[:: max(1, bits.numel() // 64)]
-        # integer sums, because floating-point ones depend on the number of threads
+        # Integer sums: floating-point sums depend on the number of threads.
         digest.update(f"{name} {tuple(tensor.shape)} {bits.sum(dtype=torch.int64).item()} {sample.tolist()}".encode())
     return digest.hexdigest()[:16]

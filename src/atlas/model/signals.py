@@ -1,8 +1,9 @@
-"""How useful was each passage to the reader? One mode per value of --gold_score_mode: a signal and its loss.
+"""How useful was each passage to the reader? Each value of --gold_score_mode is a mode: a signal and its loss.
 
-A signal looks at a reading of the passages and tells how useful each was, without gradient. For most modes that is a
-gold score (B, K), higher for a more useful passage, which the retriever learns by distillation. EMDR² has no such
-distribution over passages: its signal is how likely each passage makes each token, and its loss marginalises over them.
+A signal measures how useful each passage was when the reader read it; no gradient flows through it. In most modes it is
+a gold score (B, K), higher for a more useful passage, which is distilled into the retriever. EMDR² has no distribution
+over passages as its target: its signal is the likelihood of each token given each passage, and its loss marginalises
+over the passages.
 """
 
 from collections.abc import Callable
@@ -14,24 +15,25 @@ from atlas.model.inputs import Targets
 from atlas.model.losses import distillation_loss, emdr_loss
 from atlas.model.reader import FusionInDecoder, token_log_probabilities
 
-# How many passages `leave_one_out` leaves out in one call of the decoder, one by one: more take more memory and fewer
-# projections of keys and values. Whatever the target's length: where weights are sharded, ranks must make equal calls.
+# `leave_one_out` scores this many passages in one call of the decoder. More of them take more memory but need fewer
+# projections of keys and values. It must not depend on the data: where weights are sharded, all ranks must call the
+# decoder equally often.
 LEFT_OUT_AT_ONCE = 10
-PUBLISHED_SCALE = 256  # by which the published attention scores are divided; temperatures are tuned to that
+PUBLISHED_SCALE = 256  # the published attention scores are divided by it, and temperatures are tuned to that
 
 
 class Reading(NamedTuple):
-    """A batch as a signal sees it, with the reader in evaluation mode."""
+    """What a signal is computed from: a batch and the reader in evaluation mode."""
 
     reader: FusionInDecoder
     hidden: torch.Tensor  # (B, K, L, d): encodings of each passage
-    mask: torch.Tensor  # (B, K, L) bool; a row without any token holds no passage
+    mask: torch.Tensor  # (B, K, L) bool; a row without any token is not a passage
     targets: Targets
     temperature_gold: float = 1.0
 
     @property
     def counts(self) -> torch.Tensor:
-        """(B, K): where there is a passage, and a target to judge it by."""
+        """(B, K): where there is a passage, and a target to score it by."""
         return self.mask.any(-1) & (self.targets.lengths > 0)[:, None]
 
 
@@ -39,7 +41,7 @@ Signal = Callable[[Reading], torch.Tensor]
 
 
 def token_log_likelihoods(reading: Reading, temperature: float) -> torch.Tensor:
-    """Log P(token | query, passage k alone) with the vocabulary's scores divided by `temperature`.
+    """Log P(token | query, passage k alone), with the logits divided by `temperature`.
 
     Returns:
         (B, K, T), 0 where the label is -100.
@@ -53,7 +55,7 @@ def token_log_likelihoods(reading: Reading, temperature: float) -> torch.Tensor:
 
 
 def perplexity(reading: Reading) -> torch.Tensor:
-    """Perplexity distillation (Izacard et al. 2022, section 2.2): how likely each passage alone makes the target.
+    """Perplexity distillation (Izacard et al. 2022, section 2.2): how likely the target is given each passage alone.
 
     Returns:
         (B, K): mean over the target's tokens of log P(token | query, passage k).
@@ -62,11 +64,11 @@ def perplexity(reading: Reading) -> torch.Tensor:
 
 
 def attention(reading: Reading) -> torch.Tensor:
-    """Attention distillation (Izacard & Grave 2021; Izacard et al. 2022): what the decoder takes from each passage.
+    """Attention distillation (Izacard & Grave 2021; Izacard et al. 2022): how much the decoder attends to each passage.
 
     Returns:
-        (B, K): attention probability times norm of the value vector, over all passages read together, summed over the
-        passage's tokens, averaged over heads, layers and the target's tokens, over 256.
+        (B, K): attention probability times norm of the value vector, with all passages read together, summed over the
+        passage's tokens, averaged over heads, layers and the target's tokens, divided by 256.
     """
     return attention_statistics(reading)["adist"]
 
@@ -74,12 +76,13 @@ def attention(reading: Reading) -> torch.Tensor:
 def leave_one_out(reading: Reading) -> torch.Tensor:
     """Leave-one-out distillation (Izacard et al. 2022, section 2.2): how unlikely the target is without passage k.
 
-    All targets of an example stand one behind the other in one decoder row, each blind to the others and to its own
-    passage: as positions in T5 are relative that equals K rows, but keys and values are projected once, not K times.
+    A decoder row holds several copies of the target, one after the other. Each copy leaves out one passage and does not
+    attend to the other copies. T5's positions are relative, so this equals a row per copy, but keys and values are
+    projected once and not once per copy.
 
     Returns:
-        (B, K): minus the mean over the target's tokens of log P(token | query, all passages but k). 0 for the only
-        passage of a query, without which there is nothing to read; a distribution over one passage is always (1).
+        (B, K): minus the mean over the target's tokens of log P(token | query, all passages but k). 0 if the query has
+        only one passage, because nothing is left to read; its score does not matter in a distribution over one passage.
     """
     mask, targets = reading.mask, reading.targets
     k, t = mask.shape[1], targets.labels.shape[1]
@@ -101,25 +104,25 @@ def leave_one_out(reading: Reading) -> torch.Tensor:
 
 
 def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
-    """Cross-attention of the decoder to each passage while it reads all of them for the target.
+    """The decoder's cross-attention to each passage, when it reads all of them and is given the target.
 
     Returns:
-        Each (B, K), over the target's tokens and the passage's tokens, both without padding:
-        `attention`: probability, summed over the passage, averaged over heads, layers and the target;
-        `value_norm`: L2 norm of the value vectors, averaged over the passage, heads and layers;
-        `adist`: probability times norm, summed and averaged as `attention`, over 256.
+        Each (B, K), over the target's tokens and the passage's tokens without padding:
+        `attention`: probability, summed over the passage's tokens, averaged over heads, layers and the target's tokens;
+        `value_norm`: L2 norm of the value vectors, averaged over the passage's tokens, heads and layers;
+        `adist`: probability times norm, summed and averaged as `attention`, divided by 256.
     """
     targets, mask = reading.targets, reading.mask.flatten(1)  # (B, K·L)
-    wanted = (targets.labels != -100).float()  # (B, T)
+    has_label = (targets.labels != -100).float()  # (B, T)
     sums = torch.zeros(3, *mask.shape, device=mask.device)
 
     def watch(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:  # (B, heads, T or K·L, d_kv)
         with torch.autocast(mask.device.type, enabled=False):
             scores = queries.float() @ keys.float().transpose(2, 3)  # (B, heads, T, K·L); T5 does not scale them
             scores = scores.masked_fill_(~mask[:, None, None], torch.finfo(scores.dtype).min)
-            probability = torch.einsum("bhts,bt->bhs", scores.softmax(-1), wanted)
+            probability = torch.einsum("bhts,bt->bhs", scores.softmax(-1), has_label)
             norm = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)  # (B, heads, K·L)
-            sums.add_(torch.stack([probability, norm, probability * norm]).mean(2))  # over the heads
+            sums.add_(torch.stack([probability, norm, probability * norm]).mean(2))  # mean over the heads
 
     with reading.reader.observing_cross_attention(watch):
         reading.reader.logits(reading.hidden.flatten(1, 2), mask, targets.decoder_ids)
@@ -135,9 +138,9 @@ def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
 
 
 class Mode(NamedTuple):
-    """What the reader says of the passages, and the loss by which the retriever learns it.
+    """How the reader scores the passages, and the loss that teaches the retriever.
 
-    `loss` takes the retriever's scores (B, K), what the signal gave, the reading and `temperature_score`.
+    `loss` takes the retriever's scores (B, K), the signal's result, the reading and `temperature_score`.
     """
 
     signal: Signal
@@ -168,17 +171,17 @@ MODES: dict[str, Mode] = {
 
 
 class Correlation(NamedTuple):
-    """Scalars on the device: the mean over those examples where it is defined, and how many these are."""
+    """Scalars on the device: the mean over the examples for which it is defined, and the number of these examples."""
 
     mean: torch.Tensor
     examples: torch.Tensor
 
 
 def correlations(reading: Reading, gold: torch.Tensor) -> dict[str, Correlation]:
-    """How what a signal gave agrees with the `attention_statistics`.
+    """Correlation of a signal's result with each of the `attention_statistics`.
 
     Args:
-        gold: (B, K), or (B, K, T) per token, which is averaged over the target first.
+        gold: (B, K), or (B, K, T) per token, which is averaged over the target's tokens first.
     """
     gold = gold if gold.dim() == 2 else _mean_over_tokens(gold, reading.targets)
     statistics = attention_statistics(reading)
@@ -188,18 +191,18 @@ def correlations(reading: Reading, gold: torch.Tensor) -> dict[str, Correlation]
 def pearson(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> Correlation:
     """Pearson's correlation over the K passages of each example, averaged over the examples.
 
-    Examples of which fewer than two passages count, or all that do have the same value, have none and are left out.
+    Examples with fewer than two passages in the mask, or with the same value for all of them, are left out.
 
     Args:
-        a, b, mask: (B, K); `mask` says which passages count.
+        a, b, mask: (B, K); `mask` is true for the passages to use.
     """
     n = mask.sum(-1, keepdim=True).clamp(min=1)
-    # in fp64 the mean of equal fp32 numbers is exactly that number, so that what does not vary is seen to be constant
+    # In fp64 the mean of equal fp32 numbers is exact, so that constant values have a deviation of exactly 0.
     a, b = (x.double().masked_fill(~mask, 0.0) for x in (a, b))
     a, b = ((x - x.sum(-1, keepdim=True) / n).masked_fill(~mask, 0.0) for x in (a, b))
-    spread = (a.square().sum(-1) * b.square().sum(-1)).sqrt()  # (B,)
-    defined = spread > 0
-    values = (a * b).sum(-1) / spread.masked_fill(~defined, 1.0)
+    deviation = (a.square().sum(-1) * b.square().sum(-1)).sqrt()  # (B,)
+    defined = deviation > 0
+    values = (a * b).sum(-1) / deviation.masked_fill(~defined, 1.0)
     examples = defined.sum()
     return Correlation(values.sum() / examples.clamp(min=1), examples)
 

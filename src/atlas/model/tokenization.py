@@ -1,8 +1,8 @@
 """Text to token ids and back, exactly as the published models were trained.
 
-transformers 5 drops the lone `▁` before a sentinel (`answer: <extra_id_0>`) and at the end of a text, which the
-published readers were trained to see, so the reader's pipeline is built here. Worker processes import this file, so
-torch and transformers are imported only in the functions that need them.
+transformers 5 drops the lone `▁` before a sentinel (`answer: <extra_id_0>`) and at the end of a text. The published
+readers were trained with it, so the reader's pipeline is built here. Worker processes import this file, so torch and
+transformers are imported only in the functions that need them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 N_SENTINELS = 100
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 READER_FLAG, RETRIEVER_FLAG = "--reader_model_type", "--retriever_model_path"
-# the rules of transformers' clean_up_tokenization_spaces, in its order
+# The rules of transformers' clean_up_tokenization_spaces, in the same order.
 CLEAN_UP = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")]
 CLEAN_UP += [(f" {suffix}", suffix) for suffix in ("n't", "'m", "'s", "'ve", "'re")]
 
 
 class ReaderTokenizer:
-    """T5 tokenizer. Picklable; batches are encoded in parallel by the tokenizers library.
+    """T5 tokenizer. Picklable. The tokenizers library encodes batches in parallel.
 
     Attributes: `pad_id`, `eos_id`, `sentinel_ids` (`sentinel_ids[n]` is the id of `<extra_id_n>`).
 
@@ -54,7 +54,7 @@ class ReaderTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, texts: Sequence[str], max_length: int | None = None, eos: bool = True) -> list[list[int]]:
-        """Token ids of each text, at most `max_length` of them; with `eos` the last one is always `</s>`."""
+        """Token ids of each text, at most `max_length`. With `eos` the last one is always `</s>`."""
         return _encode(self._tokenizer, texts, max_length, [], [self.eos_id] if eos else [])
 
     def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
@@ -63,13 +63,13 @@ class ReaderTokenizer:
         return [_clean_up(text) for text in texts]
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write tokenizer.json and its config: transformers' AutoTokenizer then gives the same ids and texts."""
+        """Write tokenizer.json and its config, with which transformers' AutoTokenizer gives the same ids and texts."""
         pipeline = Tokenizer.from_str(self._tokenizer.to_str())
         end = ("</s>", self.eos_id)
         pipeline.post_processor = TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[end])
         pipeline.save(str(directory / "tokenizer.json"))
         config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # T5's own class would build another pipeline
+            "tokenizer_class": "PreTrainedTokenizerFast",  # T5's own class would build a different pipeline
             "pad_token": "<pad>",
             "eos_token": "</s>",
             "unk_token": "<unk>",
@@ -88,17 +88,17 @@ class RetrieverTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-        """Token ids of each text, at most `max_length` of them, `[CLS]` and `[SEP]` included."""
+        """Token ids of each text, at most `max_length` including `[CLS]` and `[SEP]`."""
         return _encode(self._tokenizer, texts, max_length, [self._cls_id], [self._sep_id])
 
 
 def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer:
-    """The published T5 pipeline from the `tokenizer.json` or `spiece.model` of a local directory or a hub id.
+    """The published T5 pipeline, from `tokenizer.json` or `spiece.model` in a local directory or under a hub id.
 
     Raises:
         OSError: neither file can be found or read, or it is not a T5 vocabulary.
     """
-    from transformers.utils.hub import cached_file  # takes a local directory and a hub id alike
+    from transformers.utils.hub import cached_file  # accepts both a local directory and a hub id
 
     with pretrained_errors(READER_FLAG, name_or_path, "a T5 tokenizer (tokenizer.json or spiece.model)"):
         file = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
@@ -112,7 +112,7 @@ def load_retriever_tokenizer(name_or_path: str) -> RetrieverTokenizer:
     """The tokenizer of a BERT-type model in a local directory or under a hub id.
 
     Raises:
-        OSError: it cannot be found or read, or it has no `[PAD]`, `[CLS]` and `[SEP]`.
+        OSError: it cannot be found or read, or it lacks `[PAD]`, `[CLS]` or `[SEP]`.
     """
     from transformers import AutoTokenizer
 
@@ -128,7 +128,7 @@ def load_retriever_tokenizer(name_or_path: str) -> RetrieverTokenizer:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of token ids as one rectangle: int64 ids (n, L) and a bool mask (n, L) that is true on real tokens.
+    """Rows of token ids, padded: int64 ids (n, L) and a bool mask (n, L) that is true for real tokens.
 
     L is the longest row (at least 1), rounded up to `multiple`.
     """
@@ -152,13 +152,13 @@ def _encode(
 
 
 def _clean_up(text: str) -> str:
-    for found, replacement in CLEAN_UP:
-        text = text.replace(found, replacement)
+    for before, after in CLEAN_UP:
+        text = text.replace(before, after)
     return text
 
 
 def _pipeline_of_tokenizer_json(saved: dict) -> Tokenizer:
-    """Vocabulary and normalization as saved; what the saving library does about spaces is replaced."""
+    """The pipeline with the file's vocabulary and normalization, but the published handling of spaces."""
     pre_tokenizers = _members(saved.get("pre_tokenizer"), "pretokenizers")
     return _published_pipeline(
         model=saved.get("model", {}),
@@ -179,7 +179,7 @@ def _pipeline_of_sentencepiece(serialized: bytes) -> Tokenizer:
     if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
         raise ValueError("its sentencepiece model is not a Unigram model")
     pieces = [[piece.piece, piece.score] for piece in proto.pieces]
-    # the sentinels are the last ids, <extra_id_0> the very last
+    # The sentinels have the last ids, and <extra_id_0> the very last one.
     pieces += [[f"<extra_id_{n}>", 0.0] for n in reversed(range(N_SENTINELS))]
     charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
     return _published_pipeline(
@@ -200,7 +200,7 @@ def _published_pipeline(
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     one_space = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
     decoders = [{"type": "ByteFallback"}] if model.get("byte_fallback") else []
-    # no stripping around added tokens: that keeps the lone ▁ before a sentinel
+    # Not stripping spaces around added tokens keeps the lone ▁ before a sentinel.
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     pipeline = {
         "version": "1.0",
@@ -220,7 +220,7 @@ def _published_pipeline(
 
 
 def _members(part: dict | None, key: str) -> list[dict]:
-    """The steps of a normalizer or pre-tokenizer, be it absent, a single one or a sequence of them."""
+    """The steps of a normalizer or pre-tokenizer: none, the one, or those of a sequence."""
     if part is None:
         return []
     return part[key] if part["type"] == "Sequence" else [part]

@@ -1,4 +1,4 @@
-"""Choices that depend on the device: which one, its number formats, its batch shapes. All else is the same code."""
+"""Choices that depend on the device: which device, number formats, batch shapes. All other code is the same for all."""
 
 import contextlib
 import os
@@ -15,55 +15,55 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """The GPU of this process when there is one, else the CPU."""
+    """This process's GPU if there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
-def refuse_precision(device: torch.device, precision: str, flag: str) -> None:
-    """Raises ValueError when the device cannot compute in this precision."""
+def check_precision(device: torch.device, precision: str, flag: str) -> None:
+    """Raises ValueError if the device cannot compute in this precision."""
     if precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"{flag} fp16 needs a GPU, and there is none here; use bf16 or fp32")
+        raise ValueError(f"{flag} fp16 needs a GPU, but no GPU was found; use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"{flag} bf16: this GPU cannot compute in bf16; use fp16 or fp32")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Compute matrix products in this precision; the weights stay fp32."""
+    """Compute matrix products inside the block in this precision; the weights stay fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, _DTYPES[precision])
 
 
 def compute_dtype(precision: str) -> torch.dtype | None:
-    """The number format that matrix products run in, where it is not that of the weights."""
+    """The dtype of matrix products in this precision; None for fp32, which is that of the weights."""
     return None if precision == "fp32" else _DTYPES[precision]
 
 
 def embedder_precision(device: torch.device, asked: str | None) -> str:
-    """Precision of the passage encoder while it embeds the corpus."""
+    """Precision of the passage encoder while it embeds the corpus: the user's choice, or the device's default."""
     return asked or ("fp16" if device.type == "cuda" else "fp32")
 
 
 def pad_multiple(device: torch.device) -> int:
-    """Row lengths are rounded up to this: tensor cores want multiples of 8, a CPU does not care."""
+    """Row lengths are rounded up to a multiple of this: 8 for tensor cores; a CPU needs no padding."""
     return 8 if device.type == "cuda" else 1
 
 
 def embedding_tokens(device: torch.device, rows: int, length: int) -> int:
-    """Most padded tokens in one batch of passages to embed: a CPU is fastest while a batch fits its caches."""
+    """Most padded tokens in a batch of passages to embed: a CPU is fastest when a batch fits into its caches."""
     return rows * length if device.type == "cuda" else min(rows * length, 8192)
 
 
 def search_chunk_rows(device: torch.device) -> int:
-    """Rows of the index compared to the queries at a time: bounds the memory of a search."""
+    """Number of index rows compared with the queries at a time; limits the memory of a search."""
     return 2**18 if device.type == "cuda" else 2**15
 
 
-def fast_bf16(device: torch.device) -> bool:
-    """Whether this is a CPU whose matrix products are faster in bf16 (AVX512-BF16 or AMX) than in fp32."""
+def cpu_prefers_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU with bf16 instructions (AVX512-BF16 or AMX), which is faster in bf16 than in fp32."""
     if device.type != "cpu":
         return False
     capabilities = torch.cpu.get_capabilities()
@@ -71,8 +71,8 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def cpu_precision() -> str:
-    """The precision in which this CPU computes fastest: bf16 is many times slower where it is only emulated."""
-    return "bf16" if fast_bf16(torch.device("cpu")) else "fp32"
+    """The precision in which this CPU computes fastest: bf16 is many times slower if it is only emulated."""
+    return "bf16" if cpu_prefers_bf16(torch.device("cpu")) else "fp32"
 
 
 def tokenizer_processes(local_world_size: int) -> int:
@@ -81,13 +81,13 @@ def tokenizer_processes(local_world_size: int) -> int:
 
 
 def single_threaded_worker(worker: int) -> None:
-    """Set up a tokenizing worker process: its threads would only fight with those of its siblings.
+    """Set up a tokenizing worker process with a single thread: more would compete with those of the other workers.
 
-    A scheduler sends its signals to all processes at once; what they mean is for the rank itself to decide.
+    Signals to stop are ignored: a scheduler sends them to all processes, and the rank decides what to do.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # also what the tokenizers library asks for after a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers library also asks for this after a fork
     torch.set_num_threads(1)
 
 
@@ -99,13 +99,13 @@ def seed_everything(seed: int) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, before a clock is read."""
+    """Wait until the device has finished its queued work. Call it before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory so far in GiB: of the GPU's allocator, or of this process on a CPU."""
+    """Peak memory so far in GiB: of the GPU's allocator, or on a CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes

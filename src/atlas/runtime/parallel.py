@@ -1,6 +1,7 @@
-"""Several ranks train one model: parallelism applied from outside, so that the model knows nothing of it.
+"""Training one model on several ranks: parallelism is applied from outside, and the model code knows nothing about it.
 
-Every rank holds all weights (DDP), or a part of the reader's (FSDP2), or all weights and the moments of some (ZeRO 1).
+Each rank holds all weights (DDP), all weights but only some optimizer moments (ZeRO 1), or a part of the reader's
+weights (FSDP2).
 """
 
 import contextlib
@@ -26,16 +27,16 @@ def shard_weights(
     block_dtype: torch.dtype | None,
     forward_methods: Sequence[str],
 ) -> None:
-    """Move a model to the device and leave each rank 1/W of its weights, gradients and moments (FSDP2).
+    """Move a model to the device, keeping 1/W of its weights, gradients and moments on each rank (FSDP2).
 
-    A block's weights are gathered when it runs forward and stay until its backward pass, which leaves each rank its
-    part of the gradients: ZeRO stage 2, with the weights themselves cut as well between the steps. Blocks move to the
-    device one by one, so the whole model is on it at no time.
+    A block's weights are gathered for its forward pass and kept until its backward pass, after which each rank has its
+    part of the gradients. This is ZeRO stage 2, except that the weights are sharded too between the steps. Blocks move
+    to the device one by one, so the whole model is never on it.
 
     Args:
-        blocks: parts that are gathered one by one; the rest is gathered as a whole.
-        block_dtype: the blocks compute in it; what is cut stays fp32, and so does the sum of the gradients.
-        forward_methods: names of methods of the model, beside `forward`, that run it.
+        blocks: parts of the model that are gathered one by one; the rest is gathered together.
+        block_dtype: the precision in which the blocks compute; the shards and the sum of the gradients stay fp32.
+        forward_methods: names of the model's methods, besides `forward`, that run it.
     """
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     precision = MixedPrecisionPolicy(
@@ -49,10 +50,11 @@ def shard_weights(
 
 
 @contextlib.contextmanager
-def whole_weights(model: nn.Module | None) -> Iterator[None]:
-    """Keep the weights of a sharded model gathered inside the block, on every rank. Collective at its beginning.
+def gathered_weights(model: nn.Module | None) -> Iterator[None]:
+    """Keep the weights of a sharded model gathered on every rank inside the block. Entering it is a collective.
 
-    So ranks may run it different numbers of times (evaluation, generation): nothing in the block waits for the others.
+    Inside the block, ranks do not wait for each other and may run the model different numbers of times (evaluation,
+    generation).
     """
     sharded = [module for module in (model.modules() if model is not None else ()) if isinstance(module, FSDPModule)]
     for module in sharded:
@@ -65,10 +67,12 @@ def whole_weights(model: nn.Module | None) -> Iterator[None]:
 
 
 def data_parallel(model: nn.Module, device: torch.device, *, some_unused: bool) -> nn.Module:
-    """Average gradients over ranks after every backward; the model itself in one process or where a part is sharded.
+    """Wrap the model so that gradients are averaged over ranks after every backward pass (DDP).
+
+    Returns the model itself in a single process, or if a part of it is sharded.
 
     Args:
-        some_unused: some trained weights have no part in some steps (the retriever while it is frozen).
+        some_unused: whether some trained weights are not used in some steps (a retriever that is frozen at first).
     """
     if distributed.world_size() == 1 or _has_shards(model):
         return model
@@ -78,14 +82,14 @@ def data_parallel(model: nn.Module, device: torch.device, *, some_unused: bool) 
         device_ids=devices,
         find_unused_parameters=some_unused,
         gradient_as_bucket_view=True,
-        forward_sync_buffers=False,  # they are constants: the positions of BERT
+        forward_sync_buffers=False,  # the buffers are constants: BERT's position ids
     )
 
 
 def local_gradients(model: nn.Module, local: bool) -> AbstractContextManager:
-    """Leave gradients on their rank inside the block, while more are to be accumulated.
+    """Do not average gradients over ranks inside the block if `local`, because more are to be accumulated.
 
-    Those of sharded weights are added up over ranks all the same: whole ones would take the memory that sharding saves.
+    Gradients of sharded weights are summed over ranks regardless: whole ones would take the memory that sharding saves.
     """
     if local and isinstance(model, DistributedDataParallel):
         return model.no_sync()
@@ -93,7 +97,7 @@ def local_gradients(model: nn.Module, local: bool) -> AbstractContextManager:
 
 
 def finish_gradients(model: nn.Module) -> None:
-    """Average what no backward has averaged: the gradients of whole weights beside sharded ones."""
+    """Average the gradients that no backward pass has averaged: those of whole weights in a partly sharded model."""
     if isinstance(model, DistributedDataParallel) or distributed.world_size() == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p, DTensor)]
@@ -105,9 +109,9 @@ def finish_gradients(model: nn.Module) -> None:
 
 
 def agree_on_norm(parameters: Sequence[nn.Parameter], stop: bool) -> torch.Tensor:
-    """Norm of all gradients together, and on how many ranks `stop` is set: (2,), the same on every rank. Collective.
+    """The norm of all gradients, and the number of ranks where `stop` is set: (2,), equal on all ranks. Collective.
 
-    Gradients of whole weights must be the same everywhere already.
+    Gradients of whole weights must already be the same on every rank.
     """
     sharded = [p.grad.to_local() for p in parameters if isinstance(p, DTensor)]
     whole = [p.grad for p in parameters if not isinstance(p, DTensor)]
@@ -116,50 +120,50 @@ def agree_on_norm(parameters: Sequence[nn.Parameter], stop: bool) -> torch.Tenso
     if sharded:
         norm = torch.nn.utils.get_total_norm(sharded, foreach=True).float()
     message = torch.stack([norm.square(), torch.full_like(norm, float(stop))])
-    squared, asked = distributed.sum_over_ranks(message)
+    squared, stopping = distributed.sum_over_ranks(message)
     if whole:
-        of_whole = torch.nn.utils.get_total_norm(whole, foreach=True)
-        norm = torch.sqrt(squared + of_whole.square()) if sharded else of_whole
+        norm_of_whole = torch.nn.utils.get_total_norm(whole, foreach=True)
+        norm = torch.sqrt(squared + norm_of_whole.square()) if sharded else norm_of_whole
     else:
         norm = squared.sqrt()
-    return torch.stack([norm, asked])
+    return torch.stack([norm, stopping])
 
 
 def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether these are parts of weights, which only a gathering makes whole."""
+    """Whether any of these parameters is sharded over ranks (FSDP2)."""
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other tensor itself."""
+    """This rank's part of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The whole tensors on rank 0, nothing elsewhere: sharded ones are gathered one by one, into the CPU's memory.
+def full_tensors_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The full tensors on rank 0, an empty dict elsewhere. Sharded ones are gathered one by one into CPU memory.
 
-    Collective. All ranks bring the same names in the same order.
+    Collective. All ranks must pass the same names in the same order.
     """
-    whole = {}
+    full = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
             tensor = tensor.cpu() if distributed.is_main() else tensor
         if distributed.is_main():
-            whole[name] = tensor
-    return whole
+            full[name] = tensor
+    return full
 
 
-def moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    """The whole moments of a parameter on rank 0 (empty before the first update), nothing elsewhere. Collective."""
+def full_moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """A parameter's full moments on rank 0 (empty before the first update), an empty dict elsewhere. Collective."""
     moments = optimizer.state.get(parameter, {})
     if isinstance(optimizer, ShardedAdamW):
-        return distributed.sent_to_main({key: m.cpu() for key, m in moments.items()}, optimizer.owner[parameter]) or {}
-    return whole_on_main(moments)
+        return distributed.send_to_main({key: m.cpu() for key, m in moments.items()}, optimizer.owner[parameter]) or {}
+    return full_tensors_on_main(moments)
 
 
-def cut_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a whole tensor that goes with a parameter (a moment), on its device and cut as it is cut."""
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of a full tensor that belongs to a parameter (a moment), on its device and sharded like it."""
     tensor = tensor.to(parameter.device, copy=True)
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
@@ -167,13 +171,13 @@ def cut_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """AdamW whose moments are spread over ranks (ZeRO stage 1, Rajbhandari et al. 2020).
+    """AdamW whose moments are distributed over ranks (ZeRO stage 1, Rajbhandari et al. 2020).
 
-    Each rank keeps the moments of some parameters, moves these, and sends them to the others.
+    Each rank keeps the moments of some parameters, updates these parameters, and broadcasts them to the others.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], **settings: Any) -> None:
-        self.owner: dict[nn.Parameter, int] = {}  # largest first, each to the rank that has least
+        self.owner: dict[nn.Parameter, int] = {}  # largest first, each to the rank that has the least so far
         load = [0] * distributed.world_size()
         for parameter in sorted(parameters, key=torch.numel, reverse=True):  # a stable sort: the same on all ranks
             self.owner[parameter] = load.index(min(load))
@@ -183,12 +187,12 @@ class ShardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Move this rank's parameters and take over the others'. Collective."""
+        """Update this rank's parameters and receive those of the other ranks. Collective."""
         super().step(closure)
-        distributed.spread([parameter.data for parameter in self.owner], list(self.owner.values()))
+        distributed.broadcast_from_owners([parameter.data for parameter in self.owner], list(self.owner.values()))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of all parameters, whoever moves them."""
+        """Clear the gradients of all parameters, not only of those that this rank updates."""
         for parameter in self.owner:
             parameter.grad = None
 

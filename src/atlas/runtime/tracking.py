@@ -1,10 +1,10 @@
-"""What a user sees while it runs: run.log and the screen, progress bars, tensorboard, means of statistics."""
+"""What a user sees during a run: run.log and the screen, progress bars, tensorboard, means of statistics."""
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -12,10 +12,11 @@ from tqdm import tqdm
 from atlas.runtime import distributed
 
 log = logging.getLogger("atlas")
+T = TypeVar("T")
 
 
 class _Screen(logging.Handler):
-    """Prints above a progress bar instead of through it, and spares the reader tracebacks: those are in the file."""
+    """Prints above a progress bar, not through it. Tracebacks are left to the log file."""
 
     def emit(self, record: logging.LogRecord) -> None:
         shown = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
@@ -25,7 +26,7 @@ class _Screen(logging.Handler):
 
 
 def start_log(directory: Path | None) -> None:
-    """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log; appended to what is there."""
+    """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log. Files are appended to."""
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -39,10 +40,10 @@ def start_log(directory: Path | None) -> None:
         log.addHandler(handler)
 
 
-def tell_error(error: Exception, message: str) -> None:
-    """One sentence on the screen, the traceback of the current exception in the log.
+def report_error(error: Exception, message: str) -> None:
+    """Print one sentence, and log the traceback of the current exception.
 
-    Rank 0 speaks for all: another rank shows its error only when rank 0 has none of its own.
+    Rank 0 prints for all ranks: another rank prints its error only when rank 0 has none of its own.
     """
     log.error("%s", message, exc_info=True)
     if not distributed.is_main() and not distributed.main_failed_too(error):
@@ -56,15 +57,33 @@ def progress_bar(what: str, total: int, unit: str, initial: int = 0) -> tqdm:
 
 
 def with_progress(items: Iterable[Any], what: str, total: int, unit: str) -> Iterator[Any]:
-    """Go through the items with a bar."""
+    """The items, with a progress bar."""
     with progress_bar(what, total, unit) as bar:
         for item in items:
             yield item
             bar.update()
 
 
+def read_shares(what: str, n: int, unit: str, read: Callable[[range, Callable[[int], object]], T]) -> T:
+    """Let each rank read its share of n rows, with a bar; an error on any rank is raised on all. Collective.
+
+    Args:
+        read: gets this rank's rows, and a function to call with the number of rows read since the last call.
+    """
+    error = result = None
+    rows = distributed.shard_rows(n, distributed.rank(), distributed.world_size())
+    try:
+        with progress_bar(what, len(rows), unit) as bar:
+            result = read(rows, lambda more: (bar.update(more), distributed.progress()))
+    except ValueError as bad_row:
+        error = bad_row
+    distributed.wait_for_all(what)
+    distributed.raise_on_all_ranks(error)
+    return result
+
+
 class ProgressBars:
-    """One bar after the other: told what is going on, how much of it is done, and of how much (None: nobody knows)."""
+    """One progress bar after another: called with the name of the work, how much is done, and the total if known."""
 
     def __init__(self) -> None:
         self._what, self._bar = "", tqdm(disable=True)
@@ -94,7 +113,7 @@ class Means:
         self._values.setdefault(name, []).append((value, weight))
 
     def report(self) -> dict[str, float]:
-        """The means over all ranks; starts anew. Collective."""
+        """The means over all ranks since the last report. Collective."""
         sums = {
             name: (sum(float(value * weight) for value, weight in pairs), sum(float(weight) for _, weight in pairs))
             for name, pairs in self._values.items()
@@ -105,14 +124,18 @@ class Means:
 
 
 class TensorBoard:
-    """Event files of rank 0; nothing on other ranks."""
+    """Event files of rank 0; nothing on other ranks, or where tensorboard is not installed."""
 
     def __init__(self, directory: Path) -> None:
         self._writer = None
-        if distributed.is_main():
+        if not distributed.is_main():
+            return
+        try:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._writer = SummaryWriter(directory)
+        except ImportError:
+            log.info("tensorboard is not installed, so no curves are written: pip install tensorboard")
+            return
+        self._writer = SummaryWriter(directory)
 
     def add(self, values: dict[str, float], step: int) -> None:
         """One point for each value."""
@@ -120,6 +143,6 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write out what is pending."""
+        """Write what is still buffered."""
         if self._writer:
             self._writer.close()

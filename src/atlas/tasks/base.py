@@ -1,37 +1,51 @@
-"""What a task is, and the plainest one: a query and the text that shall be generated for it."""
+"""The base class of all tasks, which is also the simplest task: a query and the text to generate for it."""
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from atlas import config
 from atlas.metrics import accuracy
+
+if TYPE_CHECKING:
+    from atlas.model.tokenization import ReaderTokenizer
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question to the system. `answers` are the references of the metrics; they are not shown to the reader."""
+    """A query with its target. `answers` are the references for the metrics; the reader does not see them."""
 
     query: str
-    target: str  # "" if there is none, which is fine only where nothing is read
+    target: str  # "" if there is none, which only runs without a reader accept
     answers: list[str]
     metadata: dict | None = None
     id: str | int | None = None
     passages: list[dict] | None = None  # the example's own, for --use_file_passages
-    choices: dict[str, int] | None = None  # what may stand behind `<extra_id_0>`, with the token that says so
-    first_of_line: bool = True  # where a line gives several examples
+    choices: dict[str, int] | None = None  # what may follow `<extra_id_0>`, and its token
+    first_of_line: bool = True  # False for the further examples of a line that has several
+
+
+@dataclass(frozen=True)
+class TaskSetup:
+    """What a run knows that a task may need."""
+
+    flags: config.Tasks = field(default_factory=config.Tasks)
+    tokenizer: "ReaderTokenizer | None" = None  # the reader's
+    text_maxlength: int = config.Model.text_maxlength  # tokens of the reader's input
+    answers_needed: bool = True  # False accepts lines without target and answers: enough to retrieve for them
+    passages_needed: bool = False  # every line must have `passages`, which are checked
+    training: bool = False  # whether the examples are trained on, or evaluated
 
 
 class Task:
     """Turns the lines of a data file into examples, and scores what was generated for them.
 
-    `answers_needed=False` lets lines without target and answers pass: enough to retrieve for them.
-    `passages_needed=True` asks for `passages` in every line and checks them.
-
     Attributes:
-        fields: what a line holds; skips: which lines give no example. Both for messages.
-        filters_by_id: whether a line may be a passage of the corpus, which must not be found for itself.
-        examples_per_line: most examples that `example` gives of a line.
-        joins: whether the examples of a line are measured together, by `join`.
+        fields: the fields of a line; skips: the lines that have no example. Both for messages.
+        filters_by_id: whether a line may be a passage of the corpus, which must not be retrieved for it.
+        examples_per_line: the most examples that `example` makes from a line.
+        joins: whether the examples of a line are scored together, by `join`.
     """
 
     metrics: tuple[str, ...] = ("accuracy",)
@@ -41,14 +55,13 @@ class Task:
     examples_per_line = 1
     joins = False
 
-    def __init__(self, answers_needed: bool = True, passages_needed: bool = False):
-        self.answers_needed = answers_needed
-        self.passages_needed = passages_needed
+    def __init__(self, setup: TaskSetup) -> None:
+        self.answers_needed, self.passages_needed = setup.answers_needed, setup.passages_needed
 
     def process(self, record: Mapping, rng: random.Random) -> Example | None:
-        """The example of a line, None to skip the line. All chance comes from `rng` (see `example_rng`).
+        """The example of a line, or None to skip the line. All randomness comes from `rng` (see `example_rng`).
 
-        Raises: ValueError with the fields expected and those found, or what is wrong with one.
+        Raises: ValueError with the expected and the existing fields, or what is wrong with one.
         """
         query = self.text(record, "query")
         target = self.text(record, "target", optional=not self.answers_needed)
@@ -61,56 +74,56 @@ class Task:
         )
 
     def example(self, record: Mapping, rng: random.Random, number: int) -> Example | None:
-        """Example `number` of a line, from 0, None if there is none; `rng` is the same for all of a line's examples."""
+        """Example `number` of a line, from 0, or None. `rng` is in the same state for all examples of a line."""
         return self.process(record, rng)
 
     def check(self, record: Mapping) -> bool:
-        """Whether a line gives an example, for reading a whole file before a run. Raises: ValueError, as `process`."""
+        """Whether a line has an example; used to check a whole file before a run. Raises: ValueError, as `process`."""
         return self.process(record, random.Random(0)) is not None
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
-        """The values, 0 to 1, of `metrics`."""
+        """The values of `metrics`, each from 0 to 1."""
         return {"accuracy": accuracy(generation, example.answers)}
 
     def join(self, rows: list[dict]) -> tuple[dict, dict[str, float]]:
-        """A line's row of the result file, of the rows of its examples in order; values, 0 to 1, of the whole line."""
+        """The line's row of the result file, joined from those of its examples in order, and its scores, 0 to 1."""
         (row,) = rows
         return row, {}
 
     def retrieval_answers(self, example: Example) -> list[str] | None:
-        """Strings of which a useful passage holds one; None where recall@k and MRR make no sense."""
+        """Strings, one of which a relevant passage contains; None if recall@k and MRR do not make sense."""
         return None
 
     def text(self, record: Mapping, field: str, optional: bool = False, blank: bool = False) -> str | None:
-        """A string field, not blank unless it may be; None if it is optional and missing. Raises: ValueError."""
+        """A string field, which may be empty only if `blank`; None if it is optional and absent. Raises: ValueError."""
         value = record.get(field)
         if value is None and optional:
             return None
         if value is None:
             raise self.missing(record, field)
         if not isinstance(value, str):
-            raise ValueError(f"`{field}` is a string, found {value!r:.40}")
+            raise ValueError(f"`{field}` must be a string, found {value!r:.40}")
         if not blank and not value.strip():
             raise ValueError(f"`{field}` is empty")
         return value
 
     def missing(self, record: Mapping, field: str) -> ValueError:
-        """What to say of a line without this field."""
+        """The error for a line without this field."""
         return ValueError(f"no `{field}`: expected {self.fields}, found {', '.join(record) or 'no field at all'}")
 
     def identifier(self, record: Mapping) -> str | int | None:
-        """The `id` as it stands, so that results can be joined with what was asked."""
+        """The line's `id`, unchanged, so that results can be joined with the data."""
         return record.get("id")
 
     def metadata(self, record: Mapping) -> dict:
-        """What goes into the line's row of the result file: here, its own `metadata`. Raises: ValueError."""
+        """The metadata for the line's row of the result file: here, its own `metadata`. Raises: ValueError."""
         metadata = record.get("metadata")
         if not isinstance(metadata or {}, dict):
-            raise ValueError(f"`metadata` is an object, found {metadata!r:.40}")
+            raise ValueError(f"`metadata` must be an object, found {metadata!r:.40}")
         return metadata or {}
 
     def passages(self, record: Mapping) -> list[dict] | None:
-        """The line's own passages as they are, or checked and with a title if they are needed. Raises: ValueError."""
+        """The line's own passages; if they are needed, checked and with a title. Raises: ValueError."""
         passages = record.get("passages")
         if not self.passages_needed:
             return passages
@@ -122,15 +135,16 @@ class Task:
             if not isinstance(passage, dict) or not isinstance(passage.get("text"), str):
                 raise ValueError(f"passage {rank} of `passages` has no `text` (a string)")
             if not isinstance(passage.get("title") or "", str):
-                raise ValueError(f"passage {rank} of `passages`: `title` is a string, found {passage['title']!r:.40}")
+                title = passage["title"]
+                raise ValueError(f"passage {rank} of `passages`: `title` must be a string, found {title!r:.40}")
         return [passage | {"title": passage.get("title") or ""} for passage in passages]
 
 
-def asked(question: str) -> str:
-    """The query of a question with a short answer, as the published readers were trained."""
+def short_answer_prompt(question: str) -> str:
+    """The query for a question with a short answer, in the format that the published readers were trained with."""
     return f"question: {question} answer: <extra_id_0>"
 
 
 def example_rng(seed: int, epoch: int, line: int) -> random.Random:
-    """A generator that depends on nothing but these three: the same in every process, at every world size."""
+    """A random generator that depends only on these three: the same in every process and for any number of ranks."""
     return random.Random(f"{seed} {epoch} {line}")  # a string is hashed by SHA-512, not by Python's seeded hash()

@@ -1,22 +1,26 @@
-"""Examples of a data file for each step and rank: the same lines, and the same chances, at every world size."""
+"""Batches of examples from a data file: the same examples at every number of ranks."""
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
+from atlas.config import Config, evaluation_name
 from atlas.files.jsonl import DataError, JsonlCorpus
-from atlas.tasks import Example, Task, example_rng
+from atlas.model.tokenization import ReaderTokenizer
+from atlas.runtime import distributed
+from atlas.runtime.tracking import log, read_shares
+from atlas.tasks import TASKS, Example, Task, TaskSetup, example_rng
 
 T = TypeVar("T")
 
 
 class Data:
-    """A data file (or several, one behind the other) as batches of examples.
+    """A data file (or several, one after the other) as batches of examples.
 
     The global batch of a step is the next `world_size · batch_size` places; rank r takes the r-th run of `batch_size`.
-    So W ranks see in one step what one rank sees in W steps. A place is a line or, with a task of which a line gives
-    several examples, one of these, all of a line one after the other unless they are shuffled.
+    So W ranks see in one step what one rank sees in W steps. A place is a line. If the task makes several examples of a
+    line, a place is one of these; those of a line follow one another unless they are shuffled.
 
     Raises:
         ValueError: there is no line.
@@ -33,6 +37,54 @@ class Data:
         self._resumed = (0, 0)  # a step, and the examples that had been seen after it
         self._order = (-1, np.empty(0, np.int64))  # the epoch that was shuffled last, and its order
 
+    @classmethod
+    def open(
+        cls, paths: tuple[str, ...], config: Config, tokenizer: ReaderTokenizer | None, *, training: bool = False
+    ) -> Self:
+        """The data in some files for this rank, every line of which has been read once. Collective.
+
+        Args:
+            tokenizer: the reader's, for tasks that build queries with it.
+
+        Raises:
+            DataError: a bad line, before anything expensive starts.
+            ValueError: there is no line, or the task skips all of them.
+        """
+        with distributed.main_first(f"opening {', '.join(paths)}"):  # rank 0 unpacks and finds the lines once
+            corpus = JsonlCorpus(paths)
+        setup = TaskSetup(
+            flags=config.tasks,
+            tokenizer=tokenizer,
+            text_maxlength=config.model.text_maxlength,
+            answers_needed=not config.model.retrieve_only,
+            passages_needed=config.model.use_file_passages,
+            training=training,
+        )
+        data = cls(
+            corpus,
+            TASKS[config.tasks.task](setup),
+            seed=config.run.seed,
+            batch_size=config.run.per_gpu_batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        data._check_all()
+        return data
+
+    @classmethod
+    def open_each(cls, config: Config, tokenizer: ReaderTokenizer | None) -> dict[str, Self]:
+        """The evaluation data: name of the file without its ending -> data. Collective. Raises: as `open`."""
+        return {evaluation_name(path): cls.open((path,), config, tokenizer) for path in config.run.eval_data}
+
+    def _check_all(self) -> None:
+        """Each rank checks its share of the lines. Collective."""
+        used = sum(distributed.gather_objects(read_shares("reading the data", len(self), "lines", self.check)))
+        name = ", ".join(map(str, self.corpus.paths))
+        if used == 0:
+            raise ValueError(f"{name}: no line is left, because the task skips {self.task.skips}")
+        if used < len(self):
+            log.info("%s: %d of %d lines are skipped (%s)", name, len(self) - used, len(self), self.task.skips)
+
     def __len__(self) -> int:
         """How many lines there are."""
         return len(self.corpus)
@@ -41,7 +93,7 @@ class Data:
         """Read lines once, so that a bad one is found before anything expensive starts.
 
         Args:
-            read: told from time to time how many more have been read.
+            read: called from time to time with the number of lines read since the last call.
 
         Returns:
             How many of them the task does not skip.
@@ -57,7 +109,7 @@ class Data:
         return used
 
     def example(self, place: int, epoch: int) -> Example | None:
-        """The example of a place; None where the task skips it. Raises: DataError."""
+        """The example at a place; None if the task skips it. Raises: DataError."""
         line, number = divmod(place, self.task.examples_per_line)
         rng = example_rng(self.seed, epoch, line)
         return self._of_line(line, lambda record: self.task.example(record, rng, number))
@@ -71,7 +123,7 @@ class Data:
             raise DataError(f"{self.corpus.where(line)}: {error}") from error
 
     def resume(self, step: int, examples: int) -> None:
-        """Go on behind so many examples, which a run on perhaps another number of ranks has seen in `step` steps."""
+        """Continue after so many examples, which a run on perhaps another number of ranks has seen in `step` steps."""
         self._resumed = (step, examples)
 
     def examples_after(self, step: int) -> int:
@@ -80,10 +132,10 @@ class Data:
         return examples + (step - finished) * self.world_size * self.batch_size
 
     def training_batch(self, step: int, shuffle: bool) -> list[Example]:
-        """This rank's examples of a step, counted from 1. The file is gone through again and again.
+        """This rank's examples of a step, counted from 1. After the last line comes the first one again.
 
-        Skipped lines are not made up for, so that the places of a step never depend on others: the batch is smaller,
-        or empty.
+        The places of a step do not depend on other steps, so a line that the task skips makes the batch smaller, or
+        empty.
         """
         first = self.examples_after(step - 1) + self.rank * self.batch_size
         examples = []
@@ -94,7 +146,7 @@ class Data:
         return [example for example in examples if example is not None]
 
     def evaluation_batches(self) -> Iterator[list[Example]]:
-        """The whole file once, in as many batches on every rank; the last ones of a rank may be empty."""
+        """The whole file once. Every rank gets the same number of batches; its last ones may be empty."""
         everybody = self.world_size * self.batch_size
         for start in range(0, self.places, everybody):
             first = start + self.rank * self.batch_size

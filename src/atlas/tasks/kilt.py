@@ -4,13 +4,13 @@ import random
 from collections.abc import Mapping
 
 from atlas.metrics import exact_match, f1
-from atlas.tasks.base import Example, Task, asked
+from atlas.tasks.base import Example, Task, short_answer_prompt
 
-VERDICTS = {"true", "false"}  # no passage is the better for holding one
+VERDICTS = {"true", "false"}  # not searched for in passages
 
 
 class KILT(Task):
-    """Lines `{"input": ..., "output": [{"answer": ...}, ...]}`; what else is in `output` (provenance) is passed over.
+    """Lines `{"input": ..., "output": [{"answer": ...}, ...]}`; other parts of `output` (provenance) are ignored.
 
     Lines whose `filename` contains `fever` have verdicts for answers: SUPPORTS is `true`, all else `false`.
     """
@@ -23,7 +23,7 @@ class KILT(Task):
         answers = self.answers(record)
         target = rng.choice(answers) if answers else None
         return Example(
-            query=asked(question),
+            query=short_answer_prompt(question),
             target="" if target is None else f"<extra_id_0> {target}",
             answers=answers,
             metadata=self.metadata(record) | {"clean_target": target},
@@ -36,10 +36,10 @@ class KILT(Task):
         if output is None and self.answers_needed:
             raise self.missing(record, "output")
         if not isinstance(output or [], list) or not all(isinstance(part, dict) for part in output or []):
-            raise ValueError(f"`output` is a list of objects, found {output!r:.60}")
+            raise ValueError(f"`output` must be a list of objects, found {output!r:.60}")
         answers = [part["answer"] for part in output or [] if part.get("answer") is not None]
         if not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"`answer` in `output` is a string, found {answers!r:.60}")
+            raise ValueError(f"`answer` in `output` must be a string, found {answers!r:.60}")
         if not answers and self.answers_needed:
             raise ValueError(f"no `answer` in `output`: expected {self.fields}")
         if "fever" in (self.text(record, "filename", optional=True, blank=True) or ""):

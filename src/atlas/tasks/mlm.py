@@ -1,40 +1,30 @@
-"""Masked language modelling: fill in spans that were taken out of a text (Raffel et al. 2020, section 3.1.4)."""
+"""Masked language modelling: fill in spans that were removed from a text (Raffel et al. 2020, section 3.1.4)."""
 
 import random
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from atlas.model.tokenization import ReaderTokenizer
-from atlas.tasks.base import Example
+from atlas.tasks.base import Example, TaskSetup
 from atlas.tasks.text import TextTask
 
 
 class MLM(TextTask):
-    """The query is the text with sentinels in place of some spans, the target is these spans behind their sentinels.
+    """The query is the text with sentinels in place of some spans; the target is each sentinel followed by its span.
 
-    Args:
-        tokenizer: the reader's; text_maxlength: tokens of a text, the rest is left out.
-        noise_density: share of the tokens that is taken out; mean_span_length: mean tokens per span.
+    A text is truncated to `--text_maxlength` tokens first.
     """
 
-    def __init__(
-        self,
-        tokenizer: ReaderTokenizer,
-        text_maxlength: int,
-        noise_density: float,
-        mean_span_length: float,
-        min_words: int | None = None,
-        passages_needed: bool = False,
-    ) -> None:
-        super().__init__(min_words, passages_needed)
-        self.tokenizer, self.text_maxlength = tokenizer, text_maxlength
-        self.noise_density, self.mean_span_length = noise_density, mean_span_length
-        self._marks = {tokenizer.pad_id, tokenizer.eos_id, *tokenizer.sentinel_ids}
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        self.tokenizer, self.text_maxlength = setup.tokenizer, setup.text_maxlength
+        self.noise_density = setup.flags.mlm_noise_density
+        self.mean_span_length = setup.flags.mlm_mean_noise_span_length
+        self._marks = {self.tokenizer.pad_id, self.tokenizer.eos_id, *self.tokenizer.sentinel_ids}
 
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str] | None:
         tokens = self.tokenizer.encode([record["text"]], self.text_maxlength, eos=False)[0]
-        tokens = [token for token in tokens if token not in self._marks]  # a sentinel in a text would be a gap too many
+        tokens = [token for token in tokens if token not in self._marks]  # it would look like a masked span
         if not tokens:
             return None
         sentinels = self.tokenizer.sentinel_ids
@@ -54,18 +44,18 @@ class MLM(TextTask):
         return super().score(self._without_sentinels(generation), replace(example, answers=answers))
 
     def _without_sentinels(self, text: str) -> str:
-        """What is left of a text when the reader writes it; cutting the sentinels out would leave other spaces."""
+        """The text without sentinels, through the tokenizer: cutting them out of the string would keep extra spaces."""
         return self.tokenizer.decode(self.tokenizer.encode([text]))[0] if "<extra_id_" in text else text
 
     def _spans(self, n: int, most: int, rng: random.Random) -> list[tuple[int, int]]:
-        """Lengths of the kept and the noise spans of n tokens, pair by pair; at most so many pairs."""
-        noise = min(max(1, round(n * self.noise_density)), max(1, n - 1))  # all of it only of a single token
+        """Pairs of lengths, a kept span and the noise span after it, that add up to n tokens; at most `most` pairs."""
+        noise = min(max(1, round(n * self.noise_density)), max(1, n - 1))  # keeps a token unless there is only one
         kept = n - noise
         pairs = min(max(1, round(noise / self.mean_span_length)), max(1, kept), most)
         return list(zip(_composition(kept, pairs, rng), _composition(noise, pairs, rng), strict=True))
 
 
 def _composition(total: int, parts: int, rng: random.Random) -> list[int]:
-    """A sum of positive numbers (of 0 alone, where there is nothing to share), each such sum with equal probability."""
+    """Positive numbers that add up to `total` (or [0]), each such sequence with equal probability."""
     cuts = sorted(rng.sample(range(1, total), parts - 1))
     return [end - start for start, end in pairwise([0, *cuts, total])]

@@ -10,50 +10,40 @@ from collections.abc import Mapping
 from itertools import islice, permutations
 from string import ascii_uppercase as LETTERS
 
-from atlas.model.tokenization import ReaderTokenizer
-from atlas.tasks.base import Example, Task
+from atlas.tasks.base import Example, Task, TaskSetup
 
 PROMPT_TOKENS = 356  # as published: with --text_maxlength 512 that leaves room for a passage
 
 
 class MultipleChoice(Task):
-    """Lines `{"question": ..., "options": {"A": ..., "B": ..., ...}, "answer": "B"}`, an example for each order.
+    """Lines `{"question": ..., "options": {"A": ..., "B": ..., ...}, "answer": "B"}`, with an example for each order.
 
-    The first order is that of the line. A long question is cut from the left.
-
-    Args:
-        tokenizer: the reader's; text_maxlength: tokens of its input.
-        num_options: most options of a question; permutations: `single` order, `cyclic` rotations, or `all` orders.
-        repeats: whether a line with fewer options than others, so fewer orders, gives as many examples by repeating
-            them (for training); else it gives fewer.
+    The first order is that of the line. A long question is truncated on the left. In training, a line with fewer
+    options repeats its orders, so that every line has equally many examples; in evaluation it has fewer.
     """
 
     metrics = ("accuracy",)
     fields = "`question` (a string), `options` (an object of strings: A, B, ...) and `answer` (the letter of one)"
     joins = True
 
-    def __init__(
-        self,
-        tokenizer: ReaderTokenizer,
-        text_maxlength: int,
-        num_options: int,
-        permutations: str,
-        repeats: bool = False,
-        answers_needed: bool = True,
-        passages_needed: bool = False,
-    ) -> None:
-        super().__init__(answers_needed, passages_needed)
-        self.tokenizer = tokenizer
-        self.num_options, self.permutations, self.repeats = num_options, permutations, repeats
-        self.prompt_tokens = min(PROMPT_TOKENS, text_maxlength - 1)  # one for </s>: the reader's cut spares the options
-        self.examples_per_line = self.n_orders(num_options)
-        self.tokens = dict(zip(LETTERS[:num_options], self._letter_tokens(num_options), strict=True))
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        flags = setup.flags
+        self.tokenizer, self.repeats = setup.tokenizer, setup.training
+        self.num_options = flags.multiple_choice_num_options
+        self.permutations = (
+            flags.multiple_choice_train_permutations if setup.training else flags.multiple_choice_eval_permutations
+        )
+        # One token for </s>: truncating the reader's input must not remove the options at the end of the prompt.
+        self.prompt_tokens = min(PROMPT_TOKENS, setup.text_maxlength - 1)
+        self.examples_per_line = self.n_orders(self.num_options)
+        self.tokens = dict(zip(LETTERS[: self.num_options], self._letter_tokens(self.num_options), strict=True))
 
     def n_orders(self, n_options: int) -> int:
         return {"single": 1, "cyclic": n_options, "all": math.factorial(n_options)}[self.permutations]
 
     def order(self, n_options: int, number: int) -> tuple[int, ...]:
-        """Which option stands at each place: order 0 is 0, 1, 2, ..."""
+        """The option at each place: order 0 is 0, 1, 2, ..."""
         if self.permutations == "all":
             return next(islice(permutations(range(n_options)), number, None))
         return tuple((place + number) % n_options for place in range(n_options))
@@ -62,7 +52,7 @@ class MultipleChoice(Task):
         return self.example(record, rng, 0)
 
     def example(self, record: Mapping, rng: random.Random, number: int) -> Example | None:
-        """As the line has it for `number` 0; with its options in another order for the others."""
+        """The line as it is for `number` 0; with its options in another order for other numbers."""
         question, options, answer = self._read(record)
         n_orders = self.n_orders(len(options))
         if number >= n_orders and not self.repeats:
@@ -72,7 +62,7 @@ class MultipleChoice(Task):
         options = {letter: texts[option] for letter, option in zip(letters, order, strict=True)}
         if answer is not None:
             answer = letters[order.index(letters.index(answer))]
-        # found again by what was asked, wherever it stands and whatever was answered
+        # Identifies the question and its options, wherever the line is and whatever its answer.
         uid = hashlib.blake2b(json.dumps([question, texts]).encode(), digest_size=8).hexdigest()
         line = {key: value for key, value in record.items() if key != "passages"}
         changed = {"options": options, "answer": answer, "is_original": number == 0, "uid": uid}
@@ -95,8 +85,8 @@ class MultipleChoice(Task):
     def join(self, rows: list[dict]) -> tuple[dict, dict[str, float]]:
         """The row of the line's own order, with each option's probability: the mean over the orders.
 
-        In an order it is the softmax over the letters' logits, at the letter that the option's text stands at. Options
-        of the same text share what they get.
+        In each order, an option's probability is the softmax over the letters' logits at the letter of its text.
+        Options with the same text share their probability.
         """
         joined = {key: value for key, value in rows[0].items() if key != "choice_logits"}
         values = {}
@@ -108,7 +98,7 @@ class MultipleChoice(Task):
                     by_text[text].append(of_letter[letter])
             options = rows[0]["metadata"]["options"]
             of_all = {letter: by_text[text] for letter, text in options.items()}
-            means = {letter: sum(found) / len(found) for letter, found in of_all.items()}
+            means = {letter: sum(shares) / len(shares) for letter, shares in of_all.items()}
             joined |= {"choice_probs": means, "all_probs": of_all}
             chosen = max(means, key=means.get)
             values = {"debiased_accuracy": float(options[chosen] == options[rows[0]["metadata"]["answer"]])}
@@ -121,25 +111,26 @@ class MultipleChoice(Task):
         if options is None:
             raise self.missing(record, "options")
         if not isinstance(options, dict) or not all(isinstance(text, str) for text in options.values()):
-            raise ValueError(f"`options` is an object of strings by letter, found {options!r:.60}")
+            raise ValueError(f"`options` must be an object of strings by letter, found {options!r:.60}")
         letters = sorted(options)
         if letters != list(LETTERS[: len(letters)]) or len(letters) < 2:
-            raise ValueError(f"`options` are lettered A, B, and so on, at least two; found {', '.join(letters)!r:.60}")
+            found = ", ".join(letters)
+            raise ValueError(f"`options` must be lettered A, B, and so on, at least two; found {found!r:.60}")
         if len(letters) > self.num_options:
             raise ValueError(
                 f"{len(letters)} `options` are more than --multiple_choice_num_options {self.num_options}: raise it"
             )
         answer = self.text(record, "answer", optional=not self.answers_needed)
         if answer is not None and answer not in options:
-            raise ValueError(f"`answer` is one of {', '.join(letters)}, found {answer!r:.40}")
+            raise ValueError(f"`answer` must be one of {', '.join(letters)}, found {answer!r:.40}")
         return question, {letter: options[letter] for letter in letters}, answer
 
     def _query(self, question: str, options: dict[str, str]) -> str:
-        """The prompt, with the longest end of the question that fits in."""
-        behind = " ".join(f"({letter}) {text}" for letter, text in options.items())
+        """The prompt, with the longest end of the question that fits."""
+        choices = " ".join(f"({letter}) {text}" for letter, text in options.items())
 
         def query(start: int) -> str:
-            return f"question: {question[start:]} options: {behind} answer: <extra_id_0>"
+            return f"question: {question[start:]} options: {choices} answer: <extra_id_0>"
 
         def fits(start: int) -> bool:
             return len(self.tokenizer.encode([query(start)], eos=False)[0]) <= self.prompt_tokens
@@ -147,7 +138,7 @@ class MultipleChoice(Task):
         return query(0 if fits(0) else bisect_left(range(len(question)), True, lo=1, key=fits))
 
     def _letter_tokens(self, n: int) -> list[int]:
-        """What the reader writes behind `<extra_id_0>` for each letter. Raises: ValueError."""
+        """The token that the reader generates after `<extra_id_0>` for each letter. Raises: ValueError."""
         rows = self.tokenizer.encode([f"<extra_id_0> {letter}" for letter in LETTERS[:n]], eos=False)
         if any(len(row) != 2 for row in rows) or len({row[1] for row in rows}) < n:
             raise ValueError(

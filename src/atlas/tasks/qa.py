@@ -4,21 +4,18 @@ import random
 from collections.abc import Mapping
 
 from atlas.metrics import exact_match, f1
-from atlas.tasks.base import Example, Task
+from atlas.tasks.base import Example, Task, TaskSetup
 
 
-class QA(Task):
-    """Lines `{"question": ..., "answers": [...]}`, optionally with the `target` to train on.
-
-    `prompt_format` makes the query from `{question}`.
-    """
+class QuestionAnswering(Task):
+    """Lines `{"question": ..., "answers": [...]}`, optionally with the `target` to train on."""
 
     metrics = ("exact_match", "f1")
     fields = "`question` (a string), `answers` (a list of strings), optionally `target` (a string)"
 
-    def __init__(self, prompt_format: str, answers_needed: bool = True, passages_needed: bool = False):
-        super().__init__(answers_needed, passages_needed)
-        self.prompt_format = prompt_format
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        self.prompt_format = setup.flags.qa_prompt_format
 
     def process(self, record: Mapping, rng: random.Random) -> Example:
         question = self.question(record)
@@ -38,7 +35,7 @@ class QA(Task):
         )
 
     def question(self, record: Mapping) -> str:
-        """What is asked, to be put into `prompt_format`. Raises: ValueError."""
+        """The question to put into `prompt_format`. Raises: ValueError."""
         return self.text(record, "question")
 
     def answers(self, record: Mapping) -> list[str]:
@@ -46,7 +43,7 @@ class QA(Task):
         if answers is None:
             return []
         if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"`answers` is a list of strings, found {answers!r:.60}")
+            raise ValueError(f"`answers` must be a list of strings, found {answers!r:.60}")
         return answers
 
     def score(self, generation: str, example: Example) -> dict[str, float]:

@@ -1,17 +1,17 @@
-"""What the tasks have in common that learn from plain texts: those of a corpus, as a rule that of the index."""
+"""The base class of the tasks that learn from plain texts, usually the passages of the index."""
 
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from atlas.metrics import accuracy, f1, rouge
-from atlas.tasks.base import Example, Task
+from atlas.tasks.base import Example, Task, TaskSetup
 
 
 class TextTask(Task, ABC):
-    """Lines `{"id": ..., "text": ...}`, of whose text a part is the query and a part the target.
+    """Lines `{"id": ..., "text": ...}`; a part of the text is the query and a part the target.
 
-    Texts that are blank, or have fewer words than `min_words`, are skipped.
+    Texts that are blank or have fewer words than `--min_words_per_lm_instance` are skipped.
     """
 
     metrics = ("accuracy", "f1", "rouge_1", "rouge_2", "rouge_L")
@@ -19,13 +19,13 @@ class TextTask(Task, ABC):
     skips = "texts that are empty or have fewer words than --min_words_per_lm_instance"
     filters_by_id = True
 
-    def __init__(self, min_words: int | None = None, passages_needed: bool = False) -> None:
-        super().__init__(passages_needed=passages_needed)
-        self.min_words = max(1, min_words or 1)
+    def __init__(self, setup: TaskSetup) -> None:
+        super().__init__(setup)
+        self.min_words = max(1, setup.flags.min_words_per_lm_instance or 1)
 
     @abstractmethod
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str] | None:
-        """Query and target of a line that `check` lets pass; None to skip it all the same."""
+        """Query and target of a line that has passed `check`, or None to skip it."""
 
     def metadata(self, record: Mapping) -> dict:
         return {"id": record["id"]}
@@ -51,16 +51,16 @@ class TextTask(Task, ABC):
         )
 
     def identifier(self, record: Mapping) -> str | int:
-        """The `id`, by which the line's own passage is told from others. Raises: ValueError."""
+        """The `id`, which is also that of the line's own passage. Raises: ValueError."""
         identifier = record.get("id")
         if identifier is None:
             raise self.missing(record, "id")
         if isinstance(identifier, bool) or not isinstance(identifier, str | int):
-            raise ValueError(f"`id` is a string, found {identifier!r:.40}")
+            raise ValueError(f"`id` must be a string, found {identifier!r:.40}")
         return identifier
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
-        """Of raw words, case-sensitive; white space around a text does not count."""
+        """Metrics of raw words, case-sensitive; white space at the ends of a text is ignored."""
         prediction, reference = generation.strip(), example.answers[0].strip()
         return {
             "accuracy": accuracy(prediction, [reference]),

@@ -1,25 +1,27 @@
-"""Two optimizers that move together: learning rates over time, clipping, steps that are skipped."""
+"""The optimizers of reader and retriever: learning rate schedules, common clipping, skipped updates."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from atlas.runtime.parallel import ShardedAdamW, agree_on_norm, cut_like, is_sharded, local_part, moments_on_main
+from atlas import config
+from atlas.runtime import distributed
+from atlas.runtime.parallel import ShardedAdamW, agree_on_norm, full_moments_on_main, is_sharded, local_part, shard_like
 
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in fp16, as is usual
-FLOOR = 0.1  # share of the learning rate at which the schedules start or end
+FLOOR = 0.1  # the schedules start or end at this share of the learning rate
 
 
 def schedule_factor(kind: str, finished: int, warmup: int, total: int) -> float:
-    """Share of the learning rate for an update that begins after `finished` steps.
+    """The factor of the learning rate for an update that starts after `finished` steps.
 
     Args:
         kind: "linear" rises from the floor and falls to it; "cosine" rises from 0 and falls along a quarter of a cosine
             to the floor; "fixed" rises from 0 and stays.
-        warmup: steps of rising; total: length of the whole schedule, beyond which nothing changes.
+        warmup: steps during which it rises; total: steps of the whole schedule, after which it is constant.
     """
     u = min(finished, total)
     after = (u - warmup) / max(1, total - warmup)
@@ -35,73 +37,62 @@ def schedule_factor(kind: str, finished: int, warmup: int, total: int) -> float:
 
 
 class Update(NamedTuple):
-    """What all ranks decided together."""
+    """The common decision of all ranks."""
 
-    moved: bool  # whether the weights moved: they do not where a gradient is not finite
+    moved: bool  # whether the weights were updated: not if a gradient is not finite
     stop: bool  # whether a rank was asked to stop
 
 
 class Optimizers:
-    """AdamW for the reader and for the retriever, clipped by their common gradient norm.
+    """AdamW for the reader and for the retriever, clipped by the norm of all their gradients together.
+
+    With `--shard_optim` the moments are distributed over ranks; those of sharded weights are always on the ranks of
+    these weights. With fp16 the loss is scaled, so that small gradients do not underflow.
 
     Args:
-        groups: name -> (named parameters that are trained, learning rate). A group without parameters is left out.
-        loss_scaling: multiply the loss so that small fp16 gradients survive.
-        shard: spread the moments over ranks; those of sharded weights lie where their weights do in any case.
+        halves: `reader` and `retriever` -> a module, or its named parameters. Frozen parameters are left out.
     """
 
     def __init__(
-        self,
-        groups: dict[str, tuple[Iterable[tuple[str, nn.Parameter]], float]],
-        *,
-        weight_decay: float,
-        epsilon: float,
-        beta2: float,
-        clip: float,
-        scheduler: str,
-        warmup_steps: int,
-        total_steps: int,
-        loss_scaling: bool = False,
-        shard: bool = False,
+        self, settings: config.Optimisation, halves: Mapping[str, nn.Module | Iterable[tuple[str, nn.Parameter]] | None]
     ) -> None:
-        self.clip = clip or float("inf")
+        self.clip = settings.clip or float("inf")
         self.skipped = 0
-        # fp16 gradients underflow without it; bf16 and fp32 have the range
-        self.scale = FIRST_SCALE if loss_scaling else 1.0
-        self._scaling, self._since_scaled = loss_scaling, 0
-        self._schedule = (scheduler, warmup_steps, total_steps)
+        # Only fp16 needs loss scaling: the range of bf16 and fp32 is large enough.
+        self._scaling, self._since_scaled = settings.precision == "fp16", 0
+        self.scale = FIRST_SCALE if self._scaling else 1.0
+        total_steps = settings.scheduler_steps or settings.total_steps
+        self._schedule = (settings.scheduler, settings.warmup_steps, total_steps)
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._optimizers: dict[str, torch.optim.AdamW] = {}
         self._lr: dict[str, float] = {}
-        for name, (parameters, lr) in groups.items():
-            if named := dict(parameters):
+        for name, half in halves.items():
+            named = half.named_parameters() if isinstance(half, nn.Module) else half or ()
+            if named := {key: parameter for key, parameter in named if parameter.requires_grad}:
                 self._parameters[name] = named
-                self._lr[name] = lr
-                adamw = ShardedAdamW if shard and not is_sharded(named.values()) else torch.optim.AdamW
-                self._optimizers[name] = adamw(
-                    named.values(), lr=lr, betas=(0.9, beta2), eps=epsilon, weight_decay=weight_decay, fused=True
-                )
+                self._lr[name] = settings.lr_retriever if name == "retriever" else settings.lr
+                self._optimizers[name] = _adamw(settings, list(named.values()), self._lr[name])
 
     def learning_rate(self, finished: int) -> float:
-        """Learning rate of the first group (the reader, where it is trained) after `finished` steps."""
+        """Learning rate of the first group (the reader, if it is trained) after `finished` steps."""
         return next(iter(self._lr.values())) * schedule_factor(self._schedule[0], finished, *self._schedule[1:])
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the loss's gradients to those that wait."""
+        """Accumulate the loss's gradients."""
         (loss * self.scale if self._scaling else loss).backward()
 
     def step(self, finished: int, stop: bool = False) -> Update:
-        """Move the weights along the waiting gradients, or skip when these are not all finite.
+        """Update the weights with the accumulated gradients, or skip the update if one of them is not finite.
 
-        All ranks decide alike: one message and one wait for the device tell the norm of all gradients and whether any
-        rank wants to stop. Nothing else in a training step waits for the device.
+        All ranks make the same decision: one collective gives the norm of all gradients and whether any rank wants to
+        stop. Reading its result is the only time in a training step that waits for the device.
 
         Args:
-            finished: steps finished before the ones whose gradients wait; sets the learning rate.
+            finished: steps finished before those whose gradients were accumulated; sets the learning rate.
             stop: whether this rank was asked to stop.
         """
         parameters = [p for named in self._parameters.values() for p in named.values() if p.grad is not None]
-        norm, asked = agree_on_norm(parameters, stop).tolist()
+        norm, stopping = agree_on_norm(parameters, stop).tolist()
         moved = math.isfinite(norm)
         factor = schedule_factor(self._schedule[0], finished, *self._schedule[1:])
         if moved:
@@ -116,10 +107,10 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.skipped += not moved
         self._rescale(moved)
-        return Update(moved, stop=bool(asked))
+        return Update(moved, stop=bool(stopping))
 
     def _rescale(self, moved: bool) -> None:
-        """Half the scale after an overflow, twice the scale after many steps without one (Micikevicius et al. 2018)."""
+        """Halve the scale after an overflow, double it after many updates without one (Micikevicius et al. 2018)."""
         if not self._scaling:
             return
         self._since_scaled = self._since_scaled + 1 if moved else 0
@@ -128,31 +119,30 @@ class Optimizers:
             self._since_scaled = 0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Moments and counters by the names of their parameters: `{group}/{parameter}/{exp_avg, exp_avg_sq, step}`.
+        """Moments and step counts, `{group}/{parameter}/{exp_avg, exp_avg_sq, step}`, `skipped` and `loss_scale`.
 
-        And `skipped` and, where the loss is scaled, `loss_scale`, which belong to no parameter. Collective; the moments
-        are on rank 0 only.
+        `loss_scale` exists only if the loss is scaled. Collective; the moments are on rank 0 only.
         """
         moments = {
             f"{group}/{name}/{key}": value
             for group, named in self._parameters.items()
             for name, parameter in named.items()
-            for key, value in moments_on_main(self._optimizers[group], parameter).items()
+            for key, value in full_moments_on_main(self._optimizers[group], parameter).items()
         }
         counters = {"skipped": torch.tensor(self.skipped)}
-        if self._scaling:  # a run that goes on in fp16 shall not begin with the 1 of another precision
+        if self._scaling:  # otherwise a run resumed in fp16 would start with the scale 1 of another precision
             counters["loss_scale"] = torch.tensor([self.scale, self._since_scaled])
         return moments | counters
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take back what `state` gave.
+        """Restore the result of `state`.
 
         Raises:
             ValueError: it belongs to other parameters.
         """
         state = dict(state)
         self.skipped = int(state.pop("skipped", torch.tensor(0)))
-        scale = state.pop("loss_scale", torch.zeros(0)).flatten().tolist()  # of an older checkpoint: one number
+        scale = state.pop("loss_scale", torch.zeros(0)).flatten().tolist()  # a single number in older checkpoints
         if self._scaling and scale:
             self.scale, self._since_scaled = scale[0], int(sum(scale[1:]))
         known = {f"{group}/{name}" for group, named in self._parameters.items() for name in named}
@@ -166,6 +156,18 @@ class Optimizers:
             mine = {parameter for part in optimizer.param_groups for parameter in part["params"]}
             for name, parameter in named.items():
                 prefix = f"{group}/{name}/"
-                found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-                if found and parameter in mine:
-                    optimizer.state[parameter] = {key: cut_like(value, parameter) for key, value in found.items()}
+                moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                if moments and parameter in mine:
+                    optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in moments.items()}
+
+
+def _adamw(settings: config.Optimisation, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    shard = settings.shard_optim and distributed.world_size() > 1 and not is_sharded(parameters)
+    return (ShardedAdamW if shard else torch.optim.AdamW)(
+        parameters,
+        lr=lr,
+        betas=(0.9, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )

@@ -1,252 +1,217 @@
-"""Training: retrieve, read, distil, update; evaluate and save on the way."""
+"""The steps of the training loop, which `train.py` writes down: retrieve, read, distil, update, evaluate, save."""
 
-import os
-import signal
-import threading
+import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from atlas import config
+from atlas.checkpoint import Checkpoint, Contents, save_checkpoint
+from atlas.evaluation.evaluator import Evaluator
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
-from atlas.model.inputs import Inputs
+from atlas.model.load import Model
+from atlas.model.signals import MODES
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.parallel import data_parallel, finish_gradients, local_gradients
-from atlas.runtime.tracking import Means, TensorBoard, log, progress_bar
+from atlas.runtime.parallel import data_parallel, finish_gradients, full_tensors_on_main, local_gradients
+from atlas.runtime.session import Session, Stopped, StopSignals
+from atlas.runtime.tracking import Means, log, progress_bar
 from atlas.tasks import Example
 from atlas.tasks.data import Data
 from atlas.training.optim import Optimizers
+from atlas.training.plan import Plan
 
-ECHO_SECONDS = 10.0
 # Stands in where a task skips all lines of a rank's batch: the other ranks wait for this one in every collective.
 PLACEHOLDER = Example(query="", target="", answers=[], passages=[])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long, and what happens when. Steps are counted from 1; `refresh` is asked with the steps finished."""
-
-    total_steps: int
-    accumulation_steps: int
-    log_freq: int
-    eval_freq: int
-    save_freq: int
-    freeze_retriever_steps: int
-    shuffle: bool
-    refresh: Callable[[int], bool]
-
-    def updates_after(self, step: int) -> bool:
-        """Whether the weights move at the end of this step."""
-        return step % self.accumulation_steps == 0 or step == self.total_steps
-
-    def first_of_update(self, step: int) -> int:
-        """Steps finished before the first one whose gradients are in the same update."""
-        return (step - 1) // self.accumulation_steps * self.accumulation_steps
-
-    def accumulated(self, step: int) -> int:
-        """How many steps share an update with this one: fewer at the very end."""
-        first = self.first_of_update(step)
-        return min(self.accumulation_steps, self.total_steps - first)
-
-
-class StopSignals:
-    """Notes SIGTERM and SIGUSR1 inside the block, which would end the process; a second one does so as ever.
-
-    What comes within `ECHO_SECONDS` is not a second one: schedulers may signal every process of a job, and torchrun
-    passes on to its own what it has heard.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._received_at = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python has no handlers
-            self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if not self.received:
-            self.received, self._received_at = True, time.monotonic()
-        elif time.monotonic() - self._received_at > ECHO_SECONDS:
-            self.__exit__()
-            os.kill(os.getpid(), number)
-
-
 class Trainer:
-    """The training loop.
+    """What a training step does, part by part. Each method is one line of the loop in `train.py`.
 
     Args:
         retrieval: None for a closed book and for passages that come with the data.
-        own_passages: read the passages in the data files.
-        n_retrieve: passages per query in training.
-        train_retriever: whether the retriever learns at all.
-        evaluate, save: called with the steps finished; `save` also with whether they are still to be evaluated.
     """
 
     def __init__(
         self,
-        model: Atlas,
+        settings: config.Config,
+        model: Model,
         optimizers: Optimizers,
         retrieval: Retrieval | None,
-        inputs: Inputs,
         data: Data,
-        plan: Plan,
-        *,
-        device: torch.device,
-        precision: str,
-        seed: int,
-        n_retrieve: int,
-        train_retriever: bool,
-        evaluate: Callable[[int], None],
-        save: Callable[..., None],
-        own_passages: bool = False,
-        tensorboard: TensorBoard | None = None,
+        evaluator: Evaluator,
+        session: Session,
     ) -> None:
-        self.model, self.optimizers, self.retrieval, self.inputs = model, optimizers, retrieval, inputs
-        self.data, self.plan, self.device, self.precision, self.seed = data, plan, device, precision, seed
-        self.n_retrieve, self.train_retriever, self.own_passages = n_retrieve, train_retriever, own_passages
-        self.evaluate, self.save, self.tensorboard = evaluate, save, tensorboard
-        self.parallel = data_parallel(model, device, some_unused=train_retriever and plan.freeze_retriever_steps > 0)
-        self.means = Means()
+        self.settings, self.plan, self.session = settings, Plan.of(settings), session
+        self.model, self.optimizers, self.retrieval = model, optimizers, retrieval
+        self.data, self.evaluator = data, evaluator
+        self.atlas = joint_model(model, settings.model, settings.retriever_training)
+        # some weights have no gradient while the retriever is frozen
+        some_unused = bool(self.plan.retriever_starts_after)
+        self.parallel = data_parallel(self.atlas, session.device, some_unused=some_unused)
+        self._means = Means()
+        self._started = self._prepared = 0.0  # times of the current step
+        self._weight = 1.0  # of this rank's examples: 0 if there are none
+        self._stopping = False  # whether a rank was asked to stop: the same on all ranks
 
-    def train(self, finished: int = 0, evaluation_due: bool = False) -> bool:
-        """Take the steps after `finished` up to `total_steps`; the last one is always evaluated and saved.
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take up optimizers and data where a checkpoint of this run has left them."""
+        log.info("Resuming after step %d of %s", checkpoint.step, checkpoint.path)
+        self.optimizers.load_state(checkpoint.optimizer_state() or {})
+        if checkpoint.examples is not None:
+            self.data.resume(checkpoint.step, checkpoint.examples)
 
-        SIGTERM or SIGUSR1 to any rank ends it early: the update is finished and saved.
+    def steps(self, resumed: Checkpoint | None = None) -> Iterator[int]:
+        """The steps to take, up to `--total_steps`. SIGTERM or SIGUSR1 to any rank ends them early.
 
         Args:
-            evaluation_due: evaluate first: a run that was stopped in haste had left that undone.
+            resumed: the checkpoint of this run to continue from. If that run was stopped before it could evaluate, the
+                evaluation comes first.
 
-        Returns:
-            Whether it ended early.
+        Raises:
+            Stopped: after the checkpoint of the step in which a rank was asked to stop.
         """
-        self.model.train()
-        if evaluation_due:
-            self._refresh(finished)
-            self.evaluate(finished)
-        save_is_due = False
-        with progress_bar("training", self.plan.total_steps, "steps", initial=finished) as bar, StopSignals() as stop:
-            for step in range(finished + 1, self.plan.total_steps + 1):
-                self._refresh(step - 1)
-                stopped = self._step(step, stop.received)
-                bar.update()
-                last = step == self.plan.total_steps
-                if step % self.plan.log_freq == 0 or last:
-                    report = self._report(step)
-                    bar.set_postfix(loss=f"{report.get('loss/train_loss', float('nan')):.4g}")
-                evaluate = step % self.plan.eval_freq == 0 or last
-                if stopped and not last:
-                    self.save(step, evaluation_due=evaluate)
-                    log.info("Asked to stop: step %d is saved, and the same command goes on from there", step)
-                    return True
-                if evaluate:
-                    self.evaluate(step)
-                save_is_due = save_is_due or step % self.plan.save_freq == 0 or last
-                if save_is_due and self.plan.updates_after(step):  # gradients that wait for more are not saved
-                    self.save(step, evaluation_due=False)
-                    save_is_due = False
-        return False
+        finished, total = resumed.step if resumed else 0, self.plan.total_steps
+        self.atlas.train()
+        if resumed and resumed.evaluation_due:
+            self.refresh_index(finished + 1)
+            self.evaluator.evaluate_all(finished)
+        bar = progress_bar("training", total, "steps", initial=finished)
+        with bar as self._bar, StopSignals() as self._signals:
+            for step in range(finished + 1, total + 1):
+                yield step
+                if self._stopping and not self.plan.is_last(step):
+                    log.info("Asked to stop: step %d is saved, and the same command resumes from there", step)
+                    raise Stopped
 
-    def _step(self, step: int, stop: bool) -> bool:
-        """Forward, backward, and an update where it is due. One wait for the device, in the update.
+    def refresh_index(self, step: int) -> None:
+        """Before a step: build the index if there is none yet, or if the passage encoder has moved and it is due."""
+        if self.retrieval is None:
+            return
+        moved = self.plan.retriever_has_moved(step - 1) and not self.retrieval.retriever.query_side
+        due = moved and self.plan.refreshes(step - 1)
+        if due and self.retrieval.index is not None:
+            log.info("Refreshing the index after step %d", step - 1)
+        self.retrieval.refresh(due)
 
-        Returns:
-            Whether a rank was asked to stop; told with an update only.
-        """
-        started = time.monotonic()
-        torch.manual_seed(_mix(self.seed, step, distributed.rank()))  # dropout: the same after a restart
-        examples = self.data.training_batch(step, self.plan.shuffle)
-        weight = 1.0 if examples else 0.0
+    def retrieve(self, step: int) -> TrainingTensors:
+        """The next examples, the passages found for them, and the tensors of both."""
+        self._started = time.monotonic()
+        torch.manual_seed(_mix(self.settings.run.seed, step, distributed.rank()))  # dropout: the same after a resume
+        examples = self.data.training_batch(step, self.settings.run.shuffle)
+        self._weight = 1.0 if examples else 0.0
         batch = self._batch(examples or [PLACEHOLDER], step)
-        prepared = time.monotonic()
+        self._prepared = time.monotonic()
+        return batch
+
+    def forward_backward(self, batch: TrainingTensors, step: int) -> Losses:
+        """Losses of the reader and of the retriever, and the gradients of their sum."""
         with local_gradients(self.parallel, local=not self.plan.updates_after(step)):
-            with devices.autocast(self.device, self.precision):
+            with devices.autocast(self.session.device, self.settings.optimisation.precision):
                 losses = self.parallel(batch)
-            self.optimizers.backward(weight * losses.total / self.plan.accumulated(step))
-        stopped = False
+            self.optimizers.backward(self._weight * losses.total / self.plan.accumulated(step))
+        return losses
+
+    def update(self, step: int, losses: Losses) -> None:
+        """Move the weights if this step completes an update: the only wait for the device in a step."""
         if self.plan.updates_after(step):
             finish_gradients(self.parallel)
-            moved, stopped = self.optimizers.step(self.plan.first_of_update(step), stop)
+            moved, self._stopping = self.optimizers.step(self.plan.first_of_update(step), self._signals.received)
             if not moved:
                 skipped = self.optimizers.skipped
                 log.warning("Step %d is skipped: its gradients are not finite (%d so far)", step, skipped)
-        self._count(losses, weight, started, prepared)
-        return stopped
+        self._count(losses)
+        self._bar.update()
+
+    def report(self, step: int) -> None:
+        """Log the means of the statistics since the last report, if that is due."""
+        if not self.plan.logs_after(step):
+            return
+        report, lr = self._means.report(), self.optimizers.learning_rate(step)
+        statistics = " | ".join(f"{name}: {value:.6g}" for name, value in report.items())
+        memory = devices.peak_memory_gib(self.session.device)
+        log.info("%d / %d | %s | lr: %.6g | Memory: %.2f GiB", step, self.plan.total_steps, statistics, lr, memory)
+        self.session.tensorboard.add({**report, "lr": lr, "skipped_steps": self.optimizers.skipped}, step)
+        self._bar.set_postfix(loss=f"{report.get('loss/train_loss', float('nan')):.4g}")
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate every file if that is due; a run that was asked to stop leaves it to the one that resumes."""
+        if self.plan.evaluates_after(step) and (self.plan.is_last(step) or not self._stopping):
+            self.evaluator.evaluate_all(step)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint if that is due, or if a rank was asked to stop. Rank 0 writes what it has or gathers."""
+        stopping = self._stopping and not self.plan.is_last(step)
+        if not stopping and not self.plan.saves_after(step):
+            return
+        weights, moments = full_tensors_on_main(self.model.weights()), self.optimizers.state()
+        if distributed.is_main():
+            contents = Contents(
+                step=step,
+                model=self.model.unused_retriever | weights,
+                optimizer=moments,
+                options=dataclasses.asdict(self.settings),
+                configs=self.model.configs(),
+                examples=self.data.examples_after(step),
+                evaluation_due=stopping and self.plan.evaluates_after(step),
+                index_encoder=self.retrieval.built_by if self.retrieval is not None else None,
+            )
+            optimisation = self.settings.optimisation
+            keep = {
+                "keep_optimizers": optimisation.save_optimizer,
+                "keep_checkpoints": optimisation.keep_checkpoints,
+            }
+            with distributed.busy():
+                path = save_checkpoint(self.session.directory, contents, **keep)
+            log.info("Saved %s", path)
+        distributed.wait_for_all("saving")
 
     def _batch(self, examples: list[Example], step: int) -> TrainingTensors:
-        """Retrieve for the examples and make tensors of all that the step needs."""
-        queries, learns = [example.query for example in examples], self._retriever_learns(step)
+        settings, inputs = self.settings.model, self.model.inputs
+        k = settings.retriever_n_context if settings.retrieves else settings.n_context
+        queries, learns = [example.query for example in examples], self.plan.retriever_learns(step)
         exclude = [example.id for example in examples] if self.data.task.filters_by_id else None
-        found = self.retrieval.search(queries, self.n_retrieve, exclude) if self.retrieval else None
+        found = self.retrieval.search(queries, k, exclude) if self.retrieval else None
         passages = found.passages if found else None
-        if self.own_passages:
-            passages = [example.passages[: self.n_retrieve] for example in examples]
-        ids, mask = self.inputs.reader(queries, passages)
-        targets = self.inputs.targets(queries, [example.target for example in examples])
+        if settings.use_file_passages:
+            passages = [example.passages[:k] for example in examples]
+        ids, mask = inputs.reader(queries, passages)
+        targets = inputs.targets(queries, [example.target for example in examples])
         if not learns:
             return TrainingTensors(ids, mask, targets)
-        query_ids, query_mask = self.inputs.queries(queries)
+        query_ids, query_mask = inputs.queries(queries)
         if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
-            # a frozen encoder: what the index holds is what it would say again
+            # a frozen encoder: it would compute what the index holds
             embeddings = self.retrieval.index.embeddings_of(found.ids)
             return TrainingTensors(ids, mask, targets, query_ids, query_mask, passage_embeddings=embeddings)
         flat = [passage for of_query in found.passages for passage in of_query]
-        return TrainingTensors(ids, mask, targets, query_ids, query_mask, *self.inputs.passages(flat))
+        return TrainingTensors(ids, mask, targets, query_ids, query_mask, *inputs.passages(flat))
 
-    def _retriever_learns(self, step: int) -> bool:
-        return self.train_retriever and step > self.plan.freeze_retriever_steps
-
-    def _refresh(self, finished: int) -> None:
-        """Embed the corpus where there is no index yet, and again where the schedule says so."""
-        if self.retrieval is None:
-            return
-        if self.retrieval.index is None:
-            self.retrieval.build()
-        elif self.refresh_is_due(finished):
-            log.info("Refreshing the index after step %d", finished)
-            self.retrieval.build()
-
-    def refresh_is_due(self, finished: int) -> bool:
-        """Whether the schedule asks for a new index, and the passage encoder has moved so that it would be another."""
-        moved = self.train_retriever and finished > max(0, self.plan.freeze_retriever_steps)
-        return moved and not self.model.retriever.query_side and self.plan.refresh(finished)
-
-    def _count(self, losses: Losses, weight: float, started: float, prepared: float) -> None:
-        self.means.add("loss/train_loss", losses.total, weight)
-        self.means.add("loss/reader_loss", losses.reader, weight)
+    def _count(self, losses: Losses) -> None:
+        self._means.add("loss/train_loss", losses.total, self._weight)
+        self._means.add("loss/reader_loss", losses.reader, self._weight)
         if losses.retriever is not None:
-            self.means.add("loss/retriever_loss", losses.retriever, weight)
+            self._means.add("loss/retriever_loss", losses.retriever, self._weight)
         for name, correlation in losses.correlations.items():
-            self.means.add(f"corr/{name}", correlation.mean, weight * correlation.examples)
-        self.means.add("runtime/retrieve", prepared - started)
-        self.means.add("runtime/train_step", time.monotonic() - started)
+            self._means.add(f"corr/{name}", correlation.mean, self._weight * correlation.examples)
+        self._means.add("runtime/retrieve", self._prepared - self._started)
+        self._means.add("runtime/train_step", time.monotonic() - self._started)
 
-    def _report(self, step: int) -> dict[str, float]:
-        report = self.means.report()
-        lr = self.optimizers.learning_rate(step)
-        statistics = " | ".join(f"{name}: {value:.6g}" for name, value in report.items())
-        log.info(
-            "%d / %d | %s | lr: %.6g | Memory: %.2f GiB",
-            step,
-            self.plan.total_steps,
-            statistics,
-            lr,
-            devices.peak_memory_gib(self.device),
-        )
-        if self.tensorboard:
-            self.tensorboard.add({**report, "lr": lr, "skipped_steps": self.optimizers.skipped}, step)
-        return report
+
+def joint_model(model: Model, settings: config.Model, training: config.RetrieverTraining) -> Atlas:
+    """Reader and retriever as one module that computes both losses."""
+    return Atlas(
+        model.reader,
+        model.retriever,
+        n_context=1 if settings.closed_book else settings.n_context,
+        mode=MODES[training.gold_score_mode] if training.train_retriever else None,
+        temperature_gold=training.temperature_gold,
+        temperature_score=training.temperature_score,
+        correlate=training.compute_crossattention_stats,
+    )
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

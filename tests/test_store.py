@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import random
+import shutil
 import signal
 import time
 from multiprocessing import get_context
@@ -15,35 +15,43 @@ import numpy as np
 import pytest
 import torch
 
-from atlas.index import files
+from atlas.index import arrays
+from atlas.index import directory as files
 from atlas.index.build import compress
 from atlas.index.codec import Codec, Compression, train
+from atlas.index.convert import check_index, compress_index
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
-from atlas.index.published import convert_published, is_published, load_plain_pickle
-from atlas.index.sharded import ShardedIndex, shard_rows
-from atlas.index.storage import compress_index, open_index, save_index
+from atlas.index.sharded import ShardedIndex
+from atlas.index.store import open_index, save_index
 from atlas.runtime import distributed
-from tests.parity import parity_kit
-from tests.ranks import _free_port, rank_environment, run_on_ranks, scratch_directory
+from tests.indices import (
+    CPU,
+    KINDS,
+    VERSION_1,
+    asked,
+    compressed,
+    damaged,
+    describe,
+    described,
+    make_index,
+    names,
+    save,
+    saved,
+    write_corpus,
+)
+from tests.patience import free_port
+from tests.ranks import rank_environment, run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
 
-CPU = torch.device("cpu")
 
-
-def write_corpus(path, n, word="text"):
-    passages = [{"id": f"p{i}", "title": f"T{i}", "section": "S", "text": f"{word} {i} ü", "year": i} for i in range(n)]
-    path.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in passages), encoding="utf-8")
-    return path
-
-
-def make_index(passages, embeddings):
-    rows = shard_rows(len(passages), distributed.rank(), distributed.world_size())
-    return ShardedIndex(passages, embeddings[rows.start : rows.stop].clone())
-
-
-def _save(directory, corpus, embeddings, max_passages=-1):
-    save_index(directory, make_index(open_passages(corpus, max_passages), embeddings), retriever_fingerprint="abc")
+def _save_in_pages(*arguments):
+    """With blocks so small that every rank has some of its own."""
+    before, arrays.BLOCK_BYTES = arrays.BLOCK_BYTES, 4096
+    try:
+        save(*arguments)
+    finally:
+        arrays.BLOCK_BYTES = before
 
 
 def _open_and_search(directory, queries, k):
@@ -53,24 +61,15 @@ def _open_and_search(directory, queries, k):
     return hits.scores, hits.ids, index.passages_of(hits.ids), rows
 
 
-def saved(tmp_path, n=20, dimension=8):
-    """A small index on disk: its directory, its embeddings, two queries."""
-    embeddings, queries = made_up(n, dimension, 2)
-    _save(tmp_path / "index", write_corpus(tmp_path / "corpus.jsonl", n), embeddings)
-    return tmp_path / "index", embeddings, queries
-
-
-def names(directory):
-    return sorted(path.name for path in directory.iterdir())
-
-
+@pytest.mark.processes
 @pytest.mark.parametrize("writers", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 7, 200, 1000])
 def test_any_number_of_ranks_saves_and_any_number_opens(writers, n):
     directory = Path(scratch_directory())
     embeddings, queries = made_up(n, 8, 3)
     corpus = write_corpus(directory / "corpus.jsonl", n)
-    run_on_ranks(writers, _save, directory / "index", corpus, embeddings)
+    run_on_ranks(writers, _save_in_pages, directory / "index", corpus, embeddings)
+    check_index(directory / "index")
     scores, ids = brute_force(embeddings, queries, 5)
     texts = [[f"text {i} ü" for i in row] for row in ids.tolist()]
     for readers in (1, 2, 3):
@@ -84,24 +83,42 @@ def test_any_number_of_ranks_saves_and_any_number_opens(writers, n):
 
 def test_the_embeddings_are_an_ordinary_array(tmp_path):
     directory, embeddings, _ = saved(tmp_path)
-    assert np.array_equal(np.load(directory / "embeddings.1.npy"), embeddings.numpy())
+    for mode in (None, "r"):
+        assert np.array_equal(np.load(directory / "embeddings.1.npy", mmap_mode=mode), embeddings.numpy())
 
 
-def test_writing_into_opened_embeddings_does_not_change_the_file(tmp_path):
-    directory, embeddings, queries = saved(tmp_path)
+def _mapped(directory):
+    """Of an index opened on this rank: files, permissions and sizes of what is mapped of its arrays; its rows."""
     index = open_index(directory, device=CPU)
-    index.embeddings[:] = 1.0  # a refresh
-    again = ShardedIndex(index.passages, index.embeddings)
-    assert again.search(queries, 2).ids.tolist() == [[0, 1], [0, 1]]
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(directory) in line]
+    ranges = [(fields[-1], fields[1], *(int(end, 16) for end in fields[0].split("-"))) for fields in lines]
+    found = [(Path(file).name, permissions, end - start) for file, permissions, start, end in ranges]
+    return [part for part in found if part[0].endswith(".npy")], len(index.rows)
+
+
+@pytest.mark.processes
+def test_each_rank_maps_its_own_rows_and_cannot_write_into_them():
+    directory = Path(scratch_directory())
+    embeddings, _ = made_up(3000, 64, 0)
+    save(directory / "index", write_corpus(directory / "corpus.jsonl", 3000), embeddings)
+    for mapped, rows in run_on_ranks(3, _mapped, directory / "index"):
+        ((file, permissions, size),) = mapped
+        assert file == "embeddings.1.npy" and permissions == "r--s"
+        assert 0 <= size - rows * 128 <= 2 * 4096 + 4096  # whole pages
+
+
+def test_a_read_only_array_is_opened_without_a_warning(tmp_path, recwarn):
+    directory, embeddings, _ = saved(tmp_path)
     assert torch.equal(open_index(directory, device=CPU).embeddings, embeddings)
+    assert not [warning for warning in recwarn if "writable" in str(warning.message)]
 
 
 def test_embeddings_of_another_type_are_saved_in_fp16(tmp_path):
     embeddings, _ = made_up(5, 4, 0, torch.float32)
-    _save(tmp_path / "index", write_corpus(tmp_path / "corpus.jsonl", 5), embeddings)
+    save(tmp_path / "index", write_corpus(tmp_path / "corpus.jsonl", 5), embeddings)
     assert torch.equal(open_index(tmp_path / "index", device=CPU).embeddings, embeddings.half())
     with pytest.raises(ValueError, match="passage 3 is not finite"):
-        _save(tmp_path / "index", tmp_path / "corpus.jsonl", embeddings.clone().index_fill_(0, torch.tensor([3]), 1e6))
+        save(tmp_path / "index", tmp_path / "corpus.jsonl", embeddings.clone().index_fill_(0, torch.tensor([3]), 1e6))
     assert torch.equal(open_index(tmp_path / "index", device=CPU).embeddings, embeddings.half())
 
 
@@ -111,7 +128,7 @@ def test_one_whole_corpus_is_linked_and_survives_everything(tmp_path, monkeypatc
     content = corpus.read_bytes()
     embeddings, _ = made_up(6, 4, 0)
     for generation in (1, 2, 3):
-        _save(tmp_path / "index", corpus, embeddings)
+        save(tmp_path / "index", corpus, embeddings)
         assert (tmp_path / "index" / f"passages.{generation}.jsonl").samefile(corpus)
     assert corpus.read_bytes() == content
     assert names(tmp_path / "index") == [
@@ -125,7 +142,7 @@ def test_one_whole_corpus_is_linked_and_survives_everything(tmp_path, monkeypatc
 def test_a_symbolic_link_to_a_corpus_is_followed(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", 6)
     (tmp_path / "link.jsonl").symlink_to(corpus)
-    _save(tmp_path / "index", tmp_path / "link.jsonl", made_up(6, 4, 0)[0])
+    save(tmp_path / "index", tmp_path / "link.jsonl", made_up(6, 4, 0)[0])
     kept = tmp_path / "index" / "passages.1.jsonl"
     assert kept.samefile(corpus) and not kept.is_symlink()
 
@@ -139,7 +156,7 @@ def test_any_other_corpus_is_copied(tmp_path, monkeypatch, how):
     if how == "no links":
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
     corpus = open_passages(paths, most)
-    _save(tmp_path / "index", paths, made_up(len(corpus), 4, 0)[0], most)
+    save(tmp_path / "index", paths, made_up(len(corpus), 4, 0)[0], most)
     index = open_index(tmp_path / "index", device=CPU)
     assert not (tmp_path / "index" / "passages.1.jsonl").samefile(first)
     assert list(index.passages) == list(corpus)
@@ -159,23 +176,23 @@ def test_text_is_copied_once(tmp_path, monkeypatch, how):
     else:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
 
-    def save(value):
+    def save_all(value):
         corpus = open_passages(paths, most)
-        _save(tmp_path / "index", paths, torch.full((len(corpus), 4), float(value)).half(), most)
+        save(tmp_path / "index", paths, torch.full((len(corpus), 4), float(value)).half(), most)
         index = open_index(tmp_path / "index", device=CPU)
         assert list(index.passages) == list(corpus) and index.embeddings.unique().tolist() == [value]
-        return files.read_description(tmp_path / "index").passages
+        return files.read_description(tmp_path / "index").segment.passages.file
 
-    assert [save(value) for value in (1, 2, 3)] == ["passages.1.jsonl"] * 3
+    assert [save_all(value) for value in (1, 2, 3)] == ["passages.1.jsonl"] * 3
     assert names(tmp_path / "index") == ["embeddings.3.npy", "index.json", "passages.1.jsonl"]
     os.truncate(tmp_path / "index/passages.1.jsonl", 10)
-    assert save(4) == "passages.4.jsonl"
+    assert save_all(4) == "passages.4.jsonl"
     paths[0].write_bytes(paths[0].read_bytes().replace(b"text 2", b"next 2"))
-    assert save(5) == "passages.5.jsonl"
+    assert save_all(5) == "passages.5.jsonl"
     if how != "cut":
         return
     most = 4
-    assert save(6) == "passages.6.jsonl"
+    assert save_all(6) == "passages.6.jsonl"
 
 
 def test_saving_an_opened_index_into_its_own_directory(tmp_path, monkeypatch):
@@ -184,8 +201,7 @@ def test_saving_an_opened_index_into_its_own_directory(tmp_path, monkeypatch):
     directory, embeddings, _ = saved(tmp_path)
     index = open_index(directory, device=CPU)
     text = (directory / "passages.1.jsonl").stat()
-    index.embeddings.mul_(2)
-    save_index(directory, ShardedIndex(index.passages, index.embeddings), retriever_fingerprint="def")
+    save_index(directory, ShardedIndex(index.passages, 2 * index.embeddings), retriever_fingerprint="def")
     assert names(directory) == ["embeddings.2.npy", "index.json", "passages.1.jsonl", "passages.1.jsonl.offsets.npy"]
     assert (directory / "passages.1.jsonl").stat() == text
     again = open_index(directory, device=CPU)
@@ -233,7 +249,7 @@ def test_missing_and_short_files_are_refused_by_name(tmp_path):
     array, text = directory / "embeddings.1.npy", directory / "passages.1.jsonl"
     content = array.read_bytes()
     array.write_bytes(content[:-2])
-    with pytest.raises(ValueError, match=r"embeddings.1.npy is 446 bytes long, 20 x 8 fp16 numbers take 448"):
+    with pytest.raises(ValueError, match=r"embeddings.1.npy is 4414 bytes long, 20 x 8 fp16 numbers take 4416"):
         open_index(directory, device=CPU)
     array.unlink()
     with pytest.raises(ValueError, match=r"embeddings.1.npy, which index.json names, is missing"):
@@ -251,22 +267,13 @@ def _open(directory):
         return str(error)
 
 
+@pytest.mark.processes
 def test_a_refusal_reaches_every_rank():
     directory = Path(scratch_directory())
     index, *_ = saved(directory)
     (index / "embeddings.1.npy").write_bytes(b"short")
     answers = run_on_ranks(3, _open, index)
     assert len(set(answers)) == 1 and "is 5 bytes long" in answers[0]
-
-
-def damaged(content, chance):
-    """The content with a few bits flipped, bytes overwritten, or an end cut off."""
-    changed = bytearray(content)
-    for _ in range(chance.randint(1, 3)):
-        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
-    if chance.random() < 0.3:
-        del changed[chance.randrange(len(changed)) :]
-    return bytes(changed)
 
 
 def test_damaged_files_are_refused_in_one_sentence_or_harmless(tmp_path):
@@ -286,6 +293,9 @@ def test_damaged_files_are_refused_in_one_sentence_or_harmless(tmp_path):
             assert "\n" not in str(error)
         else:
             assert name == "embeddings.1.npy"  # another number is another number; text and description never pass
+            if (directory / name).read_bytes() != originals[name]:
+                with pytest.raises(ValueError, match="embeddings.1.npy is damaged: 1 of 1 blocks"):
+                    check_index(directory)
         (directory / name).write_bytes(originals[name])
     assert refused > 250
 
@@ -310,31 +320,28 @@ def test_damaged_offsets_of_lines_are_found_again_or_refused_or_harmless(tmp_pat
     assert 0 < refused < 250
 
 
-@pytest.mark.parametrize("at", range(0, 128, 3))
-def test_every_byte_of_the_array_header_is_checked(tmp_path, at):
+def test_every_byte_of_the_array_header_is_checked(tmp_path):
     directory, *_ = saved(tmp_path, n=3, dimension=2)
     array = directory / "embeddings.1.npy"
-    content = bytearray(array.read_bytes())
-    content[at] ^= 1
-    array.write_bytes(content)
-    with pytest.raises(ValueError, match="does not begin as an array of 3 x 2 fp16 numbers"):
-        open_index(directory, device=CPU)
+    for at in [*range(0, 128, 3), *range(128, 4096, 97), 4095]:
+        content = bytearray(array.read_bytes())
+        content[at] ^= 1
+        array.write_bytes(content)
+        with pytest.raises(ValueError, match="does not begin as an array of 3 x 2 fp16 numbers"):
+            open_index(directory, device=CPU)
+        content[at] ^= 1
+        array.write_bytes(content)
 
 
 def test_edited_descriptions_are_refused(tmp_path):
     directory, *_ = saved(tmp_path)
-    path = directory / "index.json"
-    fields = json.loads(path.read_text())
+    path, fields = directory / "index.json", described(directory)
     for change, message in [
-        ({"size": 19}, "edited or damaged"),
+        ({"dimension": 9}, "edited or damaged"),
         ({"checksum": "0"}, "edited or damaged"),
-        ({"version": 2}, "format version 2, this program reads 1"),
-        ({"embeddings": "../embeddings.1.npy"}, "files that do not belong"),
+        ({"version": 3}, "format version 3, and this one reads up to 2: it was written by a newer version"),
     ]:
-        edited = fields | change
-        if "embeddings" in change:  # by someone who knows how
-            edited["checksum"] = files._checksum({k: v for k, v in edited.items() if k not in ("version", "checksum")})
-        path.write_text(json.dumps(edited))
+        path.write_text(json.dumps(fields | change))
         with pytest.raises(ValueError, match=message):
             open_index(directory, device=CPU)
     for content in ("", "[]", "{}", "null", '{"version": 1', "[" * 100_000):
@@ -343,18 +350,147 @@ def test_edited_descriptions_are_refused(tmp_path):
             open_index(directory, device=CPU)
 
 
+def test_what_a_later_version_may_write_is_refused_and_left_alone(tmp_path):
+    """Under a checksum that fits: several segments, deleted passages, fields that mean something later."""
+    directory, *_ = saved(tmp_path)
+    fields, before = described(directory), names(directory)
+    (segment,) = fields["segments"]
+    for change in (
+        {"segments": [segment, segment]},
+        {"segments": [segment | {"tombstones": "tombstones.2.npy"}]},
+        {"segments": [segment | {"language": "en"}]},
+        {"languages": ["en"]},
+    ):
+        describe(directory, fields | change)
+        with pytest.raises(ValueError, match=r"index.json has .*: it was written by a newer version of this program"):
+            open_index(directory, device=CPU)
+        with pytest.raises(ValueError, match="newer version"):
+            files.tidy(directory)
+    assert names(directory) == before
+    for name in ("embeddings", "passages"):  # by someone who knows how
+        describe(directory, fields | {"segments": [segment | {name: segment[name] | {"file": f"../{name}.1.npy"}}]})
+        with pytest.raises(ValueError, match="files that do not belong"):
+            open_index(directory, device=CPU)
+
+
+def test_a_flipped_byte_is_found_by_the_check(tmp_path, monkeypatch):
+    """In any block of any array, with its number and rows; opening does not read the arrays."""
+    monkeypatch.setattr(arrays, "BLOCK_BYTES", 4096)
+    directory, _, queries = compressed(tmp_path, "ivfsq", n=3000)
+    check_index(directory)
+    for name, row_bytes in (("embeddings.1.npy", 16), ("codes.1.npy", 5)):
+        content = (directory / name).read_bytes()
+        for at in (4096, 8191, 8192, len(content) - 1):
+            (directory / name).write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
+            block, first = at // 4096, (at // 4096 * 4096 - 4096) // row_bytes
+            with pytest.raises(
+                ValueError, match=rf"{name} is damaged: 1 of \d+ blocks .* 0: {block}; .* rows {first} to"
+            ):
+                check_index(directory)
+        (directory / name).write_bytes(content)
+    check_index(directory)
+
+
+def test_the_check_reads_text_and_quantizer_as_well(tmp_path):
+    directory, *_ = compressed(tmp_path, n=300)
+    text, trained = directory / "passages.1.jsonl", directory / "trained.1.faiss"
+    content = trained.read_bytes()
+    trained.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"trained.1.faiss was changed or damaged"):
+        check_index(directory)
+    trained.write_bytes(content)
+    text.write_bytes(text.read_bytes().replace(b'"text": "text 7 ', b'"test": "text 7 '))
+    fields = described(directory)
+    fields["segments"][0]["passages"]["sample"] = files.fingerprint_passages(text).sample
+    describe(directory, fields)  # as if the sample had missed the change
+    with pytest.raises(ValueError, match="line 8: a passage needs a `text`"):
+        check_index(directory)
+
+
+def test_the_precision_of_the_embedder_is_remembered_and_mentioned(tmp_path, caplog):
+    directory, *_ = saved(tmp_path)
+    index = open_index(directory, device=CPU, embedder_precision="bf16")
+    save_index(directory, index, embedder_precision="fp32")
+    compress_index(directory, tmp_path / "pq", asked("SQ8"))
+    assert files.read_description(tmp_path / "pq").embedder_precision == "fp32"
+    caplog.set_level("INFO", "atlas")
+    open_index(directory, device=CPU, embedder_precision="fp32")
+    assert "embedded in" not in caplog.text
+    open_index(directory, device=CPU, embedder_precision="bf16")
+    assert f"{directory} was embedded in fp32 and is searched with queries in bf16" in caplog.text
+
+
+# An index of version 1, written by the program of that time
+
+
+def _search_as_recorded(directory):
+    expected = json.loads((VERSION_1 / "expected.json").read_text())
+    queries = torch.tensor(expected["queries"])
+    index = open_index(directory, device=CPU, dimension=8)
+    assert index.type == "PQ4" and index.size == 40
+    assert index.search(queries, 5).ids.tolist() == expected["ids"]
+    flat = open_index(directory, device=CPU, compression=asked("flat"))
+    hits = flat.search(queries, 5)
+    assert hits.ids.tolist() == expected["exact ids"] and hits.scores.tolist() == expected["exact scores"]
+    assert flat.passages[7] == {"id": "p7", "title": "T7: S", "section": "S", "text": "text 7 ü"}
+    embeddings = np.load(directory / described(directory)["embeddings"])
+    assert np.array_equal(flat.embeddings.numpy(), embeddings[flat.rows.start : flat.rows.stop])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("readers", [1, 2, 3])
+def test_an_index_of_version_1_is_opened_by_any_number_of_ranks(readers):
+    before = {path.name: path.read_bytes() for path in VERSION_1.iterdir()}
+    run_on_ranks(readers, _search_as_recorded, VERSION_1)
+    assert {path.name: path.read_bytes() for path in VERSION_1.iterdir()} == before
+
+
+def test_damage_of_an_index_of_version_1_is_refused(tmp_path):
+    directory = shutil.copytree(VERSION_1, tmp_path / "index")
+    for name in ("embeddings.1.npy", "codes.1.npy"):
+        content = (directory / name).read_bytes()
+        for other, message in [
+            (content[:-1], "bytes long, 40 x . "),
+            (b"x" + content[1:], "does not begin as an array of 40 x"),
+        ]:
+            (directory / name).write_bytes(other)
+            with pytest.raises(ValueError, match=f"{name} .*{message}"):
+                open_index(directory, device=CPU)
+        (directory / name).write_bytes(content)
+    describe(directory, described(directory) | {"corpus": {"bytes": 2690, "rows": 40, "sample": "0"}}, version=1)
+    with pytest.raises(ValueError, match="not the text that the index was made of"):
+        open_index(directory, device=CPU)
+
+
+def test_an_index_of_version_1_is_saved_and_compressed_in_version_2(tmp_path):
+    """Its embeddings cannot be linked, its passages can."""
+    directory = shutil.copytree(VERSION_1, tmp_path / "index")
+    compress_index(directory, tmp_path / "sq", asked("SQ8"))
+    save_index(tmp_path / "again", open_index(directory, device=CPU))
+    for target in (tmp_path / "sq", tmp_path / "again"):
+        check_index(target)
+        assert described(target)["version"] == 2 and (target / "passages.1.jsonl").samefile(
+            directory / "passages.1.jsonl"
+        )
+        assert np.array_equal(np.load(target / "embeddings.1.npy"), np.load(directory / "embeddings.1.npy"))
+    save_index(directory, open_index(directory, device=CPU))  # in its own place
+    check_index(directory)
+    assert names(directory)[:3] == ["codes.2.npy", "embeddings.2.npy", "expected.json"]
+
+
 def _save_for_ever(directory, corpora):
     for turn in range(10**6):
         kind = turn % 2
         save_index(directory, make_index(open_passages(corpora[kind]), torch.full((300, 64), float(kind)).half()))
 
 
+@pytest.mark.processes
 def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatch):
     """Two indices are saved in turns; after each of 20 kills the directory holds one of them, never a mixture."""
     monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     corpora = [write_corpus(tmp_path / f"{kind}.jsonl", 300, word) for kind, word in enumerate(("zero", "one"))]
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
-    _save(directory, corpora[0], torch.zeros(300, 64).half())
+    save(directory, corpora[0], torch.zeros(300, 64).half())
     for _ in range(20):
         writer = get_context("fork").Process(target=_save_for_ever, args=(directory, corpora))
         writer.start()
@@ -364,9 +500,10 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatc
         index = open_index(directory, device=CPU)
         (kind,) = index.embeddings.unique().tolist()
         assert {p["text"].split()[0] for p in index.passages} == {["zero", "one"][int(kind)]}
-        seen.add(int(json.loads((directory / "index.json").read_text())["embeddings"].split(".")[1]))
+        check_index(directory)
+        seen.add(described(directory)["segments"][0]["embeddings"]["file"])
     assert len(seen) > 5  # the writers did get somewhere
-    _save(directory, corpora[0], torch.zeros(300, 64).half())
+    save(directory, corpora[0], torch.zeros(300, 64).half())
     assert len(names(directory)) == 4  # what the killed ones left is gone
 
 
@@ -377,15 +514,16 @@ def _save_for_ever_as_rank(rank, port, directory, corpora):
     _save_for_ever(directory, corpora)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_writers_killed_one_after_the_other_leave_a_whole_index(tmp_path, monkeypatch):
     """As above, but each rank writes its rows: 20 times one rank is killed, and the other a moment later."""
     monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     corpora = [write_corpus(tmp_path / f"{kind}.jsonl", 300, word) for kind, word in enumerate(("zero", "one"))]
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
-    _save(directory, corpora[0], torch.zeros(300, 64).half())
+    save(directory, corpora[0], torch.zeros(300, 64).half())
     for _ in range(20):
-        port = _free_port()
+        port = free_port()
         arguments = [(rank, port, directory, corpora) for rank in (0, 1)]
         writers = [get_context("fork").Process(target=_save_for_ever_as_rank, args=a) for a in arguments]
         for writer in writers:
@@ -399,17 +537,12 @@ def test_two_writers_killed_one_after_the_other_leave_a_whole_index(tmp_path, mo
         index = open_index(directory, device=CPU)
         (kind,) = index.embeddings.unique().tolist()
         assert {p["text"].split()[0] for p in index.passages} == {["zero", "one"][int(kind)]}
-        seen.add(json.loads((directory / "index.json").read_text())["embeddings"])
+        check_index(directory)
+        seen.add(described(directory)["segments"][0]["embeddings"]["file"])
     assert len(seen) > 5  # the writers did get somewhere
 
 
 # Compressed indices
-
-KINDS = {"pq": 4, "ivfpq": 4, "ivfsq": None, "ivfflat": None, "flat": None, "OPQ3_6,PQ3": None, "SQ8": None}
-
-
-def asked(kind, **settings):
-    return Compression(kind, code_size=KINDS.get(kind), **settings)
 
 
 def _compress_and_save(directory, corpus, embeddings, kinds, codes_only=False):
@@ -435,6 +568,7 @@ QUICK = [kind for kind in KINDS if "OPQ" not in kind]  # which takes a second to
 OTHERS = ["OPQ3_6,PQ3", "OPQ2,IVF3,PQ4", "PCAR6,IVF2,SQfp16", "RR8,SQ4"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("n", "kinds"),
     [(n, QUICK) for n in (1, 2, 7, 200, 1000)]
@@ -442,44 +576,57 @@ OTHERS = ["OPQ3_6,PQ3", "OPQ2,IVF3,PQ4", "PCAR6,IVF2,SQfp16", "RR8,SQ4"]
     + [pytest.param(n, OTHERS, marks=pytest.mark.slow) for n in (1, 2, 7, 200, 1000)],
 )
 def test_compressed_indices_are_the_same_at_every_number_of_ranks(n, kinds):
-    """Trained, encoded and saved by any number of ranks, opened by any other: the same files, ids and scores."""
+    """Trained, encoded and saved by any number of ranks, opened by any other: the same files, and the same passages."""
     directory = Path(scratch_directory())
     embeddings, queries = made_up(n, 8, 7)
     embeddings[n // 2 :] = embeddings[: n - n // 2].clone()  # ties
     corpus = write_corpus(directory / "corpus.jsonl", n)
     ks = (1, 5, n + 3)
-    expected, content = [], {}
+    content: dict[tuple[str, str], bytes] = {}
     for writers in (1, 2, 3):
         run_on_ranks(writers, _compress_and_save, directory / str(writers), corpus, embeddings, kinds)
         for kind in kinds:
-            for name in {"codes.1.npy", "trained.1.faiss", "embeddings.1.npy"} & set(
-                names(directory / str(writers) / kind)
-            ):
-                found = (directory / str(writers) / kind / name).read_bytes()
-                assert content.setdefault((kind, name), found) == found
-        for kind in () if expected else kinds:
-            index = open_index(directory / str(writers) / kind, device=CPU)
-            decoded, rotated = embeddings, queries
-            if index.compressed:
-                decoded = torch.from_numpy(index.compressed.quantizer.decode(index.compressed.codes()))
-                rotated = index.compressed.quantizer.rotate(queries)
-            expected.append([brute_force(decoded, rotated, k) for k in ks])
-        for readers in (1, 2, 3):
-            answers = run_on_ranks(readers, _open_and_search_each, directory / str(writers), queries, ks, kinds)
-            for rank, of_rank in enumerate(answers):
-                for hits, wanted in zip(of_rank, expected, strict=True):
-                    for found, (scores, ids) in zip(hits, wanted, strict=True):
-                        assert_same(found, (scores[rank::readers], ids[rank::readers]))
+            for path in (directory / str(writers) / kind).iterdir():
+                if path.suffix in (".npy", ".faiss"):
+                    assert content.setdefault((kind, path.name), path.read_bytes()) == path.read_bytes()
+    expected = [_searched_alone(directory / "1" / kind, embeddings, queries, ks) for kind in kinds]
+    for writers, readers in [(writers, readers) for writers in (1, 2, 3) for readers in (1, 2, 3)]:
+        answers = run_on_ranks(readers, _open_and_search_each, directory / str(writers), queries, ks, kinds)
+        for rank, of_rank in enumerate(answers):
+            for kind, hits, wanted in zip(kinds, of_rank, expected, strict=True):
+                for found, (scores, ids) in zip(hits, wanted, strict=True):
+                    mine = scores[rank::readers], ids[rank::readers]
+                    assert_same(found, mine) if kind == "flat" else assert_same_but_last(found, mine)
 
 
-def compressed(tmp_path, kind="pq", n=300, codes_only=False, name="compressed"):
-    embeddings, queries = made_up(n, 8, 4)
-    corpus = tmp_path / "corpus.jsonl"
-    if not corpus.exists():
-        write_corpus(corpus, n)
-    index = compress(make_index(open_passages(corpus), embeddings), asked(kind))
-    save_index(tmp_path / name, index, retriever_fingerprint="abc", codes_only=codes_only)
-    return tmp_path / name, embeddings, queries
+def _searched_alone(directory, embeddings, queries, ks):
+    """Hits of one process, which are those of a full comparison with what the codes stand for, up to rounding."""
+    index, hits = open_index(directory, device=CPU), []
+    for k in ks:
+        found = index.search(queries, k)
+        if index.compressed is None:
+            assert_same(found, brute_force(embeddings, queries, k))
+        else:
+            codec, codes = index.compressed.quantizer, index.compressed.codes()
+            if index.type.endswith("fs"):  # their score is that of look-up tables
+                searched = codec.filled(codes).search(queries.numpy(), min(k, index.size))
+                expected = tuple(map(torch.from_numpy, searched))
+            else:
+                expected = brute_force(torch.from_numpy(codec.decode(codes)), codec.rotate(queries), k)
+            assert_same_but_last(found, expected, by_row=False)
+        hits.append((found.scores, found.ids))
+    return hits
+
+
+def assert_same_but_last(found, expected, by_row=True):
+    """Scores up to rounding, and ids as far as the score is not the last one's; `by_row`: in the same order."""
+    (scores, ids), (expected_scores, expected_ids) = found, expected
+    rounding = 1e-5 * expected_scores.abs().amax(1, keepdim=True) if len(ids) else expected_scores
+    assert scores.shape == expected_scores.shape and ((scores - expected_scores).abs() <= rounding).all()
+    inside = expected_scores > expected_scores[:, -1:] + 2 * rounding
+    for row, wanted, among in zip(ids, expected_ids, inside, strict=True):
+        assert len(set(row.tolist())) == len(row) and torch.isin(wanted[among], row).all()
+        assert not by_row or torch.equal(row[: among.sum()], wanted[among])
 
 
 @pytest.mark.parametrize("kind", ["pq", "ivfpq", "ivfsq", "SQ8"])
@@ -563,13 +710,6 @@ def test_refinement_needs_embeddings(tmp_path):
         open_index(alone, device=CPU, compression=Compression(refine_factor=4))
 
 
-def test_writing_into_opened_codes_does_not_change_the_file(tmp_path):
-    directory, _, queries = compressed(tmp_path, codes_only=True)
-    before = open_index(directory, device=CPU).search(queries, 9)
-    open_index(directory, device=CPU).compressed.codes()[:] = 0
-    assert_same(open_index(directory, device=CPU).search(queries, 9), before)
-
-
 @pytest.mark.parametrize("kind", ["pq", "ivfpq"])
 def test_damaged_compressed_files_are_refused_in_one_sentence_or_harmless(tmp_path, kind):
     directory, _, queries = compressed(tmp_path, kind, n=60)
@@ -611,10 +751,9 @@ def test_a_quantizer_of_another_index_is_refused(tmp_path):
     other, *_ = compressed(tmp_path, "ivfpq", n=20, name="other")
     content = (other / "trained.1.faiss").read_bytes()
     (directory / "trained.1.faiss").write_bytes(content)
-    fields = json.loads((directory / "index.json").read_text())
-    fields["compressed"]["trained_checksum"] = hashlib.sha256(content).hexdigest()
-    fields["checksum"] = files._checksum({k: v for k, v in fields.items() if k not in ("version", "checksum")})
-    (directory / "index.json").write_text(json.dumps(fields))
+    fields = described(directory)
+    fields["quantizer"]["sha256"] = hashlib.sha256(content).hexdigest()
+    describe(directory, fields)
     with pytest.raises(ValueError, match=r"trained.1.faiss: it holds .* not an empty trained index"):
         open_index(directory, device=CPU)
 
@@ -627,6 +766,7 @@ def _save_compressed_for_ever(directory, corpora, quantizers):
         save_index(directory, index, codes_only=kind == 1)
 
 
+@pytest.mark.processes
 def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monkeypatch):
     """Two of different types, with and without embeddings, are saved in turns; 20 kills."""
     monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
@@ -634,7 +774,7 @@ def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monk
     sample = made_up(300, 8, 0, torch.float32)[0].numpy()
     quantizers = [train("PQ4", sample), train("SQ8", sample)]
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
-    _save(directory, corpora[0], torch.ones(300, 8).half())
+    save(directory, corpora[0], torch.ones(300, 8).half())
     for _ in range(20):
         writer = get_context("fork").Process(target=_save_compressed_for_ever, args=(directory, corpora, quantizers))
         writer.start()
@@ -650,215 +790,8 @@ def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monk
         assert index.has_embeddings == (kind == 0)
         if index.has_embeddings:
             assert index.embeddings.unique().tolist() == [1.0]
-        seen.add(json.loads((directory / "index.json").read_text())["passages"])
+        check_index(directory)
+        seen.add(described(directory)["segments"][0]["passages"]["file"])
     assert len(seen) > 5  # the writers did get somewhere
     save_index(directory, open_index(directory, device=CPU))
     assert set(names(directory)) == files.read_description(directory).files() | {"index.json"}
-
-
-def test_a_published_index_is_compressed_as_it_is_opened(tmp_path):
-    embeddings, passages = publish(tmp_path / "published", sizes=(30, 11, 40))
-    queries = made_up(1, 6, 3)[1]
-    opened = {"device": CPU, "converted": tmp_path / "ours", "compression": Compression("pq", 3)}
-    index = open_index(tmp_path / "published", **opened)
-    save_index(tmp_path / "pq", index, codes_only=True)
-    expected = index.search(queries, 5)
-    assert index.type == "PQ3" and list(index.passages) == passages
-    assert_same(open_index(tmp_path / "pq", device=CPU).search(queries, 5), expected)
-    assert list(open_index(tmp_path / "pq", device=CPU).passages) == passages
-
-
-# Published indices
-
-
-def publish(directory, sizes=(3, 1, 4), dimension=6, first=0):
-    """Files as the published system writes them; the embeddings (N, D) and the passages."""
-    directory.mkdir(exist_ok=True)
-    embeddings, _ = made_up(sum(sizes), dimension, 0)
-    passages = [
-        {"id": f"p{i}", "title": f"T{i}: S", "section": "S", "text": f"text {i} ü", "n": [i, 0.5, None, True]}
-        for i in range(sum(sizes))
-    ]
-    start = 0
-    for number, size in enumerate(sizes, start=first):
-        rows = slice(start, start + size)
-        torch.save(embeddings[rows].T.contiguous(), directory / f"embeddings.{number}.pt")
-        with open(directory / f"passages.{number}.pt", "wb") as file:
-            pickle.dump(passages[rows], file, protocol=5)
-        start += size
-    return embeddings, passages
-
-
-def test_a_published_index_is_converted(tmp_path):
-    embeddings, passages = publish(tmp_path / "published")
-    assert is_published(tmp_path / "published") and not is_published(tmp_path)
-    calls = []
-    convert_published(tmp_path / "published", tmp_path / "ours", lambda done, of: calls.append((done, of)))
-    index = open_index(tmp_path / "ours", device=CPU, dimension=6)
-    assert torch.equal(index.embeddings, embeddings)
-    assert list(index.passages) == passages  # the title is not joined again
-    assert calls[-1] == (8, 8) and calls == sorted(calls)
-
-
-def _open_published(directory, converted, queries):
-    index = open_index(directory, device=CPU, converted=converted)
-    hits = index.search(queries, 3)
-    return hits.scores, hits.ids, [p["id"] for p in index.passages_of(hits.ids)[0]]
-
-
-def test_a_published_index_is_opened_through_one_conversion():
-    scratch = Path(scratch_directory())
-    embeddings, _ = publish(scratch / "published")
-    _, queries = made_up(1, 6, 2)
-    expected = brute_force(embeddings, queries, 3)
-    arguments = (scratch / "published", scratch / "ours", queries)
-    for scores, ids, found in run_on_ranks(2, _open_published, *arguments):
-        assert_same((scores, ids), expected)
-        assert found == [f"p{i}" for i in ids[0].tolist()]
-    written = (scratch / "ours" / "index.json").stat().st_mtime_ns
-    run_on_ranks(2, _open_published, *arguments)
-    assert (scratch / "ours" / "index.json").stat().st_mtime_ns == written
-    publish(scratch / "published", sizes=(5, 5))  # passages.2.pt stays: 5 + 5 + 4
-    _open_published(*arguments)
-    assert open_index(scratch / "ours", device=CPU).size == 14
-
-
-def test_opening_a_published_index_needs_a_place_and_respects_what_is_there(tmp_path):
-    publish(tmp_path / "published")
-    with pytest.raises(ValueError, match="is a published index: convert it"):
-        open_index(tmp_path / "published", device=CPU)
-    ours, *_ = saved(tmp_path)
-    with pytest.raises(ValueError, match="holds another index"):
-        open_index(tmp_path / "published", device=CPU, converted=ours)
-
-
-def test_a_converted_index_is_saved_again_with_its_titles(tmp_path):
-    _, passages = publish(tmp_path / "published")
-    convert_published(tmp_path / "published", tmp_path / "ours")
-    save_index(tmp_path / "again", open_index(tmp_path / "ours", device=CPU))
-    assert list(open_index(tmp_path / "again", device=CPU).passages) == passages
-
-
-class RunsSomething:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("name", ["passages.1.pt", "embeddings.1.pt"])
-def test_a_pickle_that_holds_a_callable_is_refused_and_does_not_run(tmp_path, name):
-    publish(tmp_path / "published")
-    victim = tmp_path / "victim"
-    with open(tmp_path / "published" / name, "wb") as file:
-        pickle.dump([RunsSomething(victim)], file, protocol=2)
-    with pytest.raises(ValueError, match=name) as refused:
-        convert_published(tmp_path / "published", tmp_path / "ours")
-    assert not victim.exists() and not files.has_index(tmp_path / "ours")
-    assert "\n" not in str(refused.value)
-    if name.startswith("passages"):
-        assert "it holds __builtin__.getattr" in str(refused.value)
-
-
-@pytest.mark.parametrize("held", [os.system, Path("x"), torch.zeros(1), RuntimeError, np.float64(1), 1j, object()])
-def test_every_class_and_function_is_refused_by_name(tmp_path, held):
-    for protocol in range(6):
-        (tmp_path / "file").write_bytes(pickle.dumps([held], protocol=protocol))
-        with pytest.raises(ValueError, match=r"it holds \w+\.\w+"):
-            load_plain_pickle(tmp_path / "file")
-
-
-def test_plain_data_is_read_whatever_the_protocol(tmp_path):
-    plain = [{"a": (1, 2.5, None), "b": [True, b"x", "ü"]}]
-    for protocol in range(3, 6):
-        (tmp_path / "file").write_bytes(pickle.dumps(plain, protocol=protocol))
-        assert load_plain_pickle(tmp_path / "file") == plain
-
-
-def test_damaged_pickles_are_refused_in_one_sentence(tmp_path):
-    chance = random.Random(0)
-    content = pickle.dumps(publish(tmp_path / "published")[1], protocol=5)
-    for _ in range(300):
-        (tmp_path / "file").write_bytes(damaged(content, chance)[:-1])
-        with pytest.raises(ValueError, match="cannot be read as plain passages") as refused:
-            load_plain_pickle(tmp_path / "file")
-        assert "\n" not in str(refused.value)
-
-
-def spoil(directory, how):
-    """Damage a published index in one way; what the refusal must say."""
-    if how == "hole":
-        (directory / "embeddings.1.pt").unlink()
-        return r"embeddings\.1\.pt is missing: .* from 0 to 2"
-    if how == "no passages":
-        (directory / "passages.2.pt").unlink()
-        return r"passages\.2\.pt is missing"
-    if how == "length":
-        (directory / "passages.1.pt").write_bytes(pickle.dumps([]))
-        return r"passages\.1\.pt holds 0 passages, its embeddings are 1"
-    if how == "not a list":
-        (directory / "passages.1.pt").write_bytes(pickle.dumps({}))
-        return r"passages\.1\.pt holds a dict"
-    if how == "dimension":
-        torch.save(torch.zeros(5, 1).half(), directory / "embeddings.1.pt")
-        return r"embeddings\.1\.pt holds embeddings of size 5, embeddings\.0\.pt of size 6"
-    if how == "not a tensor":
-        torch.save({"a": torch.zeros(2)}, directory / "embeddings.1.pt")
-        return r"embeddings\.1\.pt holds a dict, not a tensor"
-    if how == "shape":
-        torch.save(torch.zeros(6).half(), directory / "embeddings.1.pt")
-        return r"embeddings\.1\.pt holds a tensor \(6,\)"
-    if how == "not finite":
-        torch.save(torch.full((6, 1), torch.inf).half(), directory / "embeddings.1.pt")
-        return r"embeddings\.1\.pt: the embedding of passage 3 is not finite"
-    passage = {
-        "no text": {"id": "x"},
-        "bytes": {"id": "x", "text": "", "extra": b"x"},
-        "set": {"id": "x", "text": "", "extra": {1}},
-        "surrogate": {"id": "x", "text": "\ud800"},
-        "not a dict": "x",
-    }[how]
-    (directory / "passages.1.pt").write_bytes(pickle.dumps([passage], protocol=5))
-    return r"passages\.1\.pt, passage 0: "
-
-
-@pytest.mark.parametrize(
-    "how",
-    ["hole", "no passages", "length", "not a list", "dimension", "not a tensor", "shape", "not finite"]
-    + ["no text", "bytes", "set", "surrogate", "not a dict"],
-)
-def test_bad_published_indices_are_refused_by_file(tmp_path, how):
-    publish(tmp_path / "published")
-    message = spoil(tmp_path / "published", how)
-    with pytest.raises(ValueError, match=message):
-        convert_published(tmp_path / "published", tmp_path / "ours")
-    assert not files.has_index(tmp_path / "ours")
-
-
-def test_numbers_must_start_at_0(tmp_path):
-    publish(tmp_path / "published", first=1)
-    with pytest.raises(ValueError, match=r"embeddings\.0\.pt is missing"):
-        convert_published(tmp_path / "published", tmp_path / "ours")
-
-
-def test_embeddings_saved_in_the_old_container_or_as_a_view(tmp_path):
-    embeddings, _ = publish(tmp_path / "published", sizes=(3, 5))
-    columns = embeddings.T.contiguous()
-    torch.save(columns[:, :3].clone(), tmp_path / "published/embeddings.0.pt", _use_new_zipfile_serialization=False)
-    torch.save(columns[:, 3:], tmp_path / "published/embeddings.1.pt")
-    convert_published(tmp_path / "published", tmp_path / "ours")
-    assert torch.equal(open_index(tmp_path / "ours", device=CPU).embeddings, embeddings)
-
-
-def test_an_index_saved_by_the_published_system(tmp_path):
-    published = parity_kit() / "published_index"
-    convert_published(published, tmp_path / "ours")
-    index = open_index(tmp_path / "ours", device=CPU, dimension=768)
-    shards = [torch.load(published / f"embeddings.{i}.pt", weights_only=True) for i in range(4)]
-    assert torch.equal(index.embeddings, torch.cat(shards, dim=1).T)
-    assert list(index.passages) == [p for i in range(4) for p in load_plain_pickle(published / f"passages.{i}.pt")]
-    assert index.size == 406
-    hits = index.search(index.embeddings[:5].float(), 10)
-    assert_same(hits, brute_force(index.embeddings, index.embeddings[:5].float(), 10))
-    assert isinstance(index.local, FlatIndex)

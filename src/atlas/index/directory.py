@@ -1,0 +1,300 @@
+"""The directory of a saved index: `index.json`, and how one whole index follows another (docs/formats.md).
+
+New files carry a new generation number in their names. `index.json` is replaced last, and the files that it no longer
+names are removed after that, so a writer killed at any moment leaves the old index or the new one. All functions here
+are for one process at a time.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atlas.files.jsonl import replacing
+from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, Array, Layout
+
+log = logging.getLogger("atlas")
+VERSION = 2
+CONVERTING = "converting.json"
+_HEADER_BYTES = {1: 128, 2: HEADER_BYTES}  # of arrays, by version
+_OURS = re.compile(r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes)\.\d+\.npy|trained\.\d+\.faiss)")
+_HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
+
+
+@dataclass(frozen=True)
+class Passages:
+    """The text, and what tells it apart from another one at a cost that does not grow with it."""
+
+    file: str
+    bytes: int
+    sample: str  # hash of blocks spread over the file
+    copied_from: str | None  # fingerprint of the corpus; None where it is the corpus itself
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """What made the codes."""
+
+    file: str
+    sha256: str
+    code_size: int  # bytes per passage
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some rows of an index. Today every index has one, of which nothing is deleted."""
+
+    size: int
+    passages: Passages
+    embeddings: Array | None
+    codes: Array | None
+    tombstones: None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `index.json` says."""
+
+    type: str  # "flat", or the Faiss factory string of the codes
+    dimension: int  # D
+    titles_joined: bool  # whether titles hold the section already
+    retriever: str | None  # fingerprint of the passage encoder
+    embedder_precision: str | None
+    source: str | None  # fingerprint of the published index that this was made from
+    quantizer: Quantizer | None
+    segments: tuple[Segment]
+    version: int = VERSION
+
+    @property
+    def segment(self) -> Segment:
+        """The only one."""
+        return self.segments[0]
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.segment.size
+
+    @property
+    def embeddings_layout(self) -> Layout:
+        return Layout(self.size, self.dimension, FP16, _HEADER_BYTES[self.version])
+
+    @property
+    def codes_layout(self) -> Layout:
+        return Layout(self.size, self.quantizer.code_size, BYTE, _HEADER_BYTES[self.version])
+
+    def files(self) -> set[str]:
+        """Names of all files of the index but `index.json`."""
+        segment = self.segment
+        parts = (segment.passages, segment.embeddings, segment.codes, self.quantizer)
+        return {f"{segment.passages.file}.offsets.npy"} | {part.file for part in parts if part}
+
+
+def has_index(directory: Path) -> bool:
+    """Whether an index of ours was saved there."""
+    return (directory / "index.json").is_file()
+
+
+def read_description(directory: Path) -> Description:
+    """What `index.json` says, checked against its own checksum.
+
+    Raises:
+        ValueError: it was damaged or edited, or written by a newer version.
+    """
+    path = directory / "index.json"
+    version, fields = read_fields(path)
+    try:
+        fields = _from_version_1(fields) if version == 1 else fields
+        segments = fields["segments"]
+        if len(segments) != 1 or segments[0]["tombstones"] is not None:
+            raise ValueError(_newer(path, f"{len(segments)} segments, or deleted passages"))
+        segment = segments[0] | {"passages": Passages(**segments[0]["passages"])}
+        for name in ("embeddings", "codes"):
+            segment[name] = _one_of(Array, segment[name])
+        quantizer = _one_of(Quantizer, fields["quantizer"])
+        fields |= {"quantizer": quantizer, "segments": (Segment(**segment),), "version": version}
+        description = Description(**fields)
+    except (TypeError, KeyError) as error:  # more fields, or fewer, under a checksum that fits
+        raise ValueError(_newer(path, f"other fields ({error})")) from error
+    for name in description.files():
+        if _OURS.fullmatch(name) is None:
+            raise ValueError(f"{path} names files that do not belong to an index: {AGAIN}")
+    return description
+
+
+def _one_of(kind: type, fields: dict | None) -> Any:
+    return None if fields is None else kind(**fields)
+
+
+def _newer(path: Path, what: str) -> str:
+    return f"{path} has {what}: it was written by a newer version of this program, update the program to open it"
+
+
+def _from_version_1(old: dict) -> dict:
+    corpus, compressed, quantizer, codes, embeddings = old["corpus"], old["compressed"], None, None, None
+    if compressed:
+        quantizer = {"file": compressed["trained"], "sha256": compressed["trained_checksum"]}
+        quantizer["code_size"] = compressed["code_size"]
+        codes = asdict(Array(compressed["codes"], compressed["largest_norm"], None, None))
+    if old["embeddings"]:
+        embeddings = asdict(Array(old["embeddings"], old["largest_norm"], None, None))
+    passages = Passages(old["passages"], corpus["bytes"], corpus["sample"], old["copied_from"])
+    segment = {"size": old["size"], "passages": asdict(passages), "embeddings": embeddings, "codes": codes}
+    kept = {name: old[name] for name in ("type", "dimension", "titles_joined", "retriever", "source")}
+    return kept | {"embedder_precision": None, "quantizer": quantizer, "segments": [segment | {"tombstones": None}]}
+
+
+def read_fields(path: Path) -> tuple[int, dict]:
+    """The version and the fields that `write_fields` wrote. Raises: ValueError when they were damaged or edited."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version, checksum = fields.pop("version"), fields.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): {AGAIN}") from error
+    if version not in _HEADER_BYTES:
+        raise ValueError(_newer(path, f"format version {version!r}, and this one reads up to {VERSION}"))
+    if checksum != _checksum(fields):
+        raise ValueError(f"{path} was edited or damaged, its checksum does not fit: {AGAIN}")
+    return version, fields
+
+
+def write_fields(path: Path, fields: dict) -> None:
+    """Write JSON with a version and a checksum, in one step that survives a power cut as well."""
+    content = {"version": VERSION, **fields, "checksum": _checksum(fields)}
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checksum(fields: dict) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def next_generation(directory: Path) -> int:
+    """A number that no file in the directory carries; makes the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = [path.name for path in directory.iterdir() if _OURS.fullmatch(path.name)]
+    return 1 + max((int(name.split(".")[1]) for name in names), default=0)
+
+
+def commit(directory: Path, description: Description) -> None:
+    """Make this the index of the directory, in one step, and remove the files of the one before."""
+    fields = asdict(description)
+    del fields["version"]
+    write_fields(directory / "index.json", fields)
+    tidy(directory)
+
+
+def tidy(directory: Path) -> None:
+    """Remove what writers left, killed ones too: every file of an index that `index.json` does not name."""
+    kept = read_description(directory).files() | {"index.json"} if has_index(directory) else set()
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.name not in kept and is_leftover(path.name):
+            path.unlink()
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name was written on the way to an index."""
+    half_written = _HALF_WRITTEN.fullmatch(name)
+    name = half_written[1] if half_written else name
+    return bool(_OURS.fullmatch(name)) or name == CONVERTING or (half_written is not None and name == "index.json")
+
+
+def is_passages(path: Path, directory: Path) -> bool:
+    """Whether this file is the text of the directory's own index."""
+    return path.parent == directory.resolve() and _OURS.fullmatch(path.name) is not None
+
+
+def remove_index(directory: Path) -> None:
+    """Remove an index or what there is of one, and the directory, unless it holds other files as well."""
+    (directory / "index.json").unlink(missing_ok=True)
+    tidy(directory)
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def existing_directory(path: Path) -> Path:
+    """The innermost directory of a path that is there: tells the file system of what is still to be written."""
+    return next(place for place in (path, *path.absolute().parents) if place.is_dir())
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raises: ValueError when a file or directory that is to be written needs more bytes than its file system has."""
+    free = shutil.disk_usage(existing_directory(path)).free
+    if needed > free:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.2f} GB, and there are {free / 1e9:.2f} GB free: make room, or choose another "
+            "place"
+        )
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make the directory, and keep out other processes that ask for the same, where the file system can do that.
+
+    Raises: ValueError when another process is in.
+    """
+    import fcntl  # not on every system, and only conversions lock
+
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing into {directory}: wait until it has finished") from error
+        except OSError as error:
+            log.debug("%s cannot be locked: %s", directory, error)
+        yield
+    finally:
+        os.close(handle)
+
+
+def fingerprint_passages(path: Path, copied_from: str | None = None, *, blocks: int = 64) -> Passages:
+    """Size and a hash of at most `blocks` blocks of a file."""
+    size, digest, block_bytes = path.stat().st_size, hashlib.sha256(), 4096
+    with open(path, "rb") as file:
+        for block in range(blocks):
+            file.seek((size - block_bytes) * block // (blocks - 1) if size > block_bytes else 0)
+            digest.update(file.read(block_bytes))
+    return Passages(path.name, size, digest.hexdigest()[:16], copied_from)
+
+
+def check_passages(directory: Path, expected: Passages) -> None:
+    """Raises: ValueError when the passages are not those that the index was made of."""
+    path = directory / expected.file
+    if not path.is_file():
+        raise ValueError(f"{path}, which index.json names, is missing: {AGAIN}")
+    found = fingerprint_passages(path)
+    if found.bytes != expected.bytes:
+        raise ValueError(f"{path} is {found.bytes} bytes long, when the index was made {expected.bytes}: {AGAIN}")
+    if found.sample != expected.sample:
+        raise ValueError(f"{path} is not the text that the index was made of, though of the same size: {AGAIN}")
+
+
+def write_trained(path: Path, content: bytes, code_size: int) -> Quantizer:
+    """Write a quantizer."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return Quantizer(path.name, hashlib.sha256(content).hexdigest(), code_size)
+
+
+def read_trained(directory: Path, quantizer: Quantizer) -> bytes:
+    """A quantizer as it was written. Raises: ValueError when it is missing or changed."""
+    path = directory / quantizer.file
+    if not path.is_file():
+        raise ValueError(f"{path}, which index.json names, is missing: {AGAIN}")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != quantizer.sha256:
+        raise ValueError(f"{path} was changed or damaged, its checksum does not fit: {AGAIN}")
+    return content

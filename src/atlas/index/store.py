@@ -1,0 +1,364 @@
+"""Save an index and open it again, at any number of ranks: each writes, and later maps, its range of rows."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from atlas.files.jsonl import JsonlCorpus
+from atlas.index import directory as files
+from atlas.index.arrays import Array, as_tensor, fp16_parts, map_rows, write_array
+from atlas.index.build import compress, copy_to
+from atlas.index.codec import FLAT, Codec, Compression
+from atlas.index.compressed import CompressedIndex, explain_nprobe
+from atlas.index.directory import Description, Passages, Segment
+from atlas.index.flat import FlatIndex
+from atlas.index.passages import is_verbatim, open_passages, saved_lines, titles_joined
+from atlas.index.published import convert_published, is_converted, is_published
+from atlas.index.sharded import LocalIndex, Progress, ShardedIndex, Stored
+from atlas.runtime import distributed
+
+log = logging.getLogger("atlas")
+ANY = Compression()
+
+
+def save_index(
+    directory: Path,
+    index: ShardedIndex,
+    *,
+    retriever_fingerprint: str | None = None,
+    embedder_precision: str | None = None,
+    codes_only: bool = False,
+) -> None:
+    """Write the index with its passages; an index that is there is replaced in one step. Collective.
+
+    Embeddings that a saved index on the same file system holds already are linked, not written again.
+
+    Args:
+        retriever_fingerprint: of the encoder that made the embeddings.
+        embedder_precision: that they were computed in.
+        codes_only: leave the embeddings of a compressed index out.
+
+    Raises:
+        ValueError: an embedding is not finite in fp16; a flat index without its embeddings.
+        OSError: the directory cannot be written to, or the disk is full.
+    """
+    compressed = index.compressed
+    content = Content(
+        index.passages,
+        index.rows,
+        None if codes_only else index.embeddings,
+        compressed.quantizer if compressed else None,
+        [(compressed.codes(), compressed.largest_norm)] if compressed else (),
+        index.stored,
+    )
+    write_index(Path(directory), content, Origin(retriever_fingerprint, embedder_precision))
+
+
+@dataclass(frozen=True)
+class Content:
+    """What this rank writes: its rows, and on rank 0 all passages."""
+
+    passages: JsonlCorpus
+    rows: range
+    embeddings: torch.Tensor | None  # (n, D)
+    codec: Codec | None = None
+    codes: Iterable[tuple[np.ndarray, float]] = ()  # (n, code_size) in parts, each with what bounds its norms
+    stored: Stored | None = None  # holds the same embeddings
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where embeddings come from, as far as it is known; fields as in `Description`."""
+
+    retriever: str | None = None
+    embedder_precision: str | None = None
+    source: str | None = None
+
+
+def write_index(
+    directory: Path, content: Content, origin: Origin, progress: Progress = lambda what, done, of: None
+) -> None:
+    """Write an index in one step. Collective. Raises: as `save_index`."""
+    if content.embeddings is None and content.codec is None:
+        raise ValueError(
+            "--save_index_codes_only: a flat index has no codes; leave the flag out, or compress the index"
+        )
+    prepare = partial(_prepare, directory, content, origin)
+    generation, description = distributed.on_main("writing the passages", prepare)
+    segment, first_row = description.segment, content.rows.start
+    if content.embeddings is not None and segment.embeddings is None:
+        parts = _counted(fp16_parts(content.embeddings, first_row), len(content.rows), progress)
+        path = directory / f"embeddings.{generation}.npy"
+        segment = replace(segment, embeddings=write_array(path, description.embeddings_layout, first_row, parts))
+    if content.codec:
+        path = directory / f"codes.{generation}.npy"
+        segment = replace(segment, codes=write_array(path, description.codes_layout, first_row, content.codes))
+    finished = replace(description, segments=(segment,))
+    distributed.on_main("replacing the index", partial(files.commit, directory, finished))
+
+
+def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, Description]:
+    """On rank 0: the passages, the quantizer, and embeddings that can be linked. The arrays are still to be written."""
+    generation, codec = files.next_generation(directory), content.codec
+    passages = _keep_passages(directory, f"passages.{generation}.jsonl", content.passages)
+    embeddings = quantizer = None
+    if content.embeddings is not None and content.stored:
+        embeddings = _keep_embeddings(directory, f"embeddings.{generation}.npy", content.stored)
+    if codec:
+        path = directory / f"trained.{generation}.faiss"
+        quantizer = files.write_trained(path, codec.serialize(), codec.code_size)
+    return generation, Description(
+        type=codec.factory if codec else "flat",
+        dimension=codec.dimension if codec else content.embeddings.shape[1],
+        titles_joined=titles_joined(content.passages),
+        quantizer=quantizer,
+        segments=(Segment(len(content.passages), passages, embeddings, codes=None),),
+        **vars(origin),
+    )
+
+
+def _counted(
+    parts: Iterator[tuple[np.ndarray, float]], n: int, progress: Progress
+) -> Iterator[tuple[np.ndarray, float]]:
+    done = 0
+    for rows, norm in parts:
+        yield rows, norm
+        done += len(rows)
+        progress("writing embeddings", done, n)
+
+
+def open_index(
+    directory: Path,
+    *,
+    device: torch.device,
+    dimension: int | None = None,
+    retriever_fingerprint: str | None = None,
+    embedder_precision: str | None = None,
+    converted: Path | None = None,
+    compression: Compression = ANY,
+    progress: Progress = lambda what, done, of: None,
+) -> ShardedIndex:
+    """Open a saved index, ours or published: every rank its range of rows. Collective.
+
+    On a CPU embeddings and codes stay in the memory-mapped files, read-only; on a GPU what is searched is copied to it.
+    An index of another kind than asked for is made of the embeddings.
+
+    Args:
+        dimension: D of the retriever that is to search; None: any.
+        retriever_fingerprint: of the passage encoder; embeddings of another one are only warned about, because that is
+            normal after a tied training and when a run is resumed.
+        embedder_precision: of the queries; passages that were embedded in another one are mentioned in the log.
+        converted: where a published index is converted to, once; an unchanged one is not converted again.
+        compression: the kind of index asked for, and how it is searched.
+        progress: as `compress` has it.
+
+    Raises:
+        ValueError: on every rank, with what differs: no index, damaged or changed files, another D, another kind where
+            there are no embeddings to make it of.
+        OSError: a file cannot be read.
+    """
+    check = partial(_find, Path(directory), converted, dimension, compression, progress)
+    place, description, fits = distributed.on_main("checking the index", check)
+    kind, where = (compression, device) if fits else (Compression(FLAT[0]), torch.device("cpu"))
+    open_rows = partial(_open_rows, place, description, kind, where)
+    passages, embeddings, local = distributed.on_every_rank("opening the index", open_rows)
+    _tell_differences(place, description, retriever_fingerprint, embedder_precision)
+    stored = Stored(place, description)
+    if not fits:
+        log.info("%s is an index of type %s: making the one asked for of its embeddings", place, description.type)
+        flat = ShardedIndex(passages, embeddings, local, stored=stored)
+        return compress(flat, compression, device=device, progress=progress)
+    if isinstance(local, CompressedIndex):
+        log.info("%s is a compressed index: %s, %d bytes a passage", place, description.type, local.quantizer.code_size)
+        if explanation := explain_nprobe(local.quantizer.lists, compression.nprobe):
+            log.info(explanation)
+    return ShardedIndex(passages, embeddings, local, refine_factor=compression.refine_factor, stored=stored)
+
+
+def _tell_differences(place: Path, description: Description, retriever: str | None, precision: str | None) -> None:
+    """Log where passages were embedded in another way than queries are, as far as both are known."""
+    if None not in (retriever, description.retriever) and description.retriever != retriever:
+        log.warning("%s was made by retriever %s and is searched with %s", place, description.retriever, retriever)
+    embedded_in = description.embedder_precision
+    if None not in (precision, embedded_in) and embedded_in != precision:
+        log.info("%s was embedded in %s and is searched with queries in %s", place, embedded_in, precision)
+
+
+def _find(
+    directory: Path, converted: Path | None, dimension: int | None, compression: Compression, progress: Progress
+) -> tuple[Path, Description, bool]:
+    """Where the index is (a published one is converted first), what it is, and whether it is of the kind asked for."""
+    place = directory if files.has_index(directory) else _convert(directory, converted, progress)
+    description = files.read_description(place)
+    if dimension not in (None, description.dimension):
+        raise ValueError(
+            f"{place} holds embeddings of size {description.dimension}, the retriever makes them of size "
+            f"{dimension}: use the retriever that the index was made with, or build the index anew"
+        )
+    fits = _fits(place, description, compression)
+    checked_passages(place, description)  # finds the offsets of the lines, before the other ranks need them
+    return place, description, fits
+
+
+def _open_rows(
+    place: Path, description: Description, compression: Compression, device: torch.device
+) -> tuple[JsonlCorpus, torch.Tensor | None, LocalIndex]:
+    """This rank's part of an index of the kind asked for."""
+    rows = distributed.shard_rows(description.size, distributed.rank(), distributed.world_size())
+    passages, array = passages_of(place, description), description.segment.embeddings
+    embeddings = map_embeddings(place, description, rows) if array else None
+    if description.quantizer and compression.kind not in FLAT:
+        codec = open_codec(place, description)
+        codes, array = map_codes(place, description, rows), description.segment.codes
+        try:
+            local = CompressedIndex(
+                codec, codes, largest_norm=array.largest_norm, nprobe=compression.nprobe, device=device
+            )
+        except ValueError as error:
+            raise ValueError(f"{place / array.file}: {error}; build the index anew") from error
+        return passages, embeddings, local
+    embeddings = copy_to(embeddings, device)
+    return passages, embeddings, FlatIndex(embeddings, largest_norm=array.largest_norm)
+
+
+def passages_of(place: Path, description: Description) -> JsonlCorpus:
+    return open_passages(place / description.segment.passages.file, titles_joined=description.titles_joined)
+
+
+def checked_passages(place: Path, description: Description) -> JsonlCorpus:
+    """The passages of a saved index. Raises: ValueError when they are not those that it was made of."""
+    files.check_passages(place, description.segment.passages)
+    passages = passages_of(place, description)
+    if len(passages) != description.size:
+        raise ValueError(f"{place}: {len(passages)} passages and {description.size} embeddings; build the index anew")
+    return passages
+
+
+def map_embeddings(place: Path, description: Description, rows: range) -> torch.Tensor:
+    """`(n, D)` fp16, read-only. Raises: ValueError when the file is missing, of another size or of another shape."""
+    return as_tensor(map_rows(place / description.segment.embeddings.file, description.embeddings_layout, rows))
+
+
+def map_codes(place: Path, description: Description, rows: range) -> np.ndarray:
+    """`(n, code_size)` uint8, read-only. Raises: as `map_embeddings`."""
+    return map_rows(place / description.segment.codes.file, description.codes_layout, rows)
+
+
+def open_codec(place: Path, description: Description) -> Codec:
+    """What made the codes of a compressed index. Raises: ValueError when it is missing or damaged."""
+    content = files.read_trained(place, description.quantizer)
+    try:
+        return Codec.load(content, description.type, description.dimension)
+    except ValueError as error:
+        raise ValueError(f"{place / description.quantizer.file}: {error}; build the index anew") from error
+
+
+def _fits(place: Path, description: Description, compression: Compression) -> bool:
+    """Whether the saved index can be opened as what is asked for. Raises: ValueError when it cannot be made either."""
+    if compression.kind is None:
+        return True
+    if compression.nlist is None and (found := re.search(r"IVF(\d+)", description.type)):
+        compression = replace(compression, nlist=int(found[1]))  # of whatever number of lists
+    wanted, embeddings = compression.factory(description.size, description.dimension), description.segment.embeddings
+    if wanted == description.type or (wanted == "flat" and embeddings is not None):
+        return True
+    if embeddings is None:
+        raise ValueError(
+            f"{place} is an index of type {description.type} without embeddings, and {wanted} is asked for, which "
+            "cannot be made of it: leave the --faiss flags out, or open an index that has embeddings"
+        )
+    return False
+
+
+def _convert(directory: Path, converted: Path | None, progress: Progress) -> Path:
+    """Convert a published index, unless that has been done."""
+    check_is_index(directory)
+    if converted is None:
+        raise ValueError(
+            f"{directory} is a published index: convert it (preprocessing/convert_index.py), and open that"
+        )
+    converted = Path(converted)
+    if is_converted(directory, converted):
+        log.info("Opening %s, which %s was converted to", converted, directory)
+    else:
+        found = files.read_description(converted) if files.has_index(converted) else None
+        if found and (found.source is None or found.quantizer):
+            raise ValueError(f"{converted}, where {directory} is to be converted to, holds another index: move it away")
+        log.info("Converting the published index %s; from now on %s can be given in its place", directory, converted)
+        log.info("`python preprocessing/convert_index.py %s DIRECTORY` does so beforehand, for all runs", directory)
+    convert_published(directory, converted, partial(progress, "converting"))
+    return converted
+
+
+def check_is_index(directory: Path) -> None:
+    """Raises: ValueError unless the directory holds an index, ours or a published one."""
+    if files.has_index(directory) or is_published(directory):
+        return
+    if (directory / files.CONVERTING).is_file():
+        raise ValueError(f"{directory} holds an index whose conversion was stopped: give the same command again")
+    if not directory.is_dir():
+        raise ValueError(f"{directory} holds no index: there is no such directory")
+    raise ValueError(f"{directory} holds no index, neither ours (index.json) nor a published one (embeddings.0.pt, …)")
+
+
+def _keep_passages(directory: Path, name: str, corpus: JsonlCorpus) -> Passages:
+    """Bring the corpus into the directory as Atlas jsonl, at no cost where it is that or has been copied before."""
+    path, fingerprint = directory / name, None
+    if len(corpus.paths) == 1 and corpus.max_rows < 0 and is_verbatim(corpus):
+        original = corpus.paths[0].resolve()
+        if files.is_passages(original, directory):
+            return files.fingerprint_passages(original)
+        with contextlib.suppress(OSError):  # on another file system, or on one without links
+            os.link(original, path)
+    if not path.exists():
+        fingerprint = _fingerprint_of_copy(corpus)
+        if copy := _copy_there(directory, fingerprint):
+            return copy
+        with open(path, "xb") as file:
+            for line in saved_lines(corpus, range(len(corpus))):
+                file.write(line + b"\n")
+    JsonlCorpus(path)  # leaves the offsets of its lines beside it
+    return files.fingerprint_passages(path, fingerprint)
+
+
+def _fingerprint_of_copy(passages: JsonlCorpus) -> str:
+    """Changes with the files of a corpus, their order, and how many of their passages are taken."""
+    stats = [(str(path.resolve()), path.stat()) for path in passages.paths]
+    facts = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
+    return hashlib.sha256(repr([facts, len(passages)]).encode()).hexdigest()[:16]
+
+
+def _copy_there(directory: Path, fingerprint: str) -> Passages | None:
+    """The passages of the directory's index, if they are a copy of the same corpus and still whole."""
+    try:
+        description = files.read_description(directory) if files.has_index(directory) else None
+        if description is None or description.segment.passages.copied_from != fingerprint:
+            return None
+        files.check_passages(directory, description.segment.passages)
+    except ValueError as damaged:
+        log.warning("The passages are written anew: %s", damaged)
+        return None
+    return description.segment.passages
+
+
+def _keep_embeddings(directory: Path, name: str, stored: Stored) -> Array | None:
+    """Have the embeddings of a saved index in the directory at no cost, where possible."""
+    array = stored.description.segment.embeddings
+    if array is None or array.blocks is None:  # as version 1 wrote them
+        return None
+    source = (stored.directory / array.file).resolve()
+    if source.parent == directory.resolve():
+        return array
+    with contextlib.suppress(OSError):  # on another file system, or on one without links
+        os.link(source, directory / name)
+        return replace(array, file=name)
+    return None
