@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all lint format benchmarks clean
+.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all lint format clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16

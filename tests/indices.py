@@ -18,6 +18,7 @@ from tests.test_flat import made_up
 
 CPU = torch.device("cpu")
 KINDS = {"pq": 4, "ivfpq": 4, "ivfsq": None, "ivfflat": None, "flat": None, "OPQ3_6,PQ3": None, "SQ8": None}
+KINDS |= {"PQ8x4fs": None, "IVF4,PQ8x4fs": None}
 VERSION_1 = Path(__file__).parent / "data/index_version_1"  # PQ4 with embeddings, written when that was the format
 
 
