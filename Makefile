@@ -30,7 +30,7 @@ test: $(READY)   ## run the quick tests
 test-units: $(READY) ## only the quick tests that start no process
 	$(PYTEST) -m "not slow and not processes"
 
-test-processes: $(READY) ## only the quick tests that start ranks, programs or a server
+test-processes: $(READY) ## only the quick tests that start ranks, programs or a server, or go through whole runs
 	$(PYTEST) -m "not slow and processes"
 
 test-slow: $(READY) ## the tests that take more than about 20 seconds each

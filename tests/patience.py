@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 # Long enough for anything that these tests start, on a machine that does ten other things.
-HANG_SECONDS = 300.0
+HANG_SECONDS = 300
 
 
 def wait_until(happened: Callable[[], object], what: str, alive: Callable[[], bool] = lambda: True) -> None:

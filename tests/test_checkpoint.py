@@ -204,6 +204,7 @@ def save_and_die(directory, victim):
         os._exit(status)
 
 
+@pytest.mark.processes
 def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
     ends = []
     for victim in range(1, 40):

@@ -10,6 +10,8 @@ from tests.kit import choice_questions, lettered_models, make_task, read_jsonl, 
 from tests.test_pretraining import last_metrics, results_of
 from tests.test_training import losses_of
 
+pytestmark = pytest.mark.processes
+
 VERDICTS = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
 METRICS = {
     "base": ["accuracy"],
@@ -72,7 +74,6 @@ def comparable(row):
     return row
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_ranks_do_not_change_the_numbers(tmp_path, task):

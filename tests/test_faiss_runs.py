@@ -12,6 +12,8 @@ from tests.kit import logged, read_jsonl, run, run_on, world
 from tests.ranks import scratch_directory
 from tests.test_retrieval import make
 
+pytestmark = pytest.mark.processes
+
 D = make(world()).retriever.dim
 PQ = {"index_mode": "faiss", "faiss_index_type": "pq", "faiss_code_size": 8}
 EVALUATE = {"train_data": None, "total_steps": None}
@@ -50,7 +52,6 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_flat_index_is_loaded_compressed_and_kept(home, tmp_path, world_size):
     """The announcement's way: load a flat index, ask for PQ, keep the compressed index; the next run opens that."""
@@ -68,7 +69,6 @@ def test_a_flat_index_is_loaded_compressed_and_kept(home, tmp_path, world_size):
         assert "is a compressed index: PQ8, 8 bytes a passage" in log and "Training the quantizer" not in log
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [
@@ -128,7 +128,6 @@ def test_codes_alone_train_the_query_side_too(home, tmp_path):
         np.testing.assert_allclose(logged(without, statistic), logged(with_embeddings, statistic), rtol=2e-2)
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("codes_only", [True, False])
 def test_a_refresh_encodes_with_the_quantizer_that_is_there(home, tmp_path, world_size, codes_only):

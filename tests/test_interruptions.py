@@ -25,6 +25,8 @@ from tests.kit import command_line, logged, make_task, read_jsonl, run, run_on, 
 from tests.patience import HANG_SECONDS, free_port, wait_until
 from tests.ranks import warm
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 FLAGS = {"train_retriever": True, "query_side_retriever_training": True, "dropout": 0.1, "shuffle": True}
@@ -154,7 +156,6 @@ def test_the_order_of_the_data_survives_another_number_of_ranks(tmp_path):
     assert first + second + third == straight and seen == 30
 
 
-@pytest.mark.processes
 def test_going_on_with_another_number_of_ranks(tmp_path):
     """2 ranks, and then one that accumulates 2 steps, are one that does so from the start."""
     flags = {"per_gpu_batch_size": 1, "eval_data": None, "train_retriever": True, "refresh_index": 100}
@@ -200,7 +201,6 @@ def killed_at_a_random_moment(directory, flags, rng):
     return process.exitcode != 0
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     """40 steps straight, and with ten kills: the same losses at every step, and a good checkpoint at every moment.
@@ -222,7 +222,6 @@ def test_killed_at_random_moments(tmp_path):
             break
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 def test_torchrun_starts_a_run_again_whose_rank_was_killed(tmp_path):
     flags = {"total_steps": 30, "save_freq": 2, **FLAGS}
@@ -242,7 +241,6 @@ def test_torchrun_starts_a_run_again_whose_rank_was_killed(tmp_path):
     assert read_jsonl(directory / "dev-step-30.jsonl") == read_jsonl(straight / "dev-step-30.jsonl")
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 def test_sigterm_to_torchrun(tmp_path):
     """As SLURM ends a job: every rank saves what it has, and the same command goes on."""
@@ -260,7 +258,6 @@ def test_sigterm_to_torchrun(tmp_path):
     assert sorted(losses_by_step(tmp_path / "run")) == list(range(1, saved + 6))
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 def test_two_machines(tmp_path):
     """Two launchers of one rank each, as on two machines: one job, one writer, the numbers of two ranks."""

@@ -12,6 +12,8 @@ import pytest
 import prepare_demo
 from prepare_demo import Entity
 
+pytestmark = pytest.mark.processes
+
 MISSING = [package for package in prepare_demo.PACKAGES if importlib.util.find_spec(package) is None]
 needs_packages = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}; {prepare_demo.INSTALL_COMMAND}")
 

@@ -22,6 +22,8 @@ from tests.kit import read_jsonl
 from tests.origin import one_sentence, run_script
 from wikitext import read_article
 
+pytestmark = pytest.mark.processes
+
 HEAD = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/" version="0.10" xml:lang="de">
   <siteinfo><sitename>Wikipedia</sitename><namespaces>
     <namespace key="0" case="first-letter" />
@@ -78,7 +80,6 @@ def dump(tmp_path_factory):
     return write_dump(tmp_path_factory.mktemp("dump") / "pages-articles.xml.bz2")
 
 
-@pytest.mark.processes
 def test_the_script(dump, tmp_path):
     done = run_script("prepare_wikipedia", dump, "--output_directory", tmp_path, "--processes", "2")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -208,7 +209,6 @@ def test_a_bad_dump_leaves_nothing_behind(dump, tmp_path, name, change, words):
     assert [path.read_text() for path in output.iterdir()] == ["of an earlier run"]
 
 
-@pytest.mark.processes
 def test_mistakes_get_one_sentence(dump, tmp_path, monkeypatch):
     cut = tmp_path / "cut.xml.bz2"
     cut.write_bytes(dump.read_bytes()[:-100])

@@ -7,6 +7,8 @@ from atlas.checkpoint import load_checkpoint
 from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
 from tests.test_training import losses_of
 
+pytestmark = pytest.mark.processes
+
 TIED = {"train_retriever": True}
 QUERY_SIDE = {"train_retriever": True, "query_side_retriever_training": True}
 
@@ -38,7 +40,6 @@ def last_metrics(directory):
 EMPTY = {2, 3, 5, 12, 13, 14, 15}
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(
     ("task", "ranks", "flags"),
     [
@@ -91,7 +92,6 @@ def test_a_batch_without_examples_moves_nothing(tmp_path, flags):
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("task", ["mlm", "lm", "section"])
 def test_evaluation_on_any_number_of_ranks(tmp_path, task):
     dev = texts(tmp_path / "dev.jsonl", 0, 13, {0, 1, 2, 3, 9, 12})

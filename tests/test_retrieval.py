@@ -59,6 +59,7 @@ def test_batches_change_nothing(one_by_one, max_tokens):
     assert torch.allclose(fast.index.embeddings.float(), one_by_one.float(), atol=2e-3)
 
 
+@pytest.mark.processes
 def test_worker_processes_change_nothing(monkeypatch, one_by_one):
     monkeypatch.setattr(retrieval, "WINDOW", 64)  # so that there are several windows
     monkeypatch.setattr(retrieval.devices, "tokenizer_processes", lambda local_world_size: 2)

@@ -1,9 +1,13 @@
 """What stays small: functions, constructors, and the files that Python runs when a folder is imported."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src/atlas"
@@ -74,3 +78,10 @@ def test_importing_the_package_imports_nothing_heavy():
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
     }
     assert imported <= {"__future__", "importlib", "typing"}
+
+
+def test_a_unit_test_starts_nothing():
+    """Neither programs nor ranks: `make test-units` stays quick because tests/conftest.py refuses."""
+    for start in (lambda: subprocess.run([sys.executable, "-c", ""]), lambda: run_on_ranks(2, len, ())):
+        with pytest.raises(pytest.fail.Exception, match="mark it with @pytest.mark.processes"):
+            start()

@@ -10,6 +10,8 @@ from atlas.checkpoint import load_checkpoint
 from atlas.config import Optimisation
 from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
 
+pytestmark = pytest.mark.processes
+
 RETRIEVER = {"train_retriever": True, "query_side_retriever_training": True}
 
 
@@ -17,7 +19,6 @@ def losses_of(directory):
     return {name: logged(directory, f"loss/{name}_loss") for name in ("train", "reader", "retriever")}
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("query_side", [True, False])
 def test_two_ranks_equal_accumulation(tmp_path, query_side):
     """2 ranks with batch 2 see in one step what 1 rank sees in two accumulated ones."""
@@ -34,7 +35,6 @@ def test_two_ranks_equal_accumulation(tmp_path, query_side):
         assert [p["id"] for p in a["passages"]] == [p["id"] for p in b["passages"]]
 
 
-@pytest.mark.processes
 def test_three_ranks_evaluate_like_one(tmp_path):
     run_on(3, tmp_path / "three", "evaluate", train_data=None)
     one = run(tmp_path / "one", "evaluate", train_data=None)
@@ -52,7 +52,6 @@ def test_three_ranks_evaluate_like_one(tmp_path):
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.processes
 def test_result_files_are_the_same_to_the_byte(tmp_path):
     """From one index, at any number of ranks."""
     search = {"train_data": None, "reader_model_type": None, "retrieve_only": True}
@@ -98,7 +97,6 @@ def test_freezing_the_retriever_at_first(tmp_path):
     assert len(logged(directory, "loss/retriever_loss")) == 2
 
 
-@pytest.mark.processes
 def test_freezing_at_first_on_two_ranks(tmp_path):
     run_on(2, tmp_path, train_retriever=True, total_steps=3, freeze_retriever_steps=2, eval_data=None)
     assert len(logged(tmp_path / "run", "loss/retriever_loss")) == 1

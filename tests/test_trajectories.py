@@ -9,6 +9,8 @@ import torch
 from atlas.checkpoint import load_checkpoint
 from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = ROOT / "tests/trajectories"
 UPDATES, BATCH = 5, 4  # examples of an update, over all ranks and accumulated steps
@@ -99,7 +101,6 @@ def test_accumulation_is_one_batch(one, tmp_path):
     assert_same(trajectory(accumulated), trajectory(directory), within=EQUAL)
 
 
-@pytest.mark.processes
 def test_two_ranks_are_one(one, tmp_path):
     name, directory = one
     two = run_on(2, tmp_path, per_gpu_batch_size=BATCH // 2, **flags(name, tmp_path))
