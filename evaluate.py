@@ -1,43 +1,54 @@
 """Evaluate a model, or with --retrieve_only its retriever: `torchrun ... evaluate.py --task ...`, or plain `python`."""
 
+from typing import TYPE_CHECKING
+
 from atlas.config import TOKENIZING_TASKS, Config, parse_config
+
+if TYPE_CHECKING:
+    from atlas.runtime.session import Session
 
 
 def evaluate(config: Config) -> None:
     """Retrieve, read, generate and score for every evaluation file; write the results with --write_results."""
-    # After the command line was read: `--help` and a wrong flag need no torch.
+    from atlas.runtime.session import session  # imports torch: `--help` and a wrong flag are answered before that
+
+    # Ranks join, the log starts. A user's mistake in the block ends the run with one sentence and status 1.
+    with session(config.run) as run:
+        measure(config, run)
+
+
+def measure(config: Config, run: "Session") -> None:
+    """What happens in between, from top to bottom."""
     from atlas import preflight
     from atlas.checkpoint import load_checkpoint, own_checkpoint
     from atlas.evaluation.evaluator import Evaluator
     from atlas.model.load import Model
     from atlas.model.tokenization import load_reader_tokenizer
     from atlas.retrieval import Retrieval
-    from atlas.runtime.session import session
     from atlas.tasks.data import Data
 
-    with session(config.run) as run:
-        preflight.check(config, run.device)
+    preflight.check(config, run.device)
 
-        # What to evaluate: --model_path, a run of this name, or the models' own weights.
-        given = config.run.model_path != "none"
-        checkpoint = load_checkpoint(config.run.model_path) if given else own_checkpoint(run.directory)
-        step = checkpoint.step if checkpoint and not given else 0
-        trained_here = (run.directory / "checkpoint").exists()  # a training run's flags are not overwritten
-        run.write_options("opt.evaluate.log" if trained_here else "opt.log", config.describe())
+    # What to evaluate: --model_path, a run of this name, or the models' own weights.
+    given = config.run.model_path != "none"
+    checkpoint = load_checkpoint(config.run.model_path) if given else own_checkpoint(run.directory)
+    step = checkpoint.step if checkpoint and not given else 0
+    trained_here = (run.directory / "checkpoint").exists()  # a training run's flags are not overwritten
+    run.write_options("opt.evaluate.log" if trained_here else "opt.log", config.describe())
 
-        # Data: every line is read once, so that a bad one is found before anything expensive starts.
-        reads = not config.model.retrieve_only or config.tasks.task in TOKENIZING_TASKS
-        tokenizer = load_reader_tokenizer(config.model.reader_model_type) if reads else None
-        data = Data.open_each(config, tokenizer)
+    # Data: every line is read once, so that a bad one is found before anything expensive starts.
+    reads = not config.model.retrieve_only or config.tasks.task in TOKENIZING_TASKS
+    tokenizer = load_reader_tokenizer(config.model.reader_model_type) if reads else None
+    data = Data.open_each(config, tokenizer)
 
-        # Model and index: the index is opened if it was saved, else built of the corpus.
-        model = Model.load(config.model, None, config.optimisation, checkpoint, tokenizer, run.device)
-        retrieval = Retrieval.open(config.index, config.run, config.retriever_training, model, run)
-        if retrieval is not None:
-            retrieval.refresh(due=False)
+    # Model and index: the index is opened if it was saved, else built of the corpus.
+    model = Model.load(config.model, None, config.optimisation, checkpoint, tokenizer, run.device)
+    retrieval = Retrieval.open(config.index, config.run, config.retriever_training, model, run)
+    if retrieval is not None:
+        retrieval.refresh(due=False)
 
-        Evaluator(config, model, retrieval, data, run).evaluate_all(step)
-        run.log_places(config.run, step)
+    Evaluator(config, model, retrieval, data, run).evaluate_all(step)
+    run.log_places(config.run, step)
 
 
 def main(arguments: list[str] | None = None) -> None:

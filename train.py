@@ -5,66 +5,76 @@ reader reads them and learns the answer, and the retriever learns which of the p
 index is refreshed now and then if the encoder of passages learns too.
 """
 
+from typing import TYPE_CHECKING
+
 from atlas.config import Config, parse_config
+
+if TYPE_CHECKING:
+    from atlas.runtime.session import Session
 
 
 def train(config: Config) -> None:
     """Train, evaluate on the way, save checkpoints; resume if a run of this name was stopped."""
-    # After the command line was read: `--help` and a wrong flag need no torch.
+    from atlas.runtime.session import session  # imports torch: `--help` and a wrong flag are answered before that
+
+    # Ranks join, the log starts. A user's mistake in the block ends the run with one sentence and status 1.
+    with session(config.run) as run:
+        learn(config, run)
+
+
+def learn(config: Config, run: "Session") -> None:
+    """What happens in between, from top to bottom. All models are freed at its end, before the ranks part."""
     from atlas import preflight
     from atlas.checkpoint import load_checkpoint, own_checkpoint, set_aside
     from atlas.evaluation.evaluator import Evaluator
     from atlas.model.load import Model
     from atlas.model.tokenization import load_reader_tokenizer
     from atlas.retrieval import Retrieval
-    from atlas.runtime.session import session
     from atlas.runtime.tracking import log
     from atlas.tasks.data import Data
     from atlas.training.optim import Optimizers
     from atlas.training.trainer import Trainer
 
-    # Ranks join, the log starts. A user's mistake in the block ends the run with one sentence and status 1.
-    with session(config.run) as run:
-        preflight.check(config, run.device)
+    preflight.check(config, run.device)
 
-        # Start: where a run of this name was stopped, from --model_path, or from the models' own weights.
-        resumed = None if config.optimisation.restart else own_checkpoint(run.directory)
-        if resumed and resumed.step >= config.optimisation.total_steps:
-            log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
-            return
-        start = resumed or (load_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
-        run.write_options("opt.log", config.describe())
+    # Start: where a run of this name was stopped, from --model_path, or from the models' own weights.
+    resumed = None if config.optimisation.restart else own_checkpoint(run.directory)
+    if resumed and resumed.step >= config.optimisation.total_steps:
+        log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
+        return
+    start = resumed or (load_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
+    run.write_options("opt.log", config.describe())
 
-        # Data: every line is read once, so that a bad one is found before anything expensive starts.
-        tokenizer = load_reader_tokenizer(config.model.reader_model_type)
-        evaluation_data = Data.open_each(config, tokenizer)
-        data = Data.open(config.run.train_data, config, tokenizer, training=True)
+    # Data: every line is read once, so that a bad one is found before anything expensive starts.
+    tokenizer = load_reader_tokenizer(config.model.reader_model_type)
+    evaluation_data = Data.open_each(config, tokenizer)
+    data = Data.open(config.run.train_data, config, tokenizer, training=True)
 
-        # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an AdamW of their own.
-        learning = config.retriever_training
-        model = Model.load(config.model, learning, config.optimisation, start, tokenizer, run.device)
-        optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})
+    # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an AdamW of their own.
+    learning = config.retriever_training
+    model = Model.load(config.model, learning, config.optimisation, start, tokenizer, run.device)
+    optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})
 
-        # Index: opened if it was saved, else built of the corpus before the first step. None for a closed book.
-        retrieval = Retrieval.open(config.index, config.run, learning, model, run, resumed)
+    # Index: opened if it was saved, else built of the corpus before the first step. None for a closed book.
+    retrieval = Retrieval.open(config.index, config.run, learning, model, run, resumed)
 
-        evaluator = Evaluator(config, model, retrieval, evaluation_data, run)
-        trainer = Trainer(config, model, optimizers, retrieval, data, evaluator, run)
-        if resumed:
-            trainer.resume(resumed)
-        elif config.optimisation.restart:
-            set_aside(run.directory)
+    evaluator = Evaluator(config, model, retrieval, evaluation_data, run)
+    trainer = Trainer(config, model, optimizers, retrieval, data, evaluator, run)
+    if resumed:
+        trainer.resume(resumed)
+    elif config.optimisation.restart:
+        set_aside(run.directory)
 
-        # The loop. SIGTERM and SIGUSR1 end it with a checkpoint and status 143.
-        for step in trainer.steps(resumed):
-            trainer.refresh_index(step)  # embed the corpus with the current encoder, if that is due
-            batch = trainer.retrieve(step)  # examples -> queries -> passages -> tensors
-            losses = trainer.forward_backward(batch, step)  # of the reader, and of the retriever as the reader judges
-            trainer.update(step, losses)  # both move together
-            trainer.report(step)
-            trainer.evaluate(step)
-            trainer.save(step)
-        run.log_places(config.run, config.optimisation.total_steps)
+    # The loop. SIGTERM and SIGUSR1 end it with a checkpoint and status 143.
+    for step in trainer.steps(resumed):
+        trainer.refresh_index(step)  # embed the corpus with the current encoder, if that is due
+        batch = trainer.retrieve(step)  # examples -> queries -> passages -> tensors
+        losses = trainer.forward_backward(batch, step)  # of the reader, and of the retriever as the reader judges
+        trainer.update(step, losses)  # both move together
+        trainer.report(step)
+        trainer.evaluate(step)
+        trainer.save(step)
+    run.log_places(config.run, config.optimisation.total_steps)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,11 +1,13 @@
 """The start and the end of a run: ranks, log, seeds, one sentence for a user's mistake, exit status."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +74,9 @@ def session(settings: config.Run) -> Iterator[Session]:
         with contextlib.closing(TensorBoard(directory)) as tensorboard:
             try:
                 yield Session(device, directory, tensorboard)
-            except Stopped:
+            except Stopped as stop:
                 stopped = True
+                traceback.clear_frames(stop.__traceback__)
         distributed.wait_for_all("the end of the run")
     except (ValueError, OSError, torch.OutOfMemoryError, distributed.LostRankError) as error:
         report_error(error, _sentence(error))
@@ -81,6 +84,8 @@ def session(settings: config.Run) -> Iterator[Session]:
     except Exception as error:
         report_error(error, f"{type(error).__name__}: {error}")
         raise
+    # A DDP model that outlives the process group may hang in its destructor: gloo's threads wait for Python's lock.
+    gc.collect()
     distributed.stop()
     if stopped:
         sys.exit(128 + signal.SIGTERM)
