@@ -42,13 +42,14 @@ def measure(config: Config, run: "Session") -> None:
     data = Data.open_each(config, tokenizer)
 
     # Model and index: the index is opened if it was saved, else built of the corpus.
-    model = Model.load(config.model, None, config.optimisation, checkpoint, tokenizer, run.device)
-    retrieval = Retrieval.open(config.index, config.run, config.retriever_training, model, run)
+    learning = config.retriever_training
+    model = Model.load(config.model, learning, config.optimisation, checkpoint, tokenizer, run.device, training=False)
+    retrieval = Retrieval.open(config.index, config.run, learning, model, run)
     if retrieval is not None:
-        retrieval.refresh(due=False)
+        retrieval.refresh()  # builds one if none was opened
 
     Evaluator(config, model, retrieval, data, run).evaluate_all(step)
-    run.log_places(config.run, step)
+    run.log_places(step)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -52,8 +52,11 @@ def learn(config: Config, run: "Session") -> None:
 
     # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an AdamW of their own.
     learning = config.retriever_training
-    model = Model.load(config.model, learning, config.optimisation, start, tokenizer, run.device)
+    model = Model.load(config.model, learning, config.optimisation, start, tokenizer, run.device, training=True)
     optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})
+    if resumed:
+        log.info("Resuming after step %d of %s", resumed.step, resumed.path)
+        optimizers.load_state(resumed.optimizer_state() or {})
 
     # Index: opened if it was saved, else built of the corpus before the first step. None for a closed book.
     retrieval = Retrieval.open(config.index, config.run, learning, model, run, resumed)
@@ -66,7 +69,7 @@ def learn(config: Config, run: "Session") -> None:
         set_aside(run.directory)
 
     # The loop. SIGTERM and SIGUSR1 end it with a checkpoint and status 143.
-    for step in trainer.steps(resumed):
+    for step in trainer.steps():
         trainer.refresh_index(step)  # embed the corpus with the current encoder, if that is due
         batch = trainer.retrieve(step)  # examples -> queries -> passages -> tensors
         losses = trainer.forward_backward(batch, step)  # of the reader, and of the retriever as the reader judges
@@ -74,7 +77,7 @@ def learn(config: Config, run: "Session") -> None:
         trainer.report(step)
         trainer.evaluate(step)
         trainer.save(step)
-    run.log_places(config.run, config.optimisation.total_steps)
+    run.log_places(config.optimisation.total_steps)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,12 +2,12 @@
 
 import csv
 import gzip
-import json
 
 import pytest
 
 import prepare_corpus
 import prepare_wikipedia
+from atlas.index.directory import read_description
 from tests.kit import read_jsonl, run_on, write_jsonl
 from tests.test_prepare_wikipedia import page, pages, write_dump
 
@@ -70,7 +70,7 @@ def test_as_many_passages_are_indexed_as_there_are_lines(corpora, tmp_path, worl
     expected = sum(map(newlines, paths)) - headers
     settings = {"passages": paths, "train_data": None, "total_steps": None, "retrieve_only": True, "n_context": 1}
     done = run_on(world_size, tmp_path, "evaluate", save_index_path=tmp_path / "index", **settings)
-    description = json.loads((tmp_path / "index/index.json").read_text())
-    assert description["size"] == expected > 1
-    assert newlines(tmp_path / "index" / description["passages"]) == expected
+    description = read_description(tmp_path / "index")
+    assert description.size == expected > 1
+    assert newlines(tmp_path / "index" / description.segment.passages.file) == expected
     assert len(read_jsonl(done / "dev-step-0.jsonl")) == 11

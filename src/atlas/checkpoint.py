@@ -7,10 +7,10 @@ A checkpoint of ours is a directory `step-N` with `model.safetensors` (names as 
 
 import argparse
 import json
-import logging
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from atlas.runtime import distributed
+from atlas.runtime.tracking import log
 
-log = logging.getLogger("atlas")
 FORMAT = 1
 PUBLISHED_FILE = "model.pth.tar"
 _HALVES = ("reader", "retriever")
@@ -67,14 +67,10 @@ def latest_checkpoint(run_directory: Path) -> Path | None:
 
 def own_checkpoint(run_directory: Path) -> Checkpoint | None:
     """The latest checkpoint in a run's directory, the same on all ranks. Collective. Raises: as `load_checkpoint`."""
-    path = distributed.from_main(latest_checkpoint(run_directory) if distributed.is_main() else None)
-    checkpoint = error = None
-    try:
-        checkpoint = load_checkpoint(path) if path is not None else None
-    except ValueError as unreadable:
-        error = unreadable
-    distributed.raise_on_all_ranks(error)
-    return checkpoint
+    path = distributed.on_main("finding the checkpoint", partial(latest_checkpoint, run_directory))
+    if path is None:
+        return None
+    return distributed.on_every_rank("reading the checkpoint", partial(load_checkpoint, path))
 
 
 def set_aside(run_directory: Path) -> None:

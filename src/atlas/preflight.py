@@ -13,7 +13,7 @@ from atlas.tasks import TASKS
 
 
 def check(config: Config, device: torch.device) -> None:
-    """Refuse what cannot work here, and report every flag without effect once. Raises: ValueError."""
+    """Refuse what cannot work here, and report flags without effect. Raises: ValueError."""
     embedder_precision = devices.embedder_precision(device, config.run.embedder_precision)
     devices.check_precision(device, config.optimisation.precision, "--precision")
     devices.check_precision(device, embedder_precision, "--embedder_precision")

@@ -91,7 +91,7 @@ class Retrieval:
         model: its retriever embeds; the reader is not used.
         passages: the whole corpus; this rank embeds and searches its share of the rows.
         run: precision and batch size of the encoder outside training.
-        training: reranking, over-retrieval, and whether the passage encoder moves on after an index is built.
+        learning: reranking, over-retrieval, and whether the passage encoder changes after an index is built.
         index: a saved index that was opened; without one, `refresh` builds it.
         resumed_encoder: weights of the passage encoder that the index of a resumed run was built with.
     """
@@ -102,7 +102,7 @@ class Retrieval:
         passages: JsonlCorpus,
         settings: config.Index,
         run: config.Run,
-        training: config.RetrieverTraining,
+        learning: config.RetrieverTraining,
         device: torch.device,
         index: ShardedIndex | None = None,
         resumed_encoder: dict[str, torch.Tensor] | None = None,
@@ -112,12 +112,13 @@ class Retrieval:
         self.embedder_precision = devices.embedder_precision(device, run.embedder_precision)
         batch_size = run.per_gpu_embedder_batch_size
         self.max_tokens = devices.embedding_tokens(device, batch_size, self.inputs.retriever_maxlength)
-        self.rerank = training.n_to_rerank_with_retrieve_with_rerank if training.retrieve_with_rerank else 0
-        self.overretrieve = training.filtering_overretrieve_ratio
+        self.rerank = learning.n_to_rerank_with_retrieve_with_rerank if learning.retrieve_with_rerank else 0
+        self.overretrieve = learning.filtering_overretrieve_ratio
         self.compression = compression_of(settings, run.seed)
         # Weights of the passage encoder that built the index. They are kept only where the encoder moves on after that.
         self.built_by: dict[str, torch.Tensor] | None = None
-        self._keeps_encoder = training.train_retriever and not self.retriever.query_side
+        # Something is trained, and it is the passage encoder.
+        self._keeps_encoder = any(parameter.requires_grad for parameter in self.retriever.passage_encoder.parameters())
         self._resumed_encoder = resumed_encoder
         self._warned_of_own_passages = False
 
@@ -126,7 +127,7 @@ class Retrieval:
         cls,
         settings: config.Index,
         run: config.Run,
-        training: config.RetrieverTraining,
+        learning: config.RetrieverTraining,
         model: Model,
         session: Session,
         resumed: Checkpoint | None = None,
@@ -159,15 +160,15 @@ class Retrieval:
                 )
             kind = index.type
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
-        _check_unused(settings, kind)
+        _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings.passages, settings.max_passages)
         encoder = resumed.index_encoder() if resumed is not None else None
-        retrieval = cls(model, passages, settings, run, training, device, index, encoder)
+        retrieval = cls(model, passages, settings, run, learning, device, index, encoder)
         retrieval._save_opened()
         return retrieval
 
-    def refresh(self, due: bool) -> None:
-        """Have an index: build one if there is none, and again with the current encoder if that is `due`. Collective.
+    def refresh(self, due: bool = False) -> None:
+        """Build an index if there is none, or if a new one with the current encoder is `due`. Collective.
 
         A resumed run first builds the index that the stopped run had, with the encoder of that time.
         """
@@ -190,7 +191,7 @@ class Retrieval:
             self.compression,
             self.device,
             previous=self.index,
-            keep_embeddings=saves_embeddings or self.compression.refine_factor > 1,
+            keep_embeddings=saves_embeddings,
             retrain=self.settings.faiss_retrain,
         )
         self.index = None  # the builder keeps what it needs of the previous one
@@ -365,7 +366,7 @@ def open_corpus(paths: tuple[str, ...], max_passages: int) -> JsonlCorpus:
     return passages
 
 
-def _check_unused(settings: config.Index, kind: str) -> None:
+def _check_against_kind(settings: config.Index, kind: str) -> None:
     """Report flags that have no effect on this kind of index. Raises: ValueError for one that cannot be met."""
     if settings.refine_factor > 1 and kind == "flat":
         log.info("--refine_factor has no effect: the search of a flat index is exact")

@@ -38,8 +38,8 @@ class Evaluator:
     ) -> None:
         self.reader, self.inputs, self.retrieval, self.files = model.reader, model.inputs, retrieval, files
         self.settings, self.session, self.precision = settings.model, session, settings.optimisation.precision
-        self.results = session.directory if settings.run.write_results else None
-        self.write_passages = self.results is not None and not settings.run.dont_write_passages
+        self.results_directory = session.directory if settings.run.write_results else None
+        self.write_passages = self.results_directory is not None and not settings.run.dont_write_passages
 
     def evaluate_all(self, step: int) -> None:
         """Evaluate every file. Collective."""
@@ -61,7 +61,7 @@ class Evaluator:
             self.reader.eval()
         totals: dict[str, tuple[float, float]] = {}
         n_examples = 0
-        path = self.results / f"{name}-step-{step}.jsonl" if self.results else None
+        path = self.results_directory / f"{name}-step-{step}.jsonl" if self.results_directory else None
         with _row_writer(path) as write, gathered_weights(self.reader):
             lines = _Lines(data.task, write, totals)
             batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")

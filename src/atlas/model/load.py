@@ -34,16 +34,18 @@ class Model:
     def load(
         cls,
         settings: config.Model,
-        training: config.RetrieverTraining | None,
+        learning: config.RetrieverTraining,
         optimisation: config.Optimisation,
         checkpoint: Checkpoint | None,
         reader_tokenizer: ReaderTokenizer | None,
         device: torch.device,
+        *,
+        training: bool,
     ) -> Self:
         """Load what the run needs onto the device; weights come from the checkpoint where it has them. Collective.
 
         Args:
-            training: None to evaluate: nothing learns, and the reader's layers are kept in `--precision`.
+            training: False to evaluate: nothing learns, and the reader's layers are kept in `--precision`.
 
         Raises:
             OSError: a model cannot be found or reached, and which flag names it.
@@ -53,10 +55,10 @@ class Model:
             reader = retriever = retriever_tokenizer = None
             unused: dict[str, Any] = {}
             if not settings.retrieve_only:
-                reader = _load_reader(settings, optimisation, checkpoint, device, training=training is not None)
+                reader = _load_reader(settings, optimisation, checkpoint, device, training)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
-                retriever = _load_retriever(settings, training, optimisation, checkpoint).to(device)
+                retriever = _load_retriever(settings, learning, optimisation, checkpoint, training).to(device)
             elif checkpoint and checkpoint.retriever:
                 unused = {
                     "unused_retriever": {f"retriever.{name}": part for name, part in checkpoint.retriever.items()},
@@ -118,9 +120,10 @@ def _load_reader(
 
 def _load_retriever(
     settings: config.Model,
-    training: config.RetrieverTraining | None,
+    learning: config.RetrieverTraining,
     optimisation: config.Optimisation,
     checkpoint: Checkpoint | None,
+    training: bool,
 ) -> DualEncoder:
     from_checkpoint = checkpoint is not None and bool(checkpoint.retriever)
     asked = {
@@ -130,10 +133,10 @@ def _load_retriever(
         "passage_prefix": settings.retriever_passage_prefix,
     }
     asked = {key: value for key, value in asked.items() if value is not None}
-    query_side = training is not None and training.query_side_retriever_training
+    untied = from_checkpoint and state_is_untied(checkpoint.retriever)
     retriever = load_retriever(
         settings.retriever_model_path,
-        query_side=query_side or (from_checkpoint and state_is_untied(checkpoint.retriever)),
+        query_side=learning.query_side_retriever_training or untied,
         dropout=optimisation.dropout,
         weights=not from_checkpoint,
         gradient_checkpointing=optimisation.use_gradient_checkpoint_retriever,
@@ -141,7 +144,7 @@ def _load_retriever(
     )
     if from_checkpoint:
         _load_half(load_retriever_state, retriever, checkpoint.retriever, checkpoint)
-    if training is None or not training.train_retriever:
+    if not (training and learning.train_retriever):
         retriever.requires_grad_(False)
     return retriever
 

@@ -32,6 +32,7 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 class Session:
     """What is there once while a script runs."""
 
+    settings: config.Run
     device: torch.device
     directory: Path  # `{checkpoint_dir}/{name}`: log, results, checkpoints
     tensorboard: TensorBoard
@@ -41,14 +42,14 @@ class Session:
         if distributed.is_main():
             (self.directory / name).write_text(text + "\n", encoding="utf-8")
 
-    def log_places(self, settings: config.Run, step: int) -> None:
+    def log_places(self, step: int) -> None:
         """The last line of a run: where to look."""
         places = [f"log in {self.directory / 'run.log'}"]
         latest = self.directory / "checkpoint" / "latest"
-        if settings.train_data and latest.exists():
+        if self.settings.train_data and latest.exists():
             places.append(f"model in {self.directory / 'checkpoint' / latest.resolve().name}")
-        if settings.write_results:
-            names = map(config.evaluation_name, settings.eval_data)
+        if self.settings.write_results:
+            names = map(config.evaluation_name, self.settings.eval_data)
             places += [f"results in {self.directory / f'{name}-step-{step}.jsonl'}" for name in names]
         log.info("Done: %s", ", ".join(places))
 
@@ -73,7 +74,7 @@ def session(settings: config.Run) -> Iterator[Session]:
         devices.seed_everything(settings.seed)
         with contextlib.closing(TensorBoard(directory)) as tensorboard:
             try:
-                yield Session(device, directory, tensorboard)
+                yield Session(settings, device, directory, tensorboard)
             except Stopped as stop:
                 stopped = True
                 traceback.clear_frames(stop.__traceback__)

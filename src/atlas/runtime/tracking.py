@@ -127,18 +127,18 @@ class TensorBoard:
     """Event files of rank 0; nothing on other ranks, or where tensorboard is not installed."""
 
     def __init__(self, directory: Path) -> None:
-        self._writer = None
-        if not distributed.is_main():
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-        except ImportError:
-            log.info("tensorboard is not installed, so no curves are written: pip install tensorboard")
-            return
-        self._writer = SummaryWriter(directory)
+        self._directory, self._wanted, self._writer = directory, distributed.is_main(), None
 
     def add(self, values: dict[str, float], step: int) -> None:
-        """One point for each value."""
+        """One point for each value; the first one starts the file."""
+        if self._wanted and self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+                self._writer = SummaryWriter(self._directory)
+            except ImportError:
+                log.info("tensorboard is not installed, so no curves are written: pip install tensorboard")
+                self._wanted = False
         for name, value in values.items() if self._writer else ():
             self._writer.add_scalar(name, value, step)
 

@@ -40,13 +40,13 @@ class Plan:
         """Whether the weights move at the end of this step."""
         return step % self.accumulation_steps == 0 or self.is_last(step)
 
-    def first_of_update(self, step: int) -> int:
-        """Steps finished before the first one whose gradients are in the same update."""
+    def finished_before_update(self, step: int) -> int:
+        """Steps finished before the first step of this one's update."""
         return (step - 1) // self.accumulation_steps * self.accumulation_steps
 
     def accumulated(self, step: int) -> int:
         """How many steps share an update with this one: fewer at the very end."""
-        return min(self.accumulation_steps, self.total_steps - self.first_of_update(step))
+        return min(self.accumulation_steps, self.total_steps - self.finished_before_update(step))
 
     def logs_after(self, step: int) -> bool:
         """Whether statistics are logged after this step."""
@@ -61,7 +61,7 @@ class Plan:
 
         Gradients that wait for more are not saved, so a checkpoint waits for the end of an update.
         """
-        due = self.first_of_update(step) // self.save_freq != step // self.save_freq
+        due = self.finished_before_update(step) // self.save_freq != step // self.save_freq
         return self.updates_after(step) and (due or self.is_last(step))
 
     def retriever_learns(self, step: int) -> bool:

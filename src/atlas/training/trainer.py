@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from atlas import config
 from atlas.checkpoint import Checkpoint, Contents, save_checkpoint
@@ -48,43 +49,42 @@ class Trainer:
         self.settings, self.plan, self.session = settings, Plan.of(settings), session
         self.model, self.optimizers, self.retrieval = model, optimizers, retrieval
         self.data, self.evaluator = data, evaluator
-        self.atlas = joint_model(model, settings.model, settings.retriever_training)
+        self.atlas = _joint_model(model, settings.model, settings.retriever_training)
         # some weights have no gradient while the retriever is frozen
         some_unused = bool(self.plan.retriever_starts_after)
         self.parallel = data_parallel(self.atlas, session.device, some_unused=some_unused)
+        self._finished, self._evaluation_due = 0, False  # by a run that is resumed
+        self._signals = StopSignals()
+        self._bar = tqdm(disable=True)
         self._means = Means()
         self._started = self._prepared = 0.0  # times of the current step
         self._weight = 1.0  # of this rank's examples: 0 if there are none
         self._stopping = False  # whether a rank was asked to stop: the same on all ranks
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Take up optimizers and data where a checkpoint of this run has left them."""
-        log.info("Resuming after step %d of %s", checkpoint.step, checkpoint.path)
-        self.optimizers.load_state(checkpoint.optimizer_state() or {})
+        """Continue after a checkpoint of this run."""
+        self._finished, self._evaluation_due = checkpoint.step, checkpoint.evaluation_due
         if checkpoint.examples is not None:
             self.data.resume(checkpoint.step, checkpoint.examples)
 
-    def steps(self, resumed: Checkpoint | None = None) -> Iterator[int]:
+    def steps(self) -> Iterator[int]:
         """The steps to take, up to `--total_steps`. SIGTERM or SIGUSR1 to any rank ends them early.
 
-        Args:
-            resumed: the checkpoint of this run to continue from. If that run was stopped before it could evaluate, the
-                evaluation comes first.
+        If the run that is resumed was stopped before it could evaluate, the evaluation comes first.
 
         Raises:
-            Stopped: after the checkpoint of the step in which a rank was asked to stop.
+            Stopped: after the update in which a rank was asked to stop.
         """
-        finished, total = resumed.step if resumed else 0, self.plan.total_steps
+        finished, total = self._finished, self.plan.total_steps
         self.atlas.train()
-        if resumed and resumed.evaluation_due:
+        if self._evaluation_due:
             self.refresh_index(finished + 1)
             self.evaluator.evaluate_all(finished)
-        bar = progress_bar("training", total, "steps", initial=finished)
-        with bar as self._bar, StopSignals() as self._signals:
+        self._bar = progress_bar("training", total, "steps", initial=finished)
+        with self._bar, self._signals:
             for step in range(finished + 1, total + 1):
                 yield step
                 if self._stopping and not self.plan.is_last(step):
-                    log.info("Asked to stop: step %d is saved, and the same command resumes from there", step)
                     raise Stopped
 
     def refresh_index(self, step: int) -> None:
@@ -116,10 +116,10 @@ class Trainer:
         return losses
 
     def update(self, step: int, losses: Losses) -> None:
-        """Move the weights if this step completes an update: the only wait for the device in a step."""
+        """Move the weights if this step completes an update: the only wait for the device after the search."""
         if self.plan.updates_after(step):
             finish_gradients(self.parallel)
-            moved, self._stopping = self.optimizers.step(self.plan.first_of_update(step), self._signals.received)
+            moved, self._stopping = self.optimizers.step(self.plan.finished_before_update(step), self._signals.received)
             if not moved:
                 skipped = self.optimizers.skipped
                 log.warning("Step %d is skipped: its gradients are not finite (%d so far)", step, skipped)
@@ -168,6 +168,8 @@ class Trainer:
                 path = save_checkpoint(self.session.directory, contents, **keep)
             log.info("Saved %s", path)
         distributed.wait_for_all("saving")
+        if stopping:
+            log.info("Asked to stop: step %d is saved, and the same command resumes from there", step)
 
     def _batch(self, examples: list[Example], step: int) -> TrainingTensors:
         settings, inputs = self.settings.model, self.model.inputs
@@ -201,16 +203,16 @@ class Trainer:
         self._means.add("runtime/train_step", time.monotonic() - self._started)
 
 
-def joint_model(model: Model, settings: config.Model, training: config.RetrieverTraining) -> Atlas:
+def _joint_model(model: Model, settings: config.Model, learning: config.RetrieverTraining) -> Atlas:
     """Reader and retriever as one module that computes both losses."""
     return Atlas(
         model.reader,
         model.retriever,
         n_context=1 if settings.closed_book else settings.n_context,
-        mode=MODES[training.gold_score_mode] if training.train_retriever else None,
-        temperature_gold=training.temperature_gold,
-        temperature_score=training.temperature_score,
-        correlate=training.compute_crossattention_stats,
+        mode=MODES[learning.gold_score_mode] if learning.train_retriever else None,
+        temperature_gold=learning.temperature_gold,
+        temperature_score=learning.temperature_score,
+        correlate=learning.compute_crossattention_stats,
     )
 
 
