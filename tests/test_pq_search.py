@@ -136,6 +136,7 @@ def test_the_error_bound_holds(shift):
     assert ((approximate.gather(1, rows) - scores).abs() <= first_pass.error).all()
 
 
+@pytest.mark.processes
 def test_codes_may_be_a_read_only_file(tmp_path):
     codes, centroids = random_quantizer(8, 4, 300)
     np.save(tmp_path / "codes.npy", codes.numpy())
