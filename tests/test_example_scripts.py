@@ -325,7 +325,7 @@ def test_pretraining_is_requeued_and_goes_on(tiny, slurm):
     assert stopped > 0 and f"Asked to stop: step {stopped} is saved" in log.read_text()
     again = start("pretrain_mlm", tiny, *SMALL, *flags, "--total_steps", stopped + 5, **models, **environment)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"Going on after step {stopped}" in log.read_text() and load_checkpoint(log.parent).step == stopped + 5
+    assert f"Resuming after step {stopped}" in log.read_text() and load_checkpoint(log.parent).step == stopped + 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -235,7 +235,7 @@ def test_torchrun_starts_a_run_again_whose_rank_was_killed(tmp_path):
         with contextlib.suppress(IndexError, ProcessLookupError):  # on a busy machine, the run was quicker
             os.kill(int(ranks[-1]), signal.SIGKILL)
         assert process.wait(HANG_SECONDS) == 0, process.stderr.read()
-        if "Going on after step" in (directory / "run.log").read_text():
+        if "Resuming after step" in (directory / "run.log").read_text():
             break
     assert losses_by_step(directory) == losses_by_step(straight)
     assert read_jsonl(directory / "dev-step-30.jsonl") == read_jsonl(straight / "dev-step-30.jsonl")

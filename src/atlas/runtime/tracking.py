@@ -46,7 +46,8 @@ def report_error(error: Exception, message: str) -> None:
     Rank 0 prints for all ranks: another rank prints its error only when rank 0 has none of its own.
     """
     log.error("%s", message, exc_info=True)
-    if not distributed.is_main() and not distributed.main_failed_too(error):
+    reported = distributed.main_failed_too(error)  # on rank 0 this tells the others
+    if not distributed.is_main() and not reported:
         print(f"[rank {distributed.rank()}] {message}", file=sys.stderr, flush=True)
 
 
