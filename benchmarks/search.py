@@ -146,7 +146,7 @@ def faiss_search(
         for part in embeddings.split(2**14):
             flat.add(part.float().numpy())
         return flat.search
-    filled = index.compressed.quantizer.filled(index.compressed.codes())
+    filled = index.compressed.codec.filled(index.compressed.codes())
     if way.nprobe:
         faiss.extract_index_ivf(filled).nprobe = way.nprobe
     if way.refine_factor == 1:
@@ -175,7 +175,7 @@ def compare_speed(ways: list[Way], options: argparse.Namespace) -> None:
         if way.kind != "flat":
             codecs.setdefault(way.kind, trained(way, embeddings, options.train_size))
             asked = Compression(way.kind, nprobe=way.nprobe, refine_factor=way.refine_factor)
-            index = compress(flat, asked, quantizer=codecs[way.kind])
+            index = compress(flat, asked, codec=codecs[way.kind])
         own = faiss_search(way, index, embeddings)
         cells = []
         for asked in queries.values():
@@ -195,7 +195,7 @@ def compare_norms(norms: list[float], options: argparse.Namespace) -> None:
         queries = topical(100, options.dimension, norm, seed=1).float()
         flat = ShardedIndex(range(len(embeddings)), embeddings)
         way = Way("IVF512,PQ64")
-        index = compress(flat, Compression(way.kind), quantizer=trained(way, embeddings, options.train_size))
+        index = compress(flat, Compression(way.kind), codec=trained(way, embeddings, options.train_size))
         found, best = (each.search(queries, options.k).ids for each in (index, flat))
         length = embeddings[:1000].float().norm(dim=1).mean()
         print(f"{way}, embeddings of length {length:.2f}: recall@{options.k} {recall(found, best):.3f}", flush=True)

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     # These import torch: a wrong flag is answered before that.
     from atlas.index.codec import Compression
     from atlas.index.convert import check_index, convert
-    from atlas.runtime.tracking import ProgressBars, report_error, start_log
+    from atlas.runtime.tracking import report_error, start_log
 
     start_log(None)
     compression = Compression(
@@ -85,11 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     codes_only = options.save_index_codes_only
     try:
-        with ProgressBars() as progress:
-            if options.check:
-                check_index(options.check, progress)
-            else:
-                convert(options.source, options.target, compression, codes_only=codes_only, progress=progress)
+        if options.check:
+            check_index(options.check)
+        else:
+            convert(options.source, options.target, compression, codes_only=codes_only)
     except (ValueError, OSError) as error:
         report_error(error, str(error))
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -30,6 +31,8 @@ from atlas.index.codec import Compression, train
 from atlas.index.convert import compress_index, convert
 from atlas.index.published import convert_published, load_plain_pickle
 from atlas.index.store import open_index, save_index
+from atlas.runtime import distributed
+from atlas.runtime.tracking import progress_bar
 from convert_index import main, parse_options
 from tests.indices import (
     CPU,
@@ -141,7 +144,10 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, monkeypatch):
 
 
 def kill_at(point, output, work):
-    """Do the work in a process that is killed at its n-th step on the files of `output`; whether it was killed."""
+    """Do the work in a process that is killed at its n-th step on the files of `output`, or its n-th heartbeat.
+
+    Returns: whether it was killed.
+    """
 
     def run():
         steps = 0
@@ -159,8 +165,9 @@ def kill_at(point, output, work):
 
         fsync = os.fsync
         os.fsync = lambda handle: (step(), fsync(handle), step())
+        distributed.progress = step
         sys.addaudithook(hook)
-        work(step)
+        work(output)
 
     process = get_context("fork").Process(target=run)
     process.start()
@@ -179,7 +186,7 @@ def every_kill(tmp_path, work):
     """Kill at every step, once each, in directories of their own; yields each directory as it was left."""
     for point in range(1, 10_000):
         output = tmp_path / f"killed-{point}"
-        if not kill_at(point, output, lambda step, output=output: work(output, step)):
+        if not kill_at(point, output, work):
             assert point > 25  # there were steps to be killed at
             return
         yield output
@@ -188,17 +195,17 @@ def every_kill(tmp_path, work):
 @pytest.mark.processes
 def test_a_conversion_killed_at_any_step_goes_on_to_the_same_files(tmp_path, monkeypatch):
     source = tmp_path / "published"
-    publish(source, sizes=(30, 4), dimension=64)
+    publish(source, sizes=(8, 4), dimension=64)
     convert_published(source, tmp_path / "whole")
     expected, read, resumed = contents(tmp_path / "whole"), [], set()
     monkeypatch.setattr(published, "load_plain_pickle", lambda path: (read.append(path), load_plain_pickle(path))[1])
-    for output in every_kill(tmp_path, lambda o, step: convert_published(source, o, lambda done, of: step())):
+    for output in every_kill(tmp_path, lambda o: convert_published(source, o)):
         done = shards_done(output)
         if not files.has_index(output):
             with pytest.raises(ValueError, match="holds no index|holds an index whose conversion was stopped"):
                 open_index(output, device=CPU)
         else:
-            assert open_index(output, device=CPU).size == 34
+            assert open_index(output, device=CPU).size == 12
             done = 2
         read.clear()
         convert_published(source, output)
@@ -214,7 +221,7 @@ def test_a_conversion_killed_again_and_again_gets_there(tmp_path):
     publish(source, sizes=(3,) * 6)
     convert_published(source, tmp_path / "whole")
     kills = 0
-    while kill_at(25, output, lambda step: convert_published(source, output)):
+    while kill_at(25, output, lambda o: convert_published(source, o)):
         kills += 1
         assert kills < 30
     assert kills > 2 and contents(output) == contents(tmp_path / "whole")
@@ -237,10 +244,24 @@ def test_the_script_killed_goes_on(tmp_path):
     assert_converted(source, output)
 
 
+@contextlib.contextmanager
+def after_every_passage(act):
+    """Call `act` with the number of passages that a conversion has written so far, after each of them."""
+
+    def bar(what, total, unit, initial):
+        made, done = progress_bar(what, total, unit, initial), itertools.count(initial + 1)
+        made.update = lambda more: act(next(done))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "progress_bar", bar)
+        yield
+
+
 def stop_after(source, output, passages):
     """Convert until all shards up to so many passages are done, and stop in the next one."""
-    with pytest.raises(KeyboardInterrupt):
-        convert_published(source, output, lambda done, of: stop() if done > passages else None)
+    with pytest.raises(KeyboardInterrupt), after_every_passage(lambda done: stop() if done > passages else None):
+        convert_published(source, output)
 
 
 def stop(*arguments):
@@ -318,12 +339,13 @@ def test_a_source_that_changes_while_it_is_converted_is_refused(tmp_path, name):
     source, output = tmp_path / "published", tmp_path / "ours"
     publish(source, sizes=(2, 2, 2))
 
-    def change(done, of):
+    def change(done):
         if done == 6:
             os.utime(source / name, ns=(0, 0))
 
-    with pytest.raises(ValueError, match=r"changed while the index was converted: give the same command again"):
-        convert_published(source, output, change)
+    raises = pytest.raises(ValueError, match=r"changed while the index was converted: give the same command again")
+    with raises, after_every_passage(change):
+        convert_published(source, output)
     assert not files.has_index(output)
     convert_published(source, output)
     assert_converted(source, output)
@@ -333,12 +355,13 @@ def test_a_shard_that_changes_its_size_meanwhile_is_refused(tmp_path):
     source, output = tmp_path / "published", tmp_path / "ours"
     publish(source, sizes=(2, 2, 2))
 
-    def change(done, of):
+    def change(done):
         if done == 2:
             torch.save(torch.zeros(6, 3).half(), source / "embeddings.1.pt")
 
-    with pytest.raises(ValueError, match=r"embeddings.1.pt changed while the index was converted"):
-        convert_published(source, output, change)
+    raises = pytest.raises(ValueError, match=r"embeddings.1.pt changed while the index was converted")
+    with raises, after_every_passage(change):
+        convert_published(source, output)
 
 
 def test_two_at_once_are_refused(tmp_path):
@@ -481,10 +504,10 @@ def test_compressing_a_published_index_killed_at_any_step_goes_on_to_the_same_fi
     source = tmp_path / "published"
     embeddings, _ = publish(source, sizes=(40,))
     quantizer = train("SQ8", embeddings.float().numpy())
-    monkeypatch.setattr(converting, "train_quantizer", lambda *_: quantizer)  # Faiss's threads do not survive a fork
+    monkeypatch.setattr(converting, "train_codec", lambda *_: quantizer)  # Faiss's threads do not survive a fork
 
-    def work(output, step=lambda: None):
-        convert(source, output, Compression("SQ8"), codes_only=True, progress=lambda what, done, of: step())
+    def work(output):
+        convert(source, output, Compression("SQ8"), codes_only=True)
 
     work(tmp_path / "whole")
     expected = contents(tmp_path / "whole")
@@ -589,7 +612,7 @@ def test_a_conversion_from_version_1_killed_at_any_step_leaves_nothing_or_all(tm
     source = recorded(tmp_path)
     convert(source, tmp_path / "whole", FLAT)
     expected = contents(tmp_path / "whole")
-    for output in every_kill(tmp_path, lambda o, step: convert(source, o, FLAT)):
+    for output in every_kill(tmp_path, lambda o: convert(source, o, FLAT)):
         if files.has_index(output):
             assert open_index(output, device=CPU).type == "PQ4"
             files.remove_index(output)

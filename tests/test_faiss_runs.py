@@ -143,11 +143,11 @@ def test_a_refresh_encodes_with_the_quantizer_that_is_there(home, tmp_path, worl
     log = (directory / "run.log").read_text()
     assert log.count("Training the quantizer") == 0 and log.count("Refreshing the index") == 1
     index, before = opened(tmp_path / "index"), opened(home[0] / "pq")
-    assert index.compressed.quantizer.serialize() == before.compressed.quantizer.serialize()
+    assert index.compressed.codec.serialize() == before.compressed.codec.serialize()
     assert (index.compressed.codes() != before.compressed.codes()).any()  # the encoder has moved
     assert index.has_embeddings == (not codes_only)
     if index.has_embeddings:
-        expected, _ = index.compressed.quantizer.encode(index.embeddings, 0)
+        expected, _ = index.compressed.codec.encode(index.embeddings, 0)
         assert np.array_equal(index.compressed.codes(), expected)
 
 

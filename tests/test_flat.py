@@ -205,3 +205,26 @@ def test_scores_that_fp16_cannot_hold():
     for factor in (1e3, 1e6, 1e12):
         large = queries * factor
         assert_same(FlatIndex(embeddings * 100).search(large, 9), brute_force(embeddings * 100, large, 9))
+
+
+def test_the_best_exact_scores_are_those_of_all_pairs():
+    """Whatever the number of pairs of a query, none included: the k best are scored, and in the same way."""
+    embeddings, queries = made_up(n=400, dimension=48, b=5)
+    generator = torch.Generator().manual_seed(0)
+    query = torch.tensor([0] * 90 + [1] * 3 + [3] * 40 + [4] * 1)
+    row = torch.randint(400, (len(query),), generator=generator)
+
+    def read(rows):
+        return embeddings[rows].float()
+
+    everything = flat.exact_scores(queries, query, row, read)
+    best = flat.best_exact_scores(queries, query, row, read, k=7)
+    scored = best > -torch.inf
+    assert torch.equal(best[scored], everything[scored])
+    for number in range(5):
+        of_query = everything[query == number]
+        expected = of_query.topk(min(7, len(of_query))).values
+        assert torch.equal(best[query == number].topk(len(expected)).values, expected)
+    assert 1 + 3 + 14 <= scored.sum() < 60
+    none = torch.zeros(0, dtype=torch.int64)
+    assert len(flat.best_exact_scores(queries, none, none, read, k=7)) == 0

@@ -25,7 +25,7 @@ from atlas.model.tokenization import pad_rows
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.session import Session
-from atlas.runtime.tracking import ProgressBars, log, progress_bar, read_shares
+from atlas.runtime.tracking import log, progress_bar, read_shares
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
 
@@ -147,17 +147,15 @@ class Retrieval:
         kind = compression.factory(1, model.retriever.dim)  # refuses what cannot be made before anything is embedded
         index = None
         if settings.load_index_path is not None:
-            with ProgressBars() as progress:
-                index = open_index(
-                    Path(settings.load_index_path),
-                    device=device,
-                    dimension=model.retriever.dim,
-                    retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
-                    embedder_precision=devices.embedder_precision(device, run.embedder_precision),
-                    converted=session.directory / "index",
-                    compression=compression,
-                    progress=progress,
-                )
+            index = open_index(
+                Path(settings.load_index_path),
+                device=device,
+                dimension=model.retriever.dim,
+                retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+                embedder_precision=devices.embedder_precision(device, run.embedder_precision),
+                converted=session.directory / "index",
+                compression=compression,
+            )
             kind = index.type
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_against_kind(settings, kind)
@@ -259,7 +257,6 @@ class Retrieval:
                     places = torch.from_numpy(batch_rows - rows.start - first).to(self.device)
                     window[places] = self._embed_batch(tokens).to(torch.float16)
                     bar.update(len(tokens))
-                    distributed.progress()
                 store(first, window[: len(rows) - first])
         devices.synchronize(self.device)
         seconds = time.monotonic() - started

@@ -18,6 +18,7 @@ import torch
 
 from atlas.index.flat import measure_largest_norm
 from atlas.runtime import distributed
+from atlas.runtime.tracking import with_progress
 
 HEADER_BYTES = 4096  # a page, so that rows begin at one
 BLOCK_BYTES = 2**22  # 38 million embeddings have 14,000 blocks
@@ -97,8 +98,12 @@ def as_tensor(mapped: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(mapped)
 
 
-def fp16_parts(embeddings: torch.Tensor, first_row: int) -> Iterator[tuple[np.ndarray, float]]:
+def fp16_parts(
+    embeddings: torch.Tensor, first_row: int, report: Callable[[int], object] = lambda rows: None
+) -> Iterator[tuple[np.ndarray, float]]:
     """Embeddings `(n, D)` part by part as they are written, each with the largest L2 norm in it.
+
+    `report` is told how many rows a part had, once it is written.
 
     Raises:
         ValueError: a value is not finite in fp16; `first_row` is the number of the first row in the whole corpus.
@@ -107,6 +112,7 @@ def fp16_parts(embeddings: torch.Tensor, first_row: int) -> Iterator[tuple[np.nd
     for start in range(0, len(embeddings), step):
         rows = embeddings[start : start + step].to("cpu", torch.float16).contiguous()
         yield rows.numpy().astype(FP16, copy=False), measure_largest_norm(rows, first_row + start)
+        report(len(rows))
 
 
 class BlockWriter:
@@ -192,7 +198,7 @@ def from_text(blocks: str) -> list[int]:
     return [int(blocks[i : i + 8], 16) for i in range(0, len(blocks), 8)]
 
 
-def check_blocks(directory: Path, array: Array, layout: Layout, progress: Callable[[str, int, int], None]) -> None:
+def check_blocks(directory: Path, array: Array, layout: Layout) -> None:
     """Read a whole array; of version 1, which had no checksums, only the header.
 
     Raises:
@@ -202,10 +208,9 @@ def check_blocks(directory: Path, array: Array, layout: Layout, progress: Callab
     check_header(path, layout)
     checksums = from_text(array.blocks or "")
     with open(path, "rb") as file:
-        for number, checksum in enumerate(checksums):
+        for number, checksum in enumerate(with_progress(checksums, f"checking {array.file}", len(checksums), "blocks")):
             if zlib.crc32(file.read(array.block_bytes)) != checksum:
                 damaged.append(number)
-            progress(f"checking {array.file}", layout.row_at(file.tell()) + 1, layout.size)
     if damaged:
         rows = [layout.row_at(number * array.block_bytes) for number in (damaged[0], damaged[-1] + 1)]
         raise ValueError(

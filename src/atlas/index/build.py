@@ -1,10 +1,7 @@
 """From embeddings to an index: train a codec on a sample of all rows, encode, put an index over the codes."""
 
-import contextlib
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +12,10 @@ from atlas.index.arrays import WRITE_BYTES
 from atlas.index.codec import Codec, Compression, all_cores, train, training_rows
 from atlas.index.compressed import CompressedIndex, explain_nprobe
 from atlas.index.flat import FlatIndex, measure_largest_norm
-from atlas.index.sharded import Progress, ShardedIndex, Stored, shard_rows
+from atlas.index.sharded import ShardedIndex, Stored
 from atlas.runtime import distributed
-from atlas.runtime.tracking import ProgressBars
-
-log = logging.getLogger("atlas")
+from atlas.runtime.distributed import shard_rows
+from atlas.runtime.tracking import log, progress_bar
 
 
 class IndexBuilder:
@@ -57,12 +53,12 @@ class IndexBuilder:
         if compressed and compression.kind is None:
             compression = replace(compression, kind=previous.type, nlist=None)
         self._passages, self._compression, self._device = passages, compression, device
-        self._quantizer = compressed.quantizer if compressed and not retrain else None
+        self._codec = compressed.codec if compressed and not retrain else None
         self._embeddings = self._codes = None
         self._largest_norm = 0.0  # bounds those of the codes, or of the embeddings where there are no codes yet
-        if self._quantizer is not None:
-            self._codes = np.empty((len(self.rows), self._quantizer.code_size), np.uint8)
-        if self._quantizer is None or keep_embeddings or compression.refine_factor > 1:
+        if self._codec is not None:
+            self._codes = np.empty((len(self.rows), self._codec.code_size), np.uint8)
+        if self._codec is None or keep_embeddings or compression.refine_factor > 1:
             self._embeddings = _embeddings_in_memory(previous)
             if self._embeddings is None:
                 place = (
@@ -78,7 +74,7 @@ class IndexBuilder:
         """
         end, first_row = start + len(embeddings), self.rows.start + start
         if self._codes is not None:
-            self._codes[start:end], norm = self._quantizer.encode(embeddings, first_row)
+            self._codes[start:end], norm = self._codec.encode(embeddings, first_row)
         else:
             norm = measure_largest_norm(embeddings, first_row)
         self._largest_norm = max(self._largest_norm, norm)
@@ -95,7 +91,7 @@ class IndexBuilder:
             return index_of_codes(
                 self._passages,
                 self._embeddings,
-                self._quantizer,
+                self._codec,
                 self._codes,
                 self._largest_norm,
                 self._compression,
@@ -105,8 +101,7 @@ class IndexBuilder:
         index = ShardedIndex(self._passages, self._embeddings, flat)
         if not self._compression.compresses:
             return index
-        with ProgressBars() as progress:
-            return compress(index, self._compression, device=self._device, progress=progress)
+        return compress(index, self._compression, device=self._device)
 
 
 def _embeddings_in_memory(index: ShardedIndex | None) -> torch.Tensor | None:
@@ -122,34 +117,32 @@ def compress(
     compression: Compression,
     *,
     device: torch.device | None = None,
-    quantizer: Codec | None = None,
-    progress: Progress = lambda what, done, of: None,
+    codec: Codec | None = None,
 ) -> ShardedIndex:
     """An index of another kind made of the embeddings of this one, with which it shares them. Collective.
 
     Args:
         device: that is to search; by default that of the embeddings.
-        quantizer: to encode with; by default one is trained, on rank 0, on rows that depend on the seed alone.
-        progress: told what is going on, how much of it is done, and of how much (None: nobody knows).
+        codec: to encode with; by default one is trained, on rank 0, on rows that depend on the seed alone.
 
     Raises:
         ValueError: the kind cannot be made for this D (a flag is named), an embedding is not finite.
     """
-    factory = quantizer.factory if quantizer else compression.factory(index.size, index.dimension)
+    factory = codec.factory if codec else compression.factory(index.size, index.dimension)
     device = device or index.embeddings.device
     if factory == "flat":
         return ShardedIndex(index.passages, copy_to(index.embeddings, device), stored=index.stored)
-    quantizer = quantizer or train_quantizer(index, factory, compression, progress)
-    codes, largest_norm = encode(quantizer, index, progress)
+    codec = codec or train_codec(index, factory, compression)
+    codes, largest_norm = encode(codec, index)
     return index_of_codes(
-        index.passages, index.embeddings, quantizer, codes, largest_norm, compression, device, stored=index.stored
+        index.passages, index.embeddings, codec, codes, largest_norm, compression, device, stored=index.stored
     )
 
 
 def index_of_codes(
     passages: JsonlCorpus,
     embeddings: torch.Tensor | None,
-    quantizer: Codec,
+    codec: Codec,
     codes: np.ndarray,
     largest_norm: float,
     compression: Compression,
@@ -159,25 +152,23 @@ def index_of_codes(
     """An index over codes `(n, code_size)` of this rank's rows; `largest_norm` bounds their norms. Collective."""
     with distributed.busy():
         local = CompressedIndex(
-            quantizer,
+            codec,
             codes,
             largest_norm=max(distributed.gather_objects(largest_norm)),
             nprobe=compression.nprobe,
             device=device,
         )
     distributed.wait_for_all("filling the index")
-    if explanation := explain_nprobe(quantizer.lists, compression.nprobe):
+    if explanation := explain_nprobe(codec.lists, compression.nprobe):
         log.info(explanation)
     return ShardedIndex(passages, embeddings, local, refine_factor=compression.refine_factor, stored=stored)
 
 
-def encode(
-    quantizer: Codec, index: ShardedIndex, progress: Progress = lambda what, done, of: None
-) -> tuple[np.ndarray, float]:
+def encode(codec: Codec, index: ShardedIndex) -> tuple[np.ndarray, float]:
     """Codes `(n, code_size)` of this rank's embeddings and what bounds the norms of what they stand for. Collective."""
-    codes, largest_norm, error = np.empty((len(index.rows), quantizer.code_size), np.uint8), 0.0, None
+    codes, largest_norm, error = np.empty((len(index.rows), codec.code_size), np.uint8), 0.0, None
     try:
-        for start, part, norm in encode_parts(quantizer, index, progress):
+        for start, part, norm in encode_parts(codec, index):
             codes[start : start + len(part)] = part
             largest_norm = max(largest_norm, norm)
     except ValueError as bad_embedding:
@@ -187,19 +178,18 @@ def encode(
     return codes, largest_norm
 
 
-def encode_parts(
-    quantizer: Codec, index: ShardedIndex, progress: Progress = lambda what, done, of: None
-) -> Iterator[tuple[int, np.ndarray, float]]:
+def encode_parts(codec: Codec, index: ShardedIndex) -> Iterator[tuple[int, np.ndarray, float]]:
     """Codes of this rank's embeddings part by part: its first row, codes `(m, code_size)`, what bounds their norms.
 
     Raises:
         ValueError: an embedding is not finite.
     """
-    n, step = len(index.rows), 2**14
-    for start in range(0, n, step):
-        yield start, *quantizer.encode(index.embeddings[start : start + step], index.rows.start + start)
-        progress("encoding", min(start + step, n), n)
-        distributed.progress()
+    step = 2**14
+    with progress_bar("encoding", len(index.rows), "passages") as bar:
+        for start in range(0, len(index.rows), step):
+            codes, norm = codec.encode(index.embeddings[start : start + step], index.rows.start + start)
+            yield start, codes, norm
+            bar.update(len(codes))
 
 
 def copy_to(embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -214,57 +204,40 @@ def copy_to(embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
     return copy
 
 
-def train_quantizer(index: ShardedIndex, factory: str, compression: Compression, progress: Progress) -> Codec:
-    """Train on rank 0 on a sample of all ranks' rows, and give every rank the same quantizer. Collective.
+def train_codec(index: ShardedIndex, factory: str, compression: Compression) -> Codec:
+    """Train on rank 0 on a sample of all ranks' rows, and give every rank the same codec. Collective.
 
     Raises:
         ValueError: on every rank, an embedding in the sample is not finite.
     """
     rows = training_rows(factory, index.dimension, index.size, compression.train_size, compression.seed)
-    sample = np.empty((len(rows) if distributed.is_main() else 0, index.dimension), np.float32)
-    step = max(1, WRITE_BYTES // (2 * index.dimension))
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        mine = torch.from_numpy(part[(part >= index.rows.start) & (part < index.rows.stop)] - index.rows.start)
-        parts = distributed.gather_on_main(index.embeddings[mine.to(index.embeddings.device)].to("cpu", torch.float16))
-        if distributed.is_main():
-            sample[start : start + len(part)] = torch.cat(parts).numpy()
-        progress("gathering a sample", min(start + step, len(rows)), len(rows))
-    content = error = None
-    if distributed.is_main():
+    sample = _gather_sample(index, rows)
+
+    def trained() -> bytes:
         log.info("Training the quantizer %s on %d of %d passages", factory, len(rows), index.size)
         started = time.monotonic()
-        try:
-            if not np.isfinite(sample).all():
-                bad = rows[np.flatnonzero(~np.isfinite(sample).all(1))[0]]
-                raise ValueError(f"the embedding of passage {bad} is not finite: has the training diverged?")
-            with (
-                _every_second(lambda: progress("training the quantizer", round(time.monotonic() - started), None)),
-                all_cores(),
-            ):
-                content = train(factory, sample, all_rows=compression.train_size is not None).serialize()
-            log.info("Trained the quantizer in %.1f s", time.monotonic() - started)
-        except ValueError as found:
-            error = found
-    distributed.wait_for_all("training the quantizer")
-    distributed.raise_on_all_ranks(error)
-    return Codec.load(distributed.from_main(content), factory, index.dimension)
+        if not np.isfinite(sample).all():
+            bad = rows[np.flatnonzero(~np.isfinite(sample).all(1))[0]]
+            raise ValueError(f"the embedding of passage {bad} is not finite: has the training diverged?")
+        with all_cores():
+            content = train(factory, sample, all_rows=compression.train_size is not None).serialize()
+        log.info("Trained the quantizer in %.1f s", time.monotonic() - started)
+        return content
+
+    return Codec.load(distributed.on_main("training the quantizer", trained), factory, index.dimension)
 
 
-@contextlib.contextmanager
-def _every_second(report: Callable[[], None]) -> Iterator[None]:
-    """Report, and tell the other ranks that this one is alive, while something runs that cannot say so itself."""
-    done = threading.Event()
-
-    def repeat() -> None:
-        while not done.wait(1.0):
-            report()
-            distributed.progress()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+def _gather_sample(index: ShardedIndex, rows: np.ndarray) -> np.ndarray:
+    """The embeddings of these rows of all ranks, (len(rows), D) fp32, on rank 0; none elsewhere. Collective."""
+    sample = np.empty((len(rows) if distributed.is_main() else 0, index.dimension), np.float32)
+    step = max(1, WRITE_BYTES // (2 * index.dimension))
+    with progress_bar("gathering a sample", len(rows), "passages") as bar:
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            mine = torch.from_numpy(part[(part >= index.rows.start) & (part < index.rows.stop)] - index.rows.start)
+            embeddings = index.embeddings[mine.to(index.embeddings.device)].to("cpu", torch.float16)
+            parts = distributed.gather_on_main(embeddings)
+            if distributed.is_main():
+                sample[start : start + len(part)] = torch.cat(parts).numpy()
+            bar.update(len(part))
+    return sample

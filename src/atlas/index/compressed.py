@@ -4,8 +4,6 @@ Rows come in the order of the type's own score: the inner product with what a co
 the sum in its look-up tables. That score of a row does not depend on how the rows are cut into ranks.
 """
 
-import logging
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,8 +11,8 @@ import torch.nn.functional as F
 from atlas.index.codec import Codec, faiss
 from atlas.index.flat import FlatIndex, checked_queries, error_bound, fixed_inner_products
 from atlas.index.pq_search import ProductQuantizerSearch
+from atlas.runtime.tracking import log
 
-log = logging.getLogger("atlas")
 _MANY_QUERIES = 6  # from which on torch searches product quantizer codes faster than Faiss, on a CPU
 _MORE_LISTS = 16  # compared beyond nprobe: usually enough to see that no other list can be among the nearest
 _MOST_ON_GPU = 2048  # Faiss's limit of nprobe and k
@@ -28,14 +26,14 @@ class CompressedIndex:
     fast-scan codes are packed, and only that copy is kept.
 
     Attributes:
-        quantizer, largest_norm (bounds the norms of the decoded codes).
+        codec, largest_norm (bounds the norms of the decoded codes).
         list_sizes: `(lists,)` int64, passages in each list; of all ranks where there are several, so that a query with
             `nprobe` looks into the same lists everywhere. None without lists.
     """
 
     def __init__(
         self,
-        quantizer: Codec,
+        codec: Codec,
         codes: np.ndarray,
         *,
         largest_norm: float,
@@ -50,32 +48,32 @@ class CompressedIndex:
         Raises:
             ValueError: codes of another size, or of a list that does not exist.
         """
-        if codes.shape[1] != quantizer.code_size:
-            raise ValueError(f"codes of {codes.shape[1]} bytes for a quantizer that makes {quantizer.code_size}")
-        self.quantizer, self.largest_norm, self._n = quantizer, largest_norm, len(codes)
-        self._nprobe = min(nprobe or quantizer.lists, quantizer.lists)
+        if codes.shape[1] != codec.code_size:
+            raise ValueError(f"codes of {codes.shape[1]} bytes for a codec that makes {codec.code_size}")
+        self.codec, self.largest_norm, self._n = codec, largest_norm, len(codes)
+        self._nprobe = min(nprobe or codec.lists, codec.lists)
         gpu = device if device is not None and device.type != "cpu" else None
-        centroids = quantizer.centroids()
-        if gpu is not None and (reason := _why_not_on_gpu(quantizer, self._nprobe)):
+        centroids = codec.centroids()
+        if gpu is not None and (reason := _why_not_on_gpu(codec, self._nprobe)):
             log.warning("The CPU searches the index: %s", reason)
             gpu = None
         # The one copy of the codes: on a CPU in Faiss's index, which torch looks into.
-        self._index = quantizer.searchable(codes) if gpu is None or centroids is None else None
+        self._index = codec.searchable(codes) if gpu is None or centroids is None else None
         self._plain = codes if self._index is None else None
         self._product, self._many = None, _MANY_QUERIES if gpu is None else 0
         if centroids is not None:
             self._product = ProductQuantizerSearch(torch.from_numpy(self.codes()).to(gpu or "cpu"), centroids)
         self.list_sizes: torch.Tensor | None = None
         self._on_gpu = None
-        if quantizer.lists:
-            sizes = [self._index.invlists.list_size(number) for number in range(quantizer.lists)]
+        if codec.lists:
+            sizes = [self._index.invlists.list_size(number) for number in range(codec.lists)]
             self.list_sizes = torch.tensor(sizes)
-            self._nearest = FlatIndex(quantizer.centroids_of_lists())
+            self._nearest = FlatIndex(codec.centroids_of_lists())
             self._on_gpu = _copy_to_gpu(self._index, gpu) if gpu is not None else None
 
     def codes(self) -> np.ndarray:
         """`(n, code_size)` uint8 in the order of the passages."""
-        return self._plain if self._index is None else self.quantizer.codes_in(self._index)
+        return self._plain if self._index is None else self.codec.codes_in(self._index)
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows of the best scores, by score descending, then by row ascending.
@@ -92,7 +90,7 @@ class CompressedIndex:
         Raises:
             ValueError: k below 1, queries of another D, or values that are not finite.
         """
-        rotated = self.quantizer.rotate(checked_queries(queries, k, self.quantizer.dimension, torch.device("cpu")))
+        rotated = self.codec.rotate(checked_queries(queries, k, self.codec.dimension, torch.device("cpu")))
         if not rotated.isfinite().all():
             raise ValueError("queries hold values that are not finite: has the training diverged?")
         if self._product is not None and len(queries) >= self._many:
@@ -102,11 +100,11 @@ class CompressedIndex:
         if not len(queries) or not found:
             empty = queries.new_empty((len(queries), found), dtype=torch.float32)
             return empty, empty.long()
-        if self.quantizer.lists:
+        if self.codec.lists:
             scores, rows = self._search_lists(rotated, found, *self._probes(rotated, k))
         else:
             scores, rows = self._index.search(rotated.numpy(), found)
-        if not self.quantizer.lists and (rows < 0).any() or not np.isfinite(scores[rows >= 0]).all():
+        if not self.codec.lists and (rows < 0).any() or not np.isfinite(scores[rows >= 0]).all():
             raise ValueError("the index holds damaged codes, their scores are not finite: build it anew")
         scores[rows < 0], rows[rows < 0] = -np.inf, self._n
         order = np.lexsort((rows, -scores))
@@ -131,7 +129,7 @@ class CompressedIndex:
 
         They are the same on every rank: where rounding could choose another list, the exact search decides.
         """
-        p, lists, centroids = self._nprobe, self.quantizer.lists, self._nearest.embeddings
+        p, lists, centroids = self._nprobe, self.codec.lists, self._nearest.embeddings
         scores, numbers = (queries @ centroids.T).topk(min(p + _MORE_LISTS, lists))
         if p == lists:
             return numbers, scores
@@ -158,7 +156,7 @@ class CompressedIndex:
 
     def _exact_probes(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and numbers of lists as `_probes` chooses them."""
-        p, lists = self._nprobe, self.quantizer.lists
+        p, lists = self._nprobe, self.codec.lists
         while True:
             scores, numbers = self._nearest.search(queries, p)
             held = self.list_sizes[numbers].cumsum(1)
@@ -170,14 +168,14 @@ class CompressedIndex:
         return scores, torch.where(needed, numbers, -1)
 
 
-def _why_not_on_gpu(quantizer: Codec, nprobe: int) -> str | None:
+def _why_not_on_gpu(codec: Codec, nprobe: int) -> str | None:
     """What keeps such an index from being searched on a GPU, by torch or by Faiss; None where nothing is known."""
     if nprobe > _MOST_ON_GPU:
         return f"on a GPU Faiss looks into at most {_MOST_ON_GPU} lists a query, --faiss_nprobe is {nprobe}"
-    if quantizer.fast_scan:
+    if codec.fast_scan:
         return "Faiss has no fast scan for a GPU"
-    if not quantizer.lists and quantizer.centroids() is None:
-        return f"Faiss has no {quantizer.factory} without lists for a GPU"
+    if not codec.lists and codec.centroids() is None:
+        return f"Faiss has no {codec.factory} without lists for a GPU"
     return None
 
 

@@ -1,7 +1,6 @@
 """One saved index made into another, or into a file of Faiss, without a model: `preprocessing/convert_index.py`."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,12 +10,11 @@ import torch
 from atlas.files.jsonl import replacing
 from atlas.index import directory as files
 from atlas.index.arrays import BYTE, check_blocks
-from atlas.index.build import encode_parts, train_quantizer
+from atlas.index.build import encode_parts, train_codec
 from atlas.index.codec import FLAT, Codec, Compression, code_size, make_empty
 from atlas.index.directory import Description
 from atlas.index.passages import check_passages
 from atlas.index.published import convert_published, fingerprint_published, is_converted, look_at
-from atlas.index.sharded import Progress
 from atlas.index.store import (
     Content,
     Origin,
@@ -29,10 +27,9 @@ from atlas.index.store import (
     write_index,
 )
 from atlas.runtime import distributed
+from atlas.runtime.tracking import log, progress_bar
 
-log = logging.getLogger("atlas")
 _FLAT = "flat"  # directory in the target, where a published index is converted to on its way to a compressed one
-_PASSAGES = 10_000  # checked between two reports
 
 
 def convert(
@@ -41,14 +38,12 @@ def convert(
     compression: Compression,
     *,
     codes_only: bool = False,
-    progress: Progress = lambda what, done, of: None,
 ) -> None:
     """Convert a published index or one of version 1, compress an index, or export one, in one process.
 
     Args:
         target: a new directory, or the one that the same conversion was stopped in; a new file that ends in `.faiss`.
         codes_only: leave the embeddings out of a compressed index.
-        progress: told what is going on, how much of it is done, and of how much (None: nobody knows).
 
     Raises:
         ValueError: there is no index, it cannot be made what is asked for, or the target is taken.
@@ -60,13 +55,13 @@ def convert(
         _export(source, target, compression, ours)
         return
     if not ours:
-        _convert_published(source, target, compression, codes_only, progress)
+        _convert_published(source, target, compression, codes_only)
     elif compression.compresses:
         with _all_or_nothing(target):
-            compress_index(source, target, compression, codes_only=codes_only, progress=progress)
+            compress_index(source, target, compression, codes_only=codes_only)
     elif files.read_description(source).version < files.VERSION:
         with _all_or_nothing(target):
-            _copy_to_this_version(source, target, progress)
+            _copy_to_this_version(source, target)
     else:
         raise ValueError(
             f"{source} is an index of ours already: say with --faiss_index_type what to compress it to, or end TARGET "
@@ -82,7 +77,6 @@ def compress_index(
     compression: Compression,
     *,
     codes_only: bool = False,
-    progress: Progress = lambda what, done, of: None,
 ) -> None:
     """Make a compressed index of a saved one that has embeddings, without any model. Collective.
 
@@ -90,7 +84,6 @@ def compress_index(
 
     Args:
         target: where it is saved; may be the source, which it replaces in one step.
-        progress: as `compress` has it.
 
     Raises:
         ValueError: as `open_index` and `save_index`; the source has no embeddings; there is no room for the target.
@@ -100,8 +93,8 @@ def compress_index(
     check = partial(_check_compressible, source, target, compression, codes_only)
     factory = distributed.on_main("checking the index", check)
     flat = open_index(source, device=torch.device("cpu"), compression=Compression(FLAT[0]))
-    codec = train_quantizer(flat, factory, compression, progress) if factory != FLAT[0] else None
-    codes = ((part, norm) for _, part, norm in encode_parts(codec, flat, progress)) if codec else ()
+    codec = train_codec(flat, factory, compression) if factory != FLAT[0] else None
+    codes = ((part, norm) for _, part, norm in encode_parts(codec, flat)) if codec else ()
     content = Content(flat.passages, flat.rows, None if codes_only else flat.embeddings, codec, codes, flat.stored)
     write_index(target, content, _origin(flat.stored.description))
 
@@ -139,7 +132,7 @@ def export_index(directory: Path, target: Path) -> None:
             raise OSError(f"{target} cannot be written ({' '.join(str(error).split())})") from error
 
 
-def check_index(directory: Path, progress: Progress = lambda what, done, of: None) -> None:
+def check_index(directory: Path) -> None:
     """Read every byte of a saved index and compare it with its checksums. For one process.
 
     Raises:
@@ -151,16 +144,14 @@ def check_index(directory: Path, progress: Progress = lambda what, done, of: Non
         raise ValueError(f"{directory} is a published index, which has no checksums: convert it, and check that")
     description = files.read_description(directory)
     passages = checked_passages(directory, description)
-    for start in range(0, len(passages), _PASSAGES):
-        end = min(start + _PASSAGES, len(passages))
-        check_passages(passages, range(start, end))
-        progress("checking the passages", end, len(passages))
+    with progress_bar("checking the passages", len(passages), "passages") as bar:
+        check_passages(passages, range(len(passages)), bar.update)
     segment = description.segment
     if segment.embeddings:
-        check_blocks(directory, segment.embeddings, description.embeddings_layout, progress)
+        check_blocks(directory, segment.embeddings, description.embeddings_layout)
     if segment.codes:
         open_codec(directory, description)
-        check_blocks(directory, segment.codes, description.codes_layout, progress)
+        check_blocks(directory, segment.codes, description.codes_layout)
     if description.version == 1:
         log.warning("%s is of version 1, which has no checksums of arrays: only their sizes were checked", directory)
     log.info("%s: nothing is damaged", directory)
@@ -189,7 +180,7 @@ def _bytes_copied(source: Path, description: Description, target: Path, codes_on
     return text + 2 * description.size * description.dimension
 
 
-def _copy_to_this_version(source: Path, target: Path, progress: Progress) -> None:
+def _copy_to_this_version(source: Path, target: Path) -> None:
     description = files.read_description(source)
     passages, rows = checked_passages(source, description), range(description.size)
     segment, embeddings, codec, codes = description.segment, None, None, ()
@@ -201,7 +192,7 @@ def _copy_to_this_version(source: Path, target: Path, progress: Progress) -> Non
     more_bytes = description.size * codec.code_size if codec else 0
     files.check_space(target, more_bytes + _bytes_copied(source, description, target, embeddings is None))
     content = Content(passages, rows, embeddings, codec, codes)
-    write_index(target, content, _origin(description), progress)
+    write_index(target, content, _origin(description))
 
 
 def _origin(description: Description) -> Origin:
@@ -221,23 +212,20 @@ def _export(source: Path, target: Path, compression: Compression, ours: bool) ->
     log.info("Exported %s to %s; its row i is line i of %s, from 0", source, target, passages)
 
 
-def _convert_published(
-    source: Path, target: Path, compression: Compression, codes_only: bool, progress: Progress
-) -> None:
-    report = partial(progress, "converting")
+def _convert_published(source: Path, target: Path, compression: Compression, codes_only: bool) -> None:
     if not compression.compresses:
         if not is_converted(source, target):
             _check_free(target)
-        convert_published(source, target, report)
+        convert_published(source, target)
         return
     found = look_at(source)
     factory = compression.factory(found.size, found.dimension)
     if not _is_compressed(source, target, factory, codes_only):
         _check_free(target)
         more_bytes = found.size * code_size(factory, found.dimension)
-        convert_published(source, target / _FLAT, report, more_bytes=more_bytes)
+        convert_published(source, target / _FLAT, more_bytes=more_bytes)
         with _all_or_nothing(target):
-            compress_index(target / _FLAT, target, compression, codes_only=codes_only, progress=progress)
+            compress_index(target / _FLAT, target, compression, codes_only=codes_only)
     files.remove_index(target / _FLAT)
 
 

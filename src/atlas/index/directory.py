@@ -8,7 +8,6 @@ are for one process at a time.
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -19,8 +18,8 @@ from typing import Any
 
 from atlas.files.jsonl import replacing
 from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, Array, Layout
+from atlas.runtime.tracking import log
 
-log = logging.getLogger("atlas")
 VERSION = 2
 CONVERTING = "converting.json"
 _HEADER_BYTES = {1: 128, 2: HEADER_BYTES}  # of arrays, by version

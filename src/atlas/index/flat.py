@@ -224,6 +224,34 @@ def exact_scores(
     return torch.cat(parts) if parts else queries.new_empty(0)
 
 
+def best_exact_scores(
+    queries: torch.Tensor, query: torch.Tensor, row: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor], k: int
+) -> torch.Tensor:
+    """As `exact_scores`, but only of pairs that can be among the k best of their query; the others get -inf.
+
+    An fp32 sum finds those pairs, in a fraction of the time that the fixed one takes for all.
+
+    Args:
+        query: in ascending order.
+    """
+    approximate, largest_norm = torch.empty_like(row, dtype=torch.float32), 0.0
+    step = max(1, block_rows(queries) // 4)  # as above
+    for q, r, into in zip(query.split(step), row.split(step), approximate.split(step), strict=True):
+        vectors = read(r)
+        torch.sum(queries.index_select(0, q) * vectors, dim=1, out=into)
+        largest_norm = max(largest_norm, measure_largest_norm(vectors))
+    sizes = query.bincount(minlength=len(queries))
+    place = torch.arange(len(query), device=query.device) - (sizes.cumsum(0) - sizes)[query]
+    width = max(k, int(sizes.max()) if len(sizes) else 0)
+    of_query = approximate.new_full((len(queries), width), -torch.inf)
+    of_query[query, place] = approximate
+    lowest = of_query.topk(k).values[:, -1:] - 2 * error_bound(queries, largest_norm)
+    close = approximate >= lowest[query, 0]
+    scores = torch.full_like(approximate, -torch.inf)
+    scores[close] = exact_scores(queries, query[close], row[close], read)
+    return scores
+
+
 def error_bound(queries: torch.Tensor, largest_norm: float) -> torch.Tensor:
     """Most by which an inner product summed in fp32 in any order can differ from the fixed sum: (b, D) -> (b, 1).
 

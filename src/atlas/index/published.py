@@ -9,7 +9,6 @@ writes: the next conversion resumes after the last of them.
 
 import hashlib
 import json
-import logging
 import os
 import pickle
 import re
@@ -37,8 +36,8 @@ from atlas.index.arrays import (
 )
 from atlas.index.directory import Description, Segment
 from atlas.index.passages import parse_passage
+from atlas.runtime.tracking import log, progress_bar
 
-log = logging.getLogger("atlas")
 _SHARD = re.compile(r"(embeddings|passages)\.(\d+)\.pt")
 # Of a passage, beyond its bytes in a pickle, which has the names of its fields once: those names, and its offset.
 _MORE_BYTES = 64
@@ -100,7 +99,6 @@ def look_at(directory: Path) -> Source:
 def convert_published(
     directory: Path,
     output: Path,
-    progress: Callable[[int, int], None] = lambda done, of: None,
     *,
     more_bytes: int = 0,
 ) -> None:
@@ -111,7 +109,6 @@ def convert_published(
     what comes out.
 
     Args:
-        progress: called with the number of passages done and of all, several times per shard.
         more_bytes: that are to be free where `output` is, beyond what is written here.
 
     Raises:
@@ -130,7 +127,7 @@ def convert_published(
         if conversion.done:
             log.info("Resuming after the first %d of %d shards", len(conversion.done), len(source.shards))
         try:
-            _convert_shards(source, output, conversion, progress)
+            _convert_shards(source, output, conversion)
         except (ValueError, OSError):
             if conversion.done:
                 done, of = len(conversion.done), len(source.shards)
@@ -260,13 +257,14 @@ def _begin(output: Path, source: Source) -> _Conversion:
     return conversion
 
 
-def _convert_shards(
-    source: Source, output: Path, conversion: _Conversion, progress: Callable[[int, int], None]
-) -> None:
+def _convert_shards(source: Source, output: Path, conversion: _Conversion) -> None:
     """Convert the shards that are not done; each is noted down once it is on the disk."""
     first = sum(source.rows[: len(conversion.done)])
     writer = BlockWriter(output / conversion.embeddings, conversion.layout.offset(first), conversion.checksums)
-    with open(output / conversion.passages, "r+b") as lines:
+    with (
+        open(output / conversion.passages, "r+b") as lines,
+        progress_bar("converting", source.size, "passages", initial=first) as bar,
+    ):
         lines.truncate(conversion.done[-1].end if conversion.done else 0)
         lines.seek(0, os.SEEK_END)
         for number in range(len(conversion.done), len(source.shards)):
@@ -274,7 +272,7 @@ def _convert_shards(
             fingerprint, columns = _fingerprint(shard), _load_embeddings(shard[0])  # (D, n)
             if columns.shape != (source.dimension, n):
                 raise ValueError(f"{shard[0]} changed while the index was converted: give the same command again")
-            _write_passages(lines, shard[1], n, lambda done, first=first: progress(first + done, source.size))
+            _write_passages(lines, shard[1], n, bar.update)
             lines.flush()
             os.fsync(lines.fileno())
             try:
@@ -282,7 +280,6 @@ def _convert_shards(
             except ValueError as error:
                 raise ValueError(f"{shard[0]}: {error}") from error
             first += n
-            progress(first, source.size)
             blocks = len(writer.checksums)
             conversion.done.append(_Done(fingerprint, lines.tell(), norm, blocks, writer.checksums[-1]))
             conversion.checksums[:] = writer.checksums
@@ -327,7 +324,7 @@ def _load_embeddings(path: Path) -> torch.Tensor:  # (D, n)
     return embeddings
 
 
-def _write_passages(lines: BinaryIO, path: Path, n: int, progress: Callable[[int], None]) -> None:
+def _write_passages(lines: BinaryIO, path: Path, n: int, report: Callable[[int], object]) -> None:
     passages = load_plain_pickle(path)
     if not isinstance(passages, list) or len(passages) != n:
         found = f"{len(passages)} passages" if isinstance(passages, list) else f"a {type(passages).__name__}"
@@ -338,5 +335,4 @@ def _write_passages(lines: BinaryIO, path: Path, n: int, progress: Callable[[int
             lines.write(json.dumps(passage, ensure_ascii=False).encode() + b"\n")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, passage {number}: {error}") from error
-        if number % 10_000 == 0:
-            progress(number)
+        report(1)

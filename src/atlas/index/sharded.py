@@ -1,7 +1,5 @@
 """The index over all ranks: every rank holds and searches a range of its rows, everybody gets the same answers."""
 
-import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -11,12 +9,9 @@ import torch
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.compressed import CompressedIndex
 from atlas.index.directory import Description
-from atlas.index.flat import FlatIndex, exact_scores, measure_largest_norm
+from atlas.index.flat import FlatIndex, best_exact_scores, measure_largest_norm
 from atlas.runtime import distributed
 from atlas.runtime.distributed import shard_rows
-
-log = logging.getLogger("atlas")
-Progress = Callable[[str, int, int | None], None]
 
 
 class Hits(NamedTuple):
@@ -94,7 +89,7 @@ class ShardedIndex:
         distributed.raise_on_all_ranks(error)
         self.local = local
         self.compressed = local if isinstance(local, CompressedIndex) else None
-        self.dimension = self.compressed.quantizer.dimension if self.compressed else embeddings.shape[-1]
+        self.dimension = self.compressed.codec.dimension if self.compressed else embeddings.shape[-1]
         if self.compressed and self.compressed.list_sizes is not None:
             distributed.sum_over_ranks(self.compressed.list_sizes)
 
@@ -110,7 +105,7 @@ class ShardedIndex:
     @property
     def type(self) -> str:
         """`flat`, or the Faiss factory string of its codes."""
-        return self.compressed.quantizer.factory if self.compressed else "flat"
+        return self.compressed.codec.factory if self.compressed else "flat"
 
     def search(self, queries: torch.Tensor, k: int) -> Hits:
         """The best min(k, N) passages of each query, whatever rank holds them: `(b, D) -> Hits` on the queries' device.
@@ -155,7 +150,7 @@ class ShardedIndex:
         owned = self._owned(all_ids)
         query, rows = owned.nonzero()[:, 0], all_ids[owned] - self.rows.start
         scores = torch.zeros_like(all_ids, dtype=torch.float32)  # each id is on one rank: the sum adds zeros only
-        scores[owned] = exact_scores(all_queries, query, rows, partial(self._read, device=ids.device))
+        scores[owned] = best_exact_scores(all_queries, query, rows, partial(self._read, device=ids.device), k)
         first = sum(sizes[: distributed.rank()])
         best = distributed.sum_over_ranks(scores)[first : first + len(ids)].sort(dim=1, descending=True, stable=True)
         return Hits(best.values[:, :k], ids.gather(1, best.indices[:, :k]))
@@ -166,7 +161,7 @@ class ShardedIndex:
 
     def _read(self, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Embeddings of rows of this rank, `(m,) -> (m, D)` fp32 on this device."""
-        return self.embeddings[rows.to(self.embeddings.device)].to(device, torch.float32)
+        return self.embeddings.index_select(0, rows.to(self.embeddings.device)).to(device, torch.float32)
 
     def passages_of(self, ids: torch.Tensor) -> list[list[dict[str, Any]]]:
         """The passages with these ids, `(b, k) -> b lists of k`; each is looked up once, and is the caller's own."""

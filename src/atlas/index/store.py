@@ -2,10 +2,9 @@
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +22,10 @@ from atlas.index.directory import Description, Passages, Segment
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import is_verbatim, open_passages, saved_lines, titles_joined
 from atlas.index.published import convert_published, is_converted, is_published
-from atlas.index.sharded import LocalIndex, Progress, ShardedIndex, Stored
+from atlas.index.sharded import LocalIndex, ShardedIndex, Stored
 from atlas.runtime import distributed
+from atlas.runtime.tracking import log, progress_bar
 
-log = logging.getLogger("atlas")
 ANY = Compression()
 
 
@@ -56,7 +55,7 @@ def save_index(
         index.passages,
         index.rows,
         None if codes_only else index.embeddings,
-        compressed.quantizer if compressed else None,
+        compressed.codec if compressed else None,
         [(compressed.codes(), compressed.largest_norm)] if compressed else (),
         index.stored,
     )
@@ -84,9 +83,7 @@ class Origin:
     source: str | None = None
 
 
-def write_index(
-    directory: Path, content: Content, origin: Origin, progress: Progress = lambda what, done, of: None
-) -> None:
+def write_index(directory: Path, content: Content, origin: Origin) -> None:
     """Write an index in one step. Collective. Raises: as `save_index`."""
     if content.embeddings is None and content.codec is None:
         raise ValueError(
@@ -96,9 +93,10 @@ def write_index(
     generation, description = distributed.on_main("writing the passages", prepare)
     segment, first_row = description.segment, content.rows.start
     if content.embeddings is not None and segment.embeddings is None:
-        parts = _counted(fp16_parts(content.embeddings, first_row), len(content.rows), progress)
         path = directory / f"embeddings.{generation}.npy"
-        segment = replace(segment, embeddings=write_array(path, description.embeddings_layout, first_row, parts))
+        with progress_bar("writing embeddings", len(content.rows), "passages") as bar:
+            parts = fp16_parts(content.embeddings, first_row, bar.update)
+            segment = replace(segment, embeddings=write_array(path, description.embeddings_layout, first_row, parts))
     if content.codec:
         path = directory / f"codes.{generation}.npy"
         segment = replace(segment, codes=write_array(path, description.codes_layout, first_row, content.codes))
@@ -126,16 +124,6 @@ def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, De
     )
 
 
-def _counted(
-    parts: Iterator[tuple[np.ndarray, float]], n: int, progress: Progress
-) -> Iterator[tuple[np.ndarray, float]]:
-    done = 0
-    for rows, norm in parts:
-        yield rows, norm
-        done += len(rows)
-        progress("writing embeddings", done, n)
-
-
 def open_index(
     directory: Path,
     *,
@@ -145,7 +133,6 @@ def open_index(
     embedder_precision: str | None = None,
     converted: Path | None = None,
     compression: Compression = ANY,
-    progress: Progress = lambda what, done, of: None,
 ) -> ShardedIndex:
     """Open a saved index, ours or published: every rank its range of rows. Collective.
 
@@ -159,14 +146,13 @@ def open_index(
         embedder_precision: of the queries; passages that were embedded in another one are mentioned in the log.
         converted: where a published index is converted to, once; an unchanged one is not converted again.
         compression: the kind of index asked for, and how it is searched.
-        progress: as `compress` has it.
 
     Raises:
         ValueError: on every rank, with what differs: no index, damaged or changed files, another D, another kind where
             there are no embeddings to make it of.
         OSError: a file cannot be read.
     """
-    check = partial(_find, Path(directory), converted, dimension, compression, progress)
+    check = partial(_find, Path(directory), converted, dimension, compression)
     place, description, fits = distributed.on_main("checking the index", check)
     kind, where = (compression, device) if fits else (Compression(FLAT[0]), torch.device("cpu"))
     open_rows = partial(_open_rows, place, description, kind, where)
@@ -176,10 +162,10 @@ def open_index(
     if not fits:
         log.info("%s is an index of type %s: making the one asked for of its embeddings", place, description.type)
         flat = ShardedIndex(passages, embeddings, local, stored=stored)
-        return compress(flat, compression, device=device, progress=progress)
+        return compress(flat, compression, device=device)
     if isinstance(local, CompressedIndex):
-        log.info("%s is a compressed index: %s, %d bytes a passage", place, description.type, local.quantizer.code_size)
-        if explanation := explain_nprobe(local.quantizer.lists, compression.nprobe):
+        log.info("%s is a compressed index: %s, %d bytes a passage", place, description.type, local.codec.code_size)
+        if explanation := explain_nprobe(local.codec.lists, compression.nprobe):
             log.info(explanation)
     return ShardedIndex(passages, embeddings, local, refine_factor=compression.refine_factor, stored=stored)
 
@@ -194,10 +180,10 @@ def _tell_differences(place: Path, description: Description, retriever: str | No
 
 
 def _find(
-    directory: Path, converted: Path | None, dimension: int | None, compression: Compression, progress: Progress
+    directory: Path, converted: Path | None, dimension: int | None, compression: Compression
 ) -> tuple[Path, Description, bool]:
     """Where the index is (a published one is converted first), what it is, and whether it is of the kind asked for."""
-    place = directory if files.has_index(directory) else _convert(directory, converted, progress)
+    place = directory if files.has_index(directory) else _convert(directory, converted)
     description = files.read_description(place)
     if dimension not in (None, description.dimension):
         raise ValueError(
@@ -279,7 +265,7 @@ def _fits(place: Path, description: Description, compression: Compression) -> bo
     return False
 
 
-def _convert(directory: Path, converted: Path | None, progress: Progress) -> Path:
+def _convert(directory: Path, converted: Path | None) -> Path:
     """Convert a published index, unless that has been done."""
     check_is_index(directory)
     if converted is None:
@@ -295,7 +281,7 @@ def _convert(directory: Path, converted: Path | None, progress: Progress) -> Pat
             raise ValueError(f"{converted}, where {directory} is to be converted to, holds another index: move it away")
         log.info("Converting the published index %s; from now on %s can be given in its place", directory, converted)
         log.info("`python preprocessing/convert_index.py %s DIRECTORY` does so beforehand, for all runs", directory)
-    convert_published(directory, converted, partial(progress, "converting"))
+    convert_published(directory, converted)
     return converted
 
 

@@ -51,10 +51,18 @@ def report_error(error: Exception, message: str) -> None:
         print(f"[rank {distributed.rank()}] {message}", file=sys.stderr, flush=True)
 
 
+class _Bar(tqdm):
+    """Every update also tells the other ranks that this one is alive."""
+
+    def update(self, n: float = 1) -> bool | None:
+        distributed.progress()
+        return super().update(n)
+
+
 def progress_bar(what: str, total: int, unit: str, initial: int = 0) -> tqdm:
-    """A bar on rank 0's terminal; invisible everywhere else."""
+    """A bar on rank 0's terminal, invisible everywhere else; each `update` of it is a heartbeat on every rank."""
     hidden = not distributed.is_main() or not sys.stderr.isatty()
-    return tqdm(total=total, desc=what, unit=f" {unit}", initial=initial, disable=hidden, dynamic_ncols=True)
+    return _Bar(total=total, desc=what, unit=f" {unit}", initial=initial, disable=hidden, dynamic_ncols=True)
 
 
 def with_progress(items: Iterable[Any], what: str, total: int, unit: str) -> Iterator[Any]:
@@ -71,35 +79,9 @@ def read_shares(what: str, n: int, unit: str, read: Callable[[range, Callable[[i
     Args:
         read: gets this rank's rows, and a function to call with the number of rows read since the last call.
     """
-    error = result = None
     rows = distributed.shard_rows(n, distributed.rank(), distributed.world_size())
-    try:
-        with progress_bar(what, len(rows), unit) as bar:
-            result = read(rows, lambda more: (bar.update(more), distributed.progress()))
-    except ValueError as bad_row:
-        error = bad_row
-    distributed.wait_for_all(what)
-    distributed.raise_on_all_ranks(error)
-    return result
-
-
-class ProgressBars:
-    """One progress bar after another: called with the name of the work, how much is done, and the total if known."""
-
-    def __init__(self) -> None:
-        self._what, self._bar = "", tqdm(disable=True)
-
-    def __enter__(self) -> "ProgressBars":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def __call__(self, what: str, done: int, of: int | None) -> None:
-        if what != self._what:
-            self._bar.close()
-            self._what, self._bar = what, progress_bar(what, of, "seconds" if of is None else "passages")
-        self._bar.update(done - self._bar.n)
+    with progress_bar(what, len(rows), unit) as bar:
+        return distributed.on_every_rank(what, lambda: read(rows, bar.update))
 
 
 class Means:
