@@ -3,6 +3,7 @@
 import logging
 import multiprocessing.process
 import os
+import signal
 import socketserver
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from tests import ranks
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as for a shell's background jobs, whose children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 STARTERS = (
     (subprocess.Popen, "__init__"),

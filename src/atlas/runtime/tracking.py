@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from atlas.runtime import distributed
 
 log = logging.getLogger("atlas")
 T = TypeVar("T")
+# tqdm's own lock is shared with forked processes: one that is killed while it holds the lock stops all others
+tqdm.set_lock(threading.RLock())
 
 
 class _Screen(logging.Handler):
