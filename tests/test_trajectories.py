@@ -101,6 +101,16 @@ def test_accumulation_is_one_batch(one, tmp_path):
     assert_same(trajectory(accumulated), trajectory(directory), within=EQUAL)
 
 
+def test_two_ranks_are_two_accumulated_steps_with_dropout_too(one, tmp_path):
+    name, directory = one
+    line = {"per_gpu_batch_size": BATCH // 2, "dropout": 0.1}
+    accumulated = run(tmp_path, **flags(name, tmp_path, steps=2) | line, name="accumulated")
+    two = run_on(2, tmp_path, **flags(name, tmp_path) | line, name="two")
+    assert_same(trajectory(two), trajectory(accumulated), within=EQUAL)
+    without, losses = trajectory(directory)["losses"]["reader"], trajectory(two)["losses"]["reader"]
+    assert losses != pytest.approx(without, abs=1e-3)  # there was dropout
+
+
 def test_two_ranks_are_one(one, tmp_path):
     name, directory = one
     two = run_on(2, tmp_path, per_gpu_batch_size=BATCH // 2, **flags(name, tmp_path))

@@ -131,14 +131,17 @@ class Data:
         finished, examples = self._resumed
         return examples + (step - finished) * self.world_size * self.batch_size
 
+    def first_example(self, step: int) -> int:
+        """The number of the first example that this rank sees in a step, counted over all ranks, steps and epochs."""
+        return self.examples_after(step - 1) + self.rank * self.batch_size
+
     def training_batch(self, step: int, shuffle: bool) -> list[Example]:
         """This rank's examples of a step, counted from 1. After the last line comes the first one again.
 
         The places of a step do not depend on other steps, so a line that the task skips makes the batch smaller, or
         empty.
         """
-        first = self.examples_after(step - 1) + self.rank * self.batch_size
-        examples = []
+        first, examples = self.first_example(step), []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, self.places)
             place = self._shuffled(epoch)[place] if shuffle else place

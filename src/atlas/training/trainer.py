@@ -100,7 +100,8 @@ class Trainer:
     def retrieve(self, step: int) -> TrainingTensors:
         """The next examples, the passages found for them, and the tensors of both."""
         self._started = time.monotonic()
-        torch.manual_seed(_mix(self.settings.run.seed, step, distributed.rank()))  # dropout: the same after a resume
+        # Dropout depends on the examples alone: the same after a resume, on two ranks as in two accumulated steps.
+        torch.manual_seed(_mix(self.settings.run.seed, self.data.first_example(step)))
         examples = self.data.training_batch(step, self.settings.run.shuffle)
         self._weight = 1.0 if examples else 0.0
         batch = self._batch(examples or [PLACEHOLDER], step)
@@ -216,6 +217,6 @@ def _joint_model(model: Model, settings: config.Model, learning: config.Retrieve
     )
 
 
-def _mix(seed: int, step: int, rank: int) -> int:
-    """A seed for torch out of three numbers."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+def _mix(seed: int, example: int) -> int:
+    """A seed for torch out of two numbers."""
+    return int(np.random.SeedSequence([seed, example]).generate_state(1, np.uint64)[0])
