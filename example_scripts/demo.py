@@ -1,4 +1,4 @@
-"""The whole system in minutes, in two CPU processes: `make demo`.
+"""The whole system in minutes, in two processes on a CPU, or one for each GPU: `make demo`.
 
 Prepares a corpus of facts and questions, evaluates the tiny reader and retriever of models/tiny on it, fine-tunes both
 together on 64 questions with finetune_qa.py, and shows the difference. Every command is printed so that it can be
@@ -6,6 +6,7 @@ copied.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -14,14 +15,17 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from atlas.metrics import exact_match, retrieval_metrics
+from atlas.runtime.device import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = Path("models/tiny")  # pretrained by example_scripts/demo_pretrain.py
 DEPTHS = (1, 5, 20)
 READING = ("--task", "qa", "--text_maxlength", "128", "--n_context", "5", "--generation_max_length", "32")
 SEARCHING = ("--task", "qa", "--text_maxlength", "128", "--n_context", str(max(DEPTHS)), "--retrieve_only")
-LAUNCH = ("--standalone", "--nnodes", "1", "--nproc_per_node", "2")
+MOST_PROCESSES = 16  # every batch can be divided by that
 # These settings were chosen on dev.jsonl.
 FINE_TUNING = (
     *("--retriever_n_context", "5", "--lr", "5e-4", "--lr_retriever", "1e-4", "--dropout", "0", "--shuffle"),
@@ -34,16 +38,27 @@ def call(*words: str | Path) -> None:
     """Print a command and run it in the repository's root directory."""
     line = shlex.join(map(str, words))
     print(f"\n$ {line.replace(sys.executable, 'python')}", flush=True)
-    # torchrun's two processes share the processors, so threads must not spin while they wait.
-    threads = "1" if any("torchrun" in str(word) for word in words) else str(os.cpu_count() or 1)
+    # torchrun's processes share the processors, so threads must not spin while they wait.
+    threads = "1" if any("torchrun" in str(word) for word in words) else str(available_cores())
     environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", **os.environ}
     subprocess.run([str(word) for word in words], cwd=ROOT, env=environment, check=True)
 
 
-def two_processes(script: str, *flags: str | Path) -> None:
-    """Run a script as `torchrun` does on a machine with two GPUs, here with two CPU processes."""
+@functools.cache
+def processes() -> int:
+    """One for each GPU, as many as a power of two has; two without any."""
+    gpus = torch.cuda.device_count()
+    return min(MOST_PROCESSES, 2 ** (gpus.bit_length() - 1)) if gpus else 2
+
+
+def in_processes(script: str, batch_size: int, *flags: str | Path) -> None:
+    """Run a script by torchrun, with `batch_size` examples a step over all its processes."""
     launcher = Path(sys.executable).with_name("torchrun")
-    call(launcher.relative_to(ROOT) if launcher.is_relative_to(ROOT) else launcher, *LAUNCH, script, *flags)
+    call(
+        launcher.relative_to(ROOT) if launcher.is_relative_to(ROOT) else launcher,
+        *("--standalone", "--nnodes", "1", "--nproc_per_node", str(processes()), script),
+        *("--per_gpu_batch_size", str(batch_size // processes()), *flags),
+    )
 
 
 def prepare(data: Path) -> None:
@@ -106,19 +121,19 @@ def main() -> None:
     # The passages are embedded only once: fine-tuning changes the query encoder alone.
     embed = ("--passages", data / "passages.jsonl", "--save_index_path", home / "index")
     index = ("--load_index_path", home / "index")
-    search = (*flags, *SEARCHING, "--per_gpu_batch_size", "64")
+    search = (*flags, *SEARCHING)
     # finetune_qa.py would use bf16; in fp32 the figures are the same on all CPUs.
-    answer = (*flags, *READING, "--per_gpu_batch_size", "8", "--precision", "fp32")
-    answer += ("--reader_model_type", models / "reader")
+    answer = (*flags, *READING, "--precision", "fp32", "--reader_model_type", models / "reader")
 
-    two_processes("evaluate.py", "--name", "before", *answer, *embed)
-    two_processes("evaluate.py", "--name", "before-search", *search, *index)
-    two_processes(
+    in_processes("evaluate.py", 16, "--name", "before", *answer, *embed)
+    in_processes("evaluate.py", 128, "--name", "before-search", *search, *index)
+    in_processes(
         "finetune_qa.py",
+        16,
         *("--name", "after", "--restart", "--train_data", data / "train.64-shot.jsonl", *answer, *FINE_TUNING),
         *("--total_steps", str(steps), "--eval_freq", str(steps // 2), *index),
     )
-    two_processes("evaluate.py", "--name", "after-search", *search, *index, "--model_path", experiments / "after")
+    in_processes("evaluate.py", 128, "--name", "after-search", *search, *index, "--model_path", experiments / "after")
     after = experiments / "after" / f"{test.stem}-step-{steps}.jsonl"
     before = experiments / "before" / f"{test.stem}-step-0.jsonl"
     searches = [experiments / f"{name}-search" / f"{test.stem}-step-0.jsonl" for name in ("before", "after")]

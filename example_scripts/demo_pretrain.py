@@ -12,15 +12,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from example_scripts.demo import ROOT, call, prepare, two_processes
+from example_scripts.demo import ROOT, call, in_processes, prepare
 
 STEPS = (1000, 1500)  # of the stages
 OPTIMISATION = (
     *("--task", "cloze", "--text_maxlength", "128", "--shuffle", "--scheduler", "linear", "--warmup_steps", "50"),
     *("--weight_decay", "0.01", "--beta2", "0.98", "--clip", "1", "--dropout", "0", "--precision", "fp32"),
 )
-READER = ("--n_context", "1", "--per_gpu_batch_size", "32", "--lr", "2e-3")
-JOINT = ("--n_context", "4", "--retriever_n_context", "4", "--per_gpu_batch_size", "16", "--lr", "1e-3")
+READER = (64, "--n_context", "1", "--lr", "2e-3")  # examples in a step, flags
+JOINT = (32, "--n_context", "4", "--retriever_n_context", "4", "--lr", "1e-3")
 DISTILLATION = (
     *("--train_retriever", "--gold_score_mode", "pdist", "--temperature_gold", "0.1", "--temperature_score", "0.1"),
     *("--lr_retriever", "3e-4", "--refresh_index", "100"),
@@ -45,10 +45,13 @@ def pretrain(
     return runs / name
 
 
-def train(data: Path, start: Path, runs: Path, name: str, steps: int, seed: int, *flags: str | Path) -> None:
+def train(
+    data: Path, start: Path, runs: Path, name: str, steps: int, seed: int, batch_size: int, *flags: str | Path
+) -> None:
     """One run of train.py; does nothing if it is finished."""
-    two_processes(
+    in_processes(
         "train.py",
+        batch_size,
         *("--name", name, "--checkpoint_dir", runs, "--total_steps", str(steps), "--seed", str(seed)),
         *("--train_data", data / "pretrain.jsonl", "--passages", data / "passages.train.jsonl", *OPTIMISATION),
         *("--reader_model_type", start / "reader", "--retriever_model_path", start / "retriever"),

@@ -25,6 +25,7 @@ DEFAULTS = {
         "eval_data": (),
         "write_results": False,
         "dont_write_passages": False,
+        "device": "auto",
         "local_rank": -1,
         "main_port": -1,
         "per_gpu_batch_size": 1,

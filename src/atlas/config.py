@@ -60,6 +60,9 @@ class Run:
     eval_data: tuple[str, ...] = flag((), "jsonl files to evaluate on")
     write_results: bool = flag(False, "write queries, generations and passages of every evaluation to jsonl files")
     dont_write_passages: bool = flag(False, "leave the passages out of the result files")
+    device: str = flag(
+        "auto", "auto: a GPU for each process if the machine has any, else the CPU", choices=("auto", "cuda", "cpu")
+    )
     local_rank: int = flag(-1, "accepted for compatibility: torchrun's environment decides")
     main_port: int = flag(-1, "accepted for compatibility: torchrun's environment decides")
     per_gpu_batch_size: int = flag(1, "examples per process and step", least=1)

@@ -8,6 +8,7 @@ import torch
 
 from atlas.config import Config, Index
 from atlas.runtime import device as devices
+from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 from atlas.tasks import TASKS
 
@@ -15,6 +16,15 @@ from atlas.tasks import TASKS
 def check(config: Config, device: torch.device) -> None:
     """Refuse what cannot work here, and report flags without effect. Raises: ValueError."""
     embedder_precision = devices.embedder_precision(device, config.run.embedder_precision)
+    n, backend = distributed.world_size(), "gloo and NCCL" if device.type == "cuda" else "gloo"
+    log.info(
+        "%s on %s, torch %s, --precision %s, --embedder_precision %s",
+        f"{n} processes ({backend}), each" if n > 1 else "One process",
+        devices.describe(device),
+        torch.__version__,
+        config.optimisation.precision,
+        embedder_precision,
+    )
     devices.check_precision(device, config.optimisation.precision, "--precision")
     devices.check_precision(device, embedder_precision, "--embedder_precision")
     if config.optimisation.precision == "bf16" and device.type == "cpu" and not devices.cpu_prefers_bf16(device):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from atlas.index.flat import measure_largest_norm
+from atlas.runtime.device import available_cores
 
 try:
     import faiss
@@ -167,7 +167,7 @@ def train(factory: str, sample: np.ndarray, *, all_rows: bool = False) -> Codec:
 def all_cores() -> Iterator[None]:
     """Let Faiss use all cores in the block: other ranks wait, and results must not depend on how many they are."""
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    faiss.omp_set_num_threads(available_cores())
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import sys
+import warnings
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -14,12 +15,45 @@ import torch
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_device(local_rank: int) -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
-    if not torch.cuda.is_available():
+def pick_device(asked: str, local_rank: int) -> torch.device:
+    """The device of this process: `cpu`, `cuda` (its own GPU), or `auto`, its own GPU if there are any.
+
+    Raises:
+        ValueError: there is no GPU for it, or one that the driver does not let this torch use.
+    """
+    if asked == "cpu":
         return torch.device("cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    reasons = [str(warning.message).partition("(Triggered")[0].strip() for warning in caught]
+    if not found and (asked == "cuda" or any("driver" in reason for reason in reasons)):
+        raise ValueError(
+            f"--device {asked}: torch {torch.__version__} cannot use a GPU here; --device cpu does without "
+            f"({' '.join(reasons) or 'it finds none'})"
+        )
+    if not found:
+        return torch.device("cpu")
+    if local_rank >= (gpus := torch.cuda.device_count()):
+        raise ValueError(
+            f"--device {asked}: process {local_rank} (from 0) of this machine needs a GPU of its own, and it has "
+            f"{gpus}: start torchrun with --nproc_per_node {gpus}, or use --device cpu"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def describe(device: torch.device) -> str:
+    """What a process computes on, for the log."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
+    threads = torch.get_num_threads()
+    return f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def available_cores() -> int:
+    """The cores that this process may use: fewer than the machine has in many containers and jobs."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_precision(device: torch.device, precision: str, flag: str) -> None:
@@ -77,7 +111,7 @@ def cpu_precision() -> str:
 
 def tokenizer_processes(local_world_size: int) -> int:
     """Worker processes that tokenize ahead while this rank embeds."""
-    return max(1, min(8, (os.cpu_count() or 1) // local_world_size))
+    return max(1, min(8, available_cores() // local_world_size))
 
 
 def single_threaded_worker(worker: int) -> None:

@@ -34,12 +34,21 @@ def start(device_type: str) -> None:
 
     Args:
         device_type: "cuda" adds NCCL for tensors on GPUs; gloo is used for everything else.
+
+    Raises:
+        ConnectionError: the environment is not complete, the port is in use, or a rank does not come.
     """
     global _store
     if "RANK" not in os.environ or dist.is_initialized():
         return
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
+        raise ConnectionError(
+            f"rank {os.environ['RANK']} cannot meet the other ranks at {place} ({' '.join(str(error).split())})"
+        ) from error
     store.set_timeout(timeout)
     # torchrun's store survives a restart: without a prefix, ranks would find the addresses of dead processes in it.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -69,8 +78,8 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, which selects the GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Number of this process on its machine, which selects the GPU; where nobody says it, that in the job."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
 
 
 def local_world_size() -> int:

@@ -63,10 +63,11 @@ def session(settings: config.Run) -> Iterator[Session]:
     with an error does not leave the process group, because that could wait for the other ranks for ever. `Stopped` ends
     the run with status 143, which tells schedulers and torchrun to start it again.
     """
-    device = devices.pick_device(distributed.local_rank())
     directory = Path(settings.checkpoint_dir) / settings.name
     stopped = False
+    start_log(None)  # for what goes wrong before there is a file
     try:
+        device = devices.pick_device(settings.device, distributed.local_rank())
         distributed.start(device.type)
         start_log(directory)
         transformers_logging.set_verbosity_error()  # its advice is about its own trainer

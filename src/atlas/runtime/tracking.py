@@ -30,14 +30,14 @@ class _Screen(logging.Handler):
 
 def start_log(directory: Path | None) -> None:
     """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log. Files are appended to."""
-    log.handlers.clear()
-    log.setLevel(logging.INFO)
-    log.propagate = False
     handlers: list[logging.Handler] = [_Screen()] if distributed.is_main() else []
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         name = "run.log" if distributed.is_main() else f"run.rank-{distributed.rank()}.log"
         handlers.append(logging.FileHandler(directory / name, encoding="utf-8"))
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
     for handler in handlers:
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%m/%d/%Y %H:%M:%S"))
         log.addHandler(handler)
