@@ -39,7 +39,7 @@ def measure(config: Config, run: "Session") -> None:
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
     reads = not config.model.retrieve_only or config.tasks.task in TOKENIZING_TASKS
     tokenizer = load_reader_tokenizer(config.model.reader_model_type) if reads else None
-    data = Data.open_each(config, tokenizer)
+    data = Data.open_each(config, tokenizer, run.device)
 
     # Model and index: the index is opened if it was saved, else built of the corpus.
     learning = config.retriever_training

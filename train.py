@@ -47,7 +47,7 @@ def learn(config: Config, run: "Session") -> None:
 
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
     tokenizer = load_reader_tokenizer(config.model.reader_model_type)
-    evaluation_data = Data.open_each(config, tokenizer)
+    evaluation_data = Data.open_each(config, tokenizer, run.device)
     data = Data.open(config.run.train_data, config, tokenizer, training=True)
 
     # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an AdamW of their own.

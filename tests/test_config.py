@@ -29,6 +29,7 @@ DEFAULTS = {
         "local_rank": -1,
         "main_port": -1,
         "per_gpu_batch_size": 1,
+        "per_gpu_eval_batch_size": None,
         "per_gpu_embedder_batch_size": 512,
         "embedder_precision": None,
         "shuffle": False,

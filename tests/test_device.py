@@ -90,3 +90,9 @@ def test_what_goes_wrong_before_there_is_a_log_is_one_sentence(tmp_path, changes
     done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert expected in done.stderr.splitlines()[-1] and len(done.stderr.splitlines()[-1]) > len(expected)
+
+
+def test_a_gpu_evaluates_as_many_examples_as_fit_some_tokens():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [devices.evaluation_batch_size(gpu, 1, tokens) for tokens in (40 * 384, 512, 40_000)] == [2, 64, 1]
+    assert devices.evaluation_batch_size(gpu, 8, 40_000) == devices.evaluation_batch_size(cpu, 8, 512) == 8

@@ -54,6 +54,18 @@ def pair(request) -> tuple[FusionInDecoder, T5ForConditionalGeneration]:
     return reader_of(stock), stock
 
 
+def test_the_position_bias_lies_in_memory_as_attention_reads_it(pair):
+    """Else fused kernels copy it in every layer, or are not taken at all."""
+    reader, seen = pair[0], []
+    for block in reader.encoder.block:
+        attention = block.layer[0].SelfAttention
+        forward = attention.forward
+        attention.forward = lambda *a, forward=forward, **k: (out := forward(*a, **k), seen.append(out[1]))[0]
+    ids = torch.randint(3, VOCABULARY, (2, 3, 7))
+    reader.encode(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert len(seen) == 3 and all(bias.shape[1:] == (4, 7, 7) and bias.is_contiguous() for bias in seen)
+
+
 def batch(queries: int = 3, passages: int = 4, length: int = 10, seed: int = 1):
     """ids and mask (B, K, L) with texts of different lengths, labels (B, T) of different lengths."""
     generator = torch.Generator().manual_seed(seed)

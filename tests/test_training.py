@@ -52,6 +52,23 @@ def test_three_ranks_evaluate_like_one(tmp_path):
     assert metrics[0] == metrics[1]
 
 
+def test_answers_do_not_depend_on_the_batch_size_of_evaluations(tmp_path):
+    flags = {"train_data": None, "per_gpu_batch_size": 1}
+    sizes = {"default": None, "four": 4, "all": 100}
+    rows = {
+        name: read_jsonl(
+            run(tmp_path, "evaluate", name=name, per_gpu_eval_batch_size=size, **flags) / "dev-step-0.jsonl"
+        )
+        for name, size in sizes.items()
+    }
+    for name in ("four", "all"):
+        for found, expected in zip(rows[name], rows["default"], strict=True):
+            assert (found["id"], found["generation"]) == (expected["id"], expected["generation"])
+            assert [p["id"] for p in found["passages"]] == [p["id"] for p in expected["passages"]]
+    log = [(tmp_path / name / "run.log").read_text(encoding="utf-8") for name in sizes]
+    assert len({line.split("] ")[1] for text in log for line in text.splitlines() if "Dataset: " in line}) == 1
+
+
 def test_result_files_are_the_same_to_the_byte(tmp_path):
     """From one index, at any number of ranks."""
     search = {"train_data": None, "reader_model_type": None, "retrieve_only": True}

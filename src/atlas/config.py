@@ -66,6 +66,9 @@ class Run:
     local_rank: int = flag(-1, "accepted for compatibility: torchrun's environment decides")
     main_port: int = flag(-1, "accepted for compatibility: torchrun's environment decides")
     per_gpu_batch_size: int = flag(1, "examples per process and step", least=1)
+    per_gpu_eval_batch_size: int | None = flag(
+        None, "the same in evaluations (--per_gpu_batch_size; on a GPU at least what fits 32,768 tokens)", least=1
+    )
     per_gpu_embedder_batch_size: int = flag(512, "passages of full length per batch when the index is built", least=1)
     embedder_precision: str | None = flag(
         None, "precision of the encoder outside training (fp32 on CPU, fp16 on CUDA)", choices=("fp32", "fp16", "bf16")

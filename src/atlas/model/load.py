@@ -110,12 +110,12 @@ def _load_reader(
     if training and optimisation.shard_grads and distributed.world_size() > 1:
         shard_weights(reader, reader.blocks, device, block_dtype=dtype, forward_methods=("encode",))
         log.info("Each of %d ranks keeps its part of the reader", distributed.world_size())
-    else:
-        reader = reader.to(device)
+        return reader
     if not training and dtype is not None:
-        for block in reader.blocks:  # nothing is learnt: the precision of the computation is enough
+        # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
+        for block in reader.blocks:
             block.to(dtype)
-    return reader
+    return reader.to(device)
 
 
 def _load_retriever(

@@ -256,7 +256,9 @@ class SharedBiasAttention(t5.T5Attention):
                 dtype = _matmul_dtype(hidden_states)
                 bias = torch.zeros((), dtype=dtype, device=mask.device)
                 if self.has_relative_attention_bias:
-                    bias = self.compute_bias(mask.shape[-1], mask.shape[-1], device=mask.device).to(dtype)
+                    bias = self.compute_bias(mask.shape[-1], mask.shape[-1], device=mask.device)
+                    # Heads come last in memory: fused kernels refuse that, or copy it in every layer.
+                    bias = bias.to(dtype).contiguous()
                 position_bias = torch.where(mask, bias, torch.finfo(dtype).min)
             mask = None
         return super().forward(hidden_states, mask, key_value_states, position_bias, **kwargs)

@@ -86,6 +86,14 @@ def pad_multiple(device: torch.device) -> int:
     return 8 if device.type == "cuda" else 1
 
 
+def evaluation_batch_size(device: torch.device, training_batch_size: int, tokens: int) -> int:
+    """Examples of so many tokens that are evaluated together by default: what a GPU is busy with; a CPU gains nothing.
+
+    It depends on flags alone, never on free memory, so that every run of a command computes the same.
+    """
+    return max(training_batch_size, 2**15 // tokens) if device.type == "cuda" else training_batch_size
+
+
 def embedding_tokens(device: torch.device, rows: int, length: int) -> int:
     """Most padded tokens in a batch of passages to embed: a CPU is fastest when a batch fits into its caches."""
     return rows * length if device.type == "cuda" else min(rows * length, 8192)

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
 
 import numpy as np
+import torch
 
 from atlas.config import Config, evaluation_name
 from atlas.files.jsonl import DataError, JsonlCorpus
 from atlas.model.tokenization import ReaderTokenizer
 from atlas.runtime import distributed
+from atlas.runtime.device import evaluation_batch_size
 from atlas.runtime.tracking import log, read_shares
 from atlas.tasks import TASKS, Example, Task, TaskSetup, example_rng
 
@@ -39,12 +41,19 @@ class Data:
 
     @classmethod
     def open(
-        cls, paths: tuple[str, ...], config: Config, tokenizer: ReaderTokenizer | None, *, training: bool = False
+        cls,
+        paths: tuple[str, ...],
+        config: Config,
+        tokenizer: ReaderTokenizer | None,
+        *,
+        training: bool = False,
+        batch_size: int | None = None,
     ) -> Self:
         """The data in some files for this rank, every line of which has been read once. Collective.
 
         Args:
             tokenizer: the reader's, for tasks that build queries with it.
+            batch_size: by default `--per_gpu_batch_size`.
 
         Raises:
             DataError: a bad line, before anything expensive starts.
@@ -64,7 +73,7 @@ class Data:
             corpus,
             TASKS[config.tasks.task](setup),
             seed=config.run.seed,
-            batch_size=config.run.per_gpu_batch_size,
+            batch_size=batch_size or config.run.per_gpu_batch_size,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
@@ -72,9 +81,12 @@ class Data:
         return data
 
     @classmethod
-    def open_each(cls, config: Config, tokenizer: ReaderTokenizer | None) -> dict[str, Self]:
+    def open_each(cls, config: Config, tokenizer: ReaderTokenizer | None, device: torch.device) -> dict[str, Self]:
         """The evaluation data: name of the file without its ending -> data. Collective. Raises: as `open`."""
-        return {evaluation_name(path): cls.open((path,), config, tokenizer) for path in config.run.eval_data}
+        run, tokens = config.run, config.model.n_context * config.model.text_maxlength
+        rows = run.per_gpu_eval_batch_size or evaluation_batch_size(device, run.per_gpu_batch_size, tokens)
+        files = {evaluation_name(path): path for path in run.eval_data}
+        return {name: cls.open((path,), config, tokenizer, batch_size=rows) for name, path in files.items()}
 
     def _check_all(self) -> None:
         """Each rank checks its share of the lines. Collective."""
