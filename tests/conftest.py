@@ -1,5 +1,6 @@
 """One thread per process: the machines that run the tests are small, and results do not depend on it."""
 
+import gc
 import logging
 import multiprocessing.process
 import os
@@ -30,6 +31,12 @@ STARTERS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="record tests/trajectories again instead of comparing")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is there for ever: runs, which collect garbage at their end, need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

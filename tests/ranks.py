@@ -5,6 +5,7 @@ transformers costs five, so every process of the tests is forked from one that h
 """
 
 import atexit
+import gc
 import os
 import tempfile
 import traceback
@@ -58,6 +59,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Any) -> None:
 
     from atlas.runtime import distributed
 
+    gc.freeze()  # as in conftest.py
     torch.set_num_threads(1)
     distributed.start("cpu")
     while (job := connection.recv()) is not None:

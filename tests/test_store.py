@@ -591,7 +591,7 @@ def test_compressed_indices_are_the_same_at_every_number_of_ranks(n, kinds):
                 if path.suffix in (".npy", ".faiss"):
                     assert content.setdefault((kind, path.name), path.read_bytes()) == path.read_bytes()
     expected = [_searched_alone(directory / "1" / kind, embeddings, queries, ks) for kind in kinds]
-    for writers, readers in [(writers, readers) for writers in (1, 2, 3) for readers in (1, 2, 3)]:
+    for writers, readers in [(1, 1), (1, 2), (1, 3), (2, 3), (3, 2)]:  # all of them wrote the same files
         answers = run_on_ranks(readers, _open_and_search_each, directory / str(writers), queries, ks, kinds)
         for rank, of_rank in enumerate(answers):
             for kind, hits, wanted in zip(kinds, of_rank, expected, strict=True):
