@@ -21,8 +21,8 @@ demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions in 2
 demo-pretrain: $(READY) ## pretrain these tiny models from scratch (half an hour)
 	$(BIN)/python -m example_scripts.demo_pretrain $(DEMO_FLAGS)
 
-# Two files at a time; the tests of a file run in one process because they share what takes long to make.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Three files at a time, because tests that start programs wait a lot; a file shares what takes long to make.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
 
 test: $(READY)   ## run the quick tests
 	$(PYTEST) -m "not slow"
