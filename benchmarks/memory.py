@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, T5Config
 
 from atlas.config import Optimisation
-from atlas.model.atlas import Atlas, TrainingTensors
+from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.pretrained import checkpoint_activations
 from atlas.model.reader import FusionInDecoder
@@ -261,13 +261,14 @@ def use_cuda_kernels() -> None:
     F.scaled_dot_product_attention, F.rms_norm, F.dropout = attention, rms_norm, dropout
 
 
-def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> None:
+def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> Losses:
     """One step as `atlas.training.trainer` takes it."""
     with devices.autocast(batch.reader_ids.device, precision):
         losses = atlas(batch)
     optimizers.backward(losses.total)
     finish_gradients(atlas)
     optimizers.step(0)
+    return losses
 
 
 def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
