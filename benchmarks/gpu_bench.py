@@ -22,7 +22,12 @@ from atlas.model.atlas import TrainingTensors
 from atlas.model.inputs import Inputs
 from atlas.model.reader import FusionInDecoder, load_reader
 from atlas.model.retriever import DualEncoder, load_retriever
-from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer
+from atlas.model.tokenization import (
+    ReaderTokenizer,
+    RetrieverTokenizer,
+    load_reader_tokenizer,
+    load_retriever_tokenizer,
+)
 from atlas.runtime import device as devices
 from benchmarks.memory import Settings, Size
 
@@ -176,6 +181,10 @@ class World:
         path.write_text("".join(f"{json.dumps(passage)}\n" for passage in self.passages), encoding="utf-8")
         return open_passages([path])
 
+    @cached_property
+    def _tokenizers(self) -> tuple[ReaderTokenizer, RetrieverTokenizer]:
+        return load_reader_tokenizer(self._reader), load_retriever_tokenizer(self._retriever)
+
     def reader(self) -> FusionInDecoder:
         """The tiny reader, without dropout, on the CPU."""
         return load_reader(self._reader, dropout=0.0)
@@ -187,8 +196,7 @@ class World:
     def inputs(self, device: torch.device) -> Inputs:
         """Tensors of texts, with the same shapes on every device."""
         settings = config.Model(text_maxlength=self.sizes.text_maxlength, n_context=self.sizes.read)
-        tokenizers = load_reader_tokenizer(self._reader), load_retriever_tokenizer(self._retriever)
-        inputs = Inputs(settings, *tokenizers, device=device)
+        inputs = Inputs(settings, *self._tokenizers, device=device)
         inputs.pad_multiple = devices.pad_multiple(torch.device("cuda"))
         return inputs
 
@@ -268,9 +276,9 @@ def waits(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 def free(device: torch.device) -> None:
-    """Give back all memory that is no longer used, and begin a new peak."""
-    gc.collect()
+    """Give back all memory of a GPU that is no longer used, and begin a new peak."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -22,8 +22,8 @@ from atlas.index.sharded import ShardedIndex
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import data_parallel
-from benchmarks.gpu_bench import MODELS, ROOT, SHORT, Bench, Row, World, distance
-from benchmarks.gpu_right import distinct_modes, gradients, joint_model
+from benchmarks.gpu_bench import MODELS, ROOT, SHORT, Bench, Row, World
+from benchmarks.gpu_right import distinct_modes, gradient_distance, joint_model
 
 ROWS, DIMENSION, K = 10_001, 64, 20
 
@@ -38,7 +38,7 @@ def losses(world: World, device: torch.device) -> Iterator[Row]:
         data_parallel(together, device, some_unused=False)(batches[distributed.rank()]).total.backward()
         for batch in batches:
             (alone(batch).total / ranks).backward()
-        off = max(distributed.gather_objects(distance(gradients(together), gradients(alone))))
+        off = max(distributed.gather_objects(gradient_distance(together, alone)))
         yield Row(f"gradients on {ranks} ranks, {names}", "one rank's ± 1e-3", f"{off:.1e} off", ok=off <= 1e-3)
 
 

@@ -18,7 +18,7 @@ from benchmarks.gpu_bench import CPU, Bench, Row, has_module
 
 NO_FAISS = "not run: no Faiss"
 K = 50
-PARTS = 2**16  # rows that are encoded at a time
+PARTS = 2**14  # rows that are encoded at a time
 
 
 def found_rows(check: str, found: torch.Tensor, wanted: torch.Tensor, least: float = 1.0) -> Row:
