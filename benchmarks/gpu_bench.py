@@ -62,6 +62,7 @@ class Sizes:
     read: int  # passages that the tiny reader reads for each question
     retrieved: int  # passages that the tiny retriever learns from
     asked: int  # questions that the tiny reader answers
+    steps: int  # in which the tiny models are trained
     layers: int  # of BERT, and of each stack of the T5 that generates
     width: int
     embedded: int  # passages in a batch
@@ -86,6 +87,7 @@ FULL = Sizes(
     read=4,
     retrieved=6,
     asked=32,
+    steps=5,
     layers=12,
     width=768,
     embedded=512,
@@ -105,10 +107,11 @@ SHORT = Sizes(
     code_size=8,
     queries=(1, 8),
     passages=200,
-    text_maxlength=24,
+    text_maxlength=32,
     read=2,
     retrieved=3,
-    asked=16,
+    asked=8,
+    steps=2,
     layers=2,
     width=64,
     embedded=8,

@@ -35,7 +35,8 @@ def losses(world: World, device: torch.device) -> Iterator[Row]:
     for mode, names in distinct_modes().items():
         alone = joint_model(world, mode).to(device)
         together = copy.deepcopy(alone)
-        data_parallel(together, device, some_unused=False)(batches[distributed.rank()]).total.backward()
+        parallel = data_parallel(together, device, some_unused=False)  # averages only while it exists
+        parallel(batches[distributed.rank()]).total.backward()
         for batch in batches:
             (alone(batch).total / ranks).backward()
         off = max(distributed.gather_objects(gradient_distance(together, alone)))

@@ -32,7 +32,6 @@ from benchmarks.memory import update
 from benchmarks.step import models
 
 LOSS_LIMITS = {"fp32": 1e-3, "bf16": 5e-2}  # relative distance to the CPU's fp32
-STEPS = 5
 
 
 def embeddings(bench: Bench) -> Iterator[Row]:
@@ -216,13 +215,15 @@ def steps(bench: Bench) -> Iterator[Row]:
     model, totals = joint_model(bench.world, "pdist"), {}
     for name, device, precision in (("wanted", CPU, "fp32"), *((p, bench.device, p) for p in LOSS_LIMITS)):
         trained = copy.deepcopy(model).to(device)
-        of_steps = train(bench, trained, optimizers_of(trained), range(STEPS), precision)
+        of_steps = train(bench, trained, optimizers_of(trained), range(bench.sizes.steps), precision)
         totals[name] = torch.stack([losses.total.detach().cpu() for losses in of_steps])
     for precision, limit in LOSS_LIMITS.items():
         worst = (totals[precision] / totals["wanted"] - 1).abs().max().item()
         text = " ".join(f"{loss:.4f}" for loss in totals[precision].tolist())
         expected = f"CPU's fp32 ± {limit:.0e}"
-        yield Row(f"losses of {STEPS} steps, {precision}", expected, f"{text}: {worst:.1e} off", ok=worst <= limit)
+        yield Row(
+            f"losses of {bench.sizes.steps} steps, {precision}", expected, f"{text}: {worst:.1e} off", ok=worst <= limit
+        )
 
 
 def resume(bench: Bench) -> Iterator[Row]:
