@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all lint format clean
+.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all gpu-check lint format clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -38,6 +38,9 @@ test-slow: $(READY) ## the tests that take more than about 20 seconds each
 
 test-all: $(READY) ## all tests
 	$(PYTEST)
+
+gpu-check: $(READY) ## is everything right on this GPU, and as fast as it allows? A table; on a CPU its short form
+	$(BIN)/python -m benchmarks.gpu_check
 
 lint: $(READY)   ## check the style
 	$(BIN)/ruff check .

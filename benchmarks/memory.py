@@ -30,8 +30,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, T5Config
 
 from atlas.config import Optimisation
-from atlas.model.atlas import Atlas, TrainingTensors
+from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.inputs import Targets
+from atlas.model.pretrained import checkpoint_activations
 from atlas.model.reader import FusionInDecoder
 from atlas.model.retriever import Contriever, DualEncoder
 from atlas.model.signals import MODES
@@ -200,16 +201,19 @@ def shapes_of_reader(size: Size) -> list[torch.Size]:
         return [parameter.shape for parameter in make_reader(size, 0.0).parameters()]
 
 
-def build(reader: Size, retriever: BertConfig, settings: Settings) -> tuple[Atlas, Optimizers]:
+def build(
+    reader: Size, retriever: BertConfig, settings: Settings, device: torch.device = CPU
+) -> tuple[Atlas, Optimizers]:
     """Models and optimizers of query-side training on this rank, as a run makes them, with random weights."""
-    fusion = make_reader(reader, settings.dropout)
-    contriever = Contriever(retriever)
+    with device:
+        fusion = make_reader(reader, settings.dropout)
+        contriever = Contriever(retriever)
     if settings.gradient_checkpoint:
-        fusion.activation_checkpointing_enable({"use_reentrant": False})
-        contriever.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(fusion)
+        checkpoint_activations(contriever)
     if settings.shard_grads:
         dtype = devices.compute_dtype(settings.precision)
-        shard_weights(fusion, fusion.blocks, CPU, block_dtype=dtype, forward_methods=("encode",))
+        shard_weights(fusion, fusion.blocks, device, block_dtype=dtype, forward_methods=("encode",))
     encoders = DualEncoder(contriever, query_side=True)
     atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=MODES["pdist"])
     flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
@@ -218,18 +222,18 @@ def build(reader: Size, retriever: BertConfig, settings: Settings) -> tuple[Atla
     return atlas.train(), optimizers
 
 
-def batch_of(settings: Settings, vocabulary: int, embedding: int) -> TrainingTensors:
+def batch_of(settings: Settings, vocabulary: int, embedding: int, device: torch.device = CPU) -> TrainingTensors:
     """A batch in which all rows have the maximum length."""
     n, k, length = settings.per_gpu_batch_size, settings.n_context, settings.text_maxlength
 
     def ids(*shape: int) -> torch.Tensor:
-        return torch.randint(3, vocabulary, shape)
+        return torch.randint(3, vocabulary, shape, device=device)
 
     def mask(*shape: int) -> torch.Tensor:
-        return torch.ones(shape, dtype=torch.bool)
+        return torch.ones(shape, dtype=torch.bool, device=device)
 
     targets = Targets(ids(n, settings.target_maxlength), ids(n, settings.target_maxlength))
-    embeddings = torch.randn(n, k, embedding)
+    embeddings = torch.randn(n, k, embedding, device=device)
     query = ids(n, QUERY), mask(n, QUERY)
     return TrainingTensors(ids(n, k, length), mask(n, k, length), targets, *query, passage_embeddings=embeddings)
 
@@ -257,13 +261,14 @@ def use_cuda_kernels() -> None:
     F.scaled_dot_product_attention, F.rms_norm, F.dropout = attention, rms_norm, dropout
 
 
-def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> None:
+def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precision: str) -> Losses:
     """One step as `atlas.training.trainer` takes it."""
-    with devices.autocast(CPU, precision):
+    with devices.autocast(batch.reader_ids.device, precision):
         losses = atlas(batch)
     optimizers.backward(losses.total)
     finish_gradients(atlas)
     optimizers.step(0)
+    return losses
 
 
 def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:

@@ -15,7 +15,7 @@ supports it (AVX512-BF16 or AMX), otherwise in fp32; the ratios then show the ot
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,31 +34,36 @@ from atlas.training.optim import Optimizers
 CPU = torch.device("cpu")
 PRECISION = devices.cpu_precision()
 VOCABULARY, QUERY, TARGET = 32128, 24, 16
+SHAPES = ((4096, 2048, 768), (4096, 768, 2048), (2048, 2048, 2048), (4096, 4096, 4096))  # n, m, k of (n, k) @ (k, m)
 PLAIN_MAXLENGTH = 384
 MIXED, WIKIPEDIA = (60, 160), (130, 150)  # the fewest and the most tokens of a passage
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
+def seconds(function: Callable[[], object], repeats: int, device: torch.device = CPU) -> float:
     """Median of several runs after a warm-up."""
     function()
     times = []
     for _ in range(repeats):
+        devices.synchronize(device)
         started = time.perf_counter()
         function()
+        devices.synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
 
-def peak(dtype: torch.dtype, repeats: int) -> float:
+def peak(
+    dtype: torch.dtype, repeats: int, device: torch.device = CPU, shapes: Sequence[tuple[int, int, int]] = SHAPES
+) -> float:
     """Floating point operations per second of the fastest of several large matrix products."""
     best = 0.0
-    for n, m, k in ((4096, 2048, 768), (4096, 768, 2048), (2048, 2048, 2048), (4096, 4096, 4096)):
-        a, b = torch.randn(n, k, dtype=dtype), torch.randn(k, m, dtype=dtype)
-        best = max(best, 2 * n * m * k / seconds(lambda a=a, b=b: a @ b, repeats))
+    for n, m, k in shapes:
+        a, b = torch.randn(n, k, dtype=dtype, device=device), torch.randn(k, m, dtype=dtype, device=device)
+        best = max(best, 2 * n * m * k / seconds(lambda a=a, b=b: a @ b, repeats, device))
     return best
 
 
-def models(layers: int, width: int) -> tuple[FusionInDecoder, DualEncoder]:
+def models(layers: int, width: int, device: torch.device = CPU) -> tuple[FusionInDecoder, DualEncoder]:
     """A T5 v1.1 and a BERT with random weights; the defaults are their base sizes."""
     shape = {"d_model": width, "d_kv": 64, "d_ff": width * 8 // 3, "num_heads": width // 64, "num_layers": layers}
     config = T5Config(
@@ -72,7 +77,8 @@ def models(layers: int, width: int) -> tuple[FusionInDecoder, DualEncoder]:
     shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     bert = BertConfig(vocab_size=30522, intermediate_size=4 * width, **shape, **dropout)
-    return FusionInDecoder(config), DualEncoder(Contriever(bert), query_side=True)
+    with device:
+        return FusionInDecoder(config), DualEncoder(Contriever(bert), query_side=True)
 
 
 def tokens(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (…) -> (…, L), (…, L)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -59,3 +60,10 @@ def set_dropout(module: nn.Module, probability: float) -> None:
             child.p = probability
         elif isinstance(getattr(child, "dropout", None), float | int):
             child.dropout = probability
+
+
+def checkpoint_activations(module: PreTrainedModel) -> None:
+    """Recompute the activations of `module` in the backward pass: less memory, more time."""
+    # transformers gave the method another name between 5.17 and 5.24
+    enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -15,7 +15,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5 import modeling_t5 as t5
 
-from atlas.model.pretrained import pretrained_errors, quiet_loading, set_dropout
+from atlas.model.pretrained import checkpoint_activations, pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--reader_model_type"
 IGNORE = -100  # label of a position that has no loss
@@ -183,7 +183,7 @@ def load_reader(
     if dropout is not None:
         set_dropout(reader, dropout)
     if gradient_checkpointing:
-        reader.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(reader)
     return reader.eval()
 
 

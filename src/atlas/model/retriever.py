@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel
 
-from atlas.model.pretrained import pretrained_errors, quiet_loading, set_dropout
+from atlas.model.pretrained import checkpoint_activations, pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--retriever_model_path"
 POOLINGS = ("average", "sqrt", "cls")
@@ -182,7 +182,7 @@ def load_retriever(
     if dropout is not None:
         set_dropout(contriever, dropout)
     if gradient_checkpointing:
-        contriever.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(contriever)
     return DualEncoder(contriever, query_side).eval()
 
 

@@ -5,6 +5,7 @@ weights (FSDP2).
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -77,12 +78,15 @@ def data_parallel(model: nn.Module, device: torch.device, *, some_unused: bool) 
     if distributed.world_size() == 1 or _has_shards(model):
         return model
     devices = [device.index] if device.type == "cuda" else None
+    # The buffers are constants (BERT's position ids). torch 2.11 has only the older name of this option.
+    options = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=devices,
         find_unused_parameters=some_unused,
         gradient_as_bucket_view=True,
-        forward_sync_buffers=False,  # the buffers are constants: BERT's position ids
+        **{sync: False},
     )
 
 

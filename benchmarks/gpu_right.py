@@ -1,0 +1,332 @@
+"""Does the device compute what a CPU computes in fp32? The models' half of `benchmarks.gpu_check`."""
+
+import contextlib
+import copy
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atlas.checkpoint import Contents, load_checkpoint, save_checkpoint
+from atlas.config import Optimisation
+from atlas.model.atlas import Atlas, Losses
+from atlas.model.reader import IGNORE, FusionInDecoder, load_reader_state
+from atlas.model.retriever import load_retriever_state
+from atlas.model.signals import MODES
+from atlas.runtime import device as devices
+from atlas.runtime import distributed
+from atlas.runtime.parallel import gathered_weights, shard_weights
+from atlas.training.optim import Optimizers
+from benchmarks.gpu_bench import CPU, FULL, MODELS, ROOT, Bench, Row, World, distance, has_module
+from benchmarks.memory import update
+from benchmarks.step import models
+
+LOSS_LIMITS = {"fp32": 1e-3, "bf16": 5e-2}  # relative distance to the CPU's fp32
+
+
+def embeddings(bench: Bench) -> Iterator[Row]:
+    """Passages' embeddings in every precision that the device has."""
+    retriever, inputs = bench.world.retriever().eval(), bench.world.inputs(CPU)
+    ids, mask = inputs.passages(bench.world.passages[:64])
+    with torch.no_grad():
+        wanted = retriever.embed_passages(ids, mask)
+    there = copy.deepcopy(retriever).to(bench.device)
+    for precision, limit in {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}.items():
+        if precision == "fp16" and not bench.on_gpu:
+            continue
+        with torch.no_grad(), devices.autocast(bench.device, precision):
+            found = there.embed_passages(ids.to(bench.device), mask.to(bench.device))
+        yield close(f"embeddings, {precision}", distance(found, wanted), limit)
+
+
+def close(check: str, found: float, limit: float) -> Row:
+    """A relative distance to what a CPU computes in fp32, and how large it may be."""
+    return Row(check, f"CPU's fp32 ± {limit:.0e}", f"{found:.1e} off", ok=found <= limit)
+
+
+def joint_model(world: World, mode: str) -> Atlas:
+    """The tiny models together; the retriever learns from more passages than the reader reads."""
+    temperatures = {"temperature_gold": 0.1, "temperature_score": 0.1}
+    halves = world.reader(), world.retriever(query_side=False)
+    return Atlas(*halves, n_context=world.sizes.read, mode=MODES[mode], correlate=True, **temperatures).train()
+
+
+def distinct_modes() -> dict[str, str]:
+    """All gold-score modes, each once: the name that it is asked for by -> all its names."""
+    names: dict[int, list[str]] = {}
+    for name, mode in MODES.items():
+        names.setdefault(hash(mode), []).append(name)
+    return {same[0]: ", ".join(same) for same in names.values()}
+
+
+def gradients(module: torch.nn.Module) -> torch.Tensor:
+    """All gradients of a half of the model in one row, in fp32 on the CPU; zeros where a weight has none."""
+    every = [p.grad if p.grad is not None else torch.zeros_like(p) for p in module.parameters() if p.requires_grad]
+    return torch.cat([gradient.flatten().to("cpu", torch.float32) for gradient in every])
+
+
+def gradient_distance(found: Atlas, wanted: Atlas) -> float:
+    """The larger one of the distances of the reader's and the retriever's gradients."""
+    halves = ((found.reader, wanted.reader), (found.retriever, wanted.retriever))
+    return max(distance(gradients(a), gradients(b)) for a, b in halves)
+
+
+def losses(bench: Bench) -> Iterator[Row]:
+    """Both losses of every gold-score mode, and the gradients of all weights."""
+    rows, k = slice(0, 2), bench.sizes.retrieved
+    for mode, names in distinct_modes().items():
+        model = joint_model(bench.world, mode)
+        wanted = model(bench.world.batch(rows, CPU, k))
+        wanted.total.backward()
+        there = copy.deepcopy(model).to(bench.device)
+        for precision, limit in LOSS_LIMITS.items():
+            there.zero_grad()
+            with devices.autocast(bench.device, precision):
+                found = there(bench.world.batch(rows, bench.device, k))
+            found.total.backward()
+            off = [distance(a, b) for a, b in ((found.reader, wanted.reader), (found.retriever, wanted.retriever))]
+            off.append(gradient_distance(there, model))
+            limits = [limit, 10 * limit, 10 * limit]
+            yield Row(
+                f"losses, {names}, {precision}",
+                "reader ± {:.0e}, retriever ± {:.0e}, gradients ± {:.0e}".format(*limits),
+                "{:.1e}, {:.1e}, {:.1e} off the CPU's fp32".format(*off),
+                ok=all(map(math.isfinite, off)) and all(a <= b for a, b in zip(off, limits, strict=True)),
+            )
+
+
+def position_bias(bench: Bench) -> Iterator[Row]:
+    """The gradient of T5's position bias: fused attention kernels compute it in their own way."""
+    reader, batch = (
+        bench.world.reader().to(bench.device).train(),
+        bench.world.batch(slice(0, 2), bench.device, bench.sizes.read),
+    )
+    biases = [parameter for name, parameter in reader.named_parameters() if "relative_attention_bias" in name]
+
+    def gradient(precision: str) -> torch.Tensor:
+        reader.zero_grad()
+        with devices.autocast(bench.device, precision):
+            hidden = reader.encode(batch.reader_ids, batch.reader_mask)
+            logits = reader.logits(hidden, batch.reader_mask.flatten(1), batch.targets.decoder_ids)
+        labels = batch.targets.labels.flatten()
+        F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=IGNORE).backward()
+        return torch.cat([bias.grad.flatten() for bias in biases])
+
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = gradient("fp32")
+    for precision, limit in {"fp32": 1e-3, "bf16": 1e-1}.items():
+        off = distance(gradient(precision), wanted)
+        expected = f"math kernel's fp32 ± {limit:.0e}"
+        yield Row(f"gradient of the position bias, {precision}", expected, f"{off:.1e} off", ok=off <= limit)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the attention kernels that run inside the block, by name; `math` is the plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if found := re.fullmatch(r"_scaled_dot_product_(\w+?)(_attention)?(_for_cpu)?", name):
+            self.counted[found[1].removesuffix("_attention")] += "backward" not in name
+        self.counted["math"] += name == "_safe_softmax"
+        return function(*args, **(kwargs or {}))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} × {n}" for name, n in self.counted.items() if n) or "none"
+
+
+def kernels(bench: Bench) -> Iterator[Row]:
+    """In which kernel attention runs, for models of base width with two layers."""
+    device, sizes = bench.device, bench.sizes
+    reader, retriever = models(2, sizes.width, device)
+    ids = torch.randint(3, 1000, (2, 4, 64), device=device)  # (B, K, L)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[..., 50:] = False
+    hidden = torch.randn(2, 256, sizes.width, device=device)  # (B, K·L, d)
+    work: dict[str, tuple[bool, Callable[[], object]]] = {  # whether gradients are computed
+        "embedding": (False, lambda: retriever.embed_passages(ids.flatten(0, 1), mask.flatten(0, 1))),
+        "query encoder, training": (True, lambda: retriever.embed_queries(ids[:, 0], mask[:, 0])),
+        "encoder, training": (True, lambda: reader.encode(ids, mask)),
+        "decoder, training": (True, lambda: reader.logits(hidden, mask.flatten(1), ids[:, 0, :16])),
+        "decoder, gold scores": (False, lambda: reader.logits(hidden, mask.flatten(1), ids[:, 0, :16])),
+        "answers": (False, lambda: reader.write(hidden, mask.flatten(1), max_length=3, min_length=3)),
+    }
+    for name, (trains, part) in work.items():
+        with torch.set_grad_enabled(trains), devices.autocast(device, bench.precision), Kernels() as seen:
+            part()
+        fused = not seen.counted["math"]
+        expected = "not the math kernel" if bench.on_gpu else "any: a CPU's fused kernel takes no bias with a gradient"
+        yield Row(f"attention kernel, {name}", expected, str(seen), ok=fused or not bench.on_gpu)
+
+
+def write_answers(reader: FusionInDecoder, world: World, device: torch.device, beams: int) -> list[list[int]]:
+    """Tokens of the answers to all questions."""
+    everything = slice(0, len(world.questions))
+    inputs, passages = world.inputs(device), world.questions_with_passages(everything, world.sizes.read)
+    ids, mask = inputs.reader(world.questions, passages)
+    with torch.no_grad():
+        return reader.write(reader.encode(ids, mask), mask.flatten(1), max_length=12, num_beams=beams)
+
+
+def same_answers(check: str, found: list[list[int]], wanted: list[list[int]], least: float, of: str) -> Row:
+    share = sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+    return Row(check, f"at least {least:.0%} {of}", f"{share:.0%} the same", ok=share >= least)
+
+
+def answers(bench: Bench) -> Iterator[Row]:
+    """Greedy and beam search."""
+    reader, there = bench.world.reader(), bench.world.reader().to(bench.device)
+    for name, beams in {"greedy": 1, "3 beams": 3}.items():
+        wanted = write_answers(reader, bench.world, CPU, beams)
+        for precision, least in {"fp32": 0.95, "bf16": 0.6}.items():
+            with devices.autocast(bench.device, precision):
+                found = write_answers(there, bench.world, bench.device, beams)
+            yield same_answers(f"answers, {name}, {precision}", found, wanted, least, "as the CPU's fp32")
+
+
+def optimizers_of(model: Atlas) -> Optimizers:
+    """AdamW with a constant learning rate."""
+    flags = {"lr": 1e-3, "lr_retriever": 1e-3, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 100}
+    return Optimizers(Optimisation(**flags), {"reader": model.reader, "retriever": model.retriever})
+
+
+def train(bench: Bench, model: Atlas, optimizers: Optimizers, steps: range, precision: str) -> list[Losses]:
+    """Take these steps on the device of the model, each with questions of its own."""
+    device = next(model.parameters()).device
+    batches = (bench.world.batch(slice(2 * step, 2 * step + 2), device, bench.sizes.read) for step in steps)
+    return [update(model, optimizers, batch, precision) for batch in batches]
+
+
+def steps(bench: Bench) -> Iterator[Row]:
+    """Losses of a few steps."""
+    model, totals = joint_model(bench.world, "pdist"), {}
+    for name, device, precision in (("wanted", CPU, "fp32"), *((p, bench.device, p) for p in LOSS_LIMITS)):
+        trained = copy.deepcopy(model).to(device)
+        of_steps = train(bench, trained, optimizers_of(trained), range(bench.sizes.steps), precision)
+        totals[name] = torch.stack([losses.total.detach().cpu() for losses in of_steps])
+    for precision, limit in LOSS_LIMITS.items():
+        worst = (totals[precision] / totals["wanted"] - 1).abs().max().item()
+        text = " ".join(f"{loss:.4f}" for loss in totals[precision].tolist())
+        expected = f"CPU's fp32 ± {limit:.0e}"
+        yield Row(
+            f"losses of {bench.sizes.steps} steps, {precision}", expected, f"{text}: {worst:.1e} off", ok=worst <= limit
+        )
+
+
+def resume(bench: Bench) -> Iterator[Row]:
+    """Train, save, read, go on: as if the run had not been stopped."""
+    straight = joint_model(bench.world, "pdist").to(bench.device)
+    wanted = train(bench, straight, optimizers_of(straight), range(4), "fp32")[2:]
+    stopped = joint_model(bench.world, "pdist").to(bench.device)
+    optimizers = optimizers_of(stopped)
+    train(bench, stopped, optimizers, range(2), "fp32")
+    weights = {name: parameter.detach() for name, parameter in stopped.named_parameters()}
+    contents = Contents(2, weights, optimizers.state(), options={}, configs={}, examples=4)
+    path = save_checkpoint(bench.world.scratch / "run", contents, keep_optimizers=True, keep_checkpoints=None)
+    checkpoint, resumed = load_checkpoint(path), joint_model(bench.world, "pdist")
+    load_reader_state(resumed.reader, checkpoint.reader)
+    load_retriever_state(resumed.retriever, checkpoint.retriever)
+    resumed = resumed.to(bench.device)
+    optimizers = optimizers_of(resumed)
+    optimizers.load_state(checkpoint.optimizer_state())
+    found = train(bench, resumed, optimizers, range(2, 4), "fp32")
+    off = max(distance(a.total, b.total) for a, b in zip(found, wanted, strict=True))
+    yield Row("losses of a resumed run", "those of a run that was not stopped ± 1e-4", f"{off:.1e} off", ok=off <= 1e-4)
+
+
+@contextlib.contextmanager
+def one_rank(device: torch.device) -> Iterator[None]:
+    """A process group of this process alone inside the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        distributed.start(device.type)
+        yield
+    finally:
+        distributed.stop()
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def sharded(bench: Bench) -> Iterator[Row]:
+    """A reader whose weights are sharded (FSDP2), on one rank: its answers, and a training step."""
+    world, device = bench.world, bench.device
+    plain = joint_model(world, "pdist").to(device)
+    wanted = write_answers(plain.reader, world, device, beams=1)
+    wanted_losses = train(bench, plain, optimizers_of(plain), range(2), "fp32")
+    with one_rank(device):
+        model = joint_model(world, "pdist")
+        model.retriever.to(device)
+        shard_weights(model.reader, model.reader.blocks, device, block_dtype=None, forward_methods=("encode",))
+        with gathered_weights(model.reader):
+            found = write_answers(model.reader, world, device, beams=1)
+        found_losses = train(bench, model, optimizers_of(model), range(2), "fp32")
+        off = max(distance(a.total, b.total) for a, b in zip(found_losses, wanted_losses, strict=True))
+    yield same_answers("answers, sharded weights on 1 rank", found, wanted, 0.95, "as with whole weights")
+    yield Row("losses of 2 steps, the same", "those with whole weights ± 1e-4", f"{off:.1e} off", ok=off <= 1e-4)
+
+
+def demo(bench: Bench) -> Iterator[Row]:
+    """`evaluate.py` and `finetune_qa.py` as the demo calls them, in one process."""
+    missing = [name for name in ("regex", "rouge") if not has_module(name)]
+    if missing or not (bench.demo / "passages.jsonl").is_file():
+        why = f"no {' and no '.join(missing)}" if missing else f"no {bench.demo}"
+        yield Row("the demo's commands", "exact match rises", f"not run: {why}")
+        return
+    from example_scripts.demo import FINE_TUNING, READING  # needs what was looked for
+
+    home, short = bench.world.scratch / "demo", bench.sizes is not FULL
+    test = home / "test.jsonl"
+    home.mkdir()
+    lines = (bench.demo / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    test.write_text("".join(lines[: 16 if short else None]), encoding="utf-8")
+    common = ["--eval_data", test, "--checkpoint_dir", home, "--retriever_model_path", MODELS / "retriever", *READING]
+    common += ["--reader_model_type", MODELS / "reader", "--precision", bench.precision, "--per_gpu_batch_size", "16"]
+    index = home / "index"
+    last = "4" if short else "40"
+    build = ["--passages", bench.demo / "passages.jsonl", "--save_index_path", index]
+    build += ["--max_passages", "400"] if short else []
+    tune = [*FINE_TUNING, "--train_data", bench.demo / "train.64-shot.jsonl", "--load_index_path", index]
+    tune += ["--total_steps", last, "--eval_freq", last]
+    before = exact_match_of(["evaluate.py", "--name", "before", *common, *build])
+    after = exact_match_of(["finetune_qa.py", "--name", "after", *common, *tune])
+    measured = f"{before:.1f} before, {after:.1f} after"
+    yield Row(f"the demo's exact match, {bench.precision}", "it rises", measured, ok=short or after > before)
+
+
+def exact_match_of(words: list[str | Path]) -> float:
+    """Run a script; the exact match that it logs at the end.
+
+    Raises:
+        RuntimeError: it fails.
+    """
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    found = re.findall(r"Dataset: .*?([\d.]+) exact_match", done.stdout)
+    if done.returncode or not found:
+        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise RuntimeError(f"{words[0]} ended with status {done.returncode}: {last}")
+    return float(found[-1])
+
+
+CHECKS = (embeddings, losses, position_bias, kernels, answers, steps, resume, sharded, demo)
