@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHECK", help=", ".join(names))
     parser.add_argument("--demo_data", type=Path, default=ROOT / "demo/data", help="made by the demo, if it was run")
     options = parser.parse_args(arguments)
-    started, device = time.monotonic(), devices.pick_device(0)
+    started, device = time.monotonic(), devices.pick_device("auto", 0)
     sizes = SHORT if options.short or device == CPU else FULL
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:

@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("output", type=Path, help="file for the rows of the table")
     output = parser.parse_args().output
-    device = devices.pick_device(distributed.local_rank())
+    device = devices.pick_device("auto", distributed.local_rank())
     distributed.start(device.type)
     with tempfile.TemporaryDirectory() as scratch:
         rows = [*losses(World(MODELS, Path(scratch), SHORT), device), *search(device)]
