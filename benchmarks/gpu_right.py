@@ -293,7 +293,7 @@ def demo(bench: Bench) -> Iterator[Row]:
         why = f"no {' and no '.join(missing)}" if missing else f"no {bench.demo}"
         yield Row("the demo's commands", "exact match rises", f"not run: {why}")
         return
-    from example_scripts.demo import FINE_TUNING, READING  # needs what was looked for
+    from example_scripts.demo import FINE_TUNING, FINE_TUNING_STEPS, READING  # needs what was looked for
 
     home, short = bench.world.scratch / "demo", bench.sizes is not FULL
     test = home / "test.jsonl"
@@ -303,11 +303,11 @@ def demo(bench: Bench) -> Iterator[Row]:
     common = ["--eval_data", test, "--checkpoint_dir", home, "--retriever_model_path", MODELS / "retriever", *READING]
     common += ["--reader_model_type", MODELS / "reader", "--precision", bench.precision, "--per_gpu_batch_size", "16"]
     index = home / "index"
-    last = "4" if short else "40"
+    last = 6 if short else FINE_TUNING_STEPS
     build = ["--passages", bench.demo / "passages.jsonl", "--save_index_path", index]
     build += ["--max_passages", "400"] if short else []
     tune = [*FINE_TUNING, "--train_data", bench.demo / "train.64-shot.jsonl", "--load_index_path", index]
-    tune += ["--total_steps", last, "--eval_freq", last]
+    tune += ["--total_steps", str(last), "--eval_freq", str(last // 2)]
     before = exact_match_of(["evaluate.py", "--name", "before", *common, *build])
     after = exact_match_of(["finetune_qa.py", "--name", "after", *common, *tune])
     measured = f"{before:.1f} before, {after:.1f} after"

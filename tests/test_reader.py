@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
+from atlas.model.pretrained import checkpoint_activations
 from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state, token_log_probabilities
 from tests.parity import parity_kit
 
@@ -223,7 +224,7 @@ def test_gradient_checkpointing_changes_no_gradient(pair):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            reader.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(reader)
         reader.train().zero_grad()
         loss_of(reader, ids, mask, labels).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in reader.named_parameters()})
