@@ -142,12 +142,8 @@ class World:
     """
 
     def __init__(self, models: Path, scratch: Path, sizes: Sizes) -> None:
-        self.sizes, self.scratch, self._reader, self._retriever = (
-            sizes,
-            scratch,
-            str(models / "reader"),
-            str(models / "retriever"),
-        )
+        self.sizes, self.scratch = sizes, scratch
+        self._reader, self._retriever = str(models / "reader"), str(models / "retriever")
         rng = random.Random(0)
         places = ["river", "capital", "mountain", "company", "language", "king", "airport", "element"]
         names = ["".join(rng.choices("aeioubcdfglmnprst", k=rng.randint(4, 9))).capitalize() for _ in range(400)]

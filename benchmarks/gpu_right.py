@@ -107,10 +107,8 @@ def losses(bench: Bench) -> Iterator[Row]:
 
 def position_bias(bench: Bench) -> Iterator[Row]:
     """The gradient of T5's position bias: fused attention kernels compute it in their own way."""
-    reader, batch = (
-        bench.world.reader().to(bench.device).train(),
-        bench.world.batch(slice(0, 2), bench.device, bench.sizes.read),
-    )
+    reader = bench.world.reader().to(bench.device).train()
+    batch = bench.world.batch(slice(0, 2), bench.device, bench.sizes.read)
     biases = [parameter for name, parameter in reader.named_parameters() if "relative_attention_bias" in name]
 
     def gradient(precision: str) -> torch.Tensor:

@@ -73,7 +73,6 @@ class Evaluator:
                     for of_rank in distributed.gather_on_main(list(zip(starts, rows, strict=True))):
                         for first, row in of_rank:
                             lines.add(row, first)
-                distributed.progress()
             lines.finish()
         if self.reader is not None:
             self.reader.train(was_training)

@@ -166,16 +166,16 @@ def index_of_codes(
 
 def encode(codec: Codec, index: ShardedIndex) -> tuple[np.ndarray, float]:
     """Codes `(n, code_size)` of this rank's embeddings and what bounds the norms of what they stand for. Collective."""
-    codes, largest_norm, error = np.empty((len(index.rows), codec.code_size), np.uint8), 0.0, None
-    try:
+    codes = np.empty((len(index.rows), codec.code_size), np.uint8)
+
+    def fill() -> float:
+        largest_norm = 0.0
         for start, part, norm in encode_parts(codec, index):
             codes[start : start + len(part)] = part
             largest_norm = max(largest_norm, norm)
-    except ValueError as bad_embedding:
-        error = bad_embedding
-    distributed.wait_for_all("encoding the passages")
-    distributed.raise_on_all_ranks(error)
-    return codes, largest_norm
+        return largest_norm
+
+    return codes, distributed.on_every_rank("encoding the passages", fill)
 
 
 def encode_parts(codec: Codec, index: ShardedIndex) -> Iterator[tuple[int, np.ndarray, float]]:

@@ -234,19 +234,21 @@ def best_exact_scores(
     Args:
         query: in ascending order.
     """
-    approximate, largest_norm = torch.empty_like(row, dtype=torch.float32), 0.0
+    if not len(query):
+        return queries.new_empty(0)
+    approximate, largest = torch.empty_like(row, dtype=torch.float32), queries.new_zeros(())
     step = max(1, block_rows(queries) // 4)  # as above
     for q, r, into in zip(query.split(step), row.split(step), approximate.split(step), strict=True):
         vectors = read(r)
         torch.sum(queries.index_select(0, q) * vectors, dim=1, out=into)
-        largest_norm = max(largest_norm, measure_largest_norm(vectors))
+        largest = torch.maximum(largest, vectors.norm(dim=1).amax())
     sizes = query.bincount(minlength=len(queries))
     place = torch.arange(len(query), device=query.device) - (sizes.cumsum(0) - sizes)[query]
-    width = max(k, int(sizes.max()) if len(sizes) else 0)
-    of_query = approximate.new_full((len(queries), width), -torch.inf)
+    of_query = approximate.new_full((len(queries), max(k, int(sizes.max()))), -torch.inf)
     of_query[query, place] = approximate
+    largest_norm = largest.item() * (1 + 1e-3)  # the norms are rounded too
     lowest = of_query.topk(k).values[:, -1:] - 2 * error_bound(queries, largest_norm)
-    close = approximate >= lowest[query, 0]
+    close = ~(approximate < lowest[query, 0])  # a damaged row is not passed over
     scores = torch.full_like(approximate, -torch.inf)
     scores[close] = exact_scores(queries, query[close], row[close], read)
     return scores
