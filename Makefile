@@ -33,7 +33,7 @@ test-units: $(READY) ## only the quick tests that start no process
 test-processes: $(READY) ## only the quick tests that start ranks, programs or a server, or go through whole runs
 	$(PYTEST) -m "not slow and processes"
 
-test-slow: $(READY) ## the tests that take more than about 20 seconds each
+test-slow: $(READY) ## the tests that take long, and variants of quick ones
 	$(PYTEST) -m slow
 
 test-all: $(READY) ## all tests

@@ -209,6 +209,7 @@ def put_in(path, after, text):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_the_task_and_the_mode_of_your_own_run(tmp_path):
     """Put in as docs/extending.md says, trained for two steps and evaluated; a bad line is reported."""
     home = tmp_path / "checkout"

@@ -40,11 +40,11 @@ def assert_same_run(one, other, step, other_step):
 def test_every_kind_trains_and_evaluates_alike(tmp_path, query_side):
     """1 rank, 2 ranks DDP, ZeRO-1, FSDP2, both. 11 questions: 6 batches for one rank, 5 for the other."""
     flags = {"train_retriever": True, "query_side_retriever_training": query_side, "per_gpu_batch_size": 1}
-    one = run(tmp_path, name="one", total_steps=20, accumulation_steps=2, log_freq=2, **flags)
+    one = run(tmp_path, name="one", total_steps=8, accumulation_steps=2, log_freq=2, **flags)
     expected = load_checkpoint(one)
     for name, kind in KINDS.items():
-        many = run_on(2, tmp_path, name=name, total_steps=10, **flags, **kind)
-        assert_same_run(one, many, 20, 10)
+        many = run_on(2, tmp_path, name=name, total_steps=4, **flags, **kind)
+        assert_same_run(one, many, 8, 4)
         saved = load_checkpoint(many)
         for half in ("reader", "retriever"):
             a, b = getattr(saved, half), getattr(expected, half)

@@ -34,6 +34,7 @@ def demo(tmp_path_factory) -> Path:
 
 
 @needs_packages
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files(demo, tmp_path):
     prepare_demo.prepare(tmp_path, seed=0)
     names = sorted(path.name for path in demo.iterdir())

@@ -572,8 +572,9 @@ OTHERS = ["OPQ3_6,PQ3", "OPQ2,IVF3,PQ4", "PCAR6,IVF2,SQfp16", "RR8,SQ4"]
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("n", "kinds"),
-    [(n, QUICK) for n in (1, 2, 7, 200, 1000)]
+    [(n, QUICK) for n in (2, 200)]
     + [(200, ["OPQ3_6,PQ3"])]
+    + [pytest.param(n, QUICK, marks=pytest.mark.slow) for n in (1, 7, 1000)]
     + [pytest.param(n, OTHERS, marks=pytest.mark.slow) for n in (1, 2, 7, 200, 1000)],
 )
 def test_compressed_indices_are_the_same_at_every_number_of_ranks(n, kinds):
