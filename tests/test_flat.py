@@ -36,16 +36,41 @@ def test_fixed_inner_products_are_inner_products(dimension):
     assert torch.equal(found, torch.cat(one_by_one))
 
 
-@pytest.fixture(params=[False, True], ids=["fp32 first", "16 bits first"], autouse=True)
-def half_precision(request, monkeypatch):
-    """Every test with the first passes of every CPU, and with few queries enough for bf16."""
-    monkeypatch.setattr("atlas.runtime.device.cpu_prefers_bf16", lambda device: request.param)
+@pytest.fixture(params=["fp32 first", "16 bits first", "as on a GPU"], autouse=True)
+def way(request, monkeypatch):
+    """Every test with the first passes of every device, and with few queries enough for bf16."""
+    monkeypatch.setattr("atlas.runtime.device.cpu_prefers_bf16", lambda device: request.param == "16 bits first")
     monkeypatch.setattr("atlas.index.flat._MANY_QUERIES", 3)
+    if request.param == "as on a GPU":
+        monkeypatch.setattr("atlas.runtime.device.waits_cost_much", lambda device: True)
+        monkeypatch.setattr("atlas.runtime.device.sums_half_products_in_fp32", lambda device: True)
+        monkeypatch.setattr("atlas.runtime.device.half_products", lambda q, p, out: out.copy_(q.float() @ p.float().T))
     return request.param
 
 
 def every_first_pass(index, queries):
     return [index._fp32_pass(queries), *(index._half_pass(queries, d) for d in (torch.float16, torch.bfloat16))]
+
+
+def test_few_rows_are_looked_at_closely_and_only_doubt_takes_a_second_look(monkeypatch, way):
+    """A GPU keeps some rows more than are wanted: enough but for many near-ties, or scores that fp16 cannot hold."""
+    again, by_chunks = [], flat._top_k_by_chunks
+    monkeypatch.setattr("atlas.index.flat._top_k_by_chunks", lambda *a: again.append(a) or by_chunks(*a))
+    embeddings, queries = made_up(3000, 64, 5)
+    ties = embeddings[:1] + 1e-6 * made_up(3000, 64, 0, torch.float32)[0]
+    for rows, asked, doubtful in (
+        (embeddings, queries, False),
+        (embeddings[:30], queries, False),
+        (ties, queries, True),
+        (ties[:30], queries, False),
+        (embeddings, queries * 1e6, True),
+        (embeddings[:30], queries * 1e6, True),
+    ):
+        for chunk_rows in (7, 500, 3000):
+            again.clear()
+            found = FlatIndex(rows, chunk_rows=chunk_rows).search(asked, 10)
+            assert_same(found, brute_force(rows, asked, 10))
+            assert len(again) == (doubtful or way != "as on a GPU")
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3, 10, 64, 199, 200, 1000])
@@ -170,6 +195,7 @@ def test_damage_in_a_saved_index_is_found_by_the_search(bad):
         FlatIndex(embeddings, largest_norm=10.0, chunk_rows=64).search(queries, 3)
 
 
+@pytest.mark.parametrize("way", ["fp32 first", "16 bits first"], indirect=True)
 def test_many_queries_shorten_the_chunks(monkeypatch):
     monkeypatch.setattr("atlas.index.flat._MOST_SCORES", 64)
     monkeypatch.setattr("atlas.index.flat._MOST_PAIRS", 10)
@@ -186,7 +212,7 @@ def test_many_queries_shorten_the_chunks(monkeypatch):
     assert max(lengths) == 3
 
 
-def test_fp32_takes_over_where_16_bits_tell_too_little(monkeypatch, half_precision):
+def test_fp32_takes_over_where_16_bits_tell_too_little(monkeypatch):
     """Rows that differ by less than bf16 rounds would nearly all need the second pass."""
     base, queries = torch.randn(2, 1, 64).expand(2, 4, 64)
     embeddings = base[:1] + 1e-4 * made_up(5000, 64, 0, torch.float32)[0]

@@ -12,6 +12,12 @@ from atlas.index.pq_search import ProductQuantizerSearch
 from tests.test_flat import assert_same, brute_force
 
 
+@pytest.fixture(params=[False, True], ids=["", "as on a GPU"], autouse=True)
+def way(request, monkeypatch):
+    """Every test also in the way that waits for the device only once."""
+    monkeypatch.setattr("atlas.runtime.device.waits_cost_much", lambda device: request.param)
+
+
 def random_quantizer(m, width, n, seed=0):
     """Codes (n, m) and centroids (m, 256, width)."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,8 @@
 Matrix products of different shapes round differently, so the order of near-ties would change with the chunk size and
 the number of ranks. Therefore two passes over every chunk: an approximate one finds all rows that could be among the
 top k, given the largest error it can have; these pairs are then scored by one fixed sequence of operations. Since the
-second pass decides, the first may be as coarse as is fast: bf16 on CPUs made for it, fp32 elsewhere.
+second pass decides, the first may be as coarse as is fast: the 16 bits of the rows on GPUs, bf16 on CPUs made for it,
+fp32 elsewhere. A GPU first keeps a few more rows than are wanted, and looks closer only where these cannot tell.
 """
 
 import math
@@ -22,6 +23,7 @@ _MOST_SCORES = 2**24  # scores held at a time, whatever the number of queries
 _FEWEST_SCORES = 2**16  # below, a chunk's fixed cost is more than that of its products
 _TILE = 64  # neighbouring scores that are compared by their largest first
 _MOST_PAIRS = 2**18  # pairs merged at a time: only many near-ties are more
+_SPARE = 64  # rows kept beyond the k best, at least
 # Where bf16 is fast: up to _FEW queries, products with fp16 rows as they are take less time than converting the rows;
 # from _MANY on, products in bf16 save more time than converting to bf16 takes. (Measured with D = 768 on AVX512-BF16.)
 _FEW_QUERIES, _MANY_QUERIES = 2, 16
@@ -93,6 +95,8 @@ class FlatIndex:
     def _half_precision(self, queries: torch.Tensor) -> torch.dtype | None:
         """The 16-bit numbers that make the first pass faster than fp32 does, if any do."""
         stored = self.embeddings.dtype
+        if device_choices.sums_half_products_in_fp32(self.embeddings.device):
+            return stored if stored != torch.float32 else None
         if not device_choices.cpu_prefers_bf16(self.embeddings.device):
             return None
         if stored == torch.float16 and len(queries) <= _FEW_QUERIES:
@@ -103,24 +107,27 @@ class FlatIndex:
     def _half_pass(self, queries: torch.Tensor, dtype: torch.dtype) -> FirstPass:
         """Products of 16-bit numbers, summed in fp32."""
         stored, rounded = self.embeddings.dtype, queries.to(dtype)
-        block, half_block = self._block(torch.float32), self._block(dtype)
+        convert = stored != dtype
+        block, half_block = (self._block(torch.float32), self._block(dtype)) if convert else (None, None)
 
         def score(start: int, end: int, out: torch.Tensor) -> None:
             for part, into in self._blocks(start, end, out):
-                if stored != dtype:  # by way of fp32: straight from fp16 to bf16 takes four times as long
+                if convert:  # by way of fp32: straight from fp16 to bf16 takes four times as long
                     part = half_block[: len(part)].copy_(block[: len(part)].copy_(part))
-                into.copy_(torch.mm(part, rounded.T).T)
+                device_choices.half_products(rounded, part, into)
 
         # With q = q' + r and p = p' + s, primes for what is rounded to `dtype`, the product q'·p' rounded as well:
         # q·p - fl(q'·p') = r·p + q'·s + (q'·p' - fl(q'·p')), and |s| <= unit |p|. 1.05 is for unit² and the norms.
+        in_fp32 = device_choices.sums_half_products_in_fp32(self.embeddings.device)
         unit = torch.finfo(dtype).eps / 2
         rounded_norm = rounded.float().norm(dim=1, keepdim=True)
         residual_norm = (queries - rounded.float()).norm(dim=1, keepdim=True)
-        roundings = 1 if stored == dtype else 2
+        roundings = convert + (not in_fp32)  # of rows, and of products
         error = 1.05 * self.largest_norm * (residual_norm + roundings * unit * rounded_norm)
         flushed = torch.finfo(torch.float32).tiny * queries.shape[1] * (rounded_norm + self.largest_norm)  # inputs
         flushed = flushed + torch.finfo(dtype).tiny  # and the product
-        return FirstPass(score, error + flushed + error_bound(queries, self.largest_norm))
+        summing = error_bound(queries, self.largest_norm) * (2 if in_fp32 else 1)  # tensor cores cut off, not round
+        return FirstPass(score, error + flushed + summing)
 
     def _block(self, dtype: torch.dtype) -> torch.Tensor:
         rows = min(block_rows(self.embeddings), len(self.embeddings))
@@ -157,14 +164,65 @@ def top_k(
         ValueError: scores that are not finite.
     """
     b, k = len(queries), min(k, n)
-    scores = queries.new_full((b, k), -torch.inf)
-    rows = torch.full_like(scores, n, dtype=torch.int64)
-    if not scores.numel():
-        return scores, rows
-    if not all(first_pass.error.isfinite().all() for first_pass in passes):
-        raise ValueError("queries hold values that are not finite (or overflow fp32): has the training diverged?")
+    if not b * k:
+        return queries.new_empty(b, k), torch.empty(b, k, dtype=torch.int64, device=queries.device)
     chunk_rows = chunk_rows or max(device_choices.search_chunk_rows(queries.device), _FEWEST_SCORES // b)
     step = min(n, max(1, min(chunk_rows, _MOST_SCORES // b)))
+    if device_choices.waits_cost_much(queries.device):
+        found = _top_k_of_a_few_more(queries, k, n, passes[0], read, step)
+        if found is not None:
+            return found
+        passes = passes[-1:]  # the finest
+    return _top_k_by_chunks(queries, k, n, passes, read, step)
+
+
+def _top_k_of_a_few_more(
+    queries: torch.Tensor,
+    k: int,
+    n: int,
+    first_pass: FirstPass,
+    read: Callable[[torch.Tensor], torch.Tensor],
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The top k of the rows that the first pass finds best; None if rows that it passed over could be among them.
+
+    Waits for the device once, at the end.
+    """
+    b, kept = len(queries), min(n, max(2 * k, k + _SPARE))
+    scores = queries.new_full((b, kept), -torch.inf)
+    rows = torch.zeros_like(scores, dtype=torch.int64)
+    total = queries.new_zeros(())  # not finite if any score is not
+    for start in range(0, n, step):
+        end = min(start + step, n)
+        approximate = queries.new_empty(b, end - start)
+        first_pass.score(start, end, approximate)
+        total = total + approximate.sum()
+        best, column = approximate.topk(min(kept, end - start), dim=1)
+        scores, place = torch.cat([scores, best], dim=1).topk(kept, dim=1)
+        rows = torch.cat([rows, column + start], dim=1).gather(1, place)
+    rows = rows.sort(dim=1).values
+    query = torch.arange(b, device=queries.device).repeat_interleave(kept)
+    exact = exact_scores(queries, query, rows.flatten(), read).view(b, kept)
+    exact, order = exact.sort(dim=1, descending=True, stable=True)  # equal scores stay in the order of their rows
+    sure = exact[:, k - 1] > scores[:, -1] + first_pass.error[:, 0]
+    certain = total.isfinite() & (sure.all() if kept < n else first_pass.error.isfinite().all())
+    return (exact[:, :k], rows.gather(1, order[:, :k])) if certain else None
+
+
+def _top_k_by_chunks(
+    queries: torch.Tensor,
+    k: int,
+    n: int,
+    passes: Sequence[FirstPass],
+    read: Callable[[torch.Tensor], torch.Tensor],
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `top_k`: all rows that could be among the top k, chunk by chunk, however many they are."""
+    b = len(queries)
+    scores = queries.new_full((b, k), -torch.inf)
+    rows = torch.full_like(scores, n, dtype=torch.int64)
+    if not all(first_pass.error.isfinite().all() for first_pass in passes):
+        raise ValueError("queries hold values that are not finite (or overflow fp32): has the training diverged?")
     tiles = queries.new_empty(b, -(-step // _TILE), _TILE)
     for start in range(0, n, step):
         end = min(start + step, n)

@@ -104,6 +104,24 @@ def search_chunk_rows(device: torch.device) -> int:
     return 2**18 if device.type == "cuda" else 2**15
 
 
+def waits_cost_much(device: torch.device) -> bool:
+    """Whether work is queued, so that reading a value back stops everything until the queue is empty."""
+    return device.type == "cuda"
+
+
+def sums_half_products_in_fp32(device: torch.device) -> bool:
+    """Whether products of 16-bit matrices can be had in fp32, without rounding the sums to 16 bits."""
+    return device.type == "cuda"
+
+
+def half_products(queries: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Inner products of 16-bit rows, summed in fp32: (b, D), (n, D) -> `out` (b, n) fp32. A CPU rounds the sums."""
+    if sums_half_products_in_fp32(rows.device):
+        torch.mm(queries, rows.T, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(torch.mm(rows, queries.T).T)
+
+
 def cpu_prefers_bf16(device: torch.device) -> bool:
     """Whether this is a CPU with bf16 instructions (AVX512-BF16 or AMX), which is faster in bf16 than in fp32."""
     if device.type != "cpu":
