@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atlas.index.build import compress
@@ -55,14 +57,17 @@ def embedding_speed(bench: Bench) -> Iterator[Row]:
     ids = torch.randint(1000, 30000, (sizes.embedded, PASSAGE), device=device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[::3, PASSAGE - 14 :] = False
-    for precision in ("fp16", "bf16") if bench.on_gpu else (bench.precision,):
+    on_gpu = (("fp16", False), ("bf16", False), ("bf16", True))
+    for precision, cudnn in on_gpu if bench.on_gpu else ((bench.precision, False),):
 
-        def embed(precision: str = precision) -> None:
-            with torch.no_grad(), devices.autocast(device, precision):
+        def embed(precision: str = precision, cudnn: bool = cudnn) -> None:
+            attention = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cudnn else nullcontext()
+            with torch.no_grad(), devices.autocast(device, precision), attention:
                 retriever.embed_passages(ids, mask)
 
         count, taken = operations(embed), seconds(embed, sizes.repeats, device)
         check = f"embedding {sizes.embedded} × {PASSAGE} tokens, {precision}"
+        check += ", cuDNN's attention (off in runs)" if cudnn else ""
         measured = f"{sizes.embedded / taken:.0f} passages/s"
         yield Row(check, "near the matrix product", measured, bench.share_of_peak(count, taken))
 

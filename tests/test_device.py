@@ -30,6 +30,7 @@ def gpus(monkeypatch, count, warning=None):
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(devices, "_choose_kernels", lambda: None)
 
 
 def test_every_process_gets_its_own_gpu(monkeypatch):
@@ -96,3 +97,21 @@ def test_a_gpu_evaluates_as_many_examples_as_fit_some_tokens():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [devices.evaluation_batch_size(gpu, 1, tokens) for tokens in (40 * 384, 512, 40_000)] == [2, 64, 1]
     assert devices.evaluation_batch_size(gpu, 8, 40_000) == devices.evaluation_batch_size(cpu, 8, 512) == 8
+
+
+@pytest.mark.parametrize(("capability", "fits"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_tf32_needs_tensor_cores_that_have_it(monkeypatch, capability, fits):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if fits:
+        devices.check_precision(torch.device("cuda"), "tf32", "--precision")
+    else:
+        with pytest.raises(ValueError, match="--precision tf32 needs a GPU of the Ampere"):
+            devices.check_precision(torch.device("cuda"), "tf32", "--precision")
+
+
+def test_precision_of_products_is_what_exact_search_reads():
+    with devices.autocast(torch.device("cpu"), "tf32"):
+        assert not torch.is_autocast_enabled("cpu") and devices.compute_dtype("tf32") is None
+    for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
+        devices.set_matmul_precision(precision)
+        assert torch.get_float32_matmul_precision() == setting

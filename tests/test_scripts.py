@@ -197,6 +197,7 @@ BAD = [
     ({"train_data": "empty.jsonl"}, "empty.jsonl: there is no line with data in it"),
     ({"passages": "empty.jsonl"}, "--passages"),
     ({"precision": "fp16"}, "--precision fp16 needs a GPU"),
+    ({"precision": "tf32"}, "--precision tf32 needs a GPU of the Ampere generation"),
     ({"reader_model_type": "nowhere"}, "--reader_model_type nowhere: cannot load"),
     ({"retriever_model_path": "nowhere"}, "--retriever_model_path nowhere: cannot load"),
     ({"model_path": "."}, "holds no checkpoint"),

@@ -173,7 +173,9 @@ class Optimisation:
     alpha: float = flag(1.0, "accepted for compatibility: has no effect")
     accumulation_steps: int = flag(1, "steps whose gradients are averaged before an update", least=1)
     precision: str = flag(
-        "fp32", "precision of the computation; weights and optimizer stay fp32", choices=("fp16", "fp32", "bf16")
+        "fp32",
+        "precision of the computation; weights and optimizer stay fp32 (tf32: fp32 products by a GPU's tensor cores)",
+        choices=("fp16", "fp32", "bf16", "tf32"),
     )
     shard_optim: bool = flag(False, "shard the optimizer's state over ranks (ZeRO stage 1)")
     shard_grads: bool = flag(False, "shard gradients and weights as well (ZeRO stage 2)")

@@ -27,6 +27,7 @@ def check(config: Config, device: torch.device) -> None:
     )
     devices.check_precision(device, config.optimisation.precision, "--precision")
     devices.check_precision(device, embedder_precision, "--embedder_precision")
+    devices.set_matmul_precision(config.optimisation.precision)
     if config.optimisation.precision == "bf16" and device.type == "cpu" and not devices.cpu_prefers_bf16(device):
         log.warning("--precision bf16: this CPU only emulates it; --precision fp32 is many times as fast here")
     if config.tasks.task not in TASKS:

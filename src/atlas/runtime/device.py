@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; fp32 and tf32 do without
 
 
 def pick_device(asked: str, local_rank: int) -> torch.device:
@@ -40,7 +40,16 @@ def pick_device(asked: str, local_rank: int) -> torch.device:
             f"{gpus}: start torchrun with --nproc_per_node {gpus}, or use --device cpu"
         )
     torch.cuda.set_device(local_rank)
+    _choose_kernels()
     return torch.device("cuda", local_rank)
+
+
+def _choose_kernels() -> None:
+    # cuDNN's attention makes a plan for each shape, and NaN gradients were reported for some (pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # The partial sums of a product of 16-bit matrices stay in fp32: the error bound of exact search counts on it.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def describe(device: torch.device) -> str:
@@ -62,18 +71,28 @@ def check_precision(device: torch.device, precision: str, flag: str) -> None:
         raise ValueError(f"{flag} fp16 needs a GPU, but no GPU was found; use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"{flag} bf16: this GPU cannot compute in bf16; use fp16 or fp32")
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise ValueError(f"{flag} tf32 needs a GPU of the Ampere generation (A100) or later; use fp32")
+
+
+def set_matmul_precision(precision: str) -> None:
+    """For all fp32 matrix products of this process: their inputs are rounded to 10 bits of mantissa only with tf32.
+
+    Exact search reads this setting and bounds its errors by it: it is set through this one interface.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Compute matrix products inside the block in this precision; the weights stay fp32."""
-    if precision == "fp32":
+    if precision not in _DTYPES:
         return contextlib.nullcontext()
     return torch.autocast(device.type, _DTYPES[precision])
 
 
 def compute_dtype(precision: str) -> torch.dtype | None:
-    """The dtype of matrix products in this precision; None for fp32, which is that of the weights."""
-    return None if precision == "fp32" else _DTYPES[precision]
+    """The dtype of matrix products in this precision; None for fp32 and tf32: that of the weights."""
+    return _DTYPES.get(precision)
 
 
 def embedder_precision(device: torch.device, asked: str | None) -> str:
