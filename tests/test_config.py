@@ -9,6 +9,7 @@ import pytest
 
 import finetune_qa
 from atlas.config import SECTIONS, parse_config, refresh_schedule
+from atlas.training.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,7 +149,6 @@ FINETUNE_QA = {
     "n_context": 40,
     "retriever_n_context": 40,
     "warmup_steps": 5,
-    "eval_freq": 10,
     "log_freq": 5,
 }
 
@@ -196,8 +196,27 @@ def test_preset_of_finetune_qa(files):
     config = parse_config(words(files, total_steps=31), program="finetune_qa", **finetune_qa.PRESET)
     values = {key: value for name in SECTIONS for key, value in vars(getattr(config, name)).items()}
     assert {name: values[name] for name in FINETUNE_QA} == FINETUNE_QA
-    assert config.run.save_freq == 30
-    assert finetune_qa.PRESET.keys() == FINETUNE_QA.keys() | {"save_freq"}
+    assert finetune_qa.PRESET.keys() == FINETUNE_QA.keys() | {"save_freq", "eval_freq"}
+
+
+@pytest.mark.parametrize("total", [*range(11, 60), 91, 181, 361, 2521])
+def test_the_preset_neither_evaluates_nor_saves_one_step_before_the_end(files, total):
+    config = parse_config(words(files, total_steps=total), program="finetune_qa", **finetune_qa.PRESET)
+    plan = Plan.of(config)
+    steps = range(1, total + 1)
+    assert [step for step in steps if plan.saves_after(step)] == [total]
+    evaluated = [step for step in steps if plan.evaluates_after(step)]
+    assert evaluated[-1] == total and total - 1 not in evaluated and len(evaluated) >= max(2, total // 11)
+    line = words(files, total_steps=total, eval_freq=total - 1, save_freq=total - 1)  # the user's own are obeyed
+    plan = Plan.of(parse_config(line, program="finetune_qa", **finetune_qa.PRESET))
+    assert [step for step in steps if plan.saves_after(step) and plan.evaluates_after(step)] == [total - 1, total]
+
+
+def test_help_says_what_a_preset_computes(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], program="finetune_qa", **finetune_qa.PRESET)
+    shown = capsys.readouterr().out
+    assert "steps between checkpoints (once, at the end)" in shown
 
 
 def test_the_command_line_overrides_the_preset(files):
@@ -319,7 +338,7 @@ REFUSED = [
     ),
     ("finetune_qa", {"total_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
     ("finetune_qa", {"total_steps": 9}, "--eval_freq 10 must be below --total_steps 9"),
-    ("finetune_qa", {"total_steps": 31, "save_freq": 31}, "--save_freq 31 must be below --total_steps 31"),
+    ("finetune_qa", {"total_steps": 31, "save_freq": 32}, "--save_freq 32 must not be above --total_steps 31"),
     ("train", {"no_such_flag": 1}, "unrecognized arguments: --no_such_flag 1"),
 ]
 

@@ -251,7 +251,7 @@ def test_the_preset_trains_query_side_and_writes(tmp_path):
         write_results=None,
     )
     assert {"dev-step-10.jsonl", "dev-step-12.jsonl"} <= {path.name for path in directory.iterdir()}
-    assert sorted(p.name for p in (directory / "checkpoint").iterdir()) == ["latest", "step-11", "step-12"]
+    assert sorted(p.name for p in (directory / "checkpoint").iterdir()) == ["latest", "step-12"]
 
 
 def test_models_load_from_a_local_directory_by_any_path(tmp_path, monkeypatch):

@@ -242,7 +242,8 @@ def parse_config(
     Args:
         arguments: the words after the script's name; None takes them from the process.
         program: "train", "evaluate" or "finetune_qa": which files are needed, which checks apply.
-        preset: other defaults, which the command line overrides; a function gets the parsed options.
+        preset: other defaults, which the command line overrides; a function gets the parsed options, and its docstring
+            says in `--help` what it gives.
 
     Raises:
         SystemExit: with status 2 and one sentence on standard error when a flag is wrong, before anything is loaded.
@@ -326,17 +327,18 @@ def _make_parser(program: str, preset: dict[str, Any]) -> argparse.ArgumentParse
         types = get_type_hints(section)
         for field in dataclasses.fields(section):
             unknown.discard(field.name)
-            default = preset.get(field.name, field.default)
-            default = None if callable(default) else default
-            _add_flag(group, field, types[field.name], default)
+            default, text = preset.get(field.name, field.default), field.metadata["help"]
+            if callable(default):
+                default, text = None, f"{text} ({default.__doc__})"
+            _add_flag(group, field, types[field.name], default, text)
     assert not unknown, f"no such flags to preset: {unknown}"
     return parser
 
 
-def _add_flag(group: Any, field: dataclasses.Field, kind: Any, default: Any) -> None:
+def _add_flag(group: Any, field: dataclasses.Field, kind: Any, default: Any, text: str) -> None:
     if get_origin(kind) in (Union, UnionType):  # int | None
         kind = next(part for part in get_args(kind) if part is not type(None))
-    common = {"default": default, "help": field.metadata["help"]}
+    common = {"default": default, "help": text}
     if kind is bool:
         group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **common)
     elif get_origin(kind) is tuple:
@@ -442,13 +444,13 @@ def _check_tasks(tasks: Tasks) -> None:
 def _check_few_steps(config: Config) -> None:
     """Few-shot runs are short: a save or an evaluation that never comes is a mistake there."""
     total = config.optimisation.total_steps
-    for name, value in (
-        ("warmup_steps", config.optimisation.warmup_steps),
-        ("save_freq", config.run.save_freq),
-        ("eval_freq", config.run.eval_freq),
+    for name, value, least in (
+        ("warmup_steps", config.optimisation.warmup_steps, 1),
+        ("save_freq", config.run.save_freq, 0),  # the preset saves at the end
+        ("eval_freq", config.run.eval_freq, 1),
     ):
-        if value >= total:
-            raise ValueError(f"--{name} {value} must be below --total_steps {total}")
+        if value > total - least:
+            raise ValueError(f"--{name} {value} must {'be below' if least else 'not be above'} --total_steps {total}")
 
 
 def _check_format(name: str, text: Any, fields: str) -> None:
