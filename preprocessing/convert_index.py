@@ -15,7 +15,7 @@ both. A compressed index shares the files of the flat one that it is made of whe
 
 Row i of a .faiss file, from 0, is line i of the index's passages.*.jsonl (blank lines are not counted). A flat
 index becomes an IndexScalarQuantizer of fp16 numbers: the values of an IndexFlatIP in half the bytes. Of an
-index with lists all are searched, unless its nprobe is set. An export takes as much memory as the file is
+index with lists Faiss searches all, unless its nprobe is set. An export takes as much memory as the file is
 long; all else takes that of one shard, or 4 bytes a number of the rows that the quantizer is trained on.
 """
 

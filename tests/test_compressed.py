@@ -308,10 +308,15 @@ def test_an_index_holds_little_more_than_its_codes(most):
     assert all(0.98 < found[factory] < most[factory] for factory in most), found
 
 
-def test_explanation_of_nprobe():
-    assert "--faiss_nprobe 31 would compare about 1/32" in compressed.explain_nprobe(1000, None)
-    for arguments in ((1000, 1000), (0, None), (1, None)):
-        assert compressed.explain_nprobe(*arguments) is None
+@pytest.mark.parametrize(
+    ("lists", "nprobe", "probes"),
+    [(0, None, 0), (1, None, 1), (14, None, 14), (100, None, 16), (512, None, 16), (6400, None, 200)]
+    + [(100, 3, 3), (100, 100, 100), (100, 1000, 100)],
+)
+def test_lists_that_a_query_looks_into(lists, nprobe, probes):
+    assert Compression(nprobe=nprobe).probes(lists) == probes
+    explanation = compressed.explain_probes(lists, probes)
+    assert explanation is None if probes == lists else f"{probes} of the index's {lists} lists" in explanation
 
 
 # What is asked for

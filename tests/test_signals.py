@@ -151,11 +151,15 @@ def test_gold_scores_equal_the_formula(reader, tokenizers, mode, b, k, prompt):
 
 
 @torch.no_grad()
-def test_leaving_out_some_at_a_time(reader, tokenizers, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "limit"), [("loop", "LEFT_OUT_AT_ONCE"), ("pdist", "SCORED_AT_ONCE"), ("emdr", "SCORED_AT_ONCE")]
+)
+def test_some_passages_at_a_time(reader, tokenizers, monkeypatch, mode, limit):
     reading = Case(reader, tokenizers, 3, 7, ragged=True).reading()
-    at_once = MODES["loop"].signal(reading)
-    monkeypatch.setattr(signals, "LEFT_OUT_AT_ONCE", 3)
-    assert torch.allclose(MODES["loop"].signal(reading), at_once, atol=1e-5)
+    at_once, calls, logits = MODES[mode].signal(reading), [], reader.logits
+    monkeypatch.setattr(signals, limit, 3)
+    monkeypatch.setattr(reader, "logits", lambda *a, **k: calls.append(1) or logits(*a, **k))
+    assert torch.allclose(MODES[mode].signal(reading), at_once, atol=1e-5) and len(calls) == 3
 
 
 @torch.no_grad()

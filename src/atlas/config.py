@@ -91,7 +91,9 @@ class Index:
     save_index_path: str | None = flag(None, "save the index here after every build")
     save_index_n_shards: int = flag(128, "accepted for compatibility: our format has no shards", least=1)
     faiss_nlist: int | None = flag(None, "lists of an ivf index (square root of the number of passages)", least=1)
-    faiss_nprobe: int | None = flag(None, "lists searched per query (all)", least=1)
+    faiss_nprobe: int | None = flag(
+        None, "lists of an ivf index searched per query (1 in 32, at least 16; --faiss_nlist or more: all)", least=1
+    )
     faiss_train_size: int | None = flag(None, "rows the quantizer is trained on (256 per centroid)", least=1)
     faiss_retrain: bool = flag(False, "train the quantizer again at every refresh")
     refine_factor: int = flag(

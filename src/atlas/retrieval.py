@@ -46,8 +46,17 @@ class Found(NamedTuple):
         return Found(passages, self.ids.gather(1, order), self.scores.gather(1, order))
 
 
+class _Window(NamedTuple):
+    """Padded batches of the passages of a window, one after the other, so that all go to the device in one copy."""
+
+    shapes: list[tuple[int, int]]  # (n, L) of each batch
+    ids: np.ndarray  # int32, the n·L token ids of each batch
+    lengths: np.ndarray  # int32, tokens of each passage
+    places: np.ndarray  # int64, where in the window each passage is
+
+
 class _Windows(Dataset):
-    """Batches of tokenized passages, window by window: item i is a list of (rows, lists of token ids)."""
+    """Tokenized passages, window by window."""
 
     def __init__(self, passages: JsonlCorpus, rows: range, inputs: Inputs, max_tokens: int) -> None:
         self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
@@ -56,13 +65,17 @@ class _Windows(Dataset):
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
 
-    def __getitem__(self, i: int) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    def __getitem__(self, i: int) -> _Window:
         rows = self.rows[i * self.size : (i + 1) * self.size]
         tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop])
-        return [
-            (np.asarray([rows[j] for j in batch]), [np.asarray(tokens[j], np.int32) for j in batch])
-            for batch in batches_by_length([len(t) for t in tokens], self.max_tokens)
-        ]
+        lengths = np.array([len(row) for row in tokens], np.int32)
+        batches = list(batches_by_length(lengths.tolist(), self.max_tokens))
+        pad_id, multiple = self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple
+        padded = [pad_rows([tokens[place] for place in batch], pad_id, multiple)[0].int().numpy() for batch in batches]
+        places = np.concatenate(batches)
+        return _Window(
+            [ids.shape for ids in padded], np.concatenate([ids.ravel() for ids in padded]), lengths[places], places
+        )
 
 
 def _as_it_is(item: Any) -> Any:
@@ -196,7 +209,7 @@ class Retrieval:
         was_training, error = self.retriever.training, None
         self.retriever.eval()
         try:
-            self._embed(builder.rows, builder.add)
+            self._embed_rows(builder.rows, builder.add)
         except ValueError as not_finite:
             error = not_finite
         self.retriever.train(was_training)
@@ -231,7 +244,7 @@ class Retrieval:
         else:
             log.info("--save_index_path: a loaded index is saved only when it is built again")
 
-    def _embed(self, rows: range, store: Callable[[int, torch.Tensor], None]) -> None:
+    def _embed_rows(self, rows: range, store: Callable[[int, torch.Tensor], None]) -> None:
         """Give the rows' embeddings to `store`, window by window: `store(first row of the window, (n, D) fp16)`.
 
         Ranks may have different numbers of batches: nothing here waits for another rank.
@@ -249,24 +262,36 @@ class Retrieval:
         share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
         log.info("Embedding %d passages%s", len(rows), share)
         started = time.monotonic()
-        window = torch.empty(min(windows.size, len(rows)), self.retriever.dim, dtype=torch.float16, device=self.device)
         with progress_bar("embedding", len(rows), "passages") as bar:
-            for number, batches in enumerate(loader):
-                first = number * windows.size
-                for batch_rows, tokens in batches:
-                    places = torch.from_numpy(batch_rows - rows.start - first).to(self.device)
-                    window[places] = self._embed_batch(tokens).to(torch.float16)
-                    bar.update(len(tokens))
-                store(first, window[: len(rows) - first])
+            for number, window in enumerate(loader):
+                store(number * windows.size, self._embed_window(window, bar.update))
         devices.synchronize(self.device)
         seconds = time.monotonic() - started
         log.info("Embedded %d passages%s in %.1f s: %.0f a second", len(rows), share, seconds, len(rows) / seconds)
 
-    def _embed_batch(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Embeddings of tokenized passages by the current passage encoder, (n, D)."""
-        ids, mask = pad_rows(tokens, self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple)
+    def _embed_window(self, window: _Window, embedded: Callable[[int], object]) -> torch.Tensor:
+        """Embeddings of a window's passages in their order, (n, D) fp16. Does not wait for the device."""
+        ids, lengths, places = (
+            devices.move(torch.from_numpy(array), self.device) for array in (window.ids, window.lengths, window.places)
+        )
+        parts = []
+        batches = zip(
+            window.shapes,
+            ids.split([n * longest for n, longest in window.shapes]),
+            lengths.split([n for n, _ in window.shapes]),
+            strict=True,
+        )
+        for (n, longest), of_batch, tokens in batches:
+            mask = torch.arange(longest, device=self.device) < tokens[:, None]  # (n, L)
+            parts.append(self._embed(of_batch.view(n, longest), mask).to(torch.float16))
+            embedded(n)
+        embeddings = torch.empty(len(places), self.retriever.dim, dtype=torch.float16, device=self.device)
+        return embeddings.index_copy_(0, places, torch.cat(parts))
+
+    def _embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (n, L), (n, L) -> (n, D)
+        """Embeddings of passages by the current passage encoder."""
         with devices.autocast(self.device, self.embedder_precision):
-            return self.retriever.embed_passages(ids.to(self.device), mask.to(self.device))
+            return self.retriever.embed_passages(ids, mask)
 
     @torch.no_grad()
     def search(self, queries: list[str], k: int, exclude: Sequence[str | int | None] | None = None) -> Found:
@@ -316,8 +341,11 @@ class Retrieval:
         """Scores by the current passage encoder, (B, K)."""
         tokens = self.inputs.passage_tokens([passage for of_query in found.passages for passage in of_query])
         vectors = torch.zeros(len(tokens), self.retriever.dim, device=self.device)
+        pad_id, multiple = self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple
         for rows in batches_by_length([len(row) for row in tokens], self.max_tokens):
-            vectors[torch.tensor(rows, device=self.device)] = self._embed_batch([tokens[row] for row in rows]).float()
+            batch = pad_rows([tokens[row] for row in rows], pad_id, multiple)
+            ids, mask, places = (devices.move(tensor, self.device) for tensor in (*batch, torch.tensor(rows)))
+            vectors.index_copy_(0, places, self._embed(ids, mask).float())
         return torch.einsum("bd,bkd->bk", queries, vectors.view(len(queries), -1, vectors.shape[-1]))
 
 

@@ -10,7 +10,7 @@ import torch
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.arrays import WRITE_BYTES
 from atlas.index.codec import Codec, Compression, all_cores, train, training_rows
-from atlas.index.compressed import CompressedIndex, explain_nprobe
+from atlas.index.compressed import CompressedIndex, explain_probes
 from atlas.index.flat import FlatIndex, measure_largest_norm
 from atlas.index.sharded import ShardedIndex, Stored
 from atlas.runtime import distributed
@@ -155,11 +155,11 @@ def index_of_codes(
             codec,
             codes,
             largest_norm=max(distributed.gather_objects(largest_norm)),
-            nprobe=compression.nprobe,
+            nprobe=compression.probes(codec.lists),
             device=device,
         )
     distributed.wait_for_all("filling the index")
-    if explanation := explain_nprobe(codec.lists, compression.nprobe):
+    if explanation := explain_probes(codec.lists, compression.probes(codec.lists)):
         log.info(explanation)
     return ShardedIndex(passages, embeddings, local, refine_factor=compression.refine_factor, stored=stored)
 

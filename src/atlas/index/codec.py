@@ -28,6 +28,7 @@ KINDS = {"ivfflat": "IVF{lists},Flat", "ivfsq": "IVF{lists},SQ4", "ivfpq": "IVF{
 FLAT = ("flat", "Flat")  # exact search
 _BLOCK_ROWS = 1024  # encoded at a time
 _ROWS_PER_CENTROID = 256
+_PROBED_SHARE, _FEWEST_PROBED = 32, 16  # of the lists, one in so many is searched by default, but never fewer than 16
 _ENCODERS = ("IndexPQ", "IndexScalarQuantizer", "IndexIVFPQ", "IndexIVFScalarQuantizer")
 _EXACT_LISTS = re.compile(r"(.*IVF\d+),Flat")
 _FAST_SCAN = re.compile(r"(.*PQ\d+x4)fs")
@@ -40,7 +41,7 @@ class Compression:
     kind: str | None = None  # flat, a key of KINDS or a Faiss factory string; None: whatever is there
     code_size: int | None = None  # bytes per passage of pq and ivfpq
     nlist: int | None = None  # lists of an ivf index; by default floor(sqrt(N))
-    nprobe: int | None = None  # lists searched per query; by default all
+    nprobe: int | None = None  # lists searched per query; by default 1 in 32, but at least 16
     train_size: int | None = None  # rows the quantizer is trained on; by default 256 per centroid
     seed: int = 0  # of the sample it is trained on
     refine_factor: int = 1  # this many times k candidates are scored again with their embeddings
@@ -69,6 +70,10 @@ class Compression:
             text = KINDS[self.kind].format(lists=max(1, lists), bytes=self.code_size)
         make_empty(text, dimension)
         return text
+
+    def probes(self, lists: int) -> int:
+        """How many of an index's lists a query looks into."""
+        return min(self.nprobe or max(_FEWEST_PROBED, lists // _PROBED_SHARE), lists)
 
 
 def check_code_size(kind: str, code_size: int | None, dimension: int) -> None:

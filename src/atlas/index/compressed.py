@@ -188,12 +188,11 @@ def _copy_to_gpu(index: "faiss.IndexIVF", device: torch.device) -> "faiss.Index 
         return None
 
 
-def explain_nprobe(lists: int, nprobe: int | None) -> str | None:
-    """What fewer lists per query would save, for the log; None where that was chosen already."""
-    few = max(1, lists // 32)
-    if nprobe is not None or few == lists or not lists:
+def explain_probes(lists: int, probes: int) -> str | None:
+    """What share of an index with lists a query looks into, for the log; None where it is everything."""
+    if probes >= lists:
         return None
     return (
-        f"All {lists} lists of the index are searched; --faiss_nprobe {few} would compare about 1/{lists // few} of "
-        "the passages, and miss some of the best"
+        f"A query looks into {probes} of the index's {lists} lists, about 1/{lists / probes:.0f} of the passages: more "
+        f"(--faiss_nprobe, up to {lists}) are slower and miss fewer of the best"
     )

@@ -17,7 +17,7 @@ from atlas.index import directory as files
 from atlas.index.arrays import Array, as_tensor, fp16_parts, map_rows, write_array
 from atlas.index.build import compress, copy_to
 from atlas.index.codec import FLAT, Codec, Compression
-from atlas.index.compressed import CompressedIndex, explain_nprobe
+from atlas.index.compressed import CompressedIndex, explain_probes
 from atlas.index.directory import Description, Passages, Segment
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import is_verbatim, open_passages, saved_lines, titles_joined
@@ -165,7 +165,7 @@ def open_index(
         return compress(flat, compression, device=device)
     if isinstance(local, CompressedIndex):
         log.info("%s is a compressed index: %s, %d bytes a passage", place, description.type, local.codec.code_size)
-        if explanation := explain_nprobe(local.codec.lists, compression.nprobe):
+        if explanation := explain_probes(local.codec.lists, compression.probes(local.codec.lists)):
             log.info(explanation)
     return ShardedIndex(passages, embeddings, local, refine_factor=compression.refine_factor, stored=stored)
 
@@ -207,7 +207,7 @@ def _open_rows(
         codes, array = map_codes(place, description, rows), description.segment.codes
         try:
             local = CompressedIndex(
-                codec, codes, largest_norm=array.largest_norm, nprobe=compression.nprobe, device=device
+                codec, codes, largest_norm=array.largest_norm, nprobe=compression.probes(codec.lists), device=device
             )
         except ValueError as error:
             raise ValueError(f"{place / array.file}: {error}; build the index anew") from error

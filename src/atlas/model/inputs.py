@@ -120,4 +120,4 @@ class Inputs:
 
     def _pad(self, rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = pad_rows(rows, pad_id, self.pad_multiple)
-        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
+        return device_choices.move(ids, self.device), device_choices.move(mask, self.device)

@@ -19,6 +19,8 @@ from atlas.model.reader import FusionInDecoder, token_log_probabilities
 # projections of keys and values. It must not depend on the data: where weights are sharded, all ranks must call the
 # decoder equally often.
 LEFT_OUT_AT_ONCE = 10
+# The same for the passages of a query that are scored one by one: what they take is mostly logits, (B, n, T, V).
+SCORED_AT_ONCE = 10
 PUBLISHED_SCALE = 256  # the published attention scores are divided by it, and temperatures are tuned to that
 
 
@@ -46,12 +48,15 @@ def token_log_likelihoods(reading: Reading, temperature: float) -> torch.Tensor:
     Returns:
         (B, K, T), 0 where the label is -100.
     """
-    hidden, mask, targets = reading.hidden, reading.mask, reading.targets
-    k = hidden.shape[1]
-    labels = targets.labels.repeat_interleave(k, dim=0)  # (B·K, T)
-    decoder_ids = targets.decoder_ids.repeat_interleave(k, dim=0)
-    logits = reading.reader.logits(hidden.flatten(0, 1), mask.flatten(0, 1), decoder_ids)  # (B·K, T, V)
-    return token_log_probabilities(logits.float().div_(temperature), labels).unflatten(0, (-1, k))
+    targets, found = reading.targets, []
+    passages = zip(reading.hidden.split(SCORED_AT_ONCE, dim=1), reading.mask.split(SCORED_AT_ONCE, dim=1), strict=True)
+    for hidden, mask in passages:  # (B, n, L, d), (B, n, L)
+        n = hidden.shape[1]
+        labels = targets.labels.repeat_interleave(n, dim=0)  # (B·n, T)
+        decoder_ids = targets.decoder_ids.repeat_interleave(n, dim=0)
+        logits = reading.reader.logits(hidden.flatten(0, 1), mask.flatten(0, 1), decoder_ids)  # (B·n, T, V)
+        found.append(token_log_probabilities(logits.float().div_(temperature), labels).unflatten(0, (-1, n)))
+    return torch.cat(found, dim=1)
 
 
 def perplexity(reading: Reading) -> torch.Tensor:
