@@ -50,6 +50,25 @@ def one_by_one():
         return torch.cat([plain.retriever.embed_passages(*plain.inputs.passages([p])) for p in plain.passages]).half()
 
 
+@pytest.mark.parametrize("windows_at_fault", [[0], [2, 3], [9]])
+def test_a_window_that_cannot_be_stored_ends_the_build(monkeypatch, windows_at_fault):
+    """Windows are stored by another thread: its first error arrives, and little is embedded after it."""
+    monkeypatch.setattr(retrieval, "WINDOW", 30)
+    monkeypatch.setattr("atlas.runtime.device.tokenizer_processes", lambda ranks: 0)
+    broken, asked = make(world()), []  # 300 passages, 10 windows
+    embed_window = broken._embed_window
+
+    def at_fault(window, embedded):
+        asked.append(len(asked))
+        return embed_window(window, embedded).fill_(float("nan") if asked[-1] in windows_at_fault else 1.0)
+
+    monkeypatch.setattr(broken, "_embed_window", at_fault)
+    first = 30 * windows_at_fault[0]
+    with pytest.raises(ValueError, match=f"the embedding of passage {first} is not finite"):
+        broken.build()
+    assert broken.index is None and len(asked) <= windows_at_fault[0] + retrieval.MOST_WAITING + 1
+
+
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
 def test_batches_change_nothing(one_by_one, max_tokens):
     fast = make(world(), max_tokens)

@@ -1,7 +1,9 @@
 """The text half: embed the corpus, search it for queries, return passages. No gradient anywhere."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -28,6 +30,7 @@ from atlas.runtime.session import Session
 from atlas.runtime.tracking import log, progress_bar, read_shares
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
+MOST_WAITING = 2  # windows that are embedded and not yet stored
 
 
 class Found(NamedTuple):
@@ -262,9 +265,16 @@ class Retrieval:
         share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
         log.info("Embedding %d passages%s", len(rows), share)
         started = time.monotonic()
-        with progress_bar("embedding", len(rows), "passages") as bar:
+        stored: deque[Future] = deque()
+        # Another thread stores, because encoding a window can take as long as embedding the next one.
+        with progress_bar("embedding", len(rows), "passages") as bar, ThreadPoolExecutor(1) as thread:
             for number, window in enumerate(loader):
-                store(number * windows.size, self._embed_window(window, bar.update))
+                embeddings = self._embed_window(window, bar.update)
+                stored.append(thread.submit(store, number * windows.size, embeddings))
+                if len(stored) > MOST_WAITING:
+                    stored.popleft().result()
+            for last in stored:
+                last.result()
         devices.synchronize(self.device)
         seconds = time.monotonic() - started
         log.info("Embedded %d passages%s in %.1f s: %.0f a second", len(rows), share, seconds, len(rows) / seconds)
