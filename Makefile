@@ -3,7 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all gpu-check lint format clean
+.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all test-range test-oldest test-newest \
+	gpu-check lint format clean
+.SECONDARY:
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -38,6 +40,18 @@ test-slow: $(READY) ## the tests that take long, and variants of quick ones
 
 test-all: $(READY) ## all tests
 	$(PYTEST)
+
+# The newest versions are those that were tried; newer ones may work.
+.venv-%/.ready: pyproject.toml requirements-%.txt
+	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-e '.[faiss,tracking,preparation,wikipedia,dev]' -r requirements-$*.txt
+	@touch $@
+
+test-oldest test-newest: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
+
+test-range: test-oldest test-newest ## the quick tests with the oldest and the newest torch and transformers (two installations)
 
 gpu-check: $(READY) ## is everything right on this GPU, and as fast as it allows? A table; on a CPU its short form
 	$(BIN)/python -m benchmarks.gpu_check

@@ -57,6 +57,17 @@ def test_every_pin_lies_in_its_range_and_nothing_else_is_pinned(file, ranges):
         assert allowed[name].contains(version), f"{file} pins {name} {version}, pyproject.toml wants {allowed[name]}"
 
 
+def test_both_ends_of_the_ranges_are_tested():
+    """`make test-range` installs the oldest and the newest versions: those that the ranges begin and end with."""
+    ranges = {requirement.name: requirement.specifier for requirement in map(Requirement, PROJECT["dependencies"])}
+    oldest, newest = (dict(pins(f"requirements-{end}.txt")) for end in ("oldest", "newest"))
+    assert {name for name, _ in oldest} == {name for name, _ in newest} == {"torch", "transformers"}
+    for (name, marker), version in oldest.items():
+        major, minor = map(int, newest[name, marker].split(".")[:2])
+        bounds = {f">={version.removesuffix('.0')}", f"<{major}.{minor + 1}"}
+        assert {str(specifier) for specifier in ranges[name]} == bounds
+
+
 def test_the_pins_install_the_checkout_too():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert "-e ." in lines and "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text().splitlines()
