@@ -41,7 +41,7 @@ test-slow: $(READY) ## the tests that take long, and variants of quick ones
 test-all: $(READY) ## all tests
 	$(PYTEST)
 
-# The newest versions are those that were tried; newer ones may work.
+# The newest versions are the newest that the tests were run with.
 .venv-%/.ready: pyproject.toml requirements-%.txt
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
