@@ -167,3 +167,9 @@ def logged(directory: Path, statistic: str) -> list[float]:
     return [
         float(part.split(": ")[1]) for line in lines for part in line.split(" | ") if part.startswith(f"{statistic}: ")
     ]
+
+
+def is_checkpointing(model: torch.nn.Module) -> bool:
+    """Whether a model of transformers computes activations again: the newest calls it otherwise than the oldest."""
+    newest = getattr(model, "is_activation_checkpointing", None)
+    return model.is_gradient_checkpointing if newest is None else newest

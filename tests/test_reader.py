@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from atlas.model.pretrained import checkpoint_activations
 from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state, token_log_probabilities
+from tests.kit import is_checkpointing
 from tests.parity import parity_kit
 
 VOCABULARY = 90
@@ -382,7 +383,7 @@ def test_attention_dropout_acts(pair):
 
 def test_checkpointing_is_asked_for(tmp_path):
     reader = load_reader(save(stock_t5("v1.1"), tmp_path), dropout=None, gradient_checkpointing=True)
-    assert reader.is_activation_checkpointing
+    assert is_checkpointing(reader)
 
 
 def test_published_checkpoint_keeps_its_embeddings_apart():
