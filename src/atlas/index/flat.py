@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from atlas.runtime import device as device_choices
 
 _EMBEDDING_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Relative rounding of the inputs of an fp32 matrix product, by torch.get_float32_matmul_precision(): none, TF32, bf16.
-_INPUT_ROUNDING = {"highest": 0.0, "high": 2.0**-11, "medium": 2.0**-8}
+# Relative error of the inputs of an fp32 matrix product, by torch.get_float32_matmul_precision(): none, TF32 (which may
+# cut off what does not fit), bf16.
+_INPUT_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-8}
 _MOST_SCORES = 2**24  # scores held at a time, whatever the number of queries
 _FEWEST_SCORES = 2**16  # below, a chunk's fixed cost is more than that of its products
 _TILE = 64  # neighbouring scores that are compared by their largest first
