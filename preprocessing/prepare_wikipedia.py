@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("dumps", type=Path, nargs="+", metavar="DUMP", help="pages-articles.xml or .xml.bz2")
     parser.add_argument("--output_directory", type=Path, required=True)
     add_words_flag(parser)
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--processes", type=at_least(1, int), default=cores, help=f"default: all {cores} cores")
     parser.add_argument("--max_pages", type=at_least(1, int), help="stop after this many pages, for a first look")
     arguments = parser.parse_args()

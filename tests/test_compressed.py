@@ -496,6 +496,17 @@ def test_the_limits_of_a_gpu_are_told(told, monkeypatch):
     assert "The CPU searches the index: Faiss has no fast scan for a GPU" in told.text
 
 
+@pytest.mark.skipif(not hasattr(faiss, "GpuClonerOptions"), reason="a Faiss without GPUs")
+@pytest.mark.parametrize(("kind", "in_fp16"), [("IVF4,PQ48", False), ("IVF4,PQ96", True), ("IVF4,SQ8", False)])
+def test_tables_that_a_gpu_has_no_room_for_in_fp32_are_in_fp16(told, monkeypatch, kind, in_fp16):
+    told.set_level("INFO")
+    index = faiss.index_factory(96, kind, faiss.METRIC_INNER_PRODUCT)
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: None)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda resources, number, index, options: options.useFloat16)
+    assert compressed._copy_to_gpu(index, CUDA) == in_fp16
+    assert ("in fp16 only" in told.text) == in_fp16
+
+
 # Without Faiss
 
 

@@ -16,6 +16,7 @@ from atlas.runtime.tracking import log
 _MANY_QUERIES = 6  # from which on torch searches product quantizer codes faster than Faiss, on a CPU
 _MORE_LISTS = 16  # compared beyond nprobe: usually enough to see that no other list can be among the nearest
 _MOST_ON_GPU = 2048  # Faiss's limit of nprobe and k
+_SHARED_MEMORY = 48 * 1024  # bytes that Faiss uses of a GPU's, for the look-up tables of a product quantizer
 
 
 class CompressedIndex:
@@ -182,7 +183,11 @@ def _why_not_on_gpu(codec: Codec, nprobe: int) -> str | None:
 def _copy_to_gpu(index: "faiss.IndexIVF", device: torch.device) -> "faiss.Index | None":
     """Faiss's copy of an inverted file on the GPU, or None where it cannot make one, with the reason in the log."""
     try:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
+        options, pq = faiss.GpuClonerOptions(), getattr(index, "pq", None)
+        if pq is not None and 4 * pq.M * pq.ksub > _SHARED_MEMORY:
+            options.useFloat16 = True
+            log.info("The look-up tables of %d bytes a passage fit a GPU in fp16 only: scores are rounded to that", pq.M)
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index, options)
     except (RuntimeError, AttributeError) as error:  # a code size it does not know, no memory; a Faiss without GPUs
         log.warning("Faiss cannot put the index on the GPU, the CPU searches it: %s", " ".join(str(error).split()))
         return None
