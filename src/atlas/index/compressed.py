@@ -186,7 +186,7 @@ def _copy_to_gpu(index: "faiss.IndexIVF", device: torch.device) -> "faiss.Index 
         options, pq = faiss.GpuClonerOptions(), getattr(index, "pq", None)
         if pq is not None and 4 * pq.M * pq.ksub > _SHARED_MEMORY:
             options.useFloat16 = True
-            log.info("The look-up tables of %d bytes a passage fit a GPU in fp16 only: scores are rounded to that", pq.M)
+            log.info("Look-up tables of %d bytes a passage fit a GPU in fp16 only: scores are rounded to it", pq.M)
         return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index, options)
     except (RuntimeError, AttributeError) as error:  # a code size it does not know, no memory; a Faiss without GPUs
         log.warning("Faiss cannot put the index on the GPU, the CPU searches it: %s", " ".join(str(error).split()))
