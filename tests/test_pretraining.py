@@ -43,9 +43,11 @@ EMPTY = {2, 3, 5, 12, 13, 14, 15}
 @pytest.mark.parametrize(
     ("task", "ranks", "flags"),
     [
-        ("mlm", 3, QUERY_SIDE | {"retrieve_with_rerank": True, "n_to_rerank_with_retrieve_with_rerank": 8}),
         pytest.param("mlm", 2, TIED, marks=pytest.mark.slow),
-        pytest.param("lm", 2, QUERY_SIDE | {"max_lm_context_ratio": 0.8}, marks=pytest.mark.slow),
+        ("mlm", 3, QUERY_SIDE | {"retrieve_with_rerank": True, "n_to_rerank_with_retrieve_with_rerank": 8}),
+        pytest.param(
+            "lm", 2, QUERY_SIDE | {"min_lm_context_ratio": 0.2, "max_lm_context_ratio": 0.8}, marks=pytest.mark.slow
+        ),
         ("section", 3, TIED | {"shuffle": True, "refresh_index": 2}),
         ("section", 2, {}),
     ],
