@@ -24,7 +24,7 @@ demo-pretrain: $(READY) ## pretrain these tiny models from scratch (half an hour
 	$(BIN)/python -m example_scripts.demo_pretrain $(DEMO_FLAGS)
 
 # Three files at a time, because tests that start programs wait a lot; a file shares what takes long to make.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: $(READY)   ## run the quick tests
 	$(PYTEST) -m "not slow"
@@ -49,7 +49,7 @@ test-all: $(READY) ## all tests
 	@touch $@
 
 test-oldest test-newest: test-%: .venv-%/.ready
-	.venv-$*/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
+	.venv-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-range: test-oldest test-newest ## the quick tests with the oldest and the newest torch and transformers (two installations)
 

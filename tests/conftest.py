@@ -33,6 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="record tests/trajectories again instead of comparing")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first: they take longest, and the others fill what is left of the time."""
+    longest = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in longest)
+
+
 def pytest_collection_finish() -> None:
     """What the imports left is there for ever: runs, which collect garbage at their end, need not look through it."""
     gc.collect()

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from atlas.config import Tasks, parse_config
@@ -18,6 +19,11 @@ from train import train
 
 SYLLABLES = ["ba", "ko", "ri", "nu", "sel", "tam", "vor", "eth", "lin", "gra", "dus", "mon", "pel", "zor", "qua", "fim"]
 PLACES = ("river", "bird", "founder", "trade", "month")
+
+
+def slow(*values: Any) -> Any:
+    """A case of `parametrize` that only `make test-slow` runs, because quick cases prove most of the same."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def _name(rng: random.Random) -> str:

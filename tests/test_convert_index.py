@@ -228,6 +228,7 @@ def test_a_conversion_killed_again_and_again_gets_there(tmp_path):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_the_script_killed_goes_on(tmp_path):
     source, output = tmp_path / "published", tmp_path / "ours"
     publish(source, sizes=(5,) * 300)
@@ -500,6 +501,7 @@ def test_a_published_index_becomes_a_compressed_one(tmp_path, codes_only):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_compressing_a_published_index_killed_at_any_step_goes_on_to_the_same_files(tmp_path, monkeypatch):
     source = tmp_path / "published"
     embeddings, _ = publish(source, sizes=(40,))

@@ -9,7 +9,7 @@ import torch
 
 from atlas.index.store import open_index
 from atlas.retrieval import Retrieval
-from tests.kit import logged, read_jsonl, run, run_on, world
+from tests.kit import logged, read_jsonl, run, run_on, slow, world
 from tests.ranks import scratch_directory
 from tests.test_retrieval import make
 
@@ -75,11 +75,11 @@ def test_a_flat_index_is_loaded_compressed_and_kept(home, tmp_path, world_size):
     [
         ("flat", {}),
         ("ivfflat", {"faiss_nlist": 5}),
-        ("ivfflat", {"faiss_nlist": 17, "faiss_nprobe": 1000}),
+        slow("ivfflat", {"faiss_nlist": 17, "faiss_nprobe": 1000}),
         ("ivfsq", {"faiss_nprobe": 3}),
         ("ivfpq", {"faiss_code_size": 8, "faiss_train_size": 100}),
-        ("RR,PQ8", {}),
-        ("PQ8x4", {}),
+        slow("RR,PQ8", {}),
+        slow("PQ8x4", {}),
         ("PQ16x4fs", {}),
         ("IVF5,PQ16x4fs", {"faiss_nprobe": 3}),
     ],

@@ -80,6 +80,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, ask_to_stop, monkeypa
         assert read_jsonl(stopped / f"dev-step-{step}.jsonl") == read_jsonl(straight / f"dev-step-{step}.jsonl")
 
 
+@pytest.mark.slow
 def test_stopped_three_times(tmp_path, ask_to_stop):
     """40 steps straight, and with stops after steps 1, 7 and 23: the same numbers and, in the end, the same weights."""
     flags = {"total_steps": 40, "train_retriever": True, "refresh_index": 5, "dropout": 0.1, "shuffle": True}

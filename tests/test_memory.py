@@ -28,6 +28,7 @@ from benchmarks.memory import (
     wait_for_gradients,
     working,
 )
+from tests.kit import slow
 from tests.patience import HANG_SECONDS
 from tests.ranks import run_on_ranks
 
@@ -158,9 +159,7 @@ def _memory_of_a_rank(flags):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "flags", [SHARDED[0], SHARDED[3], *(pytest.param(flags, marks=pytest.mark.slow) for flags in SHARDED[1:3])], ids=str
-)
+@pytest.mark.parametrize("flags", [SHARDED[0], *map(slow, SHARDED[1:])], ids=str)
 def test_two_ranks_hold_what_is_counted(flags):
     counted = held(SHAPE, RETRIEVER, STEP._replace(**flags), 2)
     of_ranks = [between for between, _ in run_on_ranks(2, _memory_of_a_rank, flags)]

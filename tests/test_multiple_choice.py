@@ -13,7 +13,7 @@ from atlas.model.inputs import Inputs
 from atlas.model.reader import load_reader
 from atlas.model.tokenization import load_reader_tokenizer
 from atlas.tasks.data import Data
-from tests.kit import choice_questions, lettered_models, make_task, read_jsonl, run, run_on, world, write_jsonl
+from tests.kit import choice_questions, lettered_models, make_task, read_jsonl, run, run_on, slow, world, write_jsonl
 from tests.test_pretraining import last_metrics
 
 LINE = {"question": "who?", "options": {"A": "Ada", "B": "Bob", "C": "Cy"}, "answer": "B", "id": 7, "dataset": "x_test"}
@@ -235,7 +235,7 @@ def rounded(value):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("batch_size", [slow(1), 2])
 def test_three_ranks_equal_one(tmp_path, batch_size):
     changes = flags(tmp_path, per_gpu_batch_size=batch_size)
     one = run(tmp_path / "one", "evaluate", **changes)

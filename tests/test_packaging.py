@@ -139,6 +139,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_the_wheel_answers_a_question_from_an_empty_directory(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     output = _run(sys.executable, "-c", ANSWER, ROOT / "models/tiny", cwd=tmp_path, env=environment)

@@ -9,7 +9,7 @@ from atlas.config import Optimisation
 from atlas.runtime import distributed
 from atlas.runtime.parallel import ShardedAdamW, finish_gradients, full_tensors_on_main, gathered_weights, shard_weights
 from atlas.training.optim import Optimizers
-from tests.kit import logged, read_jsonl, run, run_on
+from tests.kit import logged, read_jsonl, run, run_on, slow
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.processes
@@ -37,7 +37,7 @@ def assert_same_run(one, other, step, other_step):
         assert [p["id"] for p in a["passages"]] == [p["id"] for p in b["passages"]]
 
 
-@pytest.mark.parametrize("query_side", [True, False])
+@pytest.mark.parametrize("query_side", [True, slow(False)])
 def test_every_kind_trains_and_evaluates_alike(tmp_path, query_side):
     """1 rank, 2 ranks DDP, ZeRO-1, FSDP2, both. 11 questions: 6 batches for one rank, 5 for the other."""
     flags = {"train_retriever": True, "query_side_retriever_training": query_side, "per_gpu_batch_size": 1}
@@ -67,11 +67,11 @@ def test_three_ranks_whose_shards_are_of_different_sizes(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_gradient_checkpoint_reader": True, "use_gradient_checkpoint_retriever": True},
+        slow({"use_gradient_checkpoint_reader": True, "use_gradient_checkpoint_retriever": True}),
         {"accumulation_steps": 2},
         {"dropout": 0.1},
-        {"clip": 0.01},
-        {"freeze_retriever_steps": 2},
+        slow({"clip": 0.01}),
+        slow({"freeze_retriever_steps": 2}),
     ],
 )
 def test_sharding_changes_nothing_with(tmp_path, changes):
@@ -90,7 +90,7 @@ def test_sharded_bf16_tracks_fp32(tmp_path):
     assert rounded["reader"] != exact["reader"]
 
 
-@pytest.mark.parametrize("kind", ["zero1", "fsdp"])
+@pytest.mark.parametrize("kind", [slow("zero1"), "fsdp"])
 def test_a_sharded_run_goes_on(tmp_path, kind):
     """Stopped and continued on 2 ranks, to the last bit; and what it saved is a checkpoint for one process."""
     flags = {"eval_data": None, "scheduler_steps": 6, "train_retriever": True, "dropout": 0.1, **KINDS[kind]}

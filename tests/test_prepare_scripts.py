@@ -152,6 +152,7 @@ def test_qa(origin, tmp_path, qa_originals):
     assert not (tmp_path / "downloads").exists() and not list(tmp_path.rglob("*.part*"))
 
 
+@pytest.mark.slow
 def test_qa_again(origin, tmp_path, qa_originals):
     origin.files |= qa_originals
     words = ("--shots", "8", "32", "64", "--keep_downloads")

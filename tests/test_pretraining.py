@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atlas.checkpoint import load_checkpoint
-from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
+from tests.kit import logged, read_jsonl, run, run_on, slow, world, write_jsonl
 from tests.test_training import losses_of
 
 pytestmark = pytest.mark.processes
@@ -43,11 +43,9 @@ EMPTY = {2, 3, 5, 12, 13, 14, 15}
 @pytest.mark.parametrize(
     ("task", "ranks", "flags"),
     [
-        pytest.param("mlm", 2, TIED, marks=pytest.mark.slow),
+        slow("mlm", 2, TIED),
         ("mlm", 3, QUERY_SIDE | {"retrieve_with_rerank": True, "n_to_rerank_with_retrieve_with_rerank": 8}),
-        pytest.param(
-            "lm", 2, QUERY_SIDE | {"min_lm_context_ratio": 0.2, "max_lm_context_ratio": 0.8}, marks=pytest.mark.slow
-        ),
+        slow("lm", 2, QUERY_SIDE | {"min_lm_context_ratio": 0.2, "max_lm_context_ratio": 0.8}),
         ("section", 3, TIED | {"shuffle": True, "refresh_index": 2}),
         ("section", 2, {}),
     ],

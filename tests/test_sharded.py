@@ -10,6 +10,7 @@ from atlas.index.codec import Compression
 from atlas.index.flat import FlatIndex
 from atlas.index.sharded import ShardedIndex, shard_rows
 from atlas.runtime import distributed
+from tests.kit import slow
 from tests.ranks import run_on_ranks
 from tests.test_flat import assert_same, brute_force, made_up
 
@@ -156,7 +157,7 @@ KINDS = [
 
 @pytest.mark.processes
 @pytest.mark.parametrize("compression", KINDS, ids=str)
-@pytest.mark.parametrize("n", [1, 7, 60])
+@pytest.mark.parametrize("n", [slow(1), slow(7), 60])
 def test_the_number_of_ranks_changes_no_row_but_ties_with_the_last(n, compression):
     """Ranks with other queries, none, and an empty share; few lists, and too few passages in them for k."""
     embeddings, queries = made_up(n, 12, 6)

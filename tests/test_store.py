@@ -41,6 +41,7 @@ from tests.indices import (
     saved,
     write_corpus,
 )
+from tests.kit import slow
 from tests.patience import free_port
 from tests.ranks import rank_environment, run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
@@ -572,10 +573,9 @@ OTHERS = ["OPQ3_6,PQ3", "OPQ2,IVF3,PQ4", "PCAR6,IVF2,SQfp16", "RR8,SQ4"]
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("n", "kinds"),
-    [(n, QUICK) for n in (2, 200)]
-    + [(200, ["OPQ3_6,PQ3"])]
-    + [pytest.param(n, QUICK, marks=pytest.mark.slow) for n in (1, 7, 1000)]
-    + [pytest.param(n, OTHERS, marks=pytest.mark.slow) for n in (1, 2, 7, 200, 1000)],
+    [(200, QUICK), (200, ["OPQ3_6,PQ3"])]
+    + [slow(n, QUICK) for n in (1, 2, 7, 1000)]
+    + [slow(n, OTHERS) for n in (1, 2, 7, 200, 1000)],
 )
 def test_compressed_indices_are_the_same_at_every_number_of_ranks(n, kinds):
     """Trained, encoded and saved by any number of ranks, opened by any other: the same files, and the same passages."""

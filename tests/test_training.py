@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from atlas.checkpoint import load_checkpoint
 from atlas.config import Optimisation
-from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
+from tests.kit import logged, read_jsonl, run, run_on, slow, world, write_jsonl
 
 pytestmark = pytest.mark.processes
 
@@ -273,10 +273,10 @@ def test_going_on_where_a_run_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "first"),
     [
-        ({"query_side_retriever_training": True}, 4),
+        slow({"query_side_retriever_training": True}, 4),
         ({"query_side_retriever_training": True, "accumulation_steps": 2, "save_freq": 3}, 4),  # 3 is within an update
         ({}, 4),  # tied: the index was built by an encoder that has moved on
-        ({"refresh_index": 3}, 5),
+        slow({"refresh_index": 3}, 5),
         ({"refresh_index": 4}, 4),  # a refresh is due right where the run stopped
         ({"dropout": 0.1, "shuffle": True}, 4),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atlas.checkpoint import load_checkpoint
-from tests.kit import logged, read_jsonl, run, run_on, world, write_jsonl
+from tests.kit import logged, read_jsonl, run, run_on, slow, world, write_jsonl
 
 pytestmark = pytest.mark.processes
 
@@ -95,12 +95,14 @@ def test_resumed_is_straight_to_the_bit(one, tmp_path):
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("one", ["qa", slow("mlm"), slow("pq")], indirect=True)
 def test_accumulation_is_one_batch(one, tmp_path):
     name, directory = one
     accumulated = run(tmp_path, per_gpu_batch_size=1, **flags(name, tmp_path, steps=BATCH))
     assert_same(trajectory(accumulated), trajectory(directory), within=EQUAL)
 
 
+@pytest.mark.parametrize("one", ["qa", slow("mlm"), slow("pq")], indirect=True)
 def test_two_ranks_are_two_accumulated_steps_with_dropout_too(one, tmp_path):
     name, directory = one
     line = {"per_gpu_batch_size": BATCH // 2, "dropout": 0.1}
