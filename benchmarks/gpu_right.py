@@ -23,6 +23,7 @@ from atlas.model.atlas import Atlas, Losses
 from atlas.model.reader import IGNORE, FusionInDecoder, load_reader_state
 from atlas.model.retriever import load_retriever_state
 from atlas.model.signals import MODES
+from atlas.retrieval import passage_embedder
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import gathered_weights, shard_weights
@@ -44,8 +45,9 @@ def embeddings(bench: Bench) -> Iterator[Row]:
     for precision, limit in {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}.items():
         if precision == "fp16" and not bench.on_gpu:
             continue
-        with torch.no_grad(), devices.autocast(bench.device, precision):
-            found = there.embed_passages(ids.to(bench.device), mask.to(bench.device))
+        embed = passage_embedder(there.passage_encoder, bench.device, precision)
+        with torch.no_grad():
+            found = embed(ids.to(bench.device), mask.to(bench.device))
         yield close(f"embeddings, {precision}", distance(found, wanted), limit)
 
 

@@ -27,7 +27,7 @@ from atlas.model.reader import FusionInDecoder, token_log_probabilities
 from atlas.model.retriever import Contriever, DualEncoder
 from atlas.model.signals import MODES
 from atlas.model.tokenization import RetrieverTokenizer, load_reader_tokenizer, load_retriever_tokenizer, pad_rows
-from atlas.retrieval import Retrieval
+from atlas.retrieval import Retrieval, passage_embedder
 from atlas.training.optim import Optimizers
 
 MAXLENGTH = 384
@@ -111,9 +111,13 @@ class Bench:
         rows = range(len(self.passages))
         into = torch.zeros(len(rows), self.retriever.dim, dtype=torch.float16)
 
+        embed = passage_embedder(self.retriever.passage_encoder, CPU, "fp32")
+
         @torch.no_grad()
         def fast() -> None:
-            self.retrieval._embed(rows, lambda first, vectors: into[first : first + len(vectors)].copy_(vectors))
+            self.retrieval._embed_rows(
+                rows, embed, lambda first, vectors: into[first : first + len(vectors)].copy_(vectors)
+            )
 
         @torch.no_grad()
         def plain() -> None:

@@ -132,9 +132,10 @@ class DualEncoder(nn.Module):
 class UncenteredLayerNorm(nn.LayerNorm):
     """The layer norm of the published retrievers: (x - mean(x)) / sqrt(mean(x²) + eps) · weight + bias."""
 
-    def forward(self, hidden: Tensor) -> Tensor:  # (…, D) -> (…, D) fp32
+    def forward(self, hidden: Tensor) -> Tensor:  # (…, D) -> (…, D), as precise as the weights
         scaled = F.rms_norm(hidden.float(), self.normalized_shape, eps=self.eps)
-        return torch.addcmul(self.bias, scaled - scaled.mean(-1, keepdim=True), self.weight)
+        centered = scaled - scaled.mean(-1, keepdim=True)
+        return torch.addcmul(self.bias.float(), centered, self.weight.float()).to(self.weight.dtype)
 
 
 def use_uncentered_layer_norm(module: nn.Module) -> None:
