@@ -38,7 +38,7 @@ LOSS_LIMITS = {"fp32": 1e-3, "bf16": 5e-2}  # relative distance to the CPU's fp3
 def embeddings(bench: Bench) -> Iterator[Row]:
     """Passages' embeddings in every precision that the device has."""
     retriever, inputs = bench.world.retriever().eval(), bench.world.inputs(CPU)
-    ids, mask = inputs.passages(bench.world.passages[:64])
+    ids, mask, _ = inputs.passages(bench.world.passages[:64])
     with torch.no_grad():
         wanted = retriever.embed_passages(ids, mask)
     there = copy.deepcopy(retriever).to(bench.device)
@@ -176,9 +176,9 @@ def write_answers(reader: FusionInDecoder, world: World, device: torch.device, b
     """Tokens of the answers to all questions."""
     everything = slice(0, len(world.questions))
     inputs, passages = world.inputs(device), world.questions_with_passages(everything, world.sizes.read)
-    ids, mask = inputs.reader(world.questions, passages)
+    ids, mask, lengths = inputs.reader(world.questions, passages)
     with torch.no_grad():
-        return reader.write(reader.encode(ids, mask), mask.flatten(1), max_length=12, num_beams=beams)
+        return reader.write(reader.encode(ids, mask, lengths), mask.flatten(1), max_length=12, num_beams=beams)
 
 
 def same_answers(check: str, found: list[list[int]], wanted: list[list[int]], least: float, of: str) -> Row:

@@ -141,16 +141,16 @@ class Bench:
         from_index = torch.randn(self.batch, self.k, self.retriever.dim)
 
         def fast() -> None:
-            ids, mask = self.inputs.reader(queries, passages)
-            tensors = TrainingTensors(ids, mask, targets, *self.inputs.queries(queries), passage_embeddings=from_index)
+            rows = self.inputs.reader(queries, passages)
+            tensors = TrainingTensors(*rows, targets, *self.inputs.queries(queries), passage_embeddings=from_index)
             optimizers.backward(atlas(tensors).total)
             optimizers.step(0)
 
         def plain() -> None:
-            ids, mask = widen(*self.inputs.reader(queries, passages))
+            ids, mask = widen(*self.inputs.reader(queries, passages)[:2])
             flat = [passage for of_query in passages for passage in of_query]
-            again = widen(*self.inputs.passages(flat))
-            tensors = TrainingTensors(ids, mask, targets, *widen(*self.inputs.queries(queries)), *again)
+            again = widen(*self.inputs.passages(flat)[:2])
+            tensors = TrainingTensors(ids, mask, None, targets, *widen(*self.inputs.queries(queries)), *again)
             optimizers.backward(atlas(tensors).total)
             optimizers.step(0)
 
@@ -169,14 +169,14 @@ class Bench:
 
         @torch.no_grad()
         def fast() -> None:
-            ids, mask = self.inputs.reader(queries, passages)
-            hidden = self.reader.encode(ids, mask)
+            ids, mask, lengths = self.inputs.reader(queries, passages)
+            hidden = self.reader.encode(ids, mask, lengths)
             read(hidden, mask)
             write(hidden, mask)
 
         @torch.no_grad()
         def plain() -> None:
-            ids, mask = widen(*self.inputs.reader(queries, passages))
+            ids, mask = widen(*self.inputs.reader(queries, passages)[:2])
             read(self.reader.encode(ids, mask), mask)
             write(self.reader.encode(ids, mask), mask)
 

@@ -85,7 +85,7 @@ def test_embedders_of_every_precision(uncentered, precision, error):
     encoder = found.retriever.passage_encoder.eval()
     if uncentered:
         use_uncentered_layer_norm(encoder)
-    batch = found.inputs.passages(found.passages[:20])
+    batch = found.inputs.passages(found.passages[:20])[:2]
     with torch.no_grad():
         exact, embedded = encoder(*batch), passage_embedder(encoder, torch.device("cpu"), precision)(*batch)
     assert embedded.dtype == torch.float32

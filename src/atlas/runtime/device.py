@@ -110,6 +110,11 @@ def pad_multiple(device: torch.device) -> int:
     return 8 if device.type == "cuda" else 1
 
 
+def tokens_of_a_call(device: torch.device) -> int:
+    """How many tokens an encoder computes in the time that starting its kernels takes."""
+    return 1024 if device.type == "cuda" else 64
+
+
 def evaluation_batch_size(device: torch.device, training_batch_size: int, tokens: int) -> int:
     """Examples of so many tokens that are evaluated together by default: what a GPU is busy with; a CPU gains nothing.
 
