@@ -13,7 +13,7 @@ def evaluate(config: Config) -> None:
     from atlas.runtime.session import session  # imports torch: `--help` and a wrong flag are answered before that
 
     # Ranks join, the log starts. A user's mistake in the block ends the run with one sentence and status 1.
-    with session(config.run) as run:
+    with session(config.run) as run, config.explaining():
         measure(config, run)
 
 
@@ -33,13 +33,16 @@ def measure(config: Config, run: "Session") -> None:
     given = config.run.model_path != "none"
     checkpoint = load_checkpoint(config.run.model_path) if given else own_checkpoint(run.directory)
     step = checkpoint.step if checkpoint and not given else 0
-    trained_here = (run.directory / "checkpoint").exists()  # a training run's flags are not overwritten
-    run.write_options("opt.evaluate.log" if trained_here else "opt.log", config.describe())
+    if checkpoint and checkpoint.published:
+        preflight.report_differences(config, checkpoint.options, str(checkpoint.path))
+    trained_here = (run.directory / "checkpoint").exists()  # opt.log has the flags of the training then
+    run.write_options("opt.evaluate.log" if trained_here else "opt.log", "evaluate.py", config.describe())
 
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
     reads = not config.model.retrieve_only or config.tasks.task in TOKENIZING_TASKS
     tokenizer = load_reader_tokenizer(config.model.reader_model_type) if reads else None
     data = Data.open_each(config, tokenizer, run.device)
+    preflight.check_prompts(config.model, tokenizer, data)
 
     # Model and index: the index is opened if it was saved, else built of the corpus.
     learning = config.retriever_training

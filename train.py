@@ -43,11 +43,15 @@ def learn(config: Config, run: "Session") -> None:
         log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
         return
     start = resumed or (load_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
-    run.write_options("opt.log", config.describe())
+    preflight.report_plan(config)
+    if start:
+        preflight.report_differences(config, start.options, str(start.path), resumed=resumed is not None)
+    run.write_options("opt.log", f"from step {resumed.step + 1 if resumed else 1} on", config.describe())
 
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
     tokenizer = load_reader_tokenizer(config.model.reader_model_type)
     evaluation_data = Data.open_each(config, tokenizer, run.device)
+    preflight.check_prompts(config.model, tokenizer, evaluation_data)
     data = Data.open(config.run.train_data, config, tokenizer, training=True)
 
     # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an AdamW of their own.

@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,18 @@ def export(
         OSError: configs or vocabularies cannot be found, or the disk is full.
     """
     from atlas.checkpoint import load_checkpoint
+    from atlas.config import saved_flags
+    from atlas.runtime.tracking import log
 
     checkpoint = load_checkpoint(model_path)
-    flags = checkpoint.options
+    try:
+        flags = saved_flags(checkpoint.options, checkpoint.path)
+    except ValueError as error:
+        if not checkpoint.published:
+            raise
+        log.warning("%s; the model cards have the defaults instead", error)
+        flags = {}
+    checkpoint = replace(checkpoint, options={"name": checkpoint.options.get("name")} | flags)
     reader_name = reader_name or flags.get("reader_model_type")
     # Published checkpoints name a path on the machine they were trained on.
     retriever_name = retriever_name or (None if checkpoint.published else flags.get("retriever_model_path"))
@@ -256,7 +266,10 @@ def reader_card(checkpoint: Any, name_or_path: str) -> str:
     encoder_format = flags.get("encoder_format", Model.encoder_format)
     query = flags.get("qa_prompt_format", Tasks.qa_prompt_format).format(question="what is the capital of France?")
     longest = flags.get("text_maxlength", Model.text_maxlength)
-    longest_answer = flags.get("generation_max_length", Model.generation_max_length)
+    generation = f"max_length={flags.get('generation_max_length', Model.generation_max_length)}"
+    for name in ("min_length", "num_beams", "length_penalty"):
+        value = flags.get(f"generation_{name}", getattr(Model, f"generation_{name}"))
+        generation += "" if value == getattr(Model, f"generation_{name}") else f", {name}={value}"
     return f"""{front_matter("transformers", ["fusion-in-decoder", "t5"], name_or_path)}
 # Reader of {origin(checkpoint)}
 
@@ -284,7 +297,7 @@ mask = inputs.attention_mask.view(1, -1)  # (1, K·L): K passages of L tokens
 with torch.no_grad():
     hidden = reader.encoder(**inputs).last_hidden_state.flatten(0, 1)[None]  # (1, K·L, d)
     fused = BaseModelOutput(last_hidden_state=hidden)
-    answer = reader.generate(encoder_outputs=fused, attention_mask=mask, max_length={longest_answer})
+    answer = reader.generate(encoder_outputs=fused, attention_mask=mask, {generation})
 print(tokenizer.decode(answer[0], skip_special_tokens=True))
 ```
 

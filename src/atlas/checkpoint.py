@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from atlas.files.options import find_checkpoint, latest_checkpoint, read_options
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 
@@ -53,18 +54,6 @@ class Checkpoint:
         return load_file(file) if file.is_file() and not self.published else None
 
 
-def latest_checkpoint(run_directory: Path) -> Path | None:
-    """The checkpoint that a run left in its directory, if any.
-
-    Raises:
-        ValueError: `latest` points at nothing.
-    """
-    link = run_directory / "checkpoint" / "latest"
-    if link.is_symlink() and not link.exists():
-        raise ValueError(f"{link} points at {os.readlink(link)}, which is gone: point it at a checkpoint, or --restart")
-    return link.resolve() if link.exists() else None
-
-
 def own_checkpoint(run_directory: Path) -> Checkpoint | None:
     """The latest checkpoint in a run's directory, the same on all ranks. Collective. Raises: as `load_checkpoint`."""
     path = distributed.on_main("finding the checkpoint", partial(latest_checkpoint, run_directory))
@@ -92,9 +81,8 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
         ValueError: there is no checkpoint, or it cannot be read, or it holds what is not data.
     """
     path = Path(path)
-    for candidate in (path, path / "latest", path / "checkpoint" / "latest"):
-        if (candidate / "state.json").is_file():
-            return _load_ours(candidate.resolve())
+    if ours := find_checkpoint(path):
+        return _load_ours(ours)
     if (path / PUBLISHED_FILE).is_file():
         return _load_published(path)
     raise ValueError(f"{path} holds no checkpoint: neither {PUBLISHED_FILE} nor state.json and model.safetensors")
@@ -187,11 +175,9 @@ def _load_ours(path: Path) -> Checkpoint:
             raise ValueError(f"format {state['format']} instead of {FORMAT}: written by another version")
         with safe_open(path / "model.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        retriever_config, sections = (
-            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            for file in (path / "retriever_config.json", path / "options.json")
-        )
-        options = {name: value for section in sections.values() for name, value in section.items()}
+        config_file = path / "retriever_config.json"
+        retriever_config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        options = read_options(path)
         step = int(state["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{path}: the checkpoint cannot be read ({error})") from error

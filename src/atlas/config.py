@@ -1,20 +1,26 @@
 """The command line: every flag, its default and its help, in frozen sections.
 
+`evaluate.py` takes the flags `OF_THE_MODEL` from the checkpoint where the command line does not give them.
+
 Only the standard library is imported here, so that `--help` and a mistyped flag answer at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import math
 import operator
 import os
 import re
 import string
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from atlas.files.options import find_checkpoint, latest_checkpoint, read_options
 
 # The tasks that come with the package, for help texts. Users add others, so --task is checked when a run starts.
 TASK_NAMES = ("base", "qa", "cloze", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
@@ -22,6 +28,14 @@ TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they build queries with the rea
 GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
 POOLINGS = ("average", "sqrt", "cls")
 PERMUTATIONS = ("single", "cyclic", "all")
+# What a model was trained with and is to be used with: evaluate.py takes these from the checkpoint.
+OF_THE_MODEL = (
+    *("reader_model_type", "retriever_model_path", "retriever_pooling", "retriever_normalize"),
+    *("retriever_query_prefix", "retriever_passage_prefix", "text_maxlength", "target_maxlength", "n_context"),
+    *("encoder_format", "retriever_format", "decoder_format", "decoder_prompt_format", "qa_prompt_format"),
+    *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
+)
+LARGEST = 2**63 - 1  # of the integers that numpy and torch compute with
 # Bounds of a number: what must hold, and how to say it. Comparisons with NaN are false, so NaN is always refused.
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "least": (operator.ge, "it must be at least"),
@@ -31,18 +45,29 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 }
 
 
-def flag(default: Any, text: str, *, choices: Sequence[str] | None = None, fields: str = "", **bounds: float) -> Any:
+def flag(
+    default: Any,
+    text: str,
+    *,
+    choices: Sequence[str] | None = None,
+    fields: str = "",
+    constant: bool = False,
+    blank: bool = False,
+    **bounds: float,
+) -> Any:
     """A field of a section: its default, its line of help, and the values it may have.
 
     Args:
         choices: all values there are.
         fields: of a format string, the names it may use, separated by spaces.
-        bounds: `least` and `most` are allowed values themselves, `above` and `below` are not.
+        constant: a format string need not use any of them.
+        blank: a string may be empty.
+        bounds: `least` and `most` are allowed values themselves, `above` and `below` are not. Besides, every number
+            must be finite, and every integer within 64 bits.
     """
     assert bounds.keys() <= BOUNDS.keys()
-    return dataclasses.field(
-        default=default, metadata={"help": text, "choices": choices, "fields": fields, "bounds": bounds}
-    )
+    limits = {"choices": choices, "fields": fields, "constant": constant, "blank": blank, "bounds": bounds}
+    return dataclasses.field(default=default, metadata={"help": text, **limits})
 
 
 @dataclass(frozen=True)
@@ -51,8 +76,10 @@ class Run:
 
     name: str = flag("experiment_name", "name of the experiment: its directory under --checkpoint_dir")
     checkpoint_dir: str = flag("./checkpoint/", "directory for all experiments")
-    model_path: str = flag("none", "checkpoint to start from, ours or published; none: the models' own weights")
-    seed: int = flag(0, "seed of every random choice", least=0)
+    model_path: str = flag(
+        "none", "checkpoint to use, ours or published; none: that of --name, else the models' own weights"
+    )
+    seed: int = flag(0, "seed of every random choice", least=0, most=2**64 - 1)
     log_freq: int = flag(100, "steps between lines in run.log", least=1)
     eval_freq: int = flag(500, "steps between evaluations", least=1)
     save_freq: int = flag(5000, "steps between checkpoints", least=1)
@@ -113,9 +140,11 @@ class Model:
         None, "hidden states to embedding: mean, sum / sqrt(length), or first (its config)", choices=POOLINGS
     )
     retriever_normalize: bool | None = flag(None, "scale embeddings to unit length (its config)")
-    retriever_query_prefix: str | None = flag(None, "prefix of every query, such as 'query: ' (its config)")
-    retriever_passage_prefix: str | None = flag(None, "prefix of every passage, such as 'passage: ' (its config)")
-    text_maxlength: int = flag(200, "tokens per query and passage", least=1)
+    retriever_query_prefix: str | None = flag(None, "prefix of every query, such as 'query: ' (its config)", blank=True)
+    retriever_passage_prefix: str | None = flag(
+        None, "prefix of every passage, such as 'passage: ' (its config)", blank=True
+    )
+    text_maxlength: int = flag(200, "tokens per query and passage, with those that mark start and end", least=3)
     target_maxlength: int | None = flag(None, "tokens per target; unset or -1: no truncation", least=-1)
     n_context: int = flag(1, "passages given to the reader", least=1)
     retriever_n_context: int = flag(
@@ -129,10 +158,12 @@ class Model:
     )
     retriever_format: str = flag("{title} {text}", "passage as the retriever embeds it", fields="title text id section")
     decoder_format: str | None = flag(None, "target as the reader learns it, with {target}", fields="target")
-    decoder_prompt_format: str | None = flag(None, "prompt that the decoder continues, with {query}", fields="query")
-    generation_max_length: int = flag(128, "most tokens in an answer, the start token included", least=1)
-    generation_min_length: int | None = flag(None, "least tokens in an answer", least=0)
-    generation_num_beams: int = flag(1, "beams; 1: greedy", least=1)
+    decoder_prompt_format: str | None = flag(
+        None, "prompt that the decoder continues, may have {query}", fields="query", constant=True
+    )
+    generation_max_length: int = flag(128, "most tokens of an answer, start token and prompt included", least=1)
+    generation_min_length: int | None = flag(None, "least tokens of an answer, counted in the same way", least=0)
+    generation_num_beams: int = flag(1, "beams; 1: greedy", least=1, most=256)
     generation_length_penalty: float = flag(1.0, "exponent of the length that beam scores are divided by")
 
     @property
@@ -150,7 +181,7 @@ class RetrieverTraining:
     gold_score_mode: str = flag("ppmean", "how the reader judges passages", choices=GOLD_SCORE_MODES)
     temperature_gold: float = flag(0.01, "temperature of the reader's scores", above=0)
     temperature_score: float = flag(0.01, "temperature of the retriever's scores", above=0)
-    freeze_retriever_steps: int = flag(-1, "steps before the retriever starts to learn", least=-1)
+    freeze_retriever_steps: int = flag(-1, "steps before the retriever starts to learn; -1: none", least=-1)
     retrieve_with_rerank: bool = flag(False, "re-embed the retrieved passages with the current encoder and sort again")
     n_to_rerank_with_retrieve_with_rerank: int = flag(128, "passages to re-embed per query", least=1)
     filtering_overretrieve_ratio: int = flag(2, "retrieve this many times k when passages are filtered out", least=1)
@@ -168,7 +199,7 @@ class Optimisation:
     lr: float = flag(1e-4, "learning rate of the reader", least=0)
     lr_retriever: float = flag(1e-5, "learning rate of the retriever", least=0)
     weight_decay: float = flag(0.1, "AdamW's weight decay", least=0)
-    epsilon: float = flag(1e-6, "AdamW's epsilon", least=0)
+    epsilon: float = flag(1e-6, "AdamW's epsilon", above=0)
     beta2: float = flag(0.999, "AdamW's second beta", least=0, below=1)
     clip: float = flag(1.0, "clip the norm of all gradients together; 0: no clipping", least=0)
     dropout: float = flag(0.1, "dropout of reader and retriever", least=0, below=1)
@@ -198,10 +229,23 @@ class Tasks:
     mlm_mean_noise_span_length: float = flag(3.0, "mean tokens per masked span", least=1)
     min_words_per_lm_instance: int | None = flag(None, "skip shorter texts in mlm, lm and section", least=0)
     min_lm_context_ratio: float = flag(0.5, "least share of a text that lm gives as the query", least=0)
-    max_lm_context_ratio: float = flag(0.5, "largest share of a text that lm gives as the query", least=0, most=1)
+    max_lm_context_ratio: float = flag(0.5, "largest share of a text that lm gives as the query", above=0, most=1)
     multiple_choice_num_options: int = flag(4, "most options of a question", least=2, most=26)
     multiple_choice_train_permutations: str = flag("single", "orders of the options to train on", choices=PERMUTATIONS)
     multiple_choice_eval_permutations: str = flag("single", "orders to evaluate and average over", choices=PERMUTATIONS)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the flags `OF_THE_MODEL` have their values from; without a checkpoint, as all others."""
+
+    checkpoint: Path | None = None
+    saved: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # those that the checkpoint says
+    given: frozenset[str] = frozenset()  # all flags of the command line
+
+    def of(self, name: str) -> str:
+        """command line, checkpoint or default"""
+        return "command line" if name in self.given else "checkpoint" if name in self.saved else "default"
 
 
 @dataclass(frozen=True)
@@ -214,16 +258,64 @@ class Config:
     retriever_training: RetrieverTraining
     optimisation: Optimisation
     tasks: Tasks
+    origin: Origin = dataclasses.field(default=Origin(), compare=False)
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Section -> flag -> value."""
+        return {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+
+    def flags(self) -> dict[str, Any]:
+        """Flag -> value."""
+        return {name: value for section in self.sections().values() for name, value in section.items()}
 
     def describe(self) -> str:
-        """One line per flag: its value, and its default where that differs."""
+        """One line per flag: its value, its default where that differs, and in an evaluation where it comes from."""
         lines = []
-        for section in (getattr(self, field.name) for field in dataclasses.fields(self)):
-            for field in dataclasses.fields(section):
-                value = getattr(section, field.name)
-                note = "" if value == field.default else f"    [default: {_show(field.default)}]"
-                lines.append(f"{field.name}: {_show(value)}{note}")
+        for name, value in self.flags().items():
+            notes = [self.origin.of(name)] if self.origin.checkpoint and name in OF_THE_MODEL else []
+            if value != FIELDS[name].default:
+                notes.append(f"default: {_show(FIELDS[name].default)}")
+            lines.append(f"{name}: {_show(value)}" + (f"    [{'; '.join(notes)}]" if notes else ""))
         return "\n".join(lines)
+
+    def differences(self, options: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+        """Flag -> (its value here, its value in a checkpoint's options), for those of the names that differ.
+
+        What the options do not say is unknown and does not differ.
+        """
+        flags = self.flags()
+        pairs = {name: (flags[name], options[name]) for name in names if name in flags and name in options}
+        return {name: (here, there) for name, (here, there) in pairs.items() if not _same(here, there)}
+
+    def origins(self) -> list[str]:
+        """Sentences for the log of an evaluation: which flags of the model come from where."""
+        if self.origin.checkpoint is None:
+            return []
+        flags, differing = self.flags(), self.differences(self.origin.saved, self.origin.given)
+        of = {source: [name for name in OF_THE_MODEL if self.origin.of(name) == source] for source in SOURCES}
+        taken = [f"--{name} {say(flags[name])}" for name in of["checkpoint"] if flags[name] != FIELDS[name].default]
+        given = [
+            f"--{name} {say(flags[name])}"
+            + (f" (the checkpoint's: {say(differing[name][1])})" if name in differing else "")
+            for name in of["command line"]
+        ]
+        lines = [f"From the checkpoint {self.origin.checkpoint}: {', '.join(taken) or 'no flag but defaults'}"]
+        lines += [f"From the command line: {', '.join(given)}"] if given else []
+        unknown = ", ".join(f"--{name}" for name in of["default"])
+        return lines + ([f"By default, as the checkpoint does not say them: {unknown}"] if unknown else [])
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Add a note to a mistake in the block that names a flag whose value is the checkpoint's."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            named = dict.fromkeys(re.findall(r"--(\w+)", str(error)))
+            taken = [f"--{name}" for name in named if name in OF_THE_MODEL and self.origin.of(name) == "checkpoint"]
+            if taken:
+                what, it = " and ".join(taken), "it" if len(taken) == 1 else "them"
+                error.add_note(f"({what} from the checkpoint {self.origin.checkpoint}: give {it} to use another value)")
+            raise
 
 
 SECTIONS: dict[str, type] = {
@@ -234,12 +326,19 @@ SECTIONS: dict[str, type] = {
     "optimisation": Optimisation,
     "tasks": Tasks,
 }
+FIELDS: dict[str, dataclasses.Field] = {
+    field.name: field for section in SECTIONS.values() for field in dataclasses.fields(section)
+}
+TYPES: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, kind in get_type_hints(section).items()}
+SOURCES = ("command line", "checkpoint", "default")
 
 
 def parse_config(
     arguments: Sequence[str] | None = None, *, program: str = "train", **preset: Any | Callable[[Any], Any]
 ) -> Config:
     """Read the command line.
+
+    In an evaluation of a checkpoint of ours, the flags `OF_THE_MODEL` that are not given have the checkpoint's values.
 
     Args:
         arguments: the words after the script's name; None takes them from the process.
@@ -251,22 +350,50 @@ def parse_config(
         SystemExit: with status 2 and one sentence on standard error when a flag is wrong, before anything is loaded.
     """
     parser = _make_parser(program, preset)
-    options = parser.parse_args(arguments)
-    for name, value in preset.items():
-        if callable(value) and getattr(options, name) is None:
-            setattr(options, name, value(options))
-    if options.closed_book or options.use_file_passages:
-        options.train_retriever = False  # nothing is retrieved, so there is nothing to learn from
-    sections = {
-        name: section(**{field.name: getattr(options, field.name) for field in dataclasses.fields(section)})
-        for name, section in SECTIONS.items()
-    }
-    config = Config(**sections)
+    # None stays where a flag is not given, because no flag can be given that value.
+    options = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(FIELDS))))
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        _check(config, program)
+        origin = _origin(given) if program == "evaluate" else Origin()
+        config = _make_config(given, preset, origin)
+        with config.explaining():
+            _check(config, program)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(sentence(error))
     return config
+
+
+def saved_flags(options: Mapping[str, Any], source: str | os.PathLike) -> dict[str, Any]:
+    """Those `OF_THE_MODEL` that a checkpoint's options say, flag -> value, of the flag's type and within its bounds.
+
+    Args:
+        source: where the options are from, for the message.
+
+    Raises:
+        ValueError: a value that the flag cannot have.
+    """
+    found = {name: _saved_value(name, options[name], source) for name in OF_THE_MODEL if name in options}
+    for name, value in found.items():
+        try:
+            _check_value(name, value)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    return found
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, with its notes."""
+    return " ".join([str(error), *getattr(error, "__notes__", ())])
+
+
+def say(value: Any) -> str:
+    """A flag's value as a part of a sentence."""
+    if value is None or value == ():
+        return "unset" if value is None else "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = _show(value)
+    return repr(text) if isinstance(value, str) and (not text or " " in text) else text
 
 
 def evaluation_name(path: str) -> str:
@@ -298,19 +425,10 @@ def refresh_schedule(text: str) -> Callable[[int], bool]:
 
 
 class _Help(argparse.HelpFormatter):
-    """One line per flag, its default at the end."""
+    """One line per flag."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=46, width=150)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        default = action.default
-        if action.dest == "help" or (default is None and action.help.endswith(")")):
-            return action.help
-        shown = {None: "unset", (): "none", False: "off", True: "on"}.get(default, default)
-        if isinstance(default, int) and not isinstance(default, bool):
-            shown = default  # 0 and 1 are no switches
-        return f"{action.help} (default: {_show(shown)})"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -323,32 +441,44 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser(program: str, preset: dict[str, Any]) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"{program}.py", usage="%(prog)s [flags]", formatter_class=_Help)
-    unknown = set(preset)
+    assert preset.keys() <= FIELDS.keys(), f"no such flags to preset: {preset.keys() - FIELDS.keys()}"
     for section in SECTIONS.values():
         group = parser.add_argument_group(section.__doc__)
-        types = get_type_hints(section)
         for field in dataclasses.fields(section):
-            unknown.discard(field.name)
-            default, text = preset.get(field.name, field.default), field.metadata["help"]
-            if callable(default):
-                default, text = None, f"{text} ({default.__doc__})"
-            _add_flag(group, field, types[field.name], default, text)
-    assert not unknown, f"no such flags to preset: {unknown}"
+            of_checkpoint = program == "evaluate" and field.name in OF_THE_MODEL
+            text = _help(field.metadata["help"], preset.get(field.name, field.default), of_checkpoint)
+            _add_flag(group, field, text.replace("%", "%%"))
     return parser
 
 
-def _add_flag(group: Any, field: dataclasses.Field, kind: Any, default: Any, text: str) -> None:
-    if get_origin(kind) in (Union, UnionType):  # int | None
-        kind = next(part for part in get_args(kind) if part is not type(None))
-    common = {"default": default, "help": text}
+def _help(text: str, default: Any, of_checkpoint: bool) -> str:
+    """A line of help with its default at the end, which a text may have in parentheses if it depends on the run."""
+    first = "the checkpoint's, else " if of_checkpoint else ""
+    if callable(default):
+        return f"{text} ({default.__doc__})"
+    if default is None and text.endswith(")"):
+        start, _, last = text.rpartition("(")
+        return f"{start}({first}{last}"
+    return f"{text} (default: {first}{say(default)})"
+
+
+def _add_flag(group: Any, field: dataclasses.Field, text: str) -> None:
+    kind, _ = _kind(field.name)
     if kind is bool:
-        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **common)
-    elif get_origin(kind) is tuple:
-        group.add_argument(f"--{field.name}", nargs="+", action=_Words, metavar="FILE", **common)
+        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
+    elif kind is tuple:
+        group.add_argument(f"--{field.name}", nargs="+", action=_Words, metavar="FILE", help=text)
     else:
         choices = field.metadata["choices"]
         metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
-        group.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=metavar, **common)
+        group.add_argument(f"--{field.name}", type=kind, choices=choices, metavar=metavar, help=text)
+
+
+def _kind(name: str) -> tuple[type, bool]:
+    """The type of a flag's value (bool, int, float, str or tuple), and whether it may be None."""
+    parts = get_args(TYPES[name]) if get_origin(TYPES[name]) in (Union, UnionType) else (TYPES[name],)
+    kind = next(part for part in parts if part is not NoneType)
+    return get_origin(kind) or kind, NoneType in parts
 
 
 class _Words(argparse.Action):
@@ -356,6 +486,8 @@ class _Words(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         words = [[value] if os.path.exists(value) else value.split() for value in values]
+        if not any(words):
+            raise argparse.ArgumentError(self, "expected at least one file, found an empty text")
         setattr(namespace, self.dest, tuple(word for part in words for word in part))
 
 
@@ -363,26 +495,95 @@ def _show(value: Any) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
+def _origin(given: Mapping[str, Any]) -> Origin:
+    """The checkpoint that will be evaluated, if it is ours, and what it says. Raises: ValueError."""
+    path = given.get("model_path", Run.model_path)
+    if path != "none":
+        checkpoint = find_checkpoint(Path(path))
+    else:
+        run = Path(given.get("checkpoint_dir", Run.checkpoint_dir)) / given.get("name", Run.name)
+        checkpoint = latest_checkpoint(run)
+    options = read_options(checkpoint) if checkpoint else {}
+    saved = {name: options[name] for name in OF_THE_MODEL if name in options}
+    return Origin(checkpoint, saved, frozenset(given))
+
+
+def _make_config(given: Mapping[str, Any], preset: Mapping[str, Any], origin: Origin) -> Config:
+    """The command line's values, else the checkpoint's, else the preset's, else the defaults. Raises: ValueError."""
+    file = origin.checkpoint / "options.json" if origin.checkpoint else ""
+    saved = {
+        name: _saved_value(name, value, file) for name, value in origin.saved.items() if origin.of(name) == "checkpoint"
+    }
+    values = {name: field.default for name, field in FIELDS.items()} | preset | saved | given
+    computed = {name: function for name, function in values.items() if callable(function)}
+    options = argparse.Namespace(**values | dict.fromkeys(computed))
+    for name, function in computed.items():
+        setattr(options, name, function(options))
+    if options.closed_book or options.use_file_passages:
+        options.train_retriever = False  # nothing is retrieved, so there is nothing to learn from
+    sections = {
+        name: section(**{field.name: getattr(options, field.name) for field in dataclasses.fields(section)})
+        for name, section in SECTIONS.items()
+    }
+    return Config(**sections, origin=origin)
+
+
+def _saved_value(name: str, value: Any, source: str | os.PathLike) -> Any:
+    """A value from a checkpoint, of the flag's type. Raises: ValueError."""
+    (kind, optional), choices = _kind(name), FIELDS[name].metadata["choices"]
+    if (value is None and optional) or (type(value) is kind and (not choices or value in choices)):
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    wanted = (
+        f"one of {', '.join(choices)}"
+        if choices
+        else {str: "a text", int: "an integer"}.get(kind, f"a {kind.__name__}")
+    )
+    raise ValueError(f"{source}: --{name} is {value!r:.40} there, and must be {wanted}: give --{name}")
+
+
+def _same(here: Any, there: Any) -> bool:
+    """Whether a flag's value equals one from a file, where True is not 1."""
+    return here == there and isinstance(here, bool) == isinstance(there, bool)
+
+
 def _check(config: Config, program: str) -> None:
     """Refuse what cannot work, naming the flag, what was found and what to do. Raises ValueError."""
-    for section in (getattr(config, name) for name in SECTIONS):
-        for field in dataclasses.fields(section):
-            _check_bounds(field.name, getattr(section, field.name), field.metadata["bounds"])
-            _check_format(field.name, getattr(section, field.name), field.metadata["fields"])
-    _check_combinations(config, training=program != "evaluate")
+    for name, value in config.flags().items():
+        _check_value(name, value)
     _check_files(config, training=program != "evaluate")
+    _check_combinations(config, training=program != "evaluate")
+    _check_generation(config)
     _check_index(config.index)
     _check_tasks(config.tasks)
     if program == "finetune_qa":
         _check_few_steps(config)
 
 
-def _check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
-    for bound, limit in bounds.items():
+def _check_value(name: str, value: Any) -> None:
+    """Refuse a value that a flag cannot have, whatever the others are. Raises ValueError."""
+    limits = FIELDS[name].metadata
+    if isinstance(value, str) and not value.strip() and not limits["blank"]:
+        raise ValueError(f"--{name} is empty: give a value, or leave the flag out")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        _check_bounds(name, value, limits["bounds"])
+    if isinstance(value, str) and limits["fields"]:
+        _check_format(name, value, limits["fields"].split(), limits["constant"])
+
+
+def _check_bounds(name: str, value: float, bounds: dict[str, float]) -> None:
+    for bound, limit in (bounds if isinstance(value, float) else {"most": LARGEST} | bounds).items():
         holds, sentence = BOUNDS[bound]
-        if value is not None and not holds(value, limit):
+        if not holds(value, limit):
             size = "too large" if bound in ("most", "below") and value >= limit else "too small"
-            raise ValueError(f"--{name} {value:g} is {size}: {sentence} {limit:g}")
+            raise ValueError(f"--{name} {_number(value)} is {size}: {sentence} {_number(limit)}")
+    if not math.isfinite(value):
+        raise ValueError(f"--{name} {value} is not finite: give a number")
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_combinations(config: Config, training: bool) -> None:
@@ -413,12 +614,13 @@ def _check_files(config: Config, training: bool) -> None:
     passages = index.passages if index.load_index_path is None else ()
     for name, paths in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", passages)):
         for path in paths:
-            if not Path(path).is_file():
+            if not os.path.isfile(path):  # Path.is_file raises an error for names that are too long
                 raise ValueError(f"--{name}: there is no file {path}")
     for name, path in (("load_index_path", index.load_index_path), ("model_path", run.model_path)):
-        if path not in (None, "none") and not Path(path).is_dir():
+        if path not in (None, "none") and not os.path.isdir(path):
             raise ValueError(f"--{name}: there is no directory {path}")
-    if index.save_index_path is not None and Path(index.save_index_path).is_file():
+    _check_directory(run)
+    if index.save_index_path is not None and os.path.isfile(index.save_index_path):
         raise ValueError(f"--save_index_path {index.save_index_path} is a file: give a directory, new or of an index")
     names = [evaluation_name(path) for path in run.eval_data]
     for name in set(names):
@@ -426,7 +628,32 @@ def _check_files(config: Config, training: bool) -> None:
             raise ValueError(f"--eval_data: two files are called {name}; their results would overwrite each other")
 
 
+def _check_directory(run: Run) -> None:
+    """Refuse a --name that would lead out of --checkpoint_dir, and files in the way. Raises ValueError."""
+    path = os.path.normpath(run.name)
+    if os.path.isabs(path) or path.split(os.sep)[0] in (os.curdir, os.pardir):
+        raise ValueError(f"--name {run.name} is not a directory inside --checkpoint_dir: give a name such as my_run")
+    directory = Path(run.checkpoint_dir, path)
+    existing = next(part for part in (directory, *directory.parents, Path()) if os.path.lexists(part))
+    if not os.path.isdir(existing):
+        raise ValueError(f"{existing} is not a directory: give another --checkpoint_dir or --name")
+
+
+def _check_generation(config: Config) -> None:
+    """Refuse lengths that leave no answer. Raises ValueError."""
+    most, least = config.model.generation_max_length, config.model.generation_min_length
+    if most < 2 and config.run.eval_data and not config.model.retrieve_only:
+        raise ValueError(f"--generation_max_length {most} is the start token alone: give the length of an answer")
+    if least is not None and least > most:
+        raise ValueError(
+            f"--generation_min_length {least} is above --generation_max_length {most}: "
+            "lower the first or raise the second"
+        )
+
+
 def _check_index(index: Index) -> None:
+    if index.max_passages == 0:
+        raise ValueError("--max_passages 0 leaves no passage: leave the flag out, or use -1, for all")
     if index.index_mode == "faiss" and index.faiss_index_type in ("pq", "ivfpq") and index.faiss_code_size is None:
         raise ValueError(f"--faiss_index_type {index.faiss_index_type} needs --faiss_code_size (bytes per passage)")
     refresh_schedule(index.refresh_index)
@@ -455,14 +682,23 @@ def _check_few_steps(config: Config) -> None:
             raise ValueError(f"--{name} {value} must {'be below' if least else 'not be above'} --total_steps {total}")
 
 
-def _check_format(name: str, text: Any, fields: str) -> None:
-    if text is None or not fields:
-        return
+def _check_format(name: str, text: str, fields: list[str], constant: bool) -> None:
+    """Refuse a format string that cannot be filled in with texts, or that ignores them all. Raises ValueError."""
     try:
-        used = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+        parts = [(field, spec) for _, field, spec, _ in string.Formatter().parse(text) if field is not None]
     except ValueError as error:
         raise ValueError(f"--{name} {text!r} is not a format string: {error}") from error
-    if unknown := used - set(fields.split()):
+    known = ", ".join(f"{{{field}}}" for field in sorted(fields))
+    if unknown := {field for field, _ in parts} - set(fields):
         names = ", ".join(f"{{{field}}}" for field in sorted(unknown))
-        known = ", ".join(f"{{{field}}}" for field in sorted(fields.split()))
         raise ValueError(f"--{name} uses {names}; it may use {known}")
+    if not parts and not constant:
+        raise ValueError(f"--{name} {text!r} is the same for every text: use {known}")
+    for field, spec in parts:
+        # A field within a field would depend on the data, and a large width would fill the memory.
+        if "{" in spec or re.search(r"\d{5}", spec):
+            raise ValueError(f"--{name} {text!r}: {spec!r} cannot be the format of {{{field}}}; leave it out")
+    try:
+        text.format(**dict.fromkeys(fields, "text"))
+    except ValueError as error:
+        raise ValueError(f"--{name} {text!r} cannot be filled in with texts: {error}") from error

@@ -4,13 +4,21 @@ The bounds of a flag are beside its default in `config.py`, and combinations of 
 line is read. `retrieval.py` adds what depends on the kind of an index that was saved.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
 import torch
 
-from atlas.config import Config, Index
+from atlas.config import FIELDS, OF_THE_MODEL, Config, Index, Model, say
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.tracking import log
+from atlas.runtime.tracking import log, read_shares
 from atlas.tasks import TASKS
+from atlas.tasks.data import Data
+
+if TYPE_CHECKING:
+    from atlas.model.tokenization import ReaderTokenizer
 
 
 def check(config: Config, device: torch.device) -> None:
@@ -32,7 +40,72 @@ def check(config: Config, device: torch.device) -> None:
         log.warning("--precision bf16: this CPU only emulates it; --precision fp32 is many times as fast here")
     if config.tasks.task not in TASKS:
         raise ValueError(f"--task {config.tasks.task} is unknown: give one of {', '.join(TASKS)}")
+    for line in config.origins():
+        log.info("%s", line)
     _report_without_effect(config)
+
+
+def report_plan(config: Config) -> None:
+    """Warn of a training in which something never comes."""
+    training, optimisation = config.retriever_training, config.optimisation
+    total, warmup, frozen = optimisation.total_steps, optimisation.warmup_steps, training.freeze_retriever_steps
+    if warmup > total:
+        log.warning("--warmup_steps %d is above --total_steps %d: the learning rate is never reached", warmup, total)
+    if training.train_retriever and frozen >= total:
+        log.warning("--freeze_retriever_steps %d, --total_steps %d: the retriever never learns", frozen, total)
+    if training.train_retriever and config.model.retriever_n_context == 1:
+        log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")
+
+
+def report_differences(config: Config, options: Mapping[str, Any], source: str, resumed: bool = False) -> None:
+    """Warn, in one line, of flags that differ from those of the checkpoint that a run starts from.
+
+    Args:
+        options: those of the checkpoint, flag -> value.
+        source: which checkpoint.
+        resumed: whether it is of the same run. Then all flags are compared, else those that belong to the model.
+    """
+    differing = config.differences(options, FIELDS if resumed else OF_THE_MODEL)
+    here, there = ("now", "before") if resumed else ("here", "there")
+    parts = [f"--{name} {say(of_run)} ({there}: {say(saved)})" for name, (of_run, saved) in differing.items()]
+    if resumed and (unknown := [f"--{name} {say(options[name])}" for name in options.keys() - FIELDS.keys()]):
+        parts.append(f"without {', '.join(sorted(unknown))}, which this version does not know")
+    if parts and resumed:
+        log.warning("The run is resumed with other flags than %s was saved with: %s", source, ", ".join(parts))
+    elif parts:
+        log.warning("%s was trained with other flags, and this run uses its own: %s", source, ", ".join(parts))
+
+
+def check_prompts(settings: Model, tokenizer: "ReaderTokenizer | None", files: Mapping[str, Data]) -> None:
+    """Refuse a `--decoder_prompt_format` that leaves no room for an answer. Collective.
+
+    Args:
+        tokenizer: the reader's.
+        files: what answers are generated for.
+
+    Raises:
+        ValueError: names the first line whose prompt is too long.
+    """
+    if settings.decoder_prompt_format is None or settings.retrieve_only:
+        return
+    for data in files.values():
+        read_shares("reading the prompts", len(data), "lines", partial(_check_prompts_of, data, settings, tokenizer))
+
+
+def _check_prompts_of(
+    data: Data, settings: Model, tokenizer: "ReaderTokenizer", lines: range, read: Callable[[int], object]
+) -> None:
+    longest = settings.generation_max_length - 2  # the decoder's start token, and at least one of the answer
+    for line in lines:
+        example = data.example(line * data.task.examples_per_line, epoch=0)
+        if example is not None:
+            prompt = settings.decoder_prompt_format.format(query=example.query)
+            if (n := len(tokenizer.encode([prompt], eos=False)[0])) > longest:
+                raise ValueError(
+                    f"{data.corpus.where(line)}: the prompt by --decoder_prompt_format has {n} tokens, which leaves no "
+                    f"room for an answer: raise --generation_max_length to more than {n + 1}, or shorten the prompt"
+                )
+        read(1)
 
 
 def _report_without_effect(config: Config) -> None:

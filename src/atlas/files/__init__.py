@@ -1,4 +1,5 @@
-"""Reading and writing files: jsonl files larger than memory, and files that are written completely or not at all.
+"""Reading and writing files: jsonl files larger than memory, files that are written completely or not at all, and the
+options of a run.
 
 May import: nothing of this package.
 """

@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from atlas import config
+from atlas.files.options import write_options
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import TensorBoard, log, report_error, start_log
@@ -37,10 +38,10 @@ class Session:
     directory: Path  # `{checkpoint_dir}/{name}`: log, results, checkpoints
     tensorboard: TensorBoard
 
-    def write_options(self, name: str, text: str) -> None:
-        """Write a file of all flags into the directory, on rank 0."""
+    def write_options(self, name: str, heading: str, text: str) -> None:
+        """Write a file of all flags into the directory, on rank 0; those of earlier starts are kept."""
         if distributed.is_main():
-            (self.directory / name).write_text(text + "\n", encoding="utf-8")
+            write_options(self.directory / name, heading, text)
 
     def log_places(self, step: int) -> None:
         """The last line of a run: where to look."""
@@ -100,7 +101,7 @@ def _sentence(error: Exception) -> str:
             "--per_gpu_embedder_batch_size, or use --use_gradient_checkpoint_reader and --precision bf16 "
             f"({str(error).splitlines()[0]})"
         )
-    return str(error)
+    return config.sentence(error)
 
 
 class StopSignals:

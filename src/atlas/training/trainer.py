@@ -1,6 +1,5 @@
 """The steps of the training loop, which `train.py` writes down: retrieve, read, distil, update, evaluate, save."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -154,7 +153,7 @@ class Trainer:
                 step=step,
                 model=self.model.unused_retriever | weights,
                 optimizer=moments,
-                options=dataclasses.asdict(self.settings),
+                options=self.settings.sections(),
                 configs=self.model.configs(),
                 examples=self.data.examples_after(step),
                 evaluation_due=stopping and self.plan.evaluates_after(step),

@@ -1,0 +1,66 @@
+"""The options of a run on disk: `options.json` of a checkpoint of ours, and `opt.log`.
+
+Only the standard library is imported here, because the command line reads a checkpoint's options.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint of ours that a path means: its own directory, or that of the run (the latest one); else None."""
+    for candidate in (path, path / "latest", path / "checkpoint" / "latest"):
+        if os.path.isfile(candidate / "state.json"):  # Path.is_file raises an error for names that are too long
+            return candidate.resolve()
+    return None
+
+
+def latest_checkpoint(run_directory: Path) -> Path | None:
+    """The checkpoint that a run left in its directory, if any.
+
+    Raises:
+        ValueError: `latest` points at nothing.
+    """
+    link = run_directory / "checkpoint" / "latest"
+    if os.path.islink(link) and not os.path.exists(link):
+        raise ValueError(f"{link} points at {os.readlink(link)}, which is gone: point it at a checkpoint, or --restart")
+    return link.resolve() if os.path.exists(link) else None
+
+
+def read_options(checkpoint: Path) -> dict[str, Any]:
+    """Flag -> value, of the run that made a checkpoint of ours: unchecked. Empty if there is no `options.json`.
+
+    Raises:
+        ValueError: the file cannot be read, or is something else.
+    """
+    file = checkpoint / "options.json"
+    if not os.path.isfile(file):
+        return {}
+    try:
+        sections = json.loads(file.read_text(encoding="utf-8"))
+        named = [pair for section in sections.values() for pair in section.items()]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{file} does not hold the flags of a run by section ({error}); without the file they count as unknown"
+        ) from error
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in named}
+
+
+def write_options(file: Path, heading: str, options: str) -> None:
+    """Write the flags of a start, below a line `# heading`, unless they are those of the start before.
+
+    The files of earlier starts are kept: `opt.log` becomes `opt.1.log`, the next one `opt.2.log`, and so on.
+    """
+    if file.exists():
+        earlier = file.read_text(encoding="utf-8", errors="replace")
+        if re.sub(r"\A#.*\n", "", earlier) == f"{options}\n":
+            return
+        kept = re.compile(rf"{re.escape(file.stem)}\.(\d+){re.escape(file.suffix)}")
+        numbers = [int(found[1]) for path in file.parent.iterdir() if (found := kept.fullmatch(path.name))]
+        file.rename(file.with_name(f"{file.stem}.{max(numbers, default=0) + 1}{file.suffix}"))
+    beside = file.with_name(f"{file.name}.partial")
+    beside.write_text(f"# {heading}\n{options}\n", encoding="utf-8")
+    beside.replace(file)
