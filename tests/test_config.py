@@ -1,6 +1,7 @@
 """The command line is a contract: every flag, its type and default; every refusal, in one sentence."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import finetune_qa
-from atlas.config import SECTIONS, parse_config, refresh_schedule
+from atlas.config import FIELDS, LARGEST, OF_THE_MODEL, SECTIONS, parse_config, refresh_schedule
+from atlas.runtime import device as devices
 from atlas.training.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -278,6 +280,7 @@ def test_no_retrieval_no_retriever_training(files, switch):
     assert not config.model.retrieves and not config.retriever_training.train_retriever
 
 
+BAD_NAMES = ["..", ".", "../mine", "/mine", "a/..", "a/../..", "a/../../mine", "./"]
 REFUSED = [
     ("train", {"task": None}, "--task is missing"),
     ("train", {"train_data": None}, "--train_data is missing"),
@@ -336,6 +339,26 @@ REFUSED = [
         {"multiple_choice_num_options": 7, "multiple_choice_eval_permutations": "all"},
         "--multiple_choice_eval_permutations all is for at most 6 options",
     ),
+    ("train", {"generation_min_length": 9, "generation_max_length": 8}, "--generation_min_length 9 is above --gen"),
+    ("evaluate", {"generation_max_length": 1}, "--generation_max_length 1 is the start token alone"),
+    ("train", {"generation_num_beams": 5000}, "--generation_num_beams 5000 is too large: it must be at most 256"),
+    ("train", {"seed": "99999999999999999999"}, "--seed 99999999999999999999 is too large: it must be at most 184467"),
+    ("train", {"max_passages": 10**19}, "--max_passages 10000000000000000000 is too large: it must be at most 92233"),
+    ("train", {"max_passages": 0}, "--max_passages 0 leaves no passage"),
+    ("train", {"text_maxlength": 2}, "--text_maxlength 2 is too small: it must be at least 3"),
+    ("train", {"max_lm_context_ratio": 0, "min_lm_context_ratio": 0}, "--max_lm_context_ratio 0 is too small"),
+    ("train", {"epsilon": 0}, "--epsilon 0 is too small: it must be above 0"),
+    ("train", {"name": ""}, "--name is empty: give a value, or leave the flag out"),
+    *(("train", {"name": name}, f"--name {name} is not a directory inside") for name in BAD_NAMES),
+    ("train", {"checkpoint_dir": __file__}, "test_config.py is not a directory: give another --checkpoint_dir or"),
+    ("train", {"checkpoint_dir": f"{__file__}/more"}, "test_config.py is not a directory: give another"),
+    ("train", {"model_path": ""}, "--model_path is empty"),
+    ("train", {"load_index_path": " "}, "--load_index_path is empty"),
+    ("train", {"eval_data": ""}, "--eval_data: expected at least one file, found an empty text"),
+    ("train", {"train_data": "x" * 300}, "--train_data: there is no file xxx"),
+    ("train", {"load_index_path": "x" * 300}, "--load_index_path: there is no directory xxx"),
+    ("evaluate", {"model_path": "x" * 300}, "--model_path: there is no directory xxx"),
+    ("evaluate", {"model_path": "nowhere", "reader_model_type": None}, "--model_path: there is no directory nowhere"),
     ("finetune_qa", {"total_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
     ("finetune_qa", {"total_steps": 9}, "--eval_freq 10 must be below --total_steps 9"),
     ("finetune_qa", {"total_steps": 31, "save_freq": 32}, "--save_freq 32 must not be above --total_steps 31"),
@@ -351,6 +374,92 @@ def test_refusals(files, capsys, program, changes, sentence):
     said = capsys.readouterr().err
     assert refused.value.code == 2
     assert sentence in said and said.count("\n") == 1, said
+
+
+FLOATS = [name for name, field in FIELDS.items() if isinstance(field.default, float)]
+FORMATS = [name for name, field in FIELDS.items() if field.metadata["fields"]]
+
+
+def refusal(files, capsys, **changes):
+    """The one sentence with which a command line is refused."""
+    with pytest.raises(SystemExit) as ended:
+        parse_config(words(files, **changes))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", ["inf", "1e999", "nan"])
+def test_every_number_is_finite(files, capsys, name, value):
+    said = refusal(files, capsys, **{name: value})
+    assert f"--{name} {value.replace('1e999', 'inf')} is " in said and any(
+        reason in said for reason in ("not finite: give a number", "too large", "too small")
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("{FIELD:5d}", "cannot be filled in with texts: Unknown format code 'd'"),
+        ("{FIELD:=9}", "cannot be filled in with texts: '=' alignment"),
+        ("{FIELD!z}", "cannot be filled in with texts: "),
+        ("{FIELD:{FIELD}}", "'{FIELD}' cannot be the format of {FIELD}"),
+        ("{FIELD:>9999999999}", "'>9999999999' cannot be the format of {FIELD}"),
+        ("{FIELD.real}", "uses {FIELD.real}; it may use {"),
+        ("{FIELD[0]}", "uses {FIELD[0]}; it may use {"),
+        ("{}", "uses {}; it may use {"),
+        ("{FIELD!}", "is not a format string: "),
+        ("{FIELD", "is not a format string: "),
+        ("}", "is not a format string: "),
+    ],
+)
+def test_every_format_can_be_filled_in(files, capsys, name, form, reason):
+    field = FIELDS[name].metadata["fields"].split()[0]
+    said = refusal(files, capsys, **{name: form.replace("FIELD", field)})
+    assert f"--{name} " in said and reason.replace("FIELD", field) in said
+
+
+def test_a_format_depends_on_the_text(files, capsys):
+    for name in FORMATS:
+        if name != "decoder_prompt_format":  # a prompt may be the same for all
+            assert f"--{name} 'fixed' is the same for every text: use {{" in refusal(files, capsys, **{name: "fixed"})
+    form = {"decoder_prompt_format": "fixed", "encoder_format": "{query!s:>20} {{{text:.200}}} {title!r}"}
+    assert parse_config(words(files, **form)).model.encoder_format == form["encoder_format"]
+
+
+def test_what_is_just_allowed(files):
+    allowed = {"seed": 2**64 - 1, "generation_num_beams": 256, "generation_max_length": 2, "generation_min_length": 2}
+    allowed |= {"name": "group/mine", "total_steps": LARGEST, "retriever_query_prefix": "", "text_maxlength": 3}
+    flags = parse_config(words(files, **allowed)).flags()
+    assert {name: flags[name] for name in allowed} == allowed
+    devices.seed_everything(flags["seed"])
+    searching = {"generation_max_length": 1, "retrieve_only": True}  # nothing is generated
+    assert parse_config(words(files, **searching), program="evaluate").model.generation_max_length == 1
+
+
+@pytest.mark.parametrize(("program", "preset"), [("train", {}), ("evaluate", {}), ("finetune_qa", finetune_qa.PRESET)])
+def test_help_shows_each_default_as_it_would_be_typed(capsys, program, preset):
+    """Numbers as numbers, switches as on and off, and nothing is unset that the run computes."""
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], program=program, **preset)
+    entries = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
+    shown = {re.match(r"--(\w+)", entry)[1]: " ".join(entry.split("\n\n")[0].split()) for entry in entries}
+    assert shown.keys() == FIELDS.keys()
+    for name, field in FIELDS.items():
+        default, text = preset.get(name, field.default), field.metadata["help"]
+        first = "the checkpoint's, else " if program == "evaluate" and name in OF_THE_MODEL else ""
+        if callable(default):
+            expected = f"({default.__doc__})"
+        elif default is None and text.endswith(")"):
+            expected = f"({first}{text.rpartition('(')[2]}"
+        elif default is None or isinstance(default, bool):
+            expected = f"(default: {first}{ {None: 'unset', True: 'on', False: 'off'}[default] })"
+        else:
+            typed = repr(default) if " " in str(default) else "none" if default == () else default
+            expected = f"(default: {first}{typed})"
+        assert shown[name].endswith(f" {expected}"), name
 
 
 def test_two_evaluation_files_of_one_name(files, capsys):

@@ -1,5 +1,6 @@
 """Exported checkpoints, loaded without this project: by the code of their model cards, which is transformers alone."""
 
+import argparse
 import json
 import re
 import shutil
@@ -341,3 +342,29 @@ def test_the_flags_of_a_run_are_kept_with_a_checkpoint(trained, tmp_path):
     directory, _ = trained
     assert load_checkpoint(directory).options["n_context"] == 4
     assert load_checkpoint(untie(tmp_path / "checkpoint")).options["name"] == "x"
+
+
+def test_options_that_a_flag_cannot_have(trained, tmp_path, capfd):
+    """One sentence for a checkpoint of ours; those of a published one are left out, and that is said."""
+    checkpoint = shutil.copytree((trained[0] / "checkpoint/latest").resolve(), tmp_path / "step-3")
+    options = json.loads((checkpoint / "options.json").read_text())
+    options["model"]["text_maxlength"] = "many"
+    (checkpoint / "options.json").write_text(json.dumps(options))
+    with pytest.raises(SystemExit) as ended:
+        export(checkpoint, tmp_path / "export")
+    said = capfd.readouterr().err
+    assert ended.value.code == 1 and "--text_maxlength is 'many' there, and must be an integer" in said, said
+    assert "Traceback" not in said and not (tmp_path / "export").exists()
+    odd = untie(tmp_path / "published")
+    state = {f"reader.{name}": tensor for name, tensor in load_checkpoint(odd).reader.items()}
+    odd = published(tmp_path / "odd-flags", state, opt=argparse.Namespace(text_maxlength=None, name="odd"))
+    output = export(odd, tmp_path / "odd", *models())
+    assert "Reader of odd, step 7" in (output / "reader/README.md").read_text()
+    assert "--text_maxlength is None there, and must be an integer" in capfd.readouterr().out
+
+
+def test_the_card_generates_as_the_run_did(tmp_path):
+    beams = {"generation_num_beams": 2, "generation_min_length": 3, "generation_length_penalty": 0.5}
+    directory = run(tmp_path, total_steps=1, eval_data=None, closed_book=True, passages=None, **beams)
+    card = (export(directory, tmp_path / "export") / "reader/README.md").read_text()
+    assert "mask, max_length=12, min_length=3, num_beams=2, length_penalty=0.5)" in card

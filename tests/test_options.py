@@ -113,7 +113,11 @@ def test_training_keeps_its_own_flags(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("n_context", "many", "/options.json: --n_context is 'many' there, and must be an integer: give --n_context"),
+        (
+            "n_context",
+            "many",
+            "/options.json: --n_context is 'many' there, and must be an integer (--n_context from the checkpoint ",
+        ),
         ("n_context", True, "--n_context is True there, and must be an integer"),
         ("n_context", None, "--n_context is None there, and must be an integer"),
         ("n_context", [3], "--n_context is (3,) there, and must be an integer"),

@@ -247,6 +247,19 @@ class Origin:
         """command line, checkpoint or default"""
         return "command line" if name in self.given else "checkpoint" if name in self.saved else "default"
 
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Add a note to a mistake in the block that names a flag whose value is the checkpoint's."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            named = dict.fromkeys(re.findall(r"--(\w+)", str(error)))
+            taken = [f"--{name}" for name in named if name in OF_THE_MODEL and self.of(name) == "checkpoint"]
+            if taken:
+                what, it = " and ".join(taken), "it" if len(taken) == 1 else "them"
+                error.add_note(f"({what} from the checkpoint {self.checkpoint}: give {it} to use another value)")
+            raise
+
 
 @dataclass(frozen=True)
 class Config:
@@ -304,19 +317,6 @@ class Config:
         unknown = ", ".join(f"--{name}" for name in of["default"])
         return lines + ([f"By default, as the checkpoint does not say them: {unknown}"] if unknown else [])
 
-    @contextlib.contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Add a note to a mistake in the block that names a flag whose value is the checkpoint's."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            named = dict.fromkeys(re.findall(r"--(\w+)", str(error)))
-            taken = [f"--{name}" for name in named if name in OF_THE_MODEL and self.origin.of(name) == "checkpoint"]
-            if taken:
-                what, it = " and ".join(taken), "it" if len(taken) == 1 else "them"
-                error.add_note(f"({what} from the checkpoint {self.origin.checkpoint}: give {it} to use another value)")
-            raise
-
 
 SECTIONS: dict[str, type] = {
     "run": Run,
@@ -355,8 +355,8 @@ def parse_config(
     given = {name: value for name, value in options.items() if value is not None}
     try:
         origin = _origin(given) if program == "evaluate" else Origin()
-        config = _make_config(given, preset, origin)
-        with config.explaining():
+        with origin.explaining():
+            config = _make_config(given, preset, origin)
             _check(config, program)
     except ValueError as error:
         parser.error(sentence(error))
@@ -540,7 +540,7 @@ def _saved_value(name: str, value: Any, source: str | os.PathLike) -> Any:
         if choices
         else {str: "a text", int: "an integer"}.get(kind, f"a {kind.__name__}")
     )
-    raise ValueError(f"{source}: --{name} is {value!r:.40} there, and must be {wanted}: give --{name}")
+    raise ValueError(f"{source}: --{name} is {value!r:.40} there, and must be {wanted}")
 
 
 def _same(here: Any, there: Any) -> bool:

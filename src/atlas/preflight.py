@@ -49,8 +49,11 @@ def report_plan(config: Config) -> None:
     """Warn of a training in which something never comes."""
     training, optimisation = config.retriever_training, config.optimisation
     total, warmup, frozen = optimisation.total_steps, optimisation.warmup_steps, training.freeze_retriever_steps
-    if warmup > total:
-        log.warning("--warmup_steps %d is above --total_steps %d: the learning rate is never reached", warmup, total)
+    steps, flag = total, "total_steps"
+    if optimisation.scheduler_steps is not None and optimisation.scheduler_steps < total:
+        steps, flag = optimisation.scheduler_steps, "scheduler_steps"
+    if warmup > steps:
+        log.warning("--warmup_steps %d is above --%s %d: the learning rate is never reached", warmup, flag, steps)
     if training.train_retriever and frozen >= total:
         log.warning("--freeze_retriever_steps %d, --total_steps %d: the retriever never learns", frozen, total)
     if training.train_retriever and config.model.retriever_n_context == 1:
@@ -114,6 +117,14 @@ def _report_without_effect(config: Config) -> None:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
+    for name, has_effect, without in (
+        ("dont_write_passages", config.run.write_results, "without --write_results"),
+        ("max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"),
+        ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
+        ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
+    ):
+        if config.flags()[name] != FIELDS[name].default and not has_effect:
+            log.info("--%s has no effect %s", name, without)
     ways = ("faiss_index_type", "faiss_code_size", "faiss_nlist", "faiss_train_size")
     unused = [f"--{name}" for name in ways if getattr(index, name) != getattr(Index, name)]
     if unused and index.index_mode == "flat":

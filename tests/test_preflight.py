@@ -1,0 +1,69 @@
+"""What only a run can check, at its start: the decoder's prompts, plans in which something never comes."""
+
+import pytest
+
+from tests.kit import read_jsonl, run, world, write_jsonl
+
+CLOSED = {"closed_book": True, "passages": None}
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_a_prompt_that_leaves_no_room_for_an_answer(tmp_path, capfd, program):
+    """Refused before a model is loaded, with its line; with one more token there is room."""
+    rows = read_jsonl(world() / "dev.jsonl")[:3]
+    rows[1]["question"] *= 3
+    prompted = {"decoder_prompt_format": "{query} so", "eval_data": write_jsonl(tmp_path / "long.jsonl", rows)} | CLOSED
+    prompted |= {"train_data": None} if program == "evaluate" else {"total_steps": 1}
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, program, generation_max_length=30, **prompted)
+    out, said = capfd.readouterr()
+    assert ended.value.code == 1 and said.count("\n") == 1 and "long.jsonl, line 2: the prompt by" in said, said
+    assert "--decoder_prompt_format has " in said and "raise --generation_max_length to more than " in said
+    assert not (tmp_path / "run/checkpoint").exists() and "Dataset:" not in out
+    enough = 1 + int(said.split("to more than ")[1].split(",")[0])
+    with pytest.raises(SystemExit):
+        run(tmp_path, program, generation_max_length=enough - 1, **prompted)
+    directory = run(tmp_path, program, generation_max_length=enough, **prompted)
+    assert len(read_jsonl(next(directory.glob("long-step-*.jsonl")))) == 3
+
+
+def test_prompts_do_not_matter_where_nothing_is_generated(tmp_path):
+    prompted = {"decoder_prompt_format": "{query} " * 9, "generation_max_length": 2}
+    run(tmp_path, total_steps=1, eval_data=None, **CLOSED, **prompted)
+    assert run(tmp_path, "evaluate", name="search", retrieve_only=True, train_data=None, **prompted).is_dir()
+
+
+def test_what_never_comes_is_said_once(tmp_path):
+    plan = {"warmup_steps": 3, "freeze_retriever_steps": 2, "train_retriever": True, "retriever_n_context": 1}
+    log = (run(tmp_path, total_steps=2, n_context=1, eval_data=None, **plan) / "run.log").read_text()
+    for warning in (
+        "--warmup_steps 3 is above --total_steps 2: the learning rate is never reached\n",
+        "--freeze_retriever_steps 2, --total_steps 2: the retriever never learns\n",
+        "--retriever_n_context 1: the retriever learns nothing from ranking a single passage\n",
+    ):
+        assert log.count(warning) == 1, warning
+    plan = {"warmup_steps": 2, "freeze_retriever_steps": 1, "train_retriever": True}
+    fine = run(tmp_path, name="fine", total_steps=2, eval_data=None, **plan)
+    log = (fine / "run.log").read_text()
+    assert "--warmup_steps" not in log and "never " not in log
+    short = run(tmp_path, name="fine", total_steps=3, eval_data=None, scheduler_steps=1, **plan)
+    assert "--warmup_steps 2 is above --scheduler_steps 1: the" in (short / "run.log").read_text()
+
+
+def test_what_has_no_effect_is_said_once(tmp_path):
+    flags = {"dont_write_passages": True, "save_index_codes_only": True, "generation_length_penalty": 0.5}
+    search = {"total_steps": 1, "train_data": None, "retrieve_only": True}
+    log = (run(tmp_path, "evaluate", write_results=False, **search, **flags) / "run.log").read_text()
+    for name, without in (
+        ("dont_write_passages", "--write_results"),
+        ("save_index_codes_only", "--save_index_path"),
+        ("generation_length_penalty", "more --generation_num_beams"),
+    ):
+        assert log.count(f"--{name} has no effect without {without}\n") == 1, log
+    with_effect = {"generation_num_beams": 2, "dont_write_passages": True, "generation_length_penalty": 0.5}
+    again = run(tmp_path, "evaluate", name="again", save_index_path=tmp_path / "index", **search, **with_effect)
+    assert "no effect" not in (again / "run.log").read_text()
+    opened = {"load_index_path": tmp_path / "index", "passages": None, "max_passages": 5}
+    log = (run(tmp_path, "evaluate", name="opened", **search, **opened) / "run.log").read_text()
+    assert "--max_passages has no effect with --load_index_path: all of the saved passages are used\n" in log
