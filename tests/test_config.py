@@ -342,6 +342,7 @@ REFUSED = [
     ("train", {"generation_min_length": 9, "generation_max_length": 8}, "--generation_min_length 9 is above --gen"),
     ("evaluate", {"generation_max_length": 1}, "--generation_max_length 1 is the start token alone"),
     ("train", {"generation_num_beams": 5000}, "--generation_num_beams 5000 is too large: it must be at most 256"),
+    ("train", {"generation_length_penalty": 1e9}, "--generation_length_penalty 1e+09 is too large: it must be at most"),
     ("train", {"seed": "99999999999999999999"}, "--seed 99999999999999999999 is too large: it must be at most 184467"),
     ("train", {"max_passages": 10**19}, "--max_passages 10000000000000000000 is too large: it must be at most 92233"),
     ("train", {"max_passages": 0}, "--max_passages 0 leaves no passage"),

@@ -13,9 +13,10 @@ SCRIPTS = sorted([*(ROOT / "preprocessing").glob("*.py"), *(ROOT / "evaluation_s
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 # Of the files beside the folders; each folder says its own in its first paragraph: "May import: files, runtime."
 MODULES = {
-    "config": {"files"},
+    "config": {"options"},
+    "options": set(),
     "metrics": set(),
-    "checkpoint": {"files", "runtime"},
+    "checkpoint": {"files", "options", "runtime"},
     "preflight": {"config", "model", "runtime", "tasks"},
     "retrieval": {"checkpoint", "config", "files", "index", "model", "runtime"},
 }

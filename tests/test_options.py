@@ -7,7 +7,7 @@ import pytest
 
 from atlas.checkpoint import load_checkpoint
 from atlas.config import FIELDS, OF_THE_MODEL, Origin, parse_config
-from atlas.files.options import find_checkpoint, read_options, write_options
+from atlas.options import find_checkpoint, read_options, write_options
 from tests.kit import command_line, read_jsonl, run, world
 from tests.test_checkpoint import published
 
@@ -104,6 +104,14 @@ def test_what_a_checkpoint_does_not_say_has_its_default(tmp_path):
     assert evaluation(tmp_path, name="bare", reader_model_type="r").model.n_context == 1
 
 
+def test_a_preset_is_a_default(tmp_path):
+    checkpoint_with(tmp_path / "run", {"model": {"n_context": 7}})
+    line = command_line(tmp_path, name="run", n_context=None, train_data=None)
+    assert parse_config(line, program="evaluate", n_context=9).model.n_context == 7
+    line = command_line(tmp_path, name="other", n_context=None, train_data=None)
+    assert parse_config(line, program="evaluate", n_context=9).model.n_context == 9
+
+
 def test_training_keeps_its_own_flags(tmp_path):
     checkpoint_with(tmp_path / "run", {"model": TRAINED})
     config = parse_config(command_line(tmp_path, name="other", model_path=tmp_path / "run", n_context=None))
@@ -126,7 +134,7 @@ def test_training_keeps_its_own_flags(tmp_path):
         ("retriever_normalize", 1, "--retriever_normalize is 1 there, and must be a bool"),
         ("encoder_format", {"a": 1}, "--encoder_format is {'a': 1} there, and must be a text"),
         ("encoder_format", "{who}", "--encoder_format uses {who}; it may use {id}, {query}"),
-        ("generation_length_penalty", float("nan"), "--generation_length_penalty nan is not finite"),
+        ("generation_length_penalty", float("nan"), "--generation_length_penalty nan is too small"),
         ("generation_min_length", 300, "--generation_min_length 300 is above --generation_max_length 128"),
     ],
 )

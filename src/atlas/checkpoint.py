@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from atlas.files.options import find_checkpoint, latest_checkpoint, read_options
+from atlas.options import find_checkpoint, latest_checkpoint, read_options
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 

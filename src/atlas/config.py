@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from atlas.files.options import find_checkpoint, latest_checkpoint, read_options
+from atlas.options import find_checkpoint, latest_checkpoint, read_options
 
 # The tasks that come with the package, for help texts. Users add others, so --task is checked when a run starts.
 TASK_NAMES = ("base", "qa", "cloze", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
@@ -164,7 +164,9 @@ class Model:
     generation_max_length: int = flag(128, "most tokens of an answer, start token and prompt included", least=1)
     generation_min_length: int | None = flag(None, "least tokens of an answer, counted in the same way", least=0)
     generation_num_beams: int = flag(1, "beams; 1: greedy", least=1, most=256)
-    generation_length_penalty: float = flag(1.0, "exponent of the length that beam scores are divided by")
+    generation_length_penalty: float = flag(
+        1.0, "exponent of the length that beam scores are divided by", least=-10, most=10
+    )
 
     @property
     def retrieves(self) -> bool:

@@ -1,5 +1,4 @@
-"""Reading and writing files: jsonl files larger than memory, files that are written completely or not at all, and the
-options of a run.
+"""Reading and writing files: jsonl files larger than memory, and files that are written completely or not at all.
 
 May import: nothing of this package.
 """

@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from atlas import config
-from atlas.files.options import write_options
+from atlas.options import write_options
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import TensorBoard, log, report_error, start_log
