@@ -61,6 +61,8 @@ class Task:
     def process(self, record: Mapping, rng: random.Random) -> Example | None:
         """The example of a line, or None to skip the line. All randomness comes from `rng` (see `example_rng`).
 
+        Whether a line is skipped must not depend on chance: batches are filled with the lines that `check` counts.
+
         Raises: ValueError with the expected and the existing fields, or what is wrong with one.
         """
         query = self.text(record, "query")
@@ -74,7 +76,10 @@ class Task:
         )
 
     def example(self, record: Mapping, rng: random.Random, number: int) -> Example | None:
-        """Example `number` of a line, from 0, or None. `rng` is in the same state for all examples of a line."""
+        """Example `number` of a line, from 0. `rng` is in the same state for all examples of a line.
+
+        None if a line has fewer, which is for evaluation only: in training each line has `examples_per_line`.
+        """
         return self.process(record, rng)
 
     def check(self, record: Mapping) -> bool:
