@@ -85,6 +85,7 @@ class MultipleChoice(Task):
     def join(self, rows: list[dict]) -> tuple[dict, dict[str, float]]:
         """The row of the line's own order, with each option's probability: the mean over the orders.
 
+        As published, its `generation` is the letter of the most probable option; what the reader generated is in `rows`.
         In each order, an option's probability is the softmax over the letters' logits at the letter of its text.
         Options with the same text share their probability.
         """
@@ -99,8 +100,8 @@ class MultipleChoice(Task):
             options = rows[0]["metadata"]["options"]
             of_all = {letter: by_text[text] for letter, text in options.items()}
             means = {letter: sum(shares) / len(shares) for letter, shares in of_all.items()}
-            joined |= {"choice_probs": means, "all_probs": of_all}
             chosen = max(means, key=means.get)
+            joined |= {"generation": chosen, "choice_probs": means, "all_probs": of_all}
             values = {"debiased_accuracy": float(options[chosen] == options[rows[0]["metadata"]["answer"]])}
         return joined | {"permutations": rows}, values
 
