@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 N_SENTINELS = 100
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+MARK = re.compile("<pad>|</s>|<unk>|<extra_id_[0-9]+>")
 READER_FLAG, RETRIEVER_FLAG = "--reader_model_type", "--retriever_model_path"
 # The rules of transformers' clean_up_tokenization_spaces, in the same order.
 CLEAN_UP = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")]
@@ -184,11 +185,7 @@ def _pipeline_of_sentencepiece(serialized: bytes) -> Tokenizer:
     charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
     return _published_pipeline(
         model={"type": "Unigram", "unk_id": proto.trainer_spec.unk_id, "vocab": pieces, "byte_fallback": False},
-        added_tokens={
-            piece: token_id
-            for token_id, (piece, _) in enumerate(pieces)
-            if piece in SPECIAL_TOKENS or piece.startswith("<extra_id_")
-        },
+        added_tokens={},
         normalizers=[{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else [],
         pre_tokenizers=[],
     )
@@ -197,10 +194,13 @@ def _pipeline_of_sentencepiece(serialized: bytes) -> Tokenizer:
 def _published_pipeline(
     model: dict, added_tokens: dict[str, int], normalizers: list[dict], pre_tokenizers: list[dict]
 ) -> Tokenizer:
+    """`added_tokens` are those besides the sentinels and special tokens of the vocabulary, token -> id."""
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     one_space = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
     decoders = [{"type": "ByteFallback"}] if model.get("byte_fallback") else []
     # Not stripping spaces around added tokens keeps the lone ▁ before a sentinel.
+    # Sentinels are always cut out of the text first. As ordinary pieces they would get a ▁ before them.
+    added_tokens = _marks(model.get("vocab")) | added_tokens
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     pipeline = {
         "version": "1.0",
@@ -217,6 +217,15 @@ def _published_pipeline(
         return Tokenizer.from_str(json.dumps(pipeline))
     except Exception as error:  # the only class the tokenizers library raises
         raise ValueError(f"its vocabulary is damaged: {error}") from error
+
+
+def _marks(vocabulary: dict[str, int] | list[list] | None) -> dict[str, int]:
+    """The ids of the sentinels and special tokens of a vocabulary: pieces with ids, or with scores in order of ids."""
+    if isinstance(vocabulary, dict):
+        return {piece: token_id for piece, token_id in vocabulary.items() if MARK.fullmatch(piece)}
+    entries = vocabulary if isinstance(vocabulary, list) else []  # the tokenizers library says what is damaged
+    ids = {entry[0]: token_id for token_id, entry in enumerate(entries) if entry and isinstance(entry, list)}
+    return {piece: token_id for piece, token_id in ids.items() if isinstance(piece, str) and MARK.fullmatch(piece)}
 
 
 def _members(part: dict | None, key: str) -> list[dict]:
