@@ -136,7 +136,7 @@ def test_byte_level_fallback_vocabulary_of_a_bpe_tokenizer_json(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny_vocabulary(tmp_path_factory) -> Path:
-    """A directory with the spiece.model of a vocabulary of 60 pieces, and the tokenizer.json that transformers makes."""
+    """A directory with the spiece.model of a vocabulary of 60 pieces, and transformers' tokenizer.json of it."""
     directory = tmp_path_factory.mktemp("tiny")
     sentences = ["the river of Bako is Selnu", "the bird of Tamlin is Quafim", "who is the founder of Ethgra ?"] * 20
     SentencePieceTrainer.train(
@@ -234,6 +234,7 @@ def test_what_cannot_be_loaded_is_named(load, flag, tmp_path, monkeypatch):
         ("tokenizer.json", b"{", "cannot load a T5 tokenizer"),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": 1}}', "damaged"),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": [1, [2, 3]]}}', "damaged"),
+        ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": [[2, 3], [[4], 5]]}}', "damaged"),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0]]}}', "no <pad>"),
     ],
 )

@@ -8,6 +8,7 @@ transformers are imported only in the functions that need them.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -221,10 +222,10 @@ def _published_pipeline(
 
 def _marks(vocabulary: dict[str, int] | list[list] | None) -> dict[str, int]:
     """The ids of the sentinels and special tokens of a vocabulary: pieces with ids, or with scores in order of ids."""
-    if isinstance(vocabulary, dict):
-        return {piece: token_id for piece, token_id in vocabulary.items() if MARK.fullmatch(piece)}
-    entries = vocabulary if isinstance(vocabulary, list) else []  # the tokenizers library says what is damaged
-    ids = {entry[0]: token_id for token_id, entry in enumerate(entries) if entry and isinstance(entry, list)}
+    ids = vocabulary if isinstance(vocabulary, dict) else {}
+    if isinstance(vocabulary, list):
+        with contextlib.suppress(TypeError, IndexError):  # the tokenizers library says what is wrong with it
+            ids = {entry[0]: token_id for token_id, entry in enumerate(vocabulary)}
     return {piece: token_id for piece, token_id in ids.items() if isinstance(piece, str) and MARK.fullmatch(piece)}
 
 
