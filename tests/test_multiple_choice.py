@@ -254,10 +254,8 @@ def test_three_ranks_equal_one(tmp_path, batch_size):
             assert list(of_order) == [*keys, "choice_logits"] and len(of_order["passages"]) == 4
             hits += of_order["generation"] == of_order["answers"][0]
         chosen = max(row["choice_probs"], key=row["choice_probs"].get)
-        assert row["permutations"][0] | {"generation": chosen} == {
-            **row["permutations"][0],
-            **{k: row[k] for k in keys},
-        }
+        first = row["permutations"][0] | {"generation": chosen}
+        assert {key: first[key] for key in keys} == {key: row[key] for key in keys}
         debiased += chosen == line["answer"]
     orders = sum(len(line["options"]) for line in lines)
     metrics = last_metrics(one)

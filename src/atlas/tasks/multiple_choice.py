@@ -85,7 +85,7 @@ class MultipleChoice(Task):
     def join(self, rows: list[dict]) -> tuple[dict, dict[str, float]]:
         """The row of the line's own order, with each option's probability: the mean over the orders.
 
-        As published, its `generation` is the letter of the most probable option; what the reader generated is in `rows`.
+        As published, its `generation` is the letter of the most probable option; `rows` have what the reader wrote.
         In each order, an option's probability is the softmax over the letters' logits at the letter of its text.
         Options with the same text share their probability.
         """
