@@ -7,14 +7,17 @@ import numpy as np
 import torch
 
 from atlas.config import Config, evaluation_name
+from atlas.config import Model as ModelSettings
 from atlas.files.jsonl import DataError, JsonlCorpus
-from atlas.model.tokenization import ReaderTokenizer
+from atlas.model.inputs import count_filling
+from atlas.model.tokenization import LONGEST_TEXT, ReaderTokenizer
 from atlas.runtime import distributed
 from atlas.runtime.device import evaluation_batch_size
 from atlas.runtime.tracking import log, read_shares
 from atlas.tasks import TASKS, Example, Task, TaskSetup, example_rng
 
 T = TypeVar("T")
+MOST_LOOKED_AT = 20_000  # questions of a file whose length in tokens is looked at: a second or two
 
 
 class Data:
@@ -36,6 +39,7 @@ class Data:
             if not lines:
                 raise ValueError(f"{path}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
+        self._cut_lines = 0  # lines with a text that was cut when they were checked
         self._kept: np.ndarray | None = None  # the lines that the task does not skip; None: all of them
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self._resumed = (0, 0)  # a step, and the examples that had been seen after it
@@ -80,6 +84,8 @@ class Data:
             world_size=distributed.world_size(),
         )
         data._check_all()
+        if tokenizer is not None and not (config.model.closed_book or config.model.retrieve_only):
+            data._report_long_questions(config.model, tokenizer)
         return data
 
     @classmethod
@@ -93,8 +99,36 @@ class Data:
     def _check_all(self) -> None:
         """Each rank checks its share of the lines, and all of them keep the same ones. Collective."""
         share = read_shares("reading the data", len(self.corpus), "lines", self.check)
-        bits = distributed.gather_objects((np.packbits(share), len(share)))
-        self.keep(np.concatenate([np.unpackbits(of_rank, count=n).view(bool) for of_rank, n in bits]))
+        of_ranks = distributed.gather_objects((np.packbits(share), len(share), self._cut_lines))
+        if cut := sum(lines for _, _, lines in of_ranks):
+            long = f"a text of more than {LONGEST_TEXT} characters"
+            log.warning("%s: %d of %d lines have %s, which is cut", self.name, cut, len(self.corpus), long)
+        self.keep(np.concatenate([np.unpackbits(bits, count=n).view(bool) for bits, n, _ in of_ranks]))
+
+    def _report_long_questions(self, settings: ModelSettings, tokenizer: ReaderTokenizer) -> None:
+        """Warn of questions that leave no room for a passage. Of many lines only a part is looked at. Collective."""
+        every = -(-len(self) // MOST_LOOKED_AT)
+        lines = range(0, len(self), every)
+
+        def count(share: range, read: Callable[[int], object]) -> int:
+            filling = 0
+            for start in range(0, len(share), 1000):
+                places = [lines[i] * self.task.examples_per_line for i in share[start : start + 1000]]
+                examples = [self.example(place, epoch=0) for place in places]
+                filling += count_filling([example.query for example in examples if example], settings, tokenizer)
+                read(len(places))
+            return filling
+
+        filling = sum(distributed.gather_objects(read_shares("reading the questions", len(lines), "lines", count)))
+        if filling:
+            log.warning(
+                "%s: %d of %d questions%s fill --text_maxlength %d: their passages are not read; raise it",
+                self.name,
+                filling,
+                len(lines),
+                f" (one in {every} was looked at)" if every > 1 else "",
+                settings.text_maxlength,
+            )
 
     def __len__(self) -> int:
         """How many lines there are, without those that the task skips."""
@@ -125,7 +159,10 @@ class Data:
         counts = np.empty(len(lines), bool)
         for start in range(0, len(lines), 1000):
             chunk = lines[start : start + 1000]
-            counts[start : start + len(chunk)] = [self._of_line(line, self.task.check) for line in chunk]
+            for i, line in enumerate(chunk, start):
+                cuts = self.task.cuts
+                counts[i] = self._of_line(line, self.task.check)
+                self._cut_lines += self.task.cuts > cuts
             read(len(chunk))
         return counts
 

@@ -27,8 +27,9 @@ class MLM(TextTask):
     def check(self, record: Mapping) -> bool:
         if not super().check(record):
             return False
+        text = self.text(record, "text")
         # No sentinel begins with a letter or a digit, so nearly all lines need no tokenizer here.
-        return record["text"].lstrip()[0].isalnum() or bool(self._tokens(record["text"]))
+        return text.lstrip()[0].isalnum() or bool(self._tokens(text))
 
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str]:
         tokens = self._tokens(record["text"])

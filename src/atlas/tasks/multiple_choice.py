@@ -65,7 +65,7 @@ class MultipleChoice(Task):
         # Identifies the question and its options, wherever the line is and whatever its answer.
         uid = hashlib.blake2b(json.dumps([question, texts]).encode(), digest_size=8).hexdigest()
         line = {key: value for key, value in record.items() if key != "passages"}
-        changed = {"options": options, "answer": answer, "is_original": number == 0, "uid": uid}
+        changed = {"question": question, "options": options, "answer": answer, "is_original": number == 0, "uid": uid}
         return Example(
             query=self._query(question, options),
             target="" if answer is None else f"<extra_id_0> {answer}",
@@ -107,7 +107,7 @@ class MultipleChoice(Task):
 
     def _read(self, record: Mapping) -> tuple[str, dict[str, str], str | None]:
         """Question, options in the order of their letters, answer. Raises: ValueError."""
-        question = self.text(record, "question")
+        question = self.text(record, "question", end=True)
         options = record.get("options")
         if options is None:
             raise self.missing(record, "options")
@@ -124,7 +124,7 @@ class MultipleChoice(Task):
         answer = self.text(record, "answer", optional=not self.answers_needed)
         if answer is not None and answer not in options:
             raise ValueError(f"`answer` must be one of {', '.join(letters)}, found {answer!r:.40}")
-        return question, {letter: options[letter] for letter in letters}, answer
+        return question, {letter: self.cut(options[letter]) for letter in letters}, answer
 
     def _query(self, question: str, options: dict[str, str]) -> str:
         """The prompt, with the longest end of the question that fits."""

@@ -39,7 +39,7 @@ class TextTask(Task, ABC):
     def process(self, record: Mapping, rng: random.Random) -> Example | None:
         if not self.check(record):
             return None
-        query, target = self.pair(record, rng)
+        query, target = self.pair({**record, "text": self.text(record, "text")}, rng)
         return Example(
             query=query,
             target=target,
