@@ -3,9 +3,9 @@
     python preprocessing/prepare_qa.py --output_directory $DATA_DIR
 
 Writes `nq_data/` and `triviaqa_data/`: `train.jsonl`, `dev.jsonl`, `test.jsonl`, with `question`, `answers` and, for
-TriviaQA, `target`, and `train.{n}-shot.jsonl` for each n of `--shots`. The 64 are those of the paper; other numbers are
-a seeded choice from train.jsonl, in which a smaller set is the beginning of a larger one. TriviaQA's archive of 3 GB is
-streamed: it is never unpacked, neither to disk nor into memory.
+TriviaQA, `target`, and `train.{n}-shot.jsonl` for each n of `--shots`. Blank answers are left out. The 64 are those of
+the paper; other numbers are a seeded choice from train.jsonl, in which a smaller set is the beginning of a larger one.
+TriviaQA's archive of 3 GB is streamed: it is never unpacked, neither to disk nor into memory.
 """
 
 import json

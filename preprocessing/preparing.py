@@ -145,8 +145,8 @@ def string(record: dict, field: str) -> str:
 
 
 def strings(record: dict, field: str) -> list[str]:
-    """A field that is a list of strings. Raises: ValueError."""
+    """A field that is a list of strings, without those that are blank. Raises: ValueError."""
     value = record.get(field)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"`{field}` must be a list of strings, found {value!r:.40}")
-    return value
+    return [item for item in value if item.strip()]

@@ -5,15 +5,19 @@ import pytest
 
 from atlas.files.jsonl import DataError, JsonlCorpus
 from atlas.model.tokenization import load_reader_tokenizer
+from atlas.tasks import Task, TaskSetup
 from atlas.tasks.data import Data
 from tests.kit import make_task, read_jsonl, world, write_jsonl
 
 
-def make(tmp_path, n=7, batch_size=2, rank=0, world_size=1, seed=0, rows=None, task=None):
+def make(tmp_path, n=7, batch_size=2, rank=0, world_size=1, seed=0, rows=None, task=None, checked=False):
     rows = rows or [{"question": f"q{i}", "answers": [f"a{i}", f"b{i}", f"c{i}"]} for i in range(n)]
     corpus = JsonlCorpus([write_jsonl(tmp_path / "data.jsonl", rows)])
     task = task or make_task("qa", qa_prompt_format="{question}")
-    return Data(corpus, task, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
+    data = Data(corpus, task, seed=seed, batch_size=batch_size, rank=rank, world_size=world_size)
+    if checked:
+        data.keep(data.check(range(len(corpus)), lambda n: None))
+    return data
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -79,8 +83,9 @@ def texts(empty):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_noise_is_the_same_at_every_world_size_and_batch_size(tmp_path, mlm, world_size, shuffle):
     rows = texts(empty={2, 3, 7})
-    alone = make(tmp_path, rows=rows, task=mlm, batch_size=1)
-    ranks = [make(tmp_path, rows=rows, task=mlm, rank=r, world_size=world_size) for r in range(world_size)]
+    options = {"rows": rows, "task": mlm, "checked": True}
+    alone = make(tmp_path, batch_size=1, **options)
+    ranks = [make(tmp_path, rank=r, world_size=world_size, **options) for r in range(world_size)]
     seen = []
     for step in range(1, 10):
         together = [example for data in ranks for example in data.training_batch(step, shuffle)]
@@ -90,21 +95,44 @@ def test_noise_is_the_same_at_every_world_size_and_batch_size(tmp_path, mlm, wor
     longest = max(rows, key=lambda row: len(row["text"]))
     queries = [example.query for example in seen if example.id == longest["id"]]
     assert len(queries) > 1 and len(set(queries)) == len(queries)  # anew in every epoch
-    fresh = make(tmp_path, rows=rows, task=mlm, rank=1, world_size=world_size)  # as after a restart
+    fresh = make(tmp_path, rank=1, world_size=world_size, **options)  # as after a restart
     assert fresh.training_batch(7, shuffle) == ranks[1].training_batch(7, shuffle)
 
 
-def test_skipped_lines_make_batches_smaller(tmp_path, mlm):
-    data = make(tmp_path, rows=texts(empty={0, 1, 3}), task=mlm)
-    ids = [[example.id for example in data.training_batch(step, False)] for step in range(1, 8)]
-    assert ids == [[], ["p2"], ["p4", "p5"], ["p6", "p7"], ["p8", "p9"], ["p10", "p11"], ["p12"]]
-    batches = [[example.id for example in batch] for batch in data.evaluation_batches()]
-    assert batches == [*ids[:6], ["p12"]]
+SKIPPED = {0, 1, 3, 7}
+LEFT = [f"p{i}" for i in range(13) if i not in SKIPPED]
 
 
-def test_checking_counts_what_is_left(tmp_path, mlm):
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_lines_that_are_skipped_leave_no_holes(tmp_path, mlm, world_size, shuffle):
+    options = {"rows": texts(SKIPPED), "task": mlm, "checked": True, "world_size": world_size}
+    ranks = [make(tmp_path, rank=r, **options) for r in range(world_size)]
+    batches = [data.training_batch(step, shuffle) for step in range(1, 13) for data in ranks]
+    assert {len(batch) for batch in batches} == {2}
+    seen = [example.id for batch in batches for example in batch]
+    epochs = [seen[start : start + len(LEFT)] for start in range(0, len(seen) - len(LEFT) + 1, len(LEFT))]
+    assert len(epochs) > 1 and all(sorted(epoch) == sorted(LEFT) for epoch in epochs)
+    assert (epochs[0] == LEFT) != shuffle and (epochs[0] == epochs[1]) != shuffle
+    if shuffle:
+        order = np.random.default_rng([0, 1]).permutation(len(LEFT))
+        assert epochs[1] == [LEFT[i] for i in order]
+    evaluated = [batch for round in zip(*(d.evaluation_batches() for d in ranks), strict=True) for batch in round]
+    assert [example.id for batch in evaluated for example in batch] == LEFT
+    assert [len(batch) for batch in evaluated][: len(LEFT) // 2] == [2] * (len(LEFT) // 2)
+
+
+def test_examples_are_those_of_their_line_in_the_file(tmp_path, mlm):
+    """Skipping a line changes nothing in the noise of the others."""
+    whole = make(tmp_path, rows=texts({}), task=mlm, batch_size=13, checked=True).training_batch(1, False)
+    rest = make(tmp_path, rows=texts(SKIPPED), task=mlm, batch_size=9, checked=True).training_batch(1, False)
+    assert rest == [example for example in whole if example.id in LEFT]
+
+
+def test_checking_says_which_lines_count(tmp_path, mlm):
     told = []
-    assert make(tmp_path, rows=texts(empty={0, 1, 3}), task=mlm).check(range(1, 13), told.append) == 10
+    counts = make(tmp_path, rows=texts(SKIPPED), task=mlm).check(range(1, 13), told.append)
+    assert counts.tolist() == [i not in SKIPPED for i in range(1, 13)]
     assert sum(told) == 12
     with pytest.raises(DataError, match="line 2: no `text`: expected `id` and `text` .strings., found id, title"):
         make(tmp_path, rows=[texts({})[0], {"id": "x", "title": "t"}], task=mlm).check(range(2), told.append)
@@ -118,5 +146,61 @@ def test_shuffling_is_that_of_a_plain_permutation(tmp_path):
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(ValueError, match="empty.jsonl: there is no line"):
-        Data(JsonlCorpus([tmp_path / "empty.jsonl"]), None, seed=0, batch_size=1, rank=0, world_size=1)
+    full = write_jsonl(tmp_path / "full.jsonl", [{}])
+    for paths in ([tmp_path / "empty.jsonl"], [full, tmp_path / "empty.jsonl"]):
+        with pytest.raises(ValueError, match="empty.jsonl: there is no line"):
+            Data(JsonlCorpus(paths), make_task("base"), seed=0, batch_size=1, rank=0, world_size=1)
+
+
+def test_a_file_of_which_no_line_is_left_is_refused(tmp_path, mlm):
+    some = write_jsonl(tmp_path / "some.jsonl", texts({1}))
+    none = write_jsonl(tmp_path / "none.jsonl", texts(range(13)))
+    for paths in ([none], [some, none]):
+        data = Data(JsonlCorpus(paths), mlm, seed=0, batch_size=1, rank=0, world_size=1)
+        with pytest.raises(
+            ValueError, match="none.jsonl: no line is left, because the task skips texts that are empty"
+        ):
+            data.keep(data.check(range(len(data)), lambda n: None))
+
+
+def test_few_bytes_are_kept_of_each_line(tmp_path, mlm):
+    data = make(tmp_path, rows=texts({1}), task=mlm)
+    data.keep(np.ones(13, bool))
+    assert data._kept is None
+    data.keep(np.arange(13) != 1)
+    assert data._kept.dtype == np.int32 and len(data) == data.places == 12
+
+
+@pytest.mark.parametrize(("examples", "converted"), [(0, 0), (1, 0), (3, 1), (4, 1), (5, 2), (13, 9), (13 * 3 + 7, 31)])
+def test_resuming_a_version_that_counted_skipped_lines(tmp_path, mlm, caplog, monkeypatch, examples, converted):
+    monkeypatch.setattr("atlas.tasks.data.log.propagate", True)
+    data = make(tmp_path, rows=texts(SKIPPED), task=mlm, checked=True)
+    data.resume(5, examples, None)
+    assert data.examples_after(5) == data.first_example(6) == converted
+    assert f"its {examples} examples are {converted} without them" in caplog.text
+    # the next line of the old count that the task does not skip
+    line = next(n % 13 for n in range(examples, examples + 13) if n % 13 not in SKIPPED)
+    assert data.training_batch(6, False)[0].id == f"p{line}"
+
+
+def test_resuming_is_exact_where_nothing_was_skipped(tmp_path, mlm, caplog, monkeypatch):
+    monkeypatch.setattr("atlas.tasks.data.log.propagate", True)
+    make(tmp_path, rows=texts({}), task=mlm, checked=True).resume(5, 20, None)
+    data = make(tmp_path, rows=texts(SKIPPED), task=mlm, checked=True)
+    data.resume(5, 20, data.places)
+    assert data.examples_after(5) == 20 and "checkpoint" not in caplog.text
+    data.resume(5, 20, 13)
+    assert data.examples_after(5) == 20
+    assert "An epoch has 9 examples now, and had 13 when the checkpoint was saved" in caplog.text
+
+
+def test_a_task_that_skips_a_line_by_chance_is_reported(tmp_path):
+    class Unsure(Task):
+        def process(self, record, rng):
+            return super().process(record, rng) if rng.random() < 0.9 else None
+
+    rows = [{"query": f"q{i}", "target": "t"} for i in range(40)]
+    task = Unsure(TaskSetup())
+    data = make(tmp_path, rows=rows, task=task, batch_size=40, checked=True)
+    with pytest.raises(DataError, match=r"data.jsonl, line \d+: the task Unsure makes no example of this line"):
+        data.training_batch(1, False)

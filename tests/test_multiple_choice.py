@@ -121,9 +121,9 @@ def test_a_long_question_is_cut_from_the_left(make, tokenizer):
 
 
 def test_joining_by_hand(make):
-    """Two orders of A: x, B: y; the softmax of 0 and log 3 is 1/4 and 3/4."""
+    """Two orders of A: x, B: y; the softmax of 0 and log 3 is 1/4 and 3/4. What was generated does not matter."""
     rows = [
-        {"query": "q", "generation": "B", "metadata": {"options": {"A": "x", "B": "y"}, "answer": "B"}},
+        {"query": "q", "generation": "river", "metadata": {"options": {"A": "x", "B": "y"}, "answer": "B"}},
         {"query": "r", "generation": "A", "metadata": {"options": {"A": "y", "B": "x"}, "answer": "A"}},
     ]
     rows[0]["choice_logits"] = {"A": 5.0, "B": 5.0 + math.log(3)}
@@ -253,8 +253,10 @@ def test_three_ranks_equal_one(tmp_path, batch_size):
         for of_order in row["permutations"]:
             assert list(of_order) == [*keys, "choice_logits"] and len(of_order["passages"]) == 4
             hits += of_order["generation"] == of_order["answers"][0]
-        assert {key: row["permutations"][0][key] for key in keys} == {key: row[key] for key in keys}
-        debiased += max(row["choice_probs"], key=row["choice_probs"].get) == line["answer"]
+        chosen = max(row["choice_probs"], key=row["choice_probs"].get)
+        first = row["permutations"][0] | {"generation": chosen}
+        assert {key: first[key] for key in keys} == {key: row[key] for key in keys}
+        debiased += chosen == line["answer"]
     orders = sum(len(line["options"]) for line in lines)
     metrics = last_metrics(one)
     assert list(metrics) == ["accuracy", "eval_loss", "debiased_accuracy"]

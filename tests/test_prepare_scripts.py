@@ -48,7 +48,7 @@ def nq(split, i):
 def trivia(split, i):
     value = "DON BRADMAN" if i % 2 else f"Answer {i}"
     return {
-        "Answer": {"Aliases": [value, f"alias {i}"], "NormalizedAliases": [value.lower()], "Value": value},
+        "Answer": {"Aliases": [value, " ", f"alias {i}"], "NormalizedAliases": [value.lower()], "Value": value},
         "Question": f"{split} trivia {i}?",
         "QuestionId": f"tc_{i}",
         "SearchResults": [{"Title": ']}{["', "Rank": 1.5}],
@@ -112,7 +112,11 @@ def expected_trivia(split, positions):
     rows = [trivia(split, i) for i in positions]
     targets = ["Don Bradman" if i % 2 else f"Answer {i}" for i in positions]
     return [
-        {"question": row["Question"], "target": target, "answers": row["Answer"]["Aliases"]}
+        {
+            "question": row["Question"],
+            "target": target,
+            "answers": [alias for alias in row["Answer"]["Aliases"] if alias != " "],
+        }
         for row, target in zip(rows, targets, strict=True)
     ]
 

@@ -96,6 +96,9 @@ def test_bad_lines_of_base(record, reason):
         ({"question": "q", "answers": "a"}, "`answers` must be a list of strings, found 'a'"),
         ({"question": "q", "answers": ["a", 1999]}, r"`answers` must be a list of strings, found \['a', 1999\]"),
         ({"question": "q", "answers": ["a"], "target": 3}, "`target` must be a string, found 3"),
+        ({"question": "q", "answers": ["a"], "target": ""}, "`target` is empty"),
+        ({"question": "q", "answers": [""]}, r"`answers` has an empty string in it: \[''\]"),
+        ({"question": "q", "answers": ["a", " "], "target": "a"}, r"`answers` has an empty string in it: \['a', ' '\]"),
     ],
 )
 def test_bad_lines_of_qa(record, reason):
@@ -212,6 +215,7 @@ def test_fever_inside_kilt(verdict, said):
         ({"output": [{"answer": 3}]}, r"`answer` in `output` must be a string, found \[3\]"),
         ({"output": [{"provenance": []}]}, "no `answer` in `output`: expected `input`"),
         ({"filename": 3}, "`filename` must be a string, found 3"),
+        ({"output": [{"answer": "Ada"}, {"answer": ""}]}, r"`output` has an empty string in it: \['Ada', ''\]"),
     ],
 )
 def test_bad_lines_of_kilt(change, reason):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer
 
@@ -132,6 +134,59 @@ def test_byte_level_fallback_vocabulary_of_a_bpe_tokenizer_json(tmp_path):
     assert loaded.sentinel_ids == [vocabulary["<extra_id_0>"], vocabulary["<extra_id_1>"]]
 
 
+@pytest.fixture(scope="module")
+def tiny_vocabulary(tmp_path_factory) -> Path:
+    """A directory with the spiece.model of a vocabulary of 60 pieces, and transformers' tokenizer.json of it."""
+    directory = tmp_path_factory.mktemp("tiny")
+    sentences = ["the river of Bako is Selnu", "the bird of Tamlin is Quafim", "who is the founder of Ethgra ?"] * 20
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(directory / "spiece"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (directory / "config.json").write_text('{"model_type": "t5"}')
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 100}')
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("listed", [[], [*SPECIAL], [*SPECIAL, "<extra_id_0>"], None])
+def test_sentinels_need_not_be_among_the_added_tokens(tiny_vocabulary, tmp_path, listed):
+    """Against sentencepiece, part by part between the sentinels."""
+    saved = json.loads((tiny_vocabulary / "tokenizer.json").read_text())
+    if listed is not None:
+        saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] in listed]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    loaded = load_reader_tokenizer(str(tmp_path))
+    slow = SentencePieceProcessor(str(tiny_vocabulary / "spiece.model"))
+    assert loaded.sentinel_ids == [slow.vocab_size() + 99 - n for n in range(100)] and len(loaded) == len(slow) + 100
+    for text in (
+        "<extra_id_0>",
+        "<extra_id_0> Selnu",
+        "<extra_id_0>Selnu",
+        "<extra_id_0> the river<extra_id_1> Bako<extra_id_99>",
+        "who<extra_id_12>?</s>",
+        "the river of Bako",
+    ):
+        parts = re.split("(<extra_id_[0-9]+>|</s>)", text)
+        expected = []
+        for part in filter(None, parts):
+            if sentinel := re.fullmatch("<extra_id_([0-9]+)>", part):
+                expected.append(slow.vocab_size() + 99 - int(sentinel[1]))
+            else:
+                expected += [slow.eos_id()] if part == "</s>" else slow.encode(part)
+        assert loaded.encode([text], eos=False) == [expected], text
+    published = AutoTokenizer.from_pretrained(tiny_vocabulary)
+    for text in ("<extra_id_0> Selnu", "<extra_id_0> the bird<extra_id_1> is"):
+        assert loaded.encode([text]) == [published(text).input_ids]
+
+
 def test_retriever_tokens(retriever_directory):
     tokenizer = load_retriever_tokenizer(str(retriever_directory))
     slow = BertTokenizer.from_pretrained(retriever_directory)
@@ -178,6 +233,8 @@ def test_what_cannot_be_loaded_is_named(load, flag, tmp_path, monkeypatch):
         ("spiece.model", b"\xff not a model", "not a sentencepiece model"),
         ("tokenizer.json", b"{", "cannot load a T5 tokenizer"),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": 1}}', "damaged"),
+        ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": [1, [2, 3]]}}', "damaged"),
+        ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": [[2, 3], [[4], 5]]}}', "damaged"),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0]]}}', "no <pad>"),
     ],
 )

@@ -39,6 +39,7 @@ class Checkpoint:
     options: dict[str, Any]  # flag -> value, of the run that made it; empty if unknown
     published: bool
     examples: int | None = None  # of the training data seen so far, by all ranks together
+    examples_per_epoch: int | None = None  # None: `examples` counts lines that the task skips as well
     evaluation_due: bool = False  # the run stopped before it could evaluate this step
 
     def optimizer_state(self) -> dict[str, torch.Tensor] | None:
@@ -98,6 +99,7 @@ class Contents:
     options: dict[str, Any]  # section -> flag -> value
     configs: dict[str, dict[str, Any]]  # "reader" and "retriever" -> their configs
     examples: int  # as in `Checkpoint`
+    examples_per_epoch: int | None = None  # as in `Checkpoint`
     evaluation_due: bool = False  # as in `Checkpoint`
     index_encoder: dict[str, torch.Tensor] | None = None  # what `Checkpoint.index_encoder` is to return
 
@@ -139,7 +141,7 @@ def _write(directory: Path, contents: Contents) -> None:
     _write_json(directory / "options.json", contents.options)
     for half, config in contents.configs.items():
         _write_json(directory / f"{half}_config.json", config)
-    facts = ("step", "examples", "evaluation_due")
+    facts = ("step", "examples", "examples_per_epoch", "evaluation_due")
     _write_json(directory / "state.json", {"format": FORMAT} | {name: getattr(contents, name) for name in facts})
     for file in directory.iterdir():
         _flush(file)
@@ -191,6 +193,7 @@ def _load_ours(path: Path) -> Checkpoint:
         options=options,
         published=False,
         examples=state.get("examples"),
+        examples_per_epoch=state.get("examples_per_epoch"),
         evaluation_due=bool(state.get("evaluation_due")),
     )
 

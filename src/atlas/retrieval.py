@@ -24,7 +24,6 @@ from atlas.index.store import open_index, save_index
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
 from atlas.model.retriever import Contriever, fingerprint
-from atlas.model.tokenization import pad_rows
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.session import Session
@@ -75,8 +74,7 @@ class _Windows(Dataset):
         tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop])
         lengths = np.array([len(row) for row in tokens], np.int32)
         batches = list(batches_by_length(lengths.tolist(), self.max_tokens))
-        pad_id, multiple = self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple
-        padded = [pad_rows([tokens[place] for place in batch], pad_id, multiple)[0].int().numpy() for batch in batches]
+        padded = [self.inputs.pad_passages([tokens[place] for place in batch])[0].int().numpy() for batch in batches]
         places = np.concatenate(batches)
         return _Window(
             [ids.shape for ids in padded], np.concatenate([ids.ravel() for ids in padded]), lengths[places], places
@@ -349,9 +347,8 @@ class Retrieval:
         """Scores by the current passage encoder, (B, K)."""
         tokens = self.inputs.passage_tokens([passage for of_query in found.passages for passage in of_query])
         vectors = torch.zeros(len(tokens), self.retriever.dim, device=self.device)
-        pad_id, multiple = self.inputs.retriever_tokenizer.pad_id, self.inputs.pad_multiple
         for rows in batches_by_length([len(row) for row in tokens], self.max_tokens):
-            batch = pad_rows([tokens[row] for row in rows], pad_id, multiple)
+            batch = self.inputs.pad_passages([tokens[row] for row in rows])
             ids, mask, places = (devices.move(tensor, self.device) for tensor in (*batch, torch.tensor(rows)))
             with devices.autocast(self.device, self.embedder_precision):
                 vectors.index_copy_(0, places, self.retriever.embed_passages(ids, mask).float())

@@ -12,6 +12,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -102,6 +103,10 @@ class JsonlCorpus(Sequence[dict]):
     def format_of(self, row: int) -> LineFormat:
         """The format of the file that contains the row."""
         return self.formats[self._locate(row)[0]]
+
+    def rows_of_files(self) -> list[range]:
+        """The rows of each file, in the order of `paths`."""
+        return [range(*ends) for ends in pairwise(self._first_rows)]
 
     def raw(self, row: int) -> bytes:
         """The line of a row as it is in the file, without its line end."""

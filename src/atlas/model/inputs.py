@@ -1,6 +1,7 @@
 """From text to tensors: the inputs of the reader and the retriever, padded to the longest row of the batch."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,10 +9,21 @@ import torch
 
 from atlas import config
 from atlas.model.retriever import DualEncoder
-from atlas.model.tokenization import ReaderTokenizer, RetrieverTokenizer, pad_rows
+from atlas.model.tokenization import (
+    LONGEST_PASSAGE,
+    LONGEST_TEXT,
+    ReaderTokenizer,
+    RetrieverTokenizer,
+    fill_in,
+    pad_rows,
+    pieces_of,
+)
 from atlas.runtime import device as device_choices
+from atlas.runtime.tracking import log
 
 RETRIEVER_MAXLENGTH = 512  # that of the published retrievers
+PASSAGE_FIELDS = ("title", "text", "id", "section")
+LONGEST_FORMATTED = 2 * LONGEST_TEXT  # characters: a question or an answer, and what a format adds to it
 
 
 class Targets(NamedTuple):
@@ -42,6 +54,20 @@ class RetrieverRows(NamedTuple):
     lengths: np.ndarray  # (n,) tokens, on the CPU
 
 
+def count_filling(queries: Sequence[str], settings: config.Model, tokenizer: ReaderTokenizer) -> int:
+    """How many queries fill `--text_maxlength` alone, so that the reader gets nothing of their passages."""
+    pieces = list(pieces_of(settings.encoder_format))
+    before = list(takewhile(lambda piece: piece[1] in (None, "query"), pieces))
+    if len(before) == len(pieces):
+        return 0  # the format has no passage in it
+    template, room = "".join(piece for piece, _ in before), settings.text_maxlength - 1  # for `</s>`
+    # The space at the end becomes part of the passage's first token.
+    texts = [fill_in(template, LONGEST_FORMATTED, query=query).rstrip() for query in queries]
+    # A token has at least one byte, apart from a leading ▁: short questions need no tokenizer.
+    suspects = [text for text in texts if len(text.encode()) + 1 >= room]
+    return sum(len(row) >= room for row in tokenizer.encode(suspects, max_length=room, eos=False))
+
+
 class Inputs:
     """Formats and tokenizes texts, as set by the flags of the section Model.
 
@@ -69,6 +95,7 @@ class Inputs:
         self.query_prefix = retriever.query_prefix if retriever is not None else ""
         self.passage_prefix = retriever.passage_prefix if retriever is not None else ""
         self.pad_multiple = device_choices.pad_multiple(device)  # row lengths are rounded up to it
+        self._warned_of_cut = False
 
     def reader(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
         """Encoder input. Without passages (None, or none for a query) the reader is given the query alone."""
@@ -76,7 +103,8 @@ class Inputs:
         k = max([1, *map(len, passages)])
         texts, rows = [], []
         for query, of_query in zip(queries, passages, strict=True):
-            own = [self._format(self.settings.encoder_format, passage, query=query) for passage in of_query] or [query]
+            own = [self._of_passage(self.settings.encoder_format, passage, query=query) for passage in of_query]
+            own = own or [self._cut(query, LONGEST_FORMATTED)]
             rows.append(len(own))
             texts += own
         tokens = self.reader_tokenizer.encode(texts, max_length=self.settings.text_maxlength)
@@ -91,8 +119,7 @@ class Inputs:
 
     def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
         """What the decoder learns to generate: the prompt if there is one (without loss), the target and `</s>`."""
-        if self.settings.decoder_format is not None:
-            targets = [self.settings.decoder_format.format(target=target) for target in targets]
+        targets = [self._formatted(self.settings.decoder_format, target=target) for target in targets]
         texts = [target if target.endswith("</s>") else f"{target}</s>" for target in targets]
         limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
         rows = self.reader_tokenizer.encode(texts, max_length=limit, eos=False)
@@ -107,30 +134,46 @@ class Inputs:
         """The tokens that the decoder's output starts with; None without `--decoder_prompt_format`."""
         if self.settings.decoder_prompt_format is None:
             return None
-        texts = [self.settings.decoder_prompt_format.format(query=query) for query in queries]
+        texts = [self._formatted(self.settings.decoder_prompt_format, query=query) for query in queries]
         return self.reader_tokenizer.encode(texts, eos=False)
 
     def queries(self, queries: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The retriever's input for queries: ids and mask (B, L)."""
-        texts = [self.query_prefix + query for query in queries]
+        texts = [self._cut(self.query_prefix + query, LONGEST_FORMATTED) for query in queries]
         tokens = self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
         return self._pad(tokens, self.retriever_tokenizer.pad_id)
 
     def passages(self, passages: Sequence[dict[str, Any]]) -> RetrieverRows:
         """The retriever's input for passages."""
         tokens = self.passage_tokens(passages)
-        padded = self._pad(tokens, self.retriever_tokenizer.pad_id)
-        return RetrieverRows(*padded, np.array([len(row) for row in tokens], np.int64))
+        ids, mask = (device_choices.move(part, self.device) for part in self.pad_passages(tokens))
+        return RetrieverRows(ids, mask, np.array([len(row) for row in tokens], np.int64))
 
     def passage_tokens(self, passages: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The retriever's token ids of passages, not padded."""
-        texts = [self.passage_prefix + self._format(self.settings.retriever_format, passage) for passage in passages]
+        template = self.settings.retriever_format
+        texts = [self.passage_prefix + self._of_passage(template, passage) for passage in passages]
         return self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
 
-    @staticmethod
-    def _format(template: str, passage: dict[str, Any], **more: str) -> str:
-        fields = {"title": "", "section": "", "id": ""} | passage | more
-        return template.format(**fields)
+    def pad_passages(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of `passage_tokens`, padded, on the CPU: ids and mask (n, L)."""
+        return pad_rows(rows, self.retriever_tokenizer.pad_id, self.pad_multiple)
+
+    def _of_passage(self, template: str, passage: dict[str, Any], **more: str) -> str:
+        fields = {name: passage.get(name) for name in PASSAGE_FIELDS}
+        return self._cut(fill_in(template, LONGEST_PASSAGE + 1, **fields, **more), LONGEST_PASSAGE)
+
+    def _formatted(self, template: str | None, **field: str) -> str:
+        (text,) = field.values()
+        filled = text if template is None else fill_in(template, LONGEST_FORMATTED + 1, **field)
+        return self._cut(filled, LONGEST_FORMATTED)
+
+    def _cut(self, text: str, most: int) -> str:
+        """The first `most` characters; the first cut is reported."""
+        if len(text) > most and not self._warned_of_cut:
+            self._warned_of_cut = True
+            log.warning("A text of more than %d characters is cut there before it is tokenized: %r…", most, text[:60])
+        return text[:most]
 
     def _pad(self, rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = pad_rows(rows, pad_id, self.pad_multiple)

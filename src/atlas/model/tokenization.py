@@ -8,11 +8,14 @@ transformers are imported only in the functions that need them.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-from collections.abc import Sequence
+import re
+import string
+from collections.abc import Iterator, Sequence
 from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
     import torch
 
 N_SENTINELS = 100
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+# Characters. Longer texts are cut before they are tokenized: a tokenizer takes 300 bytes and more for each character.
+LONGEST_TEXT = 100_000  # a question, an answer
+LONGEST_PASSAGE = 10_000_000  # a passage as it is read, and the texts that are tokenized together
+MARK = re.compile("<pad>|</s>|<unk>|<extra_id_[0-9]+>")
 READER_FLAG, RETRIEVER_FLAG = "--reader_model_type", "--retriever_model_path"
 # The rules of transformers' clean_up_tokenization_spaces, in the same order.
 CLEAN_UP = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")]
@@ -127,6 +133,34 @@ def load_retriever_tokenizer(name_or_path: str) -> RetrieverTokenizer:
     return RetrieverTokenizer(tokenizer, *ids)
 
 
+def fill_in(template: str, most: int, /, **fields: Any) -> str:
+    """The first `most` characters of `template.format(**fields)`, with the empty text for None.
+
+    It takes no more memory than that, whatever is in the fields and however often the template repeats them.
+    """
+    longest = 0
+    for name, value in fields.items():  # a loop, because this is done for every passage of a corpus
+        if not isinstance(value, str):
+            fields[name] = value = "" if value is None else str(value)
+        longest = max(longest, len(value))
+    if len(template) + template.count("{") * longest <= most:
+        return template.format(**fields)[:most]
+    fields, filled = {name: text[:most] for name, text in fields.items()}, ""
+    for piece, _ in pieces_of(template):
+        filled += piece.format(**fields)[:most]
+        if len(filled) >= most:
+            break
+    return filled[:most]
+
+
+def pieces_of(template: str) -> Iterator[tuple[str, str | None]]:
+    """The parts of a format string, which are format strings: each with its only field, or None."""
+    for literal, field, spec, conversion in string.Formatter().parse(template):
+        yield literal.replace("{", "{{").replace("}", "}}"), None
+        if field is not None:
+            yield f"{{{field}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}}}", field
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of token ids, padded: int64 ids (n, L) and a bool mask (n, L) that is true for real tokens.
 
@@ -147,8 +181,24 @@ def _encode(
     tokenizer: Tokenizer, texts: Sequence[str], max_length: int | None, before: list[int], after: list[int]
 ) -> list[list[int]]:
     cut = None if max_length is None else max(0, max_length - len(before) - len(after))
-    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [before + encoding.ids[:cut] + after for encoding in encodings]
+    rows = []
+    for part in _parts(texts):
+        encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+        rows += [before + encoding.ids[:cut] + after for encoding in encodings]
+    return rows
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts that follow one another and together are not too long for the memory; nearly always all of them."""
+    part, length = [], 0
+    for text in texts:
+        if part and length + len(text) > LONGEST_PASSAGE:
+            yield part
+            part, length = [], 0
+        part.append(text)
+        length += len(text)
+    if part:
+        yield part
 
 
 def _clean_up(text: str) -> str:
@@ -184,11 +234,7 @@ def _pipeline_of_sentencepiece(serialized: bytes) -> Tokenizer:
     charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
     return _published_pipeline(
         model={"type": "Unigram", "unk_id": proto.trainer_spec.unk_id, "vocab": pieces, "byte_fallback": False},
-        added_tokens={
-            piece: token_id
-            for token_id, (piece, _) in enumerate(pieces)
-            if piece in SPECIAL_TOKENS or piece.startswith("<extra_id_")
-        },
+        added_tokens={},
         normalizers=[{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else [],
         pre_tokenizers=[],
     )
@@ -197,10 +243,13 @@ def _pipeline_of_sentencepiece(serialized: bytes) -> Tokenizer:
 def _published_pipeline(
     model: dict, added_tokens: dict[str, int], normalizers: list[dict], pre_tokenizers: list[dict]
 ) -> Tokenizer:
+    """`added_tokens` are those besides the sentinels and special tokens of the vocabulary, token -> id."""
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     one_space = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
     decoders = [{"type": "ByteFallback"}] if model.get("byte_fallback") else []
     # Not stripping spaces around added tokens keeps the lone ▁ before a sentinel.
+    # Sentinels are always cut out of the text first. As ordinary pieces they would get a ▁ before them.
+    added_tokens = _marks(model.get("vocab")) | added_tokens
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     pipeline = {
         "version": "1.0",
@@ -217,6 +266,15 @@ def _published_pipeline(
         return Tokenizer.from_str(json.dumps(pipeline))
     except Exception as error:  # the only class the tokenizers library raises
         raise ValueError(f"its vocabulary is damaged: {error}") from error
+
+
+def _marks(vocabulary: dict[str, int] | list[list] | None) -> dict[str, int]:
+    """The ids of the sentinels and special tokens of a vocabulary: pieces with ids, or with scores in order of ids."""
+    ids = vocabulary if isinstance(vocabulary, dict) else {}
+    if isinstance(vocabulary, list):
+        with contextlib.suppress(TypeError, IndexError):  # the tokenizers library says what is wrong with it
+            ids = {entry[0]: token_id for token_id, entry in enumerate(vocabulary)}
+    return {piece: token_id for piece, token_id in ids.items() if isinstance(piece, str) and MARK.fullmatch(piece)}
 
 
 def _members(part: dict | None, key: str) -> list[dict]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from atlas import config
 from atlas.metrics import accuracy
+from atlas.model.tokenization import LONGEST_TEXT
 
 if TYPE_CHECKING:
     from atlas.model.tokenization import ReaderTokenizer
@@ -46,6 +47,7 @@ class Task:
         filters_by_id: whether a line may be a passage of the corpus, which must not be retrieved for it.
         examples_per_line: the most examples that `example` makes from a line.
         joins: whether the examples of a line are scored together, by `join`.
+        cuts: how often `cut` has cut a text.
     """
 
     metrics: tuple[str, ...] = ("accuracy",)
@@ -54,12 +56,15 @@ class Task:
     filters_by_id = False
     examples_per_line = 1
     joins = False
+    cuts = 0
 
     def __init__(self, setup: TaskSetup) -> None:
         self.answers_needed, self.passages_needed = setup.answers_needed, setup.passages_needed
 
     def process(self, record: Mapping, rng: random.Random) -> Example | None:
         """The example of a line, or None to skip the line. All randomness comes from `rng` (see `example_rng`).
+
+        Whether a line is skipped must not depend on chance: batches are filled with the lines that `check` counts.
 
         Raises: ValueError with the expected and the existing fields, or what is wrong with one.
         """
@@ -74,7 +79,10 @@ class Task:
         )
 
     def example(self, record: Mapping, rng: random.Random, number: int) -> Example | None:
-        """Example `number` of a line, from 0, or None. `rng` is in the same state for all examples of a line."""
+        """Example `number` of a line, from 0. `rng` is in the same state for all examples of a line.
+
+        None if a line has fewer, which is for evaluation only: in training each line has `examples_per_line`.
+        """
         return self.process(record, rng)
 
     def check(self, record: Mapping) -> bool:
@@ -94,8 +102,17 @@ class Task:
         """Strings, one of which a relevant passage contains; None if recall@k and MRR do not make sense."""
         return None
 
-    def text(self, record: Mapping, field: str, optional: bool = False, blank: bool = False) -> str | None:
-        """A string field, which may be empty only if `blank`; None if it is optional and absent. Raises: ValueError."""
+    def text(
+        self, record: Mapping, field: str, optional: bool = False, blank: bool = False, end: bool = False
+    ) -> str | None:
+        """A string field, not longer than `cut` leaves it; None if it is optional and absent.
+
+        Args:
+            blank: whether it may be empty.
+            end: as in `cut`.
+
+        Raises: ValueError.
+        """
         value = record.get(field)
         if value is None and optional:
             return None
@@ -103,9 +120,26 @@ class Task:
             raise self.missing(record, field)
         if not isinstance(value, str):
             raise ValueError(f"`{field}` must be a string, found {value!r:.40}")
+        value = self.cut(value, end)
         if not blank and not value.strip():
             raise ValueError(f"`{field}` is empty")
         return value
+
+    def texts(self, values: list, field: str) -> list[str]:
+        """The strings of a list, as `text` does for one. Raises: ValueError if one is no string, or empty."""
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f"`{field}` must be a list of strings, found {values!r:.60}")
+        texts = [self.cut(value) for value in values]
+        if not all(text.strip() for text in texts):
+            raise ValueError(f"`{field}` has an empty string in it: {values!r:.60}")
+        return texts
+
+    def cut(self, text: str, end: bool = False) -> str:
+        """The first LONGEST_TEXT characters of a text, or the last if `end`, so that no line fills the memory."""
+        if len(text) <= LONGEST_TEXT:
+            return text
+        self.cuts += 1
+        return text[-LONGEST_TEXT:] if end else text[:LONGEST_TEXT]
 
     def missing(self, record: Mapping, field: str) -> ValueError:
         """The error for a line without this field."""

@@ -7,34 +7,40 @@ import numpy as np
 import torch
 
 from atlas.config import Config, evaluation_name
+from atlas.config import Model as ModelSettings
 from atlas.files.jsonl import DataError, JsonlCorpus
-from atlas.model.tokenization import ReaderTokenizer
+from atlas.model.inputs import count_filling
+from atlas.model.tokenization import LONGEST_TEXT, ReaderTokenizer
 from atlas.runtime import distributed
 from atlas.runtime.device import evaluation_batch_size
 from atlas.runtime.tracking import log, read_shares
 from atlas.tasks import TASKS, Example, Task, TaskSetup, example_rng
 
 T = TypeVar("T")
+MOST_LOOKED_AT = 20_000  # questions of a file whose length in tokens is looked at: a second or two
 
 
 class Data:
     """A data file (or several, one after the other) as batches of examples.
 
     The global batch of a step is the next `world_size · batch_size` places; rank r takes the r-th run of `batch_size`.
-    So W ranks see in one step what one rank sees in W steps. A place is a line. If the task makes several examples of a
-    line, a place is one of these; those of a line follow one another unless they are shuffled.
+    So W ranks see in one step what one rank sees in W steps. A place is a line that the task does not skip. If the task
+    makes several examples of a line, a place is one of these; those of a line follow one another unless they are
+    shuffled.
 
     Raises:
-        ValueError: there is no line.
+        ValueError: a file has no line.
     """
 
     def __init__(
         self, corpus: JsonlCorpus, task: Task, *, seed: int, batch_size: int, rank: int, world_size: int
     ) -> None:
-        if len(corpus) == 0:
-            raise ValueError(f"{', '.join(map(str, corpus.paths))}: there is no line with data in it")
+        for path, lines in zip(corpus.paths, corpus.rows_of_files(), strict=True):
+            if not lines:
+                raise ValueError(f"{path}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
-        self.places = len(corpus) * task.examples_per_line
+        self._cut_lines = 0  # lines with a text that was cut when they were checked
+        self._kept: np.ndarray | None = None  # the lines that the task does not skip; None: all of them
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self._resumed = (0, 0)  # a step, and the examples that had been seen after it
         self._order = (-1, np.empty(0, np.int64))  # the epoch that was shuffled last, and its order
@@ -57,7 +63,7 @@ class Data:
 
         Raises:
             DataError: a bad line, before anything expensive starts.
-            ValueError: there is no line, or the task skips all of them.
+            ValueError: a file has no line, or the task skips all of its lines.
         """
         with distributed.main_first(f"opening {', '.join(paths)}"):  # rank 0 unpacks and finds the lines once
             corpus = JsonlCorpus(paths)
@@ -78,6 +84,8 @@ class Data:
             world_size=distributed.world_size(),
         )
         data._check_all()
+        if tokenizer is not None and not (config.model.closed_book or config.model.retrieve_only):
+            data._report_long_questions(config.model, tokenizer)
         return data
 
     @classmethod
@@ -89,40 +97,100 @@ class Data:
         return {name: cls.open((path,), config, tokenizer, batch_size=rows) for name, path in files.items()}
 
     def _check_all(self) -> None:
-        """Each rank checks its share of the lines. Collective."""
-        used = sum(distributed.gather_objects(read_shares("reading the data", len(self), "lines", self.check)))
-        name = ", ".join(map(str, self.corpus.paths))
-        if used == 0:
-            raise ValueError(f"{name}: no line is left, because the task skips {self.task.skips}")
-        if used < len(self):
-            log.info("%s: %d of %d lines are skipped (%s)", name, len(self) - used, len(self), self.task.skips)
+        """Each rank checks its share of the lines, and all of them keep the same ones. Collective."""
+        share = read_shares("reading the data", len(self.corpus), "lines", self.check)
+        of_ranks = distributed.gather_objects((np.packbits(share), len(share), self._cut_lines))
+        if cut := sum(lines for _, _, lines in of_ranks):
+            long = f"a text of more than {LONGEST_TEXT} characters"
+            log.warning("%s: %d of %d lines have %s, which is cut", self.name, cut, len(self.corpus), long)
+        self.keep(np.concatenate([np.unpackbits(bits, count=n).view(bool) for bits, n, _ in of_ranks]))
+
+    def _report_long_questions(self, settings: ModelSettings, tokenizer: ReaderTokenizer) -> None:
+        """Warn of questions that leave no room for a passage. Of many lines only a part is looked at. Collective."""
+        every = -(-len(self) // MOST_LOOKED_AT)
+        lines = range(0, len(self), every)
+
+        def count(share: range, read: Callable[[int], object]) -> int:
+            filling = 0
+            for start in range(0, len(share), 1000):
+                places = [lines[i] * self.task.examples_per_line for i in share[start : start + 1000]]
+                examples = [self.example(place, epoch=0) for place in places]
+                filling += count_filling([example.query for example in examples if example], settings, tokenizer)
+                read(len(places))
+            return filling
+
+        filling = sum(distributed.gather_objects(read_shares("reading the questions", len(lines), "lines", count)))
+        if filling:
+            log.warning(
+                "%s: %d of %d questions%s fill --text_maxlength %d: their passages are not read; raise it",
+                self.name,
+                filling,
+                len(lines),
+                f" (one in {every} was looked at)" if every > 1 else "",
+                settings.text_maxlength,
+            )
 
     def __len__(self) -> int:
-        """How many lines there are."""
-        return len(self.corpus)
+        """How many lines there are, without those that the task skips."""
+        return len(self.corpus) if self._kept is None else len(self._kept)
 
-    def check(self, lines: range, read: Callable[[int], object]) -> int:
+    @property
+    def places(self) -> int:
+        """How many places an epoch has."""
+        return len(self) * self.task.examples_per_line
+
+    @property
+    def name(self) -> str:
+        """The files, for messages."""
+        return ", ".join(map(str, self.corpus.paths))
+
+    def check(self, lines: range, read: Callable[[int], object]) -> np.ndarray:
         """Read lines once, so that a bad one is found before anything expensive starts.
 
         Args:
             read: called from time to time with the number of lines read since the last call.
 
         Returns:
-            How many of them the task does not skip.
+            Which of them the task does not skip, (lines,) bool.
 
         Raises:
             DataError: naming file, line and what is wrong.
         """
-        used = 0
+        counts = np.empty(len(lines), bool)
         for start in range(0, len(lines), 1000):
             chunk = lines[start : start + 1000]
-            used += sum(self._of_line(line, self.task.check) for line in chunk)
+            for i, line in enumerate(chunk, start):
+                cuts = self.task.cuts
+                counts[i] = self._of_line(line, self.task.check)
+                self._cut_lines += self.task.cuts > cuts
             read(len(chunk))
-        return used
+        return counts
+
+    def keep(self, counts: np.ndarray) -> None:
+        """Leave out the lines that the task skips, so that batches are full.
+
+        Args:
+            counts: what `check` returns for all lines, (lines of all files,) bool.
+
+        Raises:
+            ValueError: the task skips all lines of a file.
+        """
+        for path, lines in zip(self.corpus.paths, self.corpus.rows_of_files(), strict=True):
+            if not counts[lines.start : lines.stop].any():
+                raise ValueError(f"{path}: no line is left, because the task skips {self.task.skips}")
+        if not counts.all():
+            self._kept = np.flatnonzero(counts).astype(_smallest_type(len(counts)))
+            skipped = len(counts) - len(self._kept)
+            log.info("%s: %d of %d lines are skipped (%s)", self.name, skipped, len(counts), self.task.skips)
+
+    def line(self, place: int) -> int:
+        """The line of a place, counted from 0 over all files, with those that the task skips."""
+        index = place // self.task.examples_per_line
+        return index if self._kept is None else int(self._kept[index])
 
     def example(self, place: int, epoch: int) -> Example | None:
-        """The example at a place; None if the task skips it. Raises: DataError."""
-        line, number = divmod(place, self.task.examples_per_line)
+        """The example at a place; None if the task makes fewer of this line. Raises: DataError."""
+        line, number = self.line(place), place % self.task.examples_per_line
         rng = example_rng(self.seed, epoch, line)
         return self._of_line(line, lambda record: self.task.example(record, rng, number))
 
@@ -134,12 +202,32 @@ class Data:
         except ValueError as error:
             raise DataError(f"{self.corpus.where(line)}: {error}") from error
 
-    def resume(self, step: int, examples: int) -> None:
-        """Continue after so many examples, which a run on perhaps another number of ranks has seen in `step` steps."""
+    def resume(self, step: int, examples: int, places: int | None) -> None:
+        """Continue after so many examples, which a run on perhaps another number of ranks has seen in `step` steps.
+
+        Args:
+            places: how many an epoch had in that run. None: its version counted the lines that the task skips as well.
+                The examples are converted then: the run continues at the same line of the same epoch.
+        """
+        if places is None and self._kept is not None:
+            per_line = self.task.examples_per_line
+            epoch, place = divmod(examples, len(self.corpus) * per_line)
+            line, number = divmod(place, per_line)
+            place = int(np.searchsorted(self._kept, line)) * per_line + (number if line in self._kept else 0)
+            log.warning(
+                "The checkpoint was saved by a version that counted lines that the task skips: its %d examples are %d "
+                "without them. From here on every batch is full. With --shuffle the rest of this epoch is another "
+                "choice of lines than it would have been",
+                examples,
+                epoch * self.places + place,
+            )
+            examples = epoch * self.places + place
+        elif places not in (None, self.places):
+            log.warning("An epoch has %d examples now, and had %d when the checkpoint was saved", self.places, places)
         self._resumed = (step, examples)
 
     def examples_after(self, step: int) -> int:
-        """How many examples all ranks together have seen after so many steps, skipped ones included."""
+        """How many examples all ranks together have seen after so many steps."""
         finished, examples = self._resumed
         return examples + (step - finished) * self.world_size * self.batch_size
 
@@ -148,20 +236,26 @@ class Data:
         return self.examples_after(step - 1) + self.rank * self.batch_size
 
     def training_batch(self, step: int, shuffle: bool) -> list[Example]:
-        """This rank's examples of a step, counted from 1. After the last line comes the first one again.
+        """This rank's examples of a step, counted from 1: `batch_size` of them. After the last line comes the first.
 
-        The places of a step do not depend on other steps, so a line that the task skips makes the batch smaller, or
-        empty.
+        Raises:
+            DataError: the task makes no example of a line that it did not skip when the data was checked.
         """
         first, examples = self.first_example(step), []
         for position in range(first, first + self.batch_size):
             epoch, place = divmod(position, self.places)
-            place = self._shuffled(epoch)[place] if shuffle else place
-            examples.append(self.example(int(place), epoch))
-        return [example for example in examples if example is not None]
+            place = int(self._shuffled(epoch)[place]) if shuffle else place
+            example = self.example(place, epoch)
+            if example is None:
+                raise DataError(
+                    f"{self.corpus.where(self.line(place))}: the task {type(self.task).__name__} makes no example of "
+                    "this line, although its `check` counts it; in training a line is skipped always or never"
+                )
+            examples.append(example)
+        return examples
 
     def evaluation_batches(self) -> Iterator[list[Example]]:
-        """The whole file once. Every rank gets the same number of batches; its last ones may be empty."""
+        """The whole file once. Every rank gets the same number of batches; its last ones may be smaller or empty."""
         everybody = self.world_size * self.batch_size
         for start in range(0, self.places, everybody):
             first = start + self.rank * self.batch_size
@@ -176,7 +270,11 @@ class Data:
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
-            # half the memory of int64, which every rank takes: 120 MB for 30 million lines
-            places = np.arange(self.places, dtype=np.int32 if self.places < 2**31 else np.int64)
+            places = np.arange(self.places, dtype=_smallest_type(self.places))
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(places))
         return self._order[1]
+
+
+def _smallest_type(n: int) -> type[np.integer]:
+    """For numbers below n: every rank keeps them, and 30 million take 120 MB in int32."""
+    return np.int32 if n <= 2**31 else np.int64

@@ -40,6 +40,7 @@ class KILT(Task):
         answers = [part["answer"] for part in output or [] if part.get("answer") is not None]
         if not all(isinstance(answer, str) for answer in answers):
             raise ValueError(f"`answer` in `output` must be a string, found {answers!r:.60}")
+        answers = self.texts(answers, "output")
         if not answers and self.answers_needed:
             raise ValueError(f"no `answer` in `output`: expected {self.fields}")
         if "fever" in (self.text(record, "filename", optional=True, blank=True) or ""):

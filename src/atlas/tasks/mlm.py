@@ -12,8 +12,10 @@ from atlas.tasks.text import TextTask
 class MLM(TextTask):
     """The query is the text with sentinels in place of some spans; the target is each sentinel followed by its span.
 
-    A text is truncated to `--text_maxlength` tokens first.
+    A text is truncated to `--text_maxlength` tokens first, and skipped if nothing but sentinels is left of it.
     """
+
+    skips = f"{TextTask.skips}, or consist of sentinels"
 
     def __init__(self, setup: TaskSetup) -> None:
         super().__init__(setup)
@@ -22,11 +24,15 @@ class MLM(TextTask):
         self.mean_span_length = setup.flags.mlm_mean_noise_span_length
         self._marks = {self.tokenizer.pad_id, self.tokenizer.eos_id, *self.tokenizer.sentinel_ids}
 
-    def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str] | None:
-        tokens = self.tokenizer.encode([record["text"]], self.text_maxlength, eos=False)[0]
-        tokens = [token for token in tokens if token not in self._marks]  # it would look like a masked span
-        if not tokens:
-            return None
+    def check(self, record: Mapping) -> bool:
+        if not super().check(record):
+            return False
+        text = self.text(record, "text")
+        # No sentinel begins with a letter or a digit, so nearly all lines need no tokenizer here.
+        return text.lstrip()[0].isalnum() or bool(self._tokens(text))
+
+    def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str]:
+        tokens = self._tokens(record["text"])
         sentinels = self.tokenizer.sentinel_ids
         query, target, start = [], [], 0
         for sentinel, (kept, noise) in zip(sentinels, self._spans(len(tokens), len(sentinels), rng), strict=False):
@@ -35,6 +41,11 @@ class MLM(TextTask):
             start += kept + noise
         query, target = self.tokenizer.decode([query, target], skip_special_tokens=False)
         return query, target
+
+    def _tokens(self, text: str) -> list[int]:
+        """The tokens that may be masked. A sentinel in the text would look like a masked span."""
+        tokens = self.tokenizer.encode([text], self.text_maxlength, eos=False)[0]
+        return [token for token in tokens if token not in self._marks]
 
     def metadata(self, record: Mapping) -> dict:
         return dict(record)

@@ -65,7 +65,7 @@ class MultipleChoice(Task):
         # Identifies the question and its options, wherever the line is and whatever its answer.
         uid = hashlib.blake2b(json.dumps([question, texts]).encode(), digest_size=8).hexdigest()
         line = {key: value for key, value in record.items() if key != "passages"}
-        changed = {"options": options, "answer": answer, "is_original": number == 0, "uid": uid}
+        changed = {"question": question, "options": options, "answer": answer, "is_original": number == 0, "uid": uid}
         return Example(
             query=self._query(question, options),
             target="" if answer is None else f"<extra_id_0> {answer}",
@@ -85,6 +85,7 @@ class MultipleChoice(Task):
     def join(self, rows: list[dict]) -> tuple[dict, dict[str, float]]:
         """The row of the line's own order, with each option's probability: the mean over the orders.
 
+        As published, its `generation` is the letter of the most probable option; `rows` have what the reader wrote.
         In each order, an option's probability is the softmax over the letters' logits at the letter of its text.
         Options with the same text share their probability.
         """
@@ -99,14 +100,14 @@ class MultipleChoice(Task):
             options = rows[0]["metadata"]["options"]
             of_all = {letter: by_text[text] for letter, text in options.items()}
             means = {letter: sum(shares) / len(shares) for letter, shares in of_all.items()}
-            joined |= {"choice_probs": means, "all_probs": of_all}
             chosen = max(means, key=means.get)
+            joined |= {"generation": chosen, "choice_probs": means, "all_probs": of_all}
             values = {"debiased_accuracy": float(options[chosen] == options[rows[0]["metadata"]["answer"]])}
         return joined | {"permutations": rows}, values
 
     def _read(self, record: Mapping) -> tuple[str, dict[str, str], str | None]:
         """Question, options in the order of their letters, answer. Raises: ValueError."""
-        question = self.text(record, "question")
+        question = self.text(record, "question", end=True)
         options = record.get("options")
         if options is None:
             raise self.missing(record, "options")
@@ -123,7 +124,7 @@ class MultipleChoice(Task):
         answer = self.text(record, "answer", optional=not self.answers_needed)
         if answer is not None and answer not in options:
             raise ValueError(f"`answer` must be one of {', '.join(letters)}, found {answer!r:.40}")
-        return question, {letter: options[letter] for letter in letters}, answer
+        return question, {letter: self.cut(options[letter]) for letter in letters}, answer
 
     def _query(self, question: str, options: dict[str, str]) -> str:
         """The prompt, with the longest end of the question that fits."""

@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping
 
 from atlas.metrics import exact_match, f1
+from atlas.model.tokenization import LONGEST_TEXT, fill_in
 from atlas.tasks.base import Example, Task, TaskSetup
 
 
@@ -26,7 +27,7 @@ class QuestionAnswering(Task):
         if target is None and answers:
             target = rng.choice(answers)
         return Example(
-            query=self.prompt_format.format(question=question),
+            query=self.cut(fill_in(self.prompt_format, LONGEST_TEXT + 1, question=question)),
             target="" if target is None else f"<extra_id_0> {target}",
             answers=answers,
             metadata=self.metadata(record),
@@ -42,9 +43,9 @@ class QuestionAnswering(Task):
         answers = record.get("answers")
         if answers is None:
             return []
-        if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        if not isinstance(answers, list):
             raise ValueError(f"`answers` must be a list of strings, found {answers!r:.60}")
-        return answers
+        return self.texts(answers, "answers")
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
         return {

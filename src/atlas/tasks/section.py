@@ -21,4 +21,4 @@ class Section(TextTask):
         return long_enough
 
     def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str]:
-        return f"{record['title']}, {record['section']}", record["text"]
+        return f"{self.text(record, 'title', blank=True)}, {self.text(record, 'section')}", record["text"]

@@ -24,8 +24,8 @@ class TextTask(Task, ABC):
         self.min_words = max(1, setup.flags.min_words_per_lm_instance or 1)
 
     @abstractmethod
-    def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str] | None:
-        """Query and target of a line that has passed `check`, or None to skip it."""
+    def pair(self, record: Mapping, rng: random.Random) -> tuple[str, str]:
+        """Query and target of a line that `check` counts."""
 
     def metadata(self, record: Mapping) -> dict:
         return {"id": record["id"]}
@@ -37,10 +37,9 @@ class TextTask(Task, ABC):
         return len(text.split(maxsplit=self.min_words)) >= self.min_words
 
     def process(self, record: Mapping, rng: random.Random) -> Example | None:
-        pair = self.pair(record, rng) if self.check(record) else None
-        if pair is None:
+        if not self.check(record):
             return None
-        query, target = pair
+        query, target = self.pair({**record, "text": self.text(record, "text")}, rng)
         return Example(
             query=query,
             target=target,

@@ -24,9 +24,6 @@ from atlas.tasks.data import Data
 from atlas.training.optim import Optimizers
 from atlas.training.plan import Plan
 
-# Stands in where a task skips all lines of a rank's batch: the other ranks wait for this one in every collective.
-PLACEHOLDER = Example(query="", target="", answers=[], passages=[])
-
 
 class Trainer:
     """What a training step does, part by part. Each method is one line of the loop in `train.py`.
@@ -57,14 +54,13 @@ class Trainer:
         self._bar = tqdm(disable=True)
         self._means = Means()
         self._started = self._prepared = 0.0  # times of the current step
-        self._weight = 1.0  # of this rank's examples: 0 if there are none
         self._stopping = False  # whether a rank was asked to stop: the same on all ranks
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue after a checkpoint of this run."""
         self._finished, self._evaluation_due = checkpoint.step, checkpoint.evaluation_due
         if checkpoint.examples is not None:
-            self.data.resume(checkpoint.step, checkpoint.examples)
+            self.data.resume(checkpoint.step, checkpoint.examples, checkpoint.examples_per_epoch)
 
     def steps(self) -> Iterator[int]:
         """The steps to take, up to `--total_steps`. SIGTERM or SIGUSR1 to any rank ends them early.
@@ -102,8 +98,7 @@ class Trainer:
         # Dropout depends on the examples alone: the same after a resume, on two ranks as in two accumulated steps.
         torch.manual_seed(_mix(self.settings.run.seed, self.data.first_example(step)))
         examples = self.data.training_batch(step, self.settings.run.shuffle)
-        self._weight = 1.0 if examples else 0.0
-        batch = self._batch(examples or [PLACEHOLDER], step)
+        batch = self._batch(examples, step)
         self._prepared = time.monotonic()
         return batch
 
@@ -112,7 +107,7 @@ class Trainer:
         with local_gradients(self.parallel, local=not self.plan.updates_after(step)):
             with devices.autocast(self.session.device, self.settings.optimisation.precision):
                 losses = self.parallel(batch)
-            self.optimizers.backward(self._weight * losses.total / self.plan.accumulated(step))
+            self.optimizers.backward(losses.total / self.plan.accumulated(step))
         return losses
 
     def update(self, step: int, losses: Losses) -> None:
@@ -156,6 +151,7 @@ class Trainer:
                 options=self.settings.sections(),
                 configs=self.model.configs(),
                 examples=self.data.examples_after(step),
+                examples_per_epoch=self.data.places,
                 evaluation_due=stopping and self.plan.evaluates_after(step),
                 index_encoder=self.retrieval.built_by if self.retrieval is not None else None,
             )
@@ -195,12 +191,12 @@ class Trainer:
         return TrainingTensors(*reading, targets, query_ids, query_mask, *inputs.passages(flat))
 
     def _count(self, losses: Losses) -> None:
-        self._means.add("loss/train_loss", losses.total, self._weight)
-        self._means.add("loss/reader_loss", losses.reader, self._weight)
+        self._means.add("loss/train_loss", losses.total)
+        self._means.add("loss/reader_loss", losses.reader)
         if losses.retriever is not None:
-            self._means.add("loss/retriever_loss", losses.retriever, self._weight)
+            self._means.add("loss/retriever_loss", losses.retriever)
         for name, correlation in losses.correlations.items():
-            self._means.add(f"corr/{name}", correlation.mean, self._weight * correlation.examples)
+            self._means.add(f"corr/{name}", correlation.mean, correlation.examples)
         self._means.add("runtime/retrieve", self._prepared - self._started)
         self._means.add("runtime/train_step", time.monotonic() - self._started)
 
