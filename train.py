@@ -56,7 +56,7 @@ def learn(config: Config, run: "Session") -> None:
     optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})
     if resumed:
         log.info("Resuming after step %d of %s", resumed.step, resumed.path)
-        optimizers.load_state(resumed.optimizer_state() or {})
+        optimizers.resume(resumed)
 
     # Index: opened if it was saved, else built of the corpus before the first step. None for a closed book.
     retrieval = Retrieval.open(config.index, config.run, learning, model, run, resumed)

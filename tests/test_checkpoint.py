@@ -4,10 +4,12 @@ import argparse
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from atlas import checkpoint as checkpoints
@@ -230,3 +232,43 @@ def test_the_names_in_a_checkpoint_are_the_published_ones(tmp_path):
         assert f"{side}.embeddings.word_embeddings.weight" in loaded.retriever
         assert f"{side}.encoder.layer.0.attention.self.query.weight" in loaded.retriever
     assert checkpoints.FORMAT == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (
+            "model",
+            lambda tensor: tensor.long(),
+            r"model\.safetensors: .* is torch.int64, and weights are floating-point",
+        ),
+        (
+            "index_encoder",
+            lambda tensor: tensor[:1].clone(),
+            r"index_encoder\.safetensors does not fit .* is \(1,.*not \(",
+        ),
+        (
+            "index_encoder",
+            lambda tensor: tensor.half(),
+            r"index_encoder\.safetensors does not fit .* torch.float16, not",
+        ),
+        ("optimizer", lambda tensor: tensor[:1].clone(), r"optimizer\.safetensors does not fit .* is \(1,.*not \("),
+    ],
+)
+def test_tensors_that_do_not_fit_end_the_run_with_a_sentence(tmp_path, capsys, name, change, sentence):
+    directory = run(tmp_path, total_steps=1, eval_data=None, train_retriever=True)
+    file = directory / f"checkpoint/step-1/{name}.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in sorted(tensors) if tensors[name].dim() == 2)
+    save_file(tensors | {first: change(tensors[first])}, file)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, total_steps=2, eval_data=None, train_retriever=True)
+    assert ended.value.code == 1 and re.search(sentence, capsys.readouterr().err)
+
+
+def test_weights_in_other_number_formats_are_converted_and_the_log_says_so(tmp_path):
+    directory = run(tmp_path, name="start", total_steps=1, eval_data=None)
+    file = directory / "checkpoint/step-1/model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    later = run(tmp_path, name="later", model_path=directory, total_steps=1, eval_data=None)
+    assert "weights are converted to fp32 (torch.bfloat16" in (later / "run.log").read_text()

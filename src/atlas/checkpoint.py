@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from atlas.runtime.tracking import log
 FORMAT = 1
 PUBLISHED_FILE = "model.pth.tar"
 _HALVES = ("reader", "retriever")
+_ANOTHER = "use the models and flags of the saved run, copy the checkpoint again, or --restart"
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,34 @@ class Checkpoint:
         """The passage encoder that the run's index was built with, if that is no longer the one in the model."""
         return self._more("index_encoder")
 
+    def file(self, name: str) -> Path:
+        """Where tensors of this kind are: `model`, `optimizer` or `index_encoder`."""
+        return self.path / (PUBLISHED_FILE if self.published else f"{name}.safetensors")
+
     def _more(self, name: str) -> dict[str, torch.Tensor] | None:
-        file = self.path / f"{name}.safetensors"
-        return load_file(file) if file.is_file() and not self.published else None
+        file = self.file(name)
+        if self.published or not file.is_file():
+            return None
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error})") from error
+
+
+def check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare names, shapes and dtypes: kernels that get other tensors than they expect may end the process.
+
+    Raises:
+        ValueError: naming the file and the first tensor that differs.
+    """
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise ValueError(f"{file} does not fit this run: it has no {name}; {_ANOTHER}")
+        if name not in expected:
+            raise ValueError(f"{file} does not fit this run, which has no {name}; {_ANOTHER}")
+        are, wanted = (f"{tuple(of[name].shape)} {of[name].dtype}" for of in (found, expected))
+        if are != wanted:
+            raise ValueError(f"{file} does not fit this run: {name} is {are}, not {wanted}; {_ANOTHER}")
 
 
 def latest_checkpoint(run_directory: Path) -> Path | None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from atlas import config
-from atlas.checkpoint import Checkpoint
+from atlas.checkpoint import Checkpoint, check_tensors
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
@@ -177,6 +177,8 @@ class Retrieval:
         _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings.passages, settings.max_passages)
         encoder = resumed.index_encoder() if resumed is not None else None
+        if encoder is not None:
+            check_tensors(resumed.file("index_encoder"), encoder, model.retriever.passage_encoder.state_dict())
         retrieval = cls(model, passages, settings, run, learning, device, index, encoder)
         retrieval._save_opened()
         return retrieval
