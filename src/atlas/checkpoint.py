@@ -3,15 +3,21 @@
 A checkpoint of ours is a directory `step-N` with `model.safetensors` (names as published: `reader.*`, `retriever.*`),
 `optimizer.safetensors`, `state.json` (step, format), `options.json` (all flags), `reader_config.json` and
 `retriever_config.json`. `latest` is a symbolic link to the newest one, replaced in one move.
+
+Other files and directories beside them are the user's, whatever they are called: only a `step-N` whose `state.json`
+says N is replaced or removed, and what a killed writer left, which has a mark inside (`UNFINISHED`).
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,9 @@ from atlas.runtime.tracking import log
 
 FORMAT = 1
 PUBLISHED_FILE = "model.pth.tar"
+UNFINISHED = "unfinished"  # an empty file in a directory that is being written or removed: the first and the last one
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+_PARTIAL = re.compile(rf"({_STEP.pattern}|latest)\.[0-9a-f]{{8}}\.partial")
 _HALVES = ("reader", "retriever")
 _ANOTHER = "use the models and flags of the saved run, copy the checkpoint again, or --restart"
 
@@ -84,12 +93,72 @@ def latest_checkpoint(run_directory: Path) -> Path | None:
     """The checkpoint that a run left in its directory, if any.
 
     Raises:
-        ValueError: `latest` points at nothing.
+        ValueError: `latest` is missing though there are checkpoints, or points at nothing.
     """
-    link = run_directory / "checkpoint" / "latest"
+    directory = run_directory / "checkpoint"
+    link = directory / "latest"
     if link.is_symlink() and not link.exists():
         raise ValueError(f"{link} points at {os.readlink(link)}, which is gone: point it at a checkpoint, or --restart")
-    return link.resolve() if link.exists() else None
+    if link.exists():
+        return link.resolve()
+    if saved := [path.name for path in _saved_steps(directory) if not (path / UNFINISHED).exists()]:
+        raise ValueError(
+            f"{directory} holds {', '.join(saved)}, but no link `latest` to the one to resume from: make it "
+            f"(ln -s {saved[-1]} {link}), or --restart"
+        )
+    return None
+
+
+def _saved_steps(directory: Path) -> list[Path]:
+    """The checkpoints of ours in a directory, by step. Copies under other names are the user's."""
+    steps = [path for path in directory.iterdir() if _is_ours(path)] if directory.is_dir() else []
+    return sorted(steps, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this is `step-N` with a `state.json` that says N."""
+    if not _STEP.fullmatch(path.name) or path.is_symlink() or not (path / "state.json").is_file():
+        return False
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))["step"] == _step_of(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a writer that was killed left this: a directory with its mark (or not even that), or a link."""
+    if path.is_symlink():
+        return _PARTIAL.fullmatch(path.name) is not None and _STEP.fullmatch(os.readlink(path)) is not None
+    if not path.is_dir():
+        return False
+    partial_name = _PARTIAL.fullmatch(path.name) is not None
+    marked = (path / UNFINISHED).is_file() and (partial_name or _STEP.fullmatch(path.name) is not None)
+    return marked or (partial_name and not any(path.iterdir()))
+
+
+def check_way(run_directory: Path, steps: range) -> None:
+    """Look whether checkpoints after these steps can be saved, before a run takes the first of them.
+
+    Raises:
+        ValueError: something of the user's has the name of such a checkpoint, or `latest` is not a link.
+    """
+    directory = run_directory / "checkpoint"
+    link = directory / "latest"
+    if link.exists() and not link.is_symlink():
+        raise ValueError(
+            f"{link} is not a link to a checkpoint, as it has to be: rename it to the step that its state.json says, "
+            "and make a link to that (mv latest step-N && ln -s step-N latest), or --restart"
+        )
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if _STEP.fullmatch(path.name) and _step_of(path) in steps and not (_is_ours(path) or _is_leftover(path)):
+            raise ValueError(
+                f"{path} is where a checkpoint is to be saved, and is not one of step {_step_of(path)}: "
+                "move it away or rename it"
+            )
 
 
 def own_checkpoint(run_directory: Path) -> Checkpoint | None:
@@ -101,12 +170,22 @@ def own_checkpoint(run_directory: Path) -> Checkpoint | None:
 
 
 def set_aside(run_directory: Path) -> None:
-    """Move the checkpoints of an earlier run, if any, to `checkpoint.before-restart`, replacing what is there."""
-    old, aside = run_directory / "checkpoint", run_directory / "checkpoint.before-restart"
-    if distributed.is_main() and old.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    """Move the checkpoints of an earlier run to `checkpoint.before-restart`, or -2, -3, … if that is taken. Collective.
+
+    Raises:
+        OSError: they cannot be moved.
+    """
+
+    def move() -> None:
+        old = run_directory / "checkpoint"
+        if not old.exists():
+            return
+        names = ("checkpoint.before-restart" + (f"-{n}" if n > 1 else "") for n in count(1))
+        aside = next(run_directory / name for name in names if not os.path.lexists(run_directory / name))
         old.rename(aside)
         log.info("--restart: the checkpoints of the earlier run are in %s now", aside)
+
+    distributed.on_main("setting the earlier checkpoints aside", move)
 
 
 def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -154,22 +233,61 @@ def save_checkpoint(
     """
     directory = run_directory / "checkpoint"
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob("*.partial"):
-        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    final, beside = directory / f"step-{contents.step}", directory / f"step-{contents.step}.partial"
-    _write(beside, contents)
-    if final.exists():  # whole, but its writer was killed before `latest` could point at it
-        shutil.rmtree(final)
+    check_way(run_directory, range(contents.step, contents.step + 1))
+    _remove_leftovers(directory)
+    final = directory / f"step-{contents.step}"
+    beside = directory / _partial_name(final.name)
+    try:
+        _write(beside, contents)
+    except BaseException:
+        if beside.exists():
+            _remove(beside)
+        raise
+    if final.exists():  # of a run that went back to an earlier step
+        _remove(final)
     beside.rename(final)
-    link = directory / "latest.partial"
+    link = directory / _partial_name("latest")
     link.symlink_to(final.name)
     link.replace(directory / "latest")
+    (final / UNFINISHED).unlink()
     _tidy(directory, final, keep_optimizers, keep_checkpoints)
     return final
 
 
+def _remove_leftovers(directory: Path) -> None:
+    latest = (directory / "latest").resolve()
+    for path in filter(_is_leftover, list(directory.iterdir())):
+        if path.resolve() == latest and not path.is_symlink():  # whole: its writer was killed at the very end
+            (path / UNFINISHED).unlink(missing_ok=True)
+        elif path.is_symlink():
+            path.unlink()
+        else:
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint or what there is of one; killed on the way, what is left is known as a leftover."""
+    if (checkpoint / "state.json").exists() and not (checkpoint / UNFINISHED).exists():
+        (checkpoint / "state.json").rename(checkpoint / UNFINISHED)  # takes no space: the disk may be full
+    if not _PARTIAL.fullmatch(checkpoint.name):
+        checkpoint = checkpoint.rename(checkpoint.with_name(_partial_name(checkpoint.name)))
+    for path in checkpoint.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
+    (checkpoint / UNFINISHED).unlink(missing_ok=True)
+    checkpoint.rmdir()
+
+
+def _partial_name(name: str) -> str:
+    """A name that nothing else has, so that nothing is in the way."""
+    return f"{name}.{uuid.uuid4().hex[:8]}.partial"
+
+
 def _write(directory: Path, contents: Contents) -> None:
     directory.mkdir()
+    (directory / UNFINISHED).touch()
     save_file(_without_aliases(contents.model), directory / "model.safetensors")
     optimizer = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
     save_file(optimizer, directory / "optimizer.safetensors")
@@ -185,13 +303,13 @@ def _write(directory: Path, contents: Contents) -> None:
 
 
 def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:
-    older = sorted((p for p in directory.glob("step-*") if p != newest), key=lambda p: int(p.name.split("-")[1]))
+    older = [path for path in _saved_steps(directory) if _step_of(path) < _step_of(newest)]
     for checkpoint in older if not keep_optimizers else []:
         (checkpoint / "optimizer.safetensors").unlink(missing_ok=True)
         (checkpoint / "index_encoder.safetensors").unlink(missing_ok=True)
     if keep_checkpoints is not None:
         for checkpoint in older[: max(0, len(older) + 1 - keep_checkpoints)]:
-            shutil.rmtree(checkpoint)
+            _remove(checkpoint)
 
 
 def _without_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,13 +3,14 @@
 import dataclasses
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from atlas import config
-from atlas.checkpoint import Checkpoint, Contents, save_checkpoint
+from atlas.checkpoint import Checkpoint, Contents, check_way, save_checkpoint
 from atlas.evaluation.evaluator import Evaluator
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.load import Model
@@ -74,8 +75,11 @@ class Trainer:
 
         Raises:
             Stopped: after the update in which a rank was asked to stop.
+            ValueError: something is in the way of the checkpoints that are to be saved.
         """
         finished, total = self._finished, self.plan.total_steps
+        look = partial(check_way, self.session.directory, range(finished + 1, total + 1))
+        distributed.on_main("looking where to save", look)
         self.atlas.train()
         if self._evaluation_due:
             self.refresh_index(finished + 1)
