@@ -39,7 +39,7 @@ def learn(config: Config, run: "Session") -> None:
 
     # Start: where a run of this name was stopped, from --model_path, or from the models' own weights.
     resumed = None if config.optimisation.restart else own_checkpoint(run.directory)
-    if resumed and resumed.step >= config.optimisation.total_steps:
+    if resumed and resumed.step >= config.optimisation.total_steps and not resumed.evaluation_due:
         log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
         return
     start = resumed or (load_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
@@ -75,8 +75,8 @@ def learn(config: Config, run: "Session") -> None:
         losses = trainer.forward_backward(batch, step)  # of the reader, and of the retriever as the reader judges
         trainer.update(step, losses)  # both move together
         trainer.report(step)
-        trainer.evaluate(step)
         trainer.save(step)
+        trainer.evaluate(step)
     run.log_places(config.optimisation.total_steps)
 
 

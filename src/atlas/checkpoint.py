@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from atlas.files.jsonl import replacing
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 
@@ -49,7 +50,7 @@ class Checkpoint:
     options: dict[str, Any]  # flag -> value, of the run that made it; empty if unknown
     published: bool
     examples: int | None = None  # of the training data seen so far, by all ranks together
-    evaluation_due: bool = False  # the run stopped before it could evaluate this step
+    evaluation_due: bool = False  # the run ended before it had evaluated this step
 
     def optimizer_state(self) -> dict[str, torch.Tensor] | None:
         """Moments of both optimizers; None if they were not kept, and for published checkpoints."""
@@ -252,6 +253,16 @@ def save_checkpoint(
     (final / UNFINISHED).unlink()
     _tidy(directory, final, keep_optimizers, keep_checkpoints)
     return final
+
+
+def note_evaluation(run_directory: Path, step: int) -> None:
+    """Note in the checkpoint of this step, in one move, that it has been evaluated. For one rank only."""
+    path = run_directory / "checkpoint" / f"step-{step}"
+    if _is_ours(path):
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        with replacing(path / "state.json") as beside:
+            _write_json(beside, state | {"evaluation_due": False})
+            _flush(beside)
 
 
 def _remove_leftovers(directory: Path) -> None:
