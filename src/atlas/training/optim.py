@@ -61,7 +61,7 @@ class Optimizers:
         self, settings: config.Optimisation, halves: Mapping[str, nn.Module | Iterable[tuple[str, nn.Parameter]] | None]
     ) -> None:
         self.clip = settings.clip or float("inf")
-        self.skipped = 0
+        self.skipped = self.skipped_in_a_row = 0  # updates; the second number is that since the start of the process
         # Only fp16 needs loss scaling: the range of bf16 and fp32 is large enough.
         self._scaling, self._since_scaled = settings.precision == "fp16", 0
         self.scale = FIRST_SCALE if self._scaling else 1.0
@@ -110,6 +110,7 @@ class Optimizers:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.skipped += not moved
+        self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
         self._rescale(moved)
         return Update(moved, stop=bool(stopping))
 
@@ -158,7 +159,7 @@ class Optimizers:
             "reader",
             *(["retriever"] if options.get("train_retriever") and checkpoint.step > frozen_until else []),
         ]
-        for group in learnt if not state.get("skipped") else ():
+        for group in learnt if not state.get("skipped", torch.tensor(0)).any() else ():
             if group in self._parameters and not any(key.startswith(f"{group}/") for key in state):
                 raise ValueError(f"{checkpoint.file('optimizer')} has no moments of the {group}, which has learnt")
         self.load_state(state, checkpoint.file("optimizer"))

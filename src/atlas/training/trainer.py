@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from atlas.training.optim import Optimizers
 from atlas.training.plan import Plan
 
 # Stands in where a task skips all lines of a rank's batch: the other ranks wait for this one in every collective.
+# A run ends after so many updates that were skipped in a row: by then fp16's loss scale has been halved to below 1.
+MOST_SKIPPED = 20
 PLACEHOLDER = Example(query="", target="", answers=[], passages=[])
 
 
@@ -55,6 +58,7 @@ class Trainer:
         some_unused = bool(self.plan.retriever_starts_after)
         self.parallel = data_parallel(self.atlas, session.device, some_unused=some_unused)
         self._finished = self._saved = 0  # steps, by a run that is resumed; the newest checkpoint's
+        self._newest: Path | None = None  # checkpoint
         self._evaluation_due, self._evaluated = False, 0  # of the newest checkpoint; the step evaluated last
         self._refreshed = 0  # steps after which the index was built again
         self._signals = StopSignals()
@@ -67,7 +71,7 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue after a checkpoint of this run."""
         self._finished = self._saved = checkpoint.step
-        self._evaluation_due = checkpoint.evaluation_due
+        self._newest, self._evaluation_due = checkpoint.path, checkpoint.evaluation_due
         if checkpoint.examples is not None:
             self.data.resume(checkpoint.step, checkpoint.examples)
 
@@ -142,13 +146,19 @@ class Trainer:
         return losses
 
     def update(self, step: int, losses: Losses) -> None:
-        """Move the weights if this step completes an update: the only wait for the device after the search."""
+        """Move the weights if this step completes an update: the only wait for the device after the search.
+
+        Raises:
+            ValueError: too many updates in a row had gradients that are not finite.
+        """
         if self.plan.updates_after(step):
             finish_gradients(self.parallel)
             moved, self._stopping = self.optimizers.step(self.plan.finished_before_update(step), self._signals.received)
             if not moved:
                 skipped = self.optimizers.skipped
                 log.warning("Step %d is skipped: its gradients are not finite (%d so far)", step, skipped)
+            if self.optimizers.skipped_in_a_row == MOST_SKIPPED:
+                raise ValueError(self._diverged(f"the last {MOST_SKIPPED} updates had gradients that are not finite"))
         self._count(losses)
         self._bar.update()
 
@@ -164,7 +174,11 @@ class Trainer:
         self._bar.set_postfix(loss=f"{report.get('loss/train_loss', float('nan')):.4g}")
 
     def save(self, step: int) -> None:
-        """Write a checkpoint if that is due, or if a rank was asked to stop."""
+        """Write a checkpoint if that is due, or if a rank was asked to stop.
+
+        Raises:
+            ValueError: weights or moments are not finite; the checkpoints stay as they were.
+        """
         if self._stopping or self.plan.saves_after(step):
             self._save(step)
 
@@ -214,7 +228,10 @@ class Trainer:
         self._evaluation_due = self._evaluates_after(step) and step > self._evaluated
         weights, moments = full_tensors_on_main(self.model.weights()), self.optimizers.state()
 
-        def write() -> None:
+        def write() -> Path:
+            for name, tensor in (weights | moments).items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(self._diverged(f"{name} is not finite after step {step}"))
             contents = Contents(
                 step=step,
                 model=self.model.unused_retriever | weights,
@@ -233,9 +250,17 @@ class Trainer:
                 keep_checkpoints=optimisation.keep_checkpoints,
             )
             log.info("Saved %s", path)
+            return path
 
-        distributed.on_main("saving", write)
+        self._newest = distributed.on_main("saving", write)
         self._saved = step
+
+    def _diverged(self, what: str) -> str:
+        good = f"the last good checkpoint is {self._newest}" if self._newest else "no checkpoint was saved before"
+        return (
+            f"the training has diverged: {what}; {good}. Lower --lr or --lr_retriever, raise --warmup_steps, or use "
+            "--precision fp32 or bf16 in place of fp16"
+        )
 
     def _batch(self, examples: list[Example], step: int) -> TrainingTensors:
         settings, inputs = self.settings.model, self.model.inputs
