@@ -196,7 +196,8 @@ def write_model(
 ) -> Path:
     """Write config.json and model.safetensors into a new directory and return it."""
     import torch
-    from safetensors.torch import save_file
+
+    from atlas.files.tensors import save_tensors
 
     directory.mkdir()
     to = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -204,7 +205,7 @@ def write_model(
     described.pop("_name_or_path", None)  # may be a path on this machine
     write_json(directory / "config.json", described)
     weights = {name: tensor.to(to).contiguous() for name, tensor in state.items()}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(directory / "model.safetensors", weights, {"format": "pt"})
     return directory
 
 

@@ -18,6 +18,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
+from atlas.files.disk import usual_permissions
+
 SENTINELS = 100
 # Words of queries that are not in the corpus: the tokenizers learn them as whole words.
 PROMPT_WORDS = "question: answer: title: context: What Which Who How many do does In which By whom is was ?"
@@ -207,7 +209,9 @@ def build_retriever(tokenizer: Tokenizer, passages: list[str], width: int, layer
 
 
 def save_reader(reader: T5ForConditionalGeneration, tokenizer: Tokenizer, directory: Path) -> None:
-    reader.save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with usual_permissions(directory / "model.safetensors"):
+        reader.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "T5Tokenizer",
@@ -222,7 +226,9 @@ def save_reader(reader: T5ForConditionalGeneration, tokenizer: Tokenizer, direct
 
 
 def save_retriever(retriever: BertModel, tokenizer: Tokenizer, directory: Path) -> None:
-    retriever.save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with usual_permissions(directory / "model.safetensors"):
+        retriever.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "BertTokenizer",

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from atlas.files.jsonl import replacing
+from atlas.files.tensors import save_tensors
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 
@@ -299,11 +300,11 @@ def _partial_name(name: str) -> str:
 def _write(directory: Path, contents: Contents) -> None:
     directory.mkdir()
     (directory / UNFINISHED).touch()
-    save_file(_without_aliases(contents.model), directory / "model.safetensors")
+    save_tensors(directory / "model.safetensors", _without_aliases(contents.model))
     optimizer = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
-    save_file(optimizer, directory / "optimizer.safetensors")
+    save_tensors(directory / "optimizer.safetensors", optimizer)
     if contents.index_encoder is not None:
-        save_file(contents.index_encoder, directory / "index_encoder.safetensors")
+        save_tensors(directory / "index_encoder.safetensors", contents.index_encoder)
     _write_json(directory / "options.json", contents.options)
     for half, config in contents.configs.items():
         _write_json(directory / f"{half}_config.json", config)
