@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     # These import torch, which a wrong flag should not wait for.
     from safetensors import SafetensorError
 
+    from atlas.files.disk import writing
     from atlas.runtime.tracking import log, report_error, start_log
 
     start_log(None)
@@ -73,11 +74,12 @@ def main(arguments: list[str] | None = None) -> None:
     beside = output.with_name(f"{output.name}.partial")
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        names = export(
-            options.model_path, beside, options.reader_model_type, options.retriever_model_path, options.dtype
-        )
-        beside.replace(output)
+        with writing(output):
+            beside.mkdir(parents=True)
+            names = export(
+                options.model_path, beside, options.reader_model_type, options.retriever_model_path, options.dtype
+            )
+            beside.replace(output)
     except (ValueError, OSError, SafetensorError) as error:
         report_error(error, str(error))
         sys.exit(1)

@@ -18,7 +18,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-from atlas.files.disk import usual_permissions
+from atlas.files.disk import usual_permissions, writing
+from flags import exit_on_user_error
 
 SENTINELS = 100
 # Words of queries that are not in the corpus: the tokenizers learn them as whole words.
@@ -284,8 +285,9 @@ def main() -> None:
     arguments = parser.parse_args()
     texts = read_texts(arguments.passages)
     sizes = {"reader_width": 128, "reader_layers": (3, 2), "retriever_width": 256, "vocabulary_size": 6000}
-    for directory in build_tiny_models(texts, arguments.output_directory, **sizes, seed=arguments.seed):
-        print(directory)
+    with exit_on_user_error(stopped="give the same command again"), writing(arguments.output_directory):
+        for directory in build_tiny_models(texts, arguments.output_directory, **sizes, seed=arguments.seed):
+            print(directory)
 
 
 if __name__ == "__main__":

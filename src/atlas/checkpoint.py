@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from atlas.files.disk import writing
 from atlas.files.jsonl import replacing
 from atlas.files.tensors import save_tensors
 from atlas.runtime import distributed
@@ -227,11 +228,15 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint/step-N`, point `latest` at it, and remove what is no longer wanted. For one rank only.
 
-    Killed at any moment, `latest` is a whole checkpoint: the old one or the new one.
+    Killed at any moment, `latest` is a whole checkpoint: the old one or the new one. If it fails, it leaves nothing.
 
     Args:
         keep_optimizers: keep the optimizer's state in older checkpoints.
         keep_checkpoints: how many to keep, None for all.
+
+    Raises:
+        FullDiskError: naming the file, the bytes needed and those free.
+        ValueError: as `check_way`.
     """
     directory = run_directory / "checkpoint"
     directory.mkdir(parents=True, exist_ok=True)
@@ -240,7 +245,8 @@ def save_checkpoint(
     final = directory / f"step-{contents.step}"
     beside = directory / _partial_name(final.name)
     try:
-        _write(beside, contents)
+        with writing(final):
+            _write(beside, contents)
     except BaseException:
         if beside.exists():
             _remove(beside)
@@ -409,7 +415,9 @@ def _split(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torc
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with writing(path, len(text)):
+        path.write_text(text, encoding="utf-8")
 
 
 def _flush(path: Path) -> None:

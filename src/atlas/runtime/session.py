@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from atlas import config
+from atlas.files.jsonl import replacing
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import TensorBoard, log, report_error, start_log
@@ -40,7 +41,8 @@ class Session:
     def write_options(self, name: str, text: str) -> None:
         """Write a file of all flags into the directory, on rank 0."""
         if distributed.is_main():
-            (self.directory / name).write_text(text + "\n", encoding="utf-8")
+            with replacing(self.directory / name) as beside:
+                beside.write_text(text + "\n", encoding="utf-8")
 
     def log_places(self, step: int) -> None:
         """The last line of a run: where to look."""
