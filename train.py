@@ -39,7 +39,7 @@ def learn(config: Config, run: "Session") -> None:
 
     # Start: where a run of this name was stopped, from --model_path, or from the models' own weights.
     resumed = None if config.optimisation.restart else own_checkpoint(run.directory)
-    if resumed and resumed.step >= config.optimisation.total_steps:
+    if resumed and resumed.step >= config.optimisation.total_steps and not resumed.evaluation_due:
         log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
         return
     start = resumed or (load_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
@@ -60,7 +60,7 @@ def learn(config: Config, run: "Session") -> None:
     optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})
     if resumed:
         log.info("Resuming after step %d of %s", resumed.step, resumed.path)
-        optimizers.load_state(resumed.optimizer_state() or {})
+        optimizers.resume(resumed)
 
     # Index: opened if it was saved, else built of the corpus before the first step. None for a closed book.
     retrieval = Retrieval.open(config.index, config.run, learning, model, run, resumed)
@@ -79,8 +79,8 @@ def learn(config: Config, run: "Session") -> None:
         losses = trainer.forward_backward(batch, step)  # of the reader, and of the retriever as the reader judges
         trainer.update(step, losses)  # both move together
         trainer.report(step)
-        trainer.evaluate(step)
         trainer.save(step)
+        trainer.evaluate(step)
     run.log_places(config.optimisation.total_steps)
 
 

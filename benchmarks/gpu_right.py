@@ -241,7 +241,7 @@ def resume(bench: Bench) -> Iterator[Row]:
     load_retriever_state(resumed.retriever, checkpoint.retriever)
     resumed = resumed.to(bench.device)
     optimizers = optimizers_of(resumed)
-    optimizers.load_state(checkpoint.optimizer_state())
+    optimizers.resume(checkpoint)
     found = train(bench, resumed, optimizers, range(2, 4), "fp32")
     off = max(distance(a.total, b.total) for a, b in zip(found, wanted, strict=True))
     yield Row("losses of a resumed run", "those of a run that was not stopped ± 1e-4", f"{off:.1e} off", ok=off <= 1e-4)

@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     # These import torch, which a wrong flag should not wait for.
     from safetensors import SafetensorError
 
+    from atlas.files.disk import writing
     from atlas.runtime.tracking import log, report_error, start_log
 
     start_log(None)
@@ -74,11 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
     beside = output.with_name(f"{output.name}.partial")
     try:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        names = export(
-            options.model_path, beside, options.reader_model_type, options.retriever_model_path, options.dtype
-        )
-        beside.replace(output)
+        with writing(output):
+            beside.mkdir(parents=True)
+            names = export(
+                options.model_path, beside, options.reader_model_type, options.retriever_model_path, options.dtype
+            )
+            beside.replace(output)
     except (ValueError, OSError, SafetensorError) as error:
         report_error(error, str(error))
         sys.exit(1)
@@ -206,7 +208,8 @@ def write_model(
 ) -> Path:
     """Write config.json and model.safetensors into a new directory and return it."""
     import torch
-    from safetensors.torch import save_file
+
+    from atlas.files.tensors import save_tensors
 
     directory.mkdir()
     to = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -214,7 +217,7 @@ def write_model(
     described.pop("_name_or_path", None)  # may be a path on this machine
     write_json(directory / "config.json", described)
     weights = {name: tensor.to(to).contiguous() for name, tensor in state.items()}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(directory / "model.safetensors", weights, {"format": "pt"})
     return directory
 
 

@@ -18,6 +18,9 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
+from atlas.files.disk import usual_permissions, writing
+from flags import exit_on_user_error
+
 SENTINELS = 100
 # Words of queries that are not in the corpus: the tokenizers learn them as whole words.
 PROMPT_WORDS = "question: answer: title: context: What Which Who How many do does In which By whom is was ?"
@@ -207,7 +210,9 @@ def build_retriever(tokenizer: Tokenizer, passages: list[str], width: int, layer
 
 
 def save_reader(reader: T5ForConditionalGeneration, tokenizer: Tokenizer, directory: Path) -> None:
-    reader.save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with usual_permissions(directory / "model.safetensors"):
+        reader.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "T5Tokenizer",
@@ -222,7 +227,9 @@ def save_reader(reader: T5ForConditionalGeneration, tokenizer: Tokenizer, direct
 
 
 def save_retriever(retriever: BertModel, tokenizer: Tokenizer, directory: Path) -> None:
-    retriever.save_pretrained(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with usual_permissions(directory / "model.safetensors"):
+        retriever.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "BertTokenizer",
@@ -278,8 +285,9 @@ def main() -> None:
     arguments = parser.parse_args()
     texts = read_texts(arguments.passages)
     sizes = {"reader_width": 128, "reader_layers": (3, 2), "retriever_width": 256, "vocabulary_size": 6000}
-    for directory in build_tiny_models(texts, arguments.output_directory, **sizes, seed=arguments.seed):
-        print(directory)
+    with exit_on_user_error(stopped="give the same command again"), writing(arguments.output_directory):
+        for directory in build_tiny_models(texts, arguments.output_directory, **sizes, seed=arguments.seed):
+            print(directory)
 
 
 if __name__ == "__main__":

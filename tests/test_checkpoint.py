@@ -4,14 +4,17 @@ import argparse
 import itertools
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from atlas import checkpoint as checkpoints
-from atlas.checkpoint import Contents, latest_checkpoint, load_checkpoint, save_checkpoint
+from atlas.checkpoint import Contents, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state
 from atlas.model.retriever import load_retriever, load_retriever_state
 from tests.kit import read_jsonl, run, world
@@ -173,9 +176,102 @@ def test_what_is_kept(tmp_path):
     assert (folder / "step-10/optimizer.safetensors").exists()
 
 
+def test_copies_and_files_of_the_user_are_left_alone(tmp_path):
+    """Only `step-N` with a `state.json` that says N is ours, whatever else is beside it."""
+    folder = tmp_path / "checkpoint"
+    save(tmp_path, 2, {"reader.a": torch.ones(2)}, optimizer={"reader/a/step": torch.ones(())})
+    for copy in ("step-2-best", "step-2.best", "step-02", "step-1", "step-2.partial", "my.partial"):
+        shutil.copytree(folder / "step-2", folder / copy)
+    (folder / "step-0.12345678.partial").mkdir()
+    (folder / "step-0.12345678.partial/notes").write_text("mine")
+    (folder / "latest.12345678.partial").symlink_to("elsewhere")
+    (folder / "step-0").write_text("mine")
+    before = everything(folder) - {folder / "latest"}
+    for step in (3, 4):
+        save(tmp_path, step, {"reader.a": torch.ones(2)}, keep_checkpoints=1)
+    assert before - everything(folder) == {path for path in before if folder / "step-2" in (path, path.parent)}
+    assert (folder / "latest").readlink() == Path("step-4") and not (folder / "step-3").exists()
+
+
+def everything(folder):
+    return set(folder.rglob("*"))
+
+
+def something_in_the_way(path, kind):
+    if kind == "file":
+        path.write_text("mine")
+    else:
+        path.mkdir()
+        (path / "notes.txt").write_text("mine") if kind == "directory" else None
+        (path / "state.json").write_text('{"format": 1, "step": 2}') if kind == "copy" else None
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "empty", "copy"])
+def test_what_is_not_ours_is_never_overwritten(tmp_path, kind):
+    save(tmp_path, 2, {"reader.a": torch.ones(2)})
+    folder = tmp_path / "checkpoint"
+    something_in_the_way(folder / "step-3", kind)
+    before = everything(folder)
+    with pytest.raises(ValueError, match="step-3 is where a checkpoint is to be saved.*move it away"):
+        save(tmp_path, 3, {"reader.a": torch.ones(2)})
+    assert everything(folder) == before and load_checkpoint(tmp_path).step == 2
+    checkpoints.check_way(tmp_path, range(4, 9))
+    with pytest.raises(ValueError, match="step-3 is where"):
+        checkpoints.check_way(tmp_path, range(1, 9))
+
+
+def test_what_is_in_the_way_is_found_before_the_first_step(tmp_path, capsys):
+    (tmp_path / "run/checkpoint").mkdir(parents=True)
+    (tmp_path / "run/checkpoint/step-3").write_text("mine")
+    with pytest.raises(SystemExit):
+        run(tmp_path, total_steps=4, eval_data=None)
+    assert "step-3 is where a checkpoint" in capsys.readouterr().err
+    assert "Embedding" not in (tmp_path / "run/run.log").read_text()
+
+
+def test_old_steps_without_latest_are_not_started_over(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for step in (2, 10):
+        save(tmp_path, step, {"reader.a": torch.ones(2)}, keep_optimizers=True)
+    latest = tmp_path / "checkpoint/latest"
+    latest.unlink()
+    with pytest.raises(ValueError, match=rf"holds step-2, step-10, but no link.*ln -s step-10 {latest}.*--restart"):
+        latest_checkpoint(tmp_path)
+    (tmp_path / "checkpoint/step-2").rename(latest)
+    with pytest.raises(ValueError, match="latest is not a link to a checkpoint.*ln -s step-N"):
+        checkpoints.check_way(tmp_path, range(3, 9))
+    with pytest.raises(ValueError, match="latest is not a link to a checkpoint"):
+        save(tmp_path, 11, {"reader.a": torch.ones(2)})
+    assert load_checkpoint(tmp_path).step == 2  # to evaluate it is enough
+
+
+def test_going_back_to_an_earlier_step(tmp_path):
+    """Later steps of the abandoned attempt stay until they are reached again; the newest keeps its optimizer."""
+    for step in (2, 4, 6):
+        save(tmp_path, step, {"reader.a": torch.ones(2)}, keep_optimizers=True)
+    folder = tmp_path / "checkpoint"
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("step-2")
+    assert latest_checkpoint(tmp_path) == folder / "step-2"
+    save(tmp_path, 4, {"reader.a": torch.zeros(2)}, keep_checkpoints=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-4", "step-6"]
+    assert load_checkpoint(tmp_path).reader["a"].tolist() == [0, 0] and load_checkpoint(tmp_path).step == 4
+    assert all((folder / f"step-{step}/optimizer.safetensors").exists() for step in (4, 6))
+
+
+def test_each_restart_keeps_what_was_set_aside_before(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, {"reader.a": torch.ones(2)})
+        set_aside(tmp_path)
+    names = [f"checkpoint.before-restart{n}" for n in ("", "-2", "-3")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name, step in zip(names, (1, 2, 3), strict=True):
+        assert load_checkpoint(tmp_path / name).step == step
+
+
 STEPS_OF_SAVING = [
     *((checkpoints, name) for name in ("save_file", "_write_json", "_flush")),
-    *((Path, name) for name in ("rename", "symlink_to", "replace", "unlink", "mkdir")),
+    *((Path, name) for name in ("rename", "symlink_to", "replace", "unlink", "mkdir", "touch", "rmdir")),
 ]
 
 
@@ -217,9 +313,29 @@ def test_killed_at_any_moment_the_latest_checkpoint_is_whole(tmp_path):
         if status == 0:
             break
         # the next save clears up after the killed one
-        save(directory, 5, {"reader.a": torch.ones(3)})
-        assert not list((directory / "checkpoint").glob("*.partial"))
-    assert ends[0] == (9, 1) and ends[-1] == (0, 2) and len(ends) > 10
+        save(directory, 5, {"reader.a": torch.ones(3)}, keep_checkpoints=1)
+        assert sorted(everything(directory / "checkpoint")) == clean(directory / "checkpoint", 5)
+    assert ends[0] == (9, 1) and ends[-1] == (0, 2) and len(ends) > 20
+
+
+def clean(folder, step):
+    """What is there when a step was saved and nothing else is left."""
+    names = ("", "model.safetensors", "optimizer.safetensors", "options.json", "state.json")
+    return sorted([folder / "latest", *(folder / f"step-{step}" / name for name in names)])
+
+
+@pytest.mark.processes
+def test_killed_in_the_first_save_a_run_starts_again(tmp_path):
+    """There is no `latest` yet: what the killed writer left is no earlier run."""
+    for victim in range(1, 40):
+        directory = tmp_path / str(victim)
+        if save_and_die(directory, victim) == 0:
+            break
+        found = latest_checkpoint(directory)
+        assert found is None or load_checkpoint(found).reader["a"].tolist() == [2.0] * 3
+        save(directory, 5, {"reader.a": torch.ones(3)}, keep_checkpoints=1)
+        assert sorted(everything(directory / "checkpoint")) == clean(directory / "checkpoint", 5)
+    assert victim > 15
 
 
 def test_the_names_in_a_checkpoint_are_the_published_ones(tmp_path):
@@ -230,3 +346,43 @@ def test_the_names_in_a_checkpoint_are_the_published_ones(tmp_path):
         assert f"{side}.embeddings.word_embeddings.weight" in loaded.retriever
         assert f"{side}.encoder.layer.0.attention.self.query.weight" in loaded.retriever
     assert checkpoints.FORMAT == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (
+            "model",
+            lambda tensor: tensor.long(),
+            r"model\.safetensors: .* is torch.int64, and weights are floating-point",
+        ),
+        (
+            "index_encoder",
+            lambda tensor: tensor[:1].clone(),
+            r"index_encoder\.safetensors does not fit .* is \(1,.*not \(",
+        ),
+        (
+            "index_encoder",
+            lambda tensor: tensor.half(),
+            r"index_encoder\.safetensors does not fit .* torch.float16, not",
+        ),
+        ("optimizer", lambda tensor: tensor[:1].clone(), r"optimizer\.safetensors does not fit .* is \(1,.*not \("),
+    ],
+)
+def test_tensors_that_do_not_fit_end_the_run_with_a_sentence(tmp_path, capsys, name, change, sentence):
+    directory = run(tmp_path, total_steps=1, eval_data=None, train_retriever=True)
+    file = directory / f"checkpoint/step-1/{name}.safetensors"
+    tensors = load_file(file)
+    first = next(name for name in sorted(tensors) if tensors[name].dim() == 2)
+    save_file(tensors | {first: change(tensors[first])}, file)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, total_steps=2, eval_data=None, train_retriever=True)
+    assert ended.value.code == 1 and re.search(sentence, capsys.readouterr().err)
+
+
+def test_weights_in_other_number_formats_are_converted_and_the_log_says_so(tmp_path):
+    directory = run(tmp_path, name="start", total_steps=1, eval_data=None)
+    file = directory / "checkpoint/step-1/model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    later = run(tmp_path, name="later", model_path=directory, total_steps=1, eval_data=None)
+    assert "weights are converted to fp32 (torch.bfloat16" in (later / "run.log").read_text()

@@ -16,14 +16,18 @@ import pytest
 import torch
 
 from atlas.checkpoint import latest_checkpoint, load_checkpoint
+from atlas.config import parse_config
+from atlas.evaluation.evaluator import Evaluator
 from atlas.files.jsonl import JsonlCorpus
-from atlas.runtime import session
+from atlas.retrieval import Retrieval
+from atlas.runtime import distributed, session
 from atlas.runtime.session import StopSignals
 from atlas.tasks.data import Data
 from atlas.training.trainer import Trainer
-from tests.kit import command_line, logged, make_task, read_jsonl, run, run_on, write_jsonl
+from tests.kit import command_line, logged, make_task, read_jsonl, run, run_on, slow, write_jsonl
 from tests.patience import HANG_SECONDS, free_port, wait_until
-from tests.ranks import warm
+from tests.ranks import run_on_ranks, warm
+from train import train
 
 pytestmark = pytest.mark.processes
 
@@ -49,12 +53,12 @@ def ask_to_stop(monkeypatch):
     def after(steps, number):
         refresh = Trainer.refresh_index
 
-        def signal_and_refresh(trainer, step):
+        def refresh_and_signal(trainer, step):
+            refresh(trainer, step)  # a signal while an index is built ends the run before the step
             if step == steps + 1:
                 os.kill(os.getpid(), number)
-            return refresh(trainer, step)
 
-        monkeypatch.setattr(Trainer, "refresh_index", signal_and_refresh)
+        monkeypatch.setattr(Trainer, "refresh_index", refresh_and_signal)
 
     return after
 
@@ -112,9 +116,162 @@ def test_a_stop_waits_for_the_update(tmp_path, ask_to_stop):
     assert load_checkpoint(tmp_path / "run").step == 4
 
 
-def test_a_stop_at_the_last_step_changes_nothing(tmp_path, ask_to_stop):
+def test_a_stop_at_the_last_step_leaves_only_its_evaluation(tmp_path, ask_to_stop, monkeypatch):
+    straight = run(tmp_path, name="straight", total_steps=3, **FLAGS)
     ask_to_stop(2, signal.SIGTERM)
-    assert (run(tmp_path, total_steps=3, **FLAGS) / "dev-step-3.jsonl").exists()
+    nothing_left = run(tmp_path, name="no evaluation", total_steps=3, eval_data=None, **FLAGS)
+    assert "Done: " in (nothing_left / "run.log").read_text() and load_checkpoint(nothing_left).step == 3
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, total_steps=3, **FLAGS)
+    assert ended.value.code == 143 and not list((tmp_path / "run").glob("*dev-step-3*"))
+    monkeypatch.undo()
+    evaluated = run(tmp_path, total_steps=3, **FLAGS)
+    assert read_jsonl(evaluated / "dev-step-3.jsonl") == read_jsonl(straight / "dev-step-3.jsonl")
+    assert losses_by_step(evaluated) == losses_by_step(straight)
+    assert not load_checkpoint(evaluated).evaluation_due
+    run(tmp_path, total_steps=3, **FLAGS)
+    assert "This run is finished" in (evaluated / "run.log").read_text().splitlines()[-1]
+
+
+def nth_call(monkeypatch, owner, name, n, happens):
+    """Something happens in the n-th call of a method."""
+    method, calls = getattr(owner, name), count(1)
+
+    def wrapper(*arguments, **keywords):
+        if next(calls) == n:
+            happens()
+        return method(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+def assert_resumes_exactly(directory, straight, evaluations):
+    """The losses of every step, the results, and the weights; evaluated so many times in all starts together."""
+    assert losses_by_step(directory) == losses_by_step(straight)
+    results = sorted(path.name for path in straight.glob("dev-*"))
+    assert sorted(path.name for path in directory.glob("dev-*")) == results and not list(directory.glob(".dev*"))
+    for name in results:
+        assert read_jsonl(directory / name) == read_jsonl(straight / name)
+    assert (directory / "run.log").read_text().count("Dataset: dev.jsonl") == evaluations
+    for found, expected in zip(weights(directory), weights(straight), strict=True):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+BATCHES = 6  # of an evaluation: 11 questions, two at a time
+
+
+@pytest.mark.parametrize(
+    ("changes", "evaluation", "saved", "evaluations"),
+    [
+        slow({"save_freq": 4}, 1, 4, 2),  # saved before it was evaluated
+        ({"save_freq": 100}, 1, 4, 2),  # not saved yet
+        ({"save_freq": 100, "refresh_index": 4, "query_side_retriever_training": False}, 1, 4, 2),
+        slow({"save_freq": 100}, 2, 6, 2),  # the last one
+        ({"save_freq": 100, "accumulation_steps": 3}, 1, 3, 2),  # gradients wait for more
+    ],
+)
+def test_a_signal_in_an_evaluation(tmp_path, monkeypatch, changes, evaluation, saved, evaluations):
+    """It ends within a batch, and the run that resumes evaluates this step, with the index that it had."""
+    flags = {"total_steps": 6, "eval_freq": 4, **FLAGS, **changes}
+    straight, stopped = run(tmp_path, name="straight", **flags), tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        batch, calls = (evaluation - 1) * BATCHES + 3, []
+        nth_call(patch, Evaluator, "_evaluate_batch", batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        nth_call(patch, Evaluator, "_evaluate_batch", batch + 1, lambda: calls.append("another batch"))
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path, name="stopped", **flags)
+    assert ended.value.code == 143 and calls == []
+    found = load_checkpoint(stopped)
+    assert found.step == saved and found.evaluation_due == (saved in (4, 6))
+    run(tmp_path, name="stopped", **flags)
+    assert_resumes_exactly(stopped, straight, evaluations)
+
+
+def test_a_crash_in_an_evaluation_loses_nothing(tmp_path, monkeypatch):
+    flags = {"total_steps": 6, "eval_freq": 3, "save_freq": 3, **FLAGS}
+    straight, crashed = run(tmp_path, name="straight", **flags), tmp_path / "crashed"
+    for evaluation, step in ((1, 3), (2, 6)):  # the second one is that of the run that resumes after the first
+        with monkeypatch.context() as patch:
+            nth_call(patch, Evaluator, "_evaluate_batch", (evaluation - 1) * BATCHES + 3, crash)
+            with pytest.raises(ArithmeticError):
+                run(tmp_path, name="crashed", **flags)
+        assert load_checkpoint(crashed).step == step and load_checkpoint(crashed).evaluation_due
+    run(tmp_path, name="crashed", **flags)
+    assert_resumes_exactly(crashed, straight, 2)
+    assert not load_checkpoint(crashed).evaluation_due
+    state = json.loads((crashed / "checkpoint/step-3/state.json").read_text())
+    assert (state["step"], state["evaluation_due"]) == (3, False)
+
+
+def crash():
+    raise ArithmeticError
+
+
+def test_a_signal_while_the_first_index_is_built(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        nth_call(patch, Retrieval, "_embed", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        nth_call(patch, Retrieval, "_embed", 4, crash)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path, total_steps=2, eval_data=None)
+    assert ended.value.code == 143 and latest_checkpoint(tmp_path / "run") is None
+    assert "Asked to stop before a step was saved" in (tmp_path / "run/run.log").read_text()
+    run(tmp_path, total_steps=2, eval_data=None)
+
+
+@pytest.mark.parametrize(("accumulation_steps", "saved"), [(1, 4), (3, 3)])
+def test_a_signal_while_the_index_is_refreshed(tmp_path, monkeypatch, accumulation_steps, saved):
+    """What was finished before is saved, up to the last update."""
+    flags = {"total_steps": 6, "train_retriever": True, "refresh_index": 4, "save_freq": 100, "eval_freq": 4}
+    flags |= {"accumulation_steps": accumulation_steps}
+    straight, stopped = run(tmp_path, name="straight", **flags), tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        refreshed = []
+
+        def signal_in_the_refresh(retrieval, ids, mask, embed=Retrieval._embed):
+            if retrieval.built_by is not None and not refreshed:
+                refreshed.append(os.kill(os.getpid(), signal.SIGUSR1))
+            return embed(retrieval, ids, mask)
+
+        patch.setattr(Retrieval, "_embed", signal_in_the_refresh)
+        with pytest.raises(SystemExit) as ended:
+            run(tmp_path, name="stopped", **flags)
+    assert ended.value.code == 143 and refreshed
+    assert load_checkpoint(stopped).step == saved and not load_checkpoint(stopped).evaluation_due
+    run(tmp_path, name="stopped", **flags)
+    # that of step 4 comes again where the run resumes before it
+    assert_resumes_exactly(stopped, straight, 2 if saved == 4 else 3)
+
+
+def _run_with_a_signal_to_one_rank(arguments, owner, name, call):
+    """The status of a rank where rank 1 alone gets a signal in the so-many-th call of a method."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "stop", lambda: None)  # the process group goes on living
+        if distributed.rank() == 1:
+            nth_call(patch, owner, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            train(parse_config(arguments, program="train"))
+        except SystemExit as ended:
+            return ended.code
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "owner", "name", "saved"),
+    [
+        ({}, Evaluator, "_evaluate_batch", 2),
+        # nothing that ranks do together is in a batch
+        ({"closed_book": True, "passages": None, "write_results": False}, Evaluator, "_evaluate_batch", 2),
+        ({}, Retrieval, "_embed", None),
+    ],
+)
+def test_a_signal_to_one_of_two_ranks_ends_both(tmp_path, changes, owner, name, saved):
+    flags = {"total_steps": 4, "eval_freq": 2, "save_freq": 100, **changes}
+    line = command_line(tmp_path, **flags)
+    assert run_on_ranks(2, _run_with_a_signal_to_one_rank, line, owner, name, 1) == [143, 143]
+    found = latest_checkpoint(tmp_path / "run")
+    assert (found and load_checkpoint(found).step) == saved
+    run_on(2, tmp_path, **flags)
+    assert load_checkpoint(tmp_path / "run").step == 4
 
 
 def test_the_second_signal_is_not_caught_but_an_echo_of_the_first_is(monkeypatch):

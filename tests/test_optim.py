@@ -1,14 +1,18 @@
 """Learning rates over time, and AdamW's state there and back."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from atlas.checkpoint import Checkpoint
 from atlas.config import Optimisation
 from atlas.training.optim import FIRST_SCALE, Optimizers, schedule_factor
 
 SETTINGS = {"weight_decay": 0.1, "epsilon": 1e-6, "beta2": 0.99, "clip": 1.0, "scheduler": "linear"}
+FILE = Path("o.safetensors")  # named by messages
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])
@@ -71,7 +75,7 @@ def test_state_there_and_back():
     with torch.no_grad():
         for name, weight in again.items():
             weight.copy_(weights[name])
-    other.load_state(state)
+    other.load_state(state, FILE)
     take(weights, optimizers, range(3, 6))
     take(again, other, range(3, 6))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -80,13 +84,83 @@ def test_state_there_and_back():
 def test_state_of_other_parameters_is_refused():
     _, optimizers = make()
     with pytest.raises(ValueError, match="moments for reader/x"):
-        optimizers.load_state({"reader/x/step": torch.tensor(1.0)})
+        optimizers.load_state({"reader/x/step": torch.tensor(1.0)}, FILE)
 
 
 def test_the_loss_scale_is_kept_by_fp16_alone():
     scaling, scaled = make(precision="fp16")[1], make(precision="fp16")[1]
-    scaling.load_state(make()[1].state())  # of a run in another precision
+    scaling.load_state(make()[1].state(), FILE)  # of a run in another precision
     assert scaling.scale == FIRST_SCALE
     scaled.scale = 4.0
-    scaling.load_state(scaled.state())
+    scaling.load_state(scaled.state(), FILE)
     assert scaling.scale == 4.0
+
+
+def damaged(state, change):
+    """Saved moments of which one tensor is another."""
+    changed = {name: tensor.clone() for name, tensor in state.items()}
+    change(changed)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s.update({"reader/w/exp_avg": torch.zeros(3)}), r"reader/w/exp_avg is \(3,\) .*, not \(4,\)"),
+        (lambda s: s.update({"reader/w/exp_avg_sq": torch.zeros(2, 2)}), r"exp_avg_sq is \(2, 2\)"),
+        (lambda s: s.update({"reader/w/exp_avg": torch.zeros(4).half()}), r"torch.float16, not \(4,\) torch.float32"),
+        (lambda s: s.update({"retriever/v/step": torch.ones(1)}), r"retriever/v/step is \(1,\)"),
+        (lambda s: s.update({"skipped": torch.zeros(2)}), "skipped is"),
+        (lambda s: s.update({"loss_scale": torch.zeros(5)}), "loss_scale is"),
+        (lambda s: s.pop("retriever/v/exp_avg"), "has no retriever/v/exp_avg"),
+        (lambda s: [s.pop(f"reader/u/{key}") for key in ("step", "exp_avg", "exp_avg_sq")], "has no reader/u/exp_avg"),
+        (lambda s: s.update({"reader/w/max_exp_avg_sq": torch.zeros(4)}), "which has no reader/w/max_exp_avg_sq"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused_before_a_kernel_sees_them(change, sentence):
+    optimizers = with_three_weights()
+    for parameter in optimizers.halves.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.step(0)
+    state = optimizers.state()
+    with_three_weights().load_state(damaged(state, lambda same: None), FILE)
+    with pytest.raises(ValueError, match=rf"o\.safetensors.*{sentence}") as error:
+        with_three_weights().load_state(damaged(state, change), FILE)
+    assert "\n" not in str(error.value)
+
+
+def with_three_weights():
+    flags = Optimisation(**SETTINGS, lr=0.1, lr_retriever=0.1, warmup_steps=2, total_steps=6)
+    halves = {name: torch.nn.Parameter(torch.randn(n)) for name, n in (("w", 4), ("u", 3), ("v", 2))}
+    optimizers = Optimizers(
+        flags, {"reader": [("w", halves["w"]), ("u", halves["u"])], "retriever": [("v", halves["v"])]}
+    )
+    optimizers.halves = halves
+    return optimizers
+
+
+def checkpoint_of(directory, state, **options):
+    """A checkpoint of step 4 whose optimizer file holds this; None: there is no such file."""
+    if state is not None:
+        save_file(state, directory / "optimizer.safetensors")
+    return Checkpoint(directory, 4, {}, {}, {}, options, published=False)
+
+
+def test_a_run_does_not_resume_with_fresh_moments_in_silence(tmp_path, caplog):
+    """Neither without the file nor without a half of it; only a half that has not learnt yet starts afresh."""
+    weights, optimizers = make()
+    take(weights, optimizers, range(2))
+    state = optimizers.state()
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors is missing.*checkpoint/latest.*--restart"):
+        make()[1].resume(checkpoint_of(tmp_path, None))
+    reader = {name: tensor for name, tensor in state.items() if not name.startswith("retriever/")}
+    with pytest.raises(ValueError, match="no moments of the retriever, which has learnt"):
+        make()[1].resume(checkpoint_of(tmp_path, reader, train_retriever=True, freeze_retriever_steps=-1))
+    with pytest.raises(ValueError, match="no moments of the reader"):
+        make()[1].resume(checkpoint_of(tmp_path, {"skipped": torch.tensor(0)}))
+    caplog.set_level("INFO", "atlas")
+    make()[1].resume(checkpoint_of(tmp_path, reader, train_retriever=True, freeze_retriever_steps=4))
+    assert "the retriever has no moments yet" in caplog.text
+    (tmp_path / "optimizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors cannot be read"):
+        make()[1].resume(checkpoint_of(tmp_path, None))

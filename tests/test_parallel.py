@@ -1,5 +1,7 @@
 """Sharded optimizers and weights: the same numbers as without, in less memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -142,6 +144,32 @@ def test_all_ranks_skip_and_stop_together():
     (first, weights), (second, others) = run_on_ranks(2, _a_rank_with_infinite_gradients)
     assert first == second == [(True, False), (False, False), (True, True)]
     assert torch.isfinite(weights).all() and torch.equal(weights, others)
+
+
+def _what_a_rank_says_to_moments_of_another_shape(shard_weights_too):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"reader": torch.nn.Linear(4, 4)})
+    if shard_weights_too:
+        shard_weights(model["reader"], [], torch.device("cpu"), block_dtype=None, forward_methods=())
+    flags = Optimisation(lr=0.1, shard_optim=not shard_weights_too, scheduler="fixed", warmup_steps=0, total_steps=9)
+    optimizers = Optimizers(flags, model)
+    moments = {f"reader/{name}/{key}": torch.ones(p.shape) for name, p in model["reader"].named_parameters()
+               for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+    moments |= {f"reader/{name}/step": torch.ones(()) for name, _ in model["reader"].named_parameters()}
+    optimizers.load_state(moments, Path("o.safetensors"))
+    errors = []
+    for wrong in (torch.ones(2, 4), torch.ones(4, 4).double()):  # the first one is of the shape of a rank's part
+        try:
+            optimizers.load_state(moments | {"reader/weight/exp_avg": wrong}, Path("o.safetensors"))
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+@pytest.mark.parametrize("shard_weights_too", [False, True])
+def test_moments_that_do_not_fit_are_refused_on_every_rank(shard_weights_too):
+    first, second = run_on_ranks(2, _what_a_rank_says_to_moments_of_another_shape, shard_weights_too)
+    assert first == second and ["(2, 4)" in first[0], "float64" in first[1]] == [True, True]
 
 
 def _moments_of_a_rank():

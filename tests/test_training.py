@@ -6,9 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atlas.checkpoint import load_checkpoint
-from atlas.config import Optimisation
-from tests.kit import logged, read_jsonl, run, run_on, slow, world, write_jsonl
+from atlas.checkpoint import latest_checkpoint, load_checkpoint
+from atlas.config import Optimisation, parse_config
+from atlas.runtime import distributed
+from atlas.runtime.parallel import local_part
+from atlas.training.trainer import Trainer
+from tests.kit import command_line, logged, read_jsonl, run, run_on, slow, world, write_jsonl
+from tests.ranks import run_on_ranks
+from train import train
 
 pytestmark = pytest.mark.processes
 
@@ -242,6 +247,58 @@ def test_a_step_with_gradients_that_are_not_finite_is_skipped(tmp_path):
     assert weight.grad is None
     optimizers.backward((2 * weight).sum() + other.sum())
     assert optimizers.step(1).moved and (weight < 1).all() and (other < 1).all()
+
+
+def _poison(monkeypatch, step, rank=0):
+    """After this step a weight of the reader, or of a rank's part of it, is not a number."""
+    update = Trainer.update
+
+    def poisoned(trainer, at, losses):
+        update(trainer, at, losses)
+        if at == step and distributed.rank() == rank:
+            with torch.no_grad():
+                local_part(trainer.model.reader.shared.weight)[0, 0] = torch.nan
+
+    monkeypatch.setattr(Trainer, "update", poisoned)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys, step):
+    _poison(monkeypatch, step)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, total_steps=9, save_freq=2, eval_data=None)
+    assert ended.value.code == 1
+    good = f"the last good checkpoint is {tmp_path}/run/checkpoint/step-2" if step == 3 else "no checkpoint was saved"
+    sentence = capsys.readouterr().err
+    assert f"diverged: reader.shared.weight is not finite after step {step + 1}; {good}" in sentence
+    names = [path.name for path in (tmp_path / "run/checkpoint").glob("*")]
+    assert sorted(names) == (["latest", "step-2"] if step == 3 else [])
+
+
+def _statuses_where_a_part_is_not_finite(arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "stop", lambda: None)  # the process group goes on living
+        _poison(patch, 1, rank=1)
+        try:
+            train(parse_config(arguments, program="train"))
+        except SystemExit as ended:
+            return ended.code
+    return 0
+
+
+def test_all_ranks_know_that_the_weights_are_not_finite(tmp_path):
+    line = command_line(tmp_path, total_steps=4, save_freq=2, eval_data=None, shard_grads=True)
+    assert run_on_ranks(2, _statuses_where_a_part_is_not_finite, line) == [1, 1]
+    assert "reader.shared.weight is not finite after step 2" in (tmp_path / "run/run.log").read_text()
+
+
+def test_a_run_that_skips_every_update_ends(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, total_steps=100, save_freq=1, lr=1e30, log_freq=100, eval_data=None)
+    assert ended.value.code == 1
+    log, sentence = (tmp_path / "run/run.log").read_text(), capsys.readouterr().err
+    assert log.count("is skipped") == 20 and "the last 20 updates had gradients that are not finite" in sentence
+    assert str(latest_checkpoint(tmp_path / "run")) in sentence
 
 
 def test_the_last_step_is_evaluated_and_saved(tmp_path):

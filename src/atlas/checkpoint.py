@@ -3,28 +3,49 @@
 A checkpoint of ours is a directory `step-N` with `model.safetensors` (names as published: `reader.*`, `retriever.*`),
 `optimizer.safetensors`, `state.json` (step, format), `options.json` (all flags), `reader_config.json` and
 `retriever_config.json`. `latest` is a symbolic link to the newest one, replaced in one move.
+
+Other files and directories beside them are the user's, whatever they are called: only a `step-N` whose `state.json`
+says N is replaced or removed, and what a killed writer left, which has a mark inside (`UNFINISHED`).
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from atlas.options import find_checkpoint, latest_checkpoint, read_options
+from atlas.files.disk import writing
+from atlas.files.jsonl import replacing
+from atlas.files.tensors import save_tensors
+from atlas.options import (
+    STEP,
+    UNFINISHED,
+    find_checkpoint,
+    is_step,
+    latest_checkpoint,
+    read_options,
+    saved_steps,
+    step_of,
+)
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 
 FORMAT = 1
 PUBLISHED_FILE = "model.pth.tar"
+_PARTIAL = re.compile(rf"({STEP.pattern}|latest)\.[0-9a-f]{{8}}\.partial")
 _HALVES = ("reader", "retriever")
+_ANOTHER = "use the models and flags of the saved run, copy the checkpoint again, or --restart"
 
 
 @dataclass(frozen=True)
@@ -40,7 +61,7 @@ class Checkpoint:
     published: bool
     examples: int | None = None  # of the training data seen so far, by all ranks together
     examples_per_epoch: int | None = None  # None: `examples` counts lines that the task skips as well
-    evaluation_due: bool = False  # the run stopped before it could evaluate this step
+    evaluation_due: bool = False  # the run ended before it had evaluated this step
 
     def optimizer_state(self) -> dict[str, torch.Tensor] | None:
         """Moments of both optimizers; None if they were not kept, and for published checkpoints."""
@@ -50,9 +71,66 @@ class Checkpoint:
         """The passage encoder that the run's index was built with, if that is no longer the one in the model."""
         return self._more("index_encoder")
 
+    def file(self, name: str) -> Path:
+        """Where tensors of this kind are: `model`, `optimizer` or `index_encoder`."""
+        return self.path / (PUBLISHED_FILE if self.published else f"{name}.safetensors")
+
     def _more(self, name: str) -> dict[str, torch.Tensor] | None:
-        file = self.path / f"{name}.safetensors"
-        return load_file(file) if file.is_file() and not self.published else None
+        file = self.file(name)
+        if self.published or not file.is_file():
+            return None
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error})") from error
+
+
+def check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Compare names, shapes and dtypes: kernels that get other tensors than they expect may end the process.
+
+    Raises:
+        ValueError: naming the file and the first tensor that differs.
+    """
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found:
+            raise ValueError(f"{file} does not fit this run: it has no {name}; {_ANOTHER}")
+        if name not in expected:
+            raise ValueError(f"{file} does not fit this run, which has no {name}; {_ANOTHER}")
+        are, wanted = (f"{tuple(of[name].shape)} {of[name].dtype}" for of in (found, expected))
+        if are != wanted:
+            raise ValueError(f"{file} does not fit this run: {name} is {are}, not {wanted}; {_ANOTHER}")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a writer that was killed left this: a directory with its mark (or not even that), or a link."""
+    if path.is_symlink():
+        return _PARTIAL.fullmatch(path.name) is not None and STEP.fullmatch(os.readlink(path)) is not None
+    if not path.is_dir():
+        return False
+    partial_name = _PARTIAL.fullmatch(path.name) is not None
+    marked = (path / UNFINISHED).is_file() and (partial_name or STEP.fullmatch(path.name) is not None)
+    return marked or (partial_name and not any(path.iterdir()))
+
+
+def check_way(run_directory: Path, steps: range) -> None:
+    """Look whether checkpoints after these steps can be saved, before a run takes the first of them.
+
+    Raises:
+        ValueError: something of the user's has the name of such a checkpoint, or `latest` is not a link.
+    """
+    directory = run_directory / "checkpoint"
+    link = directory / "latest"
+    if link.exists() and not link.is_symlink():
+        raise ValueError(
+            f"{link} is not a link to a checkpoint, as it has to be: rename it to the step that its state.json says, "
+            "and make a link to that (mv latest step-N && ln -s step-N latest), or --restart"
+        )
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if STEP.fullmatch(path.name) and step_of(path) in steps and not (is_step(path) or _is_leftover(path)):
+            raise ValueError(
+                f"{path} is where a checkpoint is to be saved, and is not one of step {step_of(path)}: "
+                "move it away or rename it"
+            )
 
 
 def own_checkpoint(run_directory: Path) -> Checkpoint | None:
@@ -64,12 +142,22 @@ def own_checkpoint(run_directory: Path) -> Checkpoint | None:
 
 
 def set_aside(run_directory: Path) -> None:
-    """Move the checkpoints of an earlier run, if any, to `checkpoint.before-restart`, replacing what is there."""
-    old, aside = run_directory / "checkpoint", run_directory / "checkpoint.before-restart"
-    if distributed.is_main() and old.exists():
-        shutil.rmtree(aside, ignore_errors=True)
+    """Move the checkpoints of an earlier run to `checkpoint.before-restart`, or -2, -3, … if that is taken. Collective.
+
+    Raises:
+        OSError: they cannot be moved.
+    """
+
+    def move() -> None:
+        old = run_directory / "checkpoint"
+        if not old.exists():
+            return
+        names = ("checkpoint.before-restart" + (f"-{n}" if n > 1 else "") for n in count(1))
+        aside = next(run_directory / name for name in names if not os.path.lexists(run_directory / name))
         old.rename(aside)
         log.info("--restart: the checkpoints of the earlier run are in %s now", aside)
+
+    distributed.on_main("setting the earlier checkpoints aside", move)
 
 
 def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -109,35 +197,89 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint/step-N`, point `latest` at it, and remove what is no longer wanted. For one rank only.
 
-    Killed at any moment, `latest` is a whole checkpoint: the old one or the new one.
+    Killed at any moment, `latest` is a whole checkpoint: the old one or the new one. If it fails, it leaves nothing.
 
     Args:
         keep_optimizers: keep the optimizer's state in older checkpoints.
         keep_checkpoints: how many to keep, None for all.
+
+    Raises:
+        FullDiskError: naming the file, the bytes needed and those free.
+        ValueError: as `check_way`.
     """
     directory = run_directory / "checkpoint"
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob("*.partial"):
-        shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-    final, beside = directory / f"step-{contents.step}", directory / f"step-{contents.step}.partial"
-    _write(beside, contents)
-    if final.exists():  # whole, but its writer was killed before `latest` could point at it
-        shutil.rmtree(final)
+    check_way(run_directory, range(contents.step, contents.step + 1))
+    _remove_leftovers(directory)
+    final = directory / f"step-{contents.step}"
+    beside = directory / _partial_name(final.name)
+    try:
+        with writing(final):
+            _write(beside, contents)
+    except BaseException:
+        if beside.exists():
+            _remove(beside)
+        raise
+    if final.exists():  # of a run that went back to an earlier step
+        _remove(final)
     beside.rename(final)
-    link = directory / "latest.partial"
+    link = directory / _partial_name("latest")
     link.symlink_to(final.name)
     link.replace(directory / "latest")
+    (final / UNFINISHED).unlink()
     _tidy(directory, final, keep_optimizers, keep_checkpoints)
     return final
 
 
+def note_evaluation(run_directory: Path, step: int) -> None:
+    """Note in the checkpoint of this step, in one move, that it has been evaluated. For one rank only."""
+    path = run_directory / "checkpoint" / f"step-{step}"
+    if is_step(path):
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        with replacing(path / "state.json") as beside:
+            _write_json(beside, state | {"evaluation_due": False})
+            _flush(beside)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    latest = (directory / "latest").resolve()
+    for path in filter(_is_leftover, list(directory.iterdir())):
+        if path.resolve() == latest and not path.is_symlink():  # whole: its writer was killed at the very end
+            (path / UNFINISHED).unlink(missing_ok=True)
+        elif path.is_symlink():
+            path.unlink()
+        else:
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint or what there is of one; killed on the way, what is left is known as a leftover."""
+    if (checkpoint / "state.json").exists() and not (checkpoint / UNFINISHED).exists():
+        (checkpoint / "state.json").rename(checkpoint / UNFINISHED)  # takes no space: the disk may be full
+    if not _PARTIAL.fullmatch(checkpoint.name):
+        checkpoint = checkpoint.rename(checkpoint.with_name(_partial_name(checkpoint.name)))
+    for path in checkpoint.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
+    (checkpoint / UNFINISHED).unlink(missing_ok=True)
+    checkpoint.rmdir()
+
+
+def _partial_name(name: str) -> str:
+    """A name that nothing else has, so that nothing is in the way."""
+    return f"{name}.{uuid.uuid4().hex[:8]}.partial"
+
+
 def _write(directory: Path, contents: Contents) -> None:
     directory.mkdir()
-    save_file(_without_aliases(contents.model), directory / "model.safetensors")
+    (directory / UNFINISHED).touch()
+    save_tensors(directory / "model.safetensors", _without_aliases(contents.model))
     optimizer = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
-    save_file(optimizer, directory / "optimizer.safetensors")
+    save_tensors(directory / "optimizer.safetensors", optimizer)
     if contents.index_encoder is not None:
-        save_file(contents.index_encoder, directory / "index_encoder.safetensors")
+        save_tensors(directory / "index_encoder.safetensors", contents.index_encoder)
     _write_json(directory / "options.json", contents.options)
     for half, config in contents.configs.items():
         _write_json(directory / f"{half}_config.json", config)
@@ -148,13 +290,13 @@ def _write(directory: Path, contents: Contents) -> None:
 
 
 def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:
-    older = sorted((p for p in directory.glob("step-*") if p != newest), key=lambda p: int(p.name.split("-")[1]))
+    older = [path for path in saved_steps(directory) if step_of(path) < step_of(newest)]
     for checkpoint in older if not keep_optimizers else []:
         (checkpoint / "optimizer.safetensors").unlink(missing_ok=True)
         (checkpoint / "index_encoder.safetensors").unlink(missing_ok=True)
     if keep_checkpoints is not None:
         for checkpoint in older[: max(0, len(older) + 1 - keep_checkpoints)]:
-            shutil.rmtree(checkpoint)
+            _remove(checkpoint)
 
 
 def _without_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -241,7 +383,9 @@ def _split(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torc
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with writing(path, len(text)):
+        path.write_text(text, encoding="utf-8")
 
 
 def _flush(path: Path) -> None:

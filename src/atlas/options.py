@@ -1,4 +1,4 @@
-"""The options of a run on disk: `options.json` of a checkpoint of ours, and `opt.log`.
+"""Where a run's checkpoints are, and its options on disk: `options.json` of a checkpoint of ours, and `opt.log`.
 
 Only the standard library is imported here, because the command line reads a checkpoint's options.
 """
@@ -8,6 +8,9 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+
+UNFINISHED = "unfinished"  # an empty file in a directory that is being written or removed: the first and the last one
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # the name of a checkpoint
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -22,12 +25,41 @@ def latest_checkpoint(run_directory: Path) -> Path | None:
     """The checkpoint that a run left in its directory, if any.
 
     Raises:
-        ValueError: `latest` points at nothing.
+        ValueError: `latest` is missing though there are checkpoints, or points at nothing.
     """
-    link = run_directory / "checkpoint" / "latest"
+    directory = run_directory / "checkpoint"
+    link = directory / "latest"
     if os.path.islink(link) and not os.path.exists(link):
         raise ValueError(f"{link} points at {os.readlink(link)}, which is gone: point it at a checkpoint, or --restart")
-    return link.resolve() if os.path.exists(link) else None
+    if os.path.exists(link):
+        return link.resolve()
+    if saved := [path.name for path in saved_steps(directory) if not (path / UNFINISHED).exists()]:
+        raise ValueError(
+            f"{directory} holds {', '.join(saved)}, but no link `latest` to the one to resume from: make it "
+            f"(ln -s {saved[-1]} {link}), or --restart"
+        )
+    return None
+
+
+def saved_steps(directory: Path) -> list[Path]:
+    """The checkpoints of ours in a directory, by step. Copies under other names are the user's."""
+    steps = [path for path in directory.iterdir() if is_step(path)] if os.path.isdir(directory) else []
+    return sorted(steps, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """N of a path `step-N`."""
+    return int(path.name.removeprefix("step-"))
+
+
+def is_step(path: Path) -> bool:
+    """Whether this is `step-N` with a `state.json` that says N."""
+    if not STEP.fullmatch(path.name) or path.is_symlink() or not (path / "state.json").is_file():
+        return False
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))["step"] == step_of(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_options(checkpoint: Path) -> dict[str, Any]:

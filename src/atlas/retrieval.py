@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from atlas import config
-from atlas.checkpoint import Checkpoint
+from atlas.checkpoint import Checkpoint, check_tensors
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
@@ -26,7 +26,7 @@ from atlas.model.load import Model
 from atlas.model.retriever import Contriever, fingerprint
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.session import Session
+from atlas.runtime.session import Session, Stopped
 from atlas.runtime.tracking import log, progress_bar, read_shares
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
@@ -177,27 +177,42 @@ class Retrieval:
         _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings.passages, settings.max_passages)
         encoder = resumed.index_encoder() if resumed is not None else None
+        if encoder is not None:
+            check_tensors(resumed.file("index_encoder"), encoder, model.retriever.passage_encoder.state_dict())
         retrieval = cls(model, passages, settings, run, learning, device, index, encoder)
         retrieval._save_opened()
         return retrieval
 
-    def refresh(self, due: bool = False) -> None:
+    def refresh(self, due: bool = False, asked_to_stop: Callable[[], bool] | None = None) -> None:
         """Build an index if there is none, or if a new one with the current encoder is `due`. Collective.
 
         A resumed run first builds the index that the stopped run had, with the encoder of that time.
+
+        Raises:
+            Stopped: as `build`.
         """
         encoder, self._resumed_encoder = self._resumed_encoder, None
         if encoder is not None and not due:
             own = {name: tensor.clone() for name, tensor in self.retriever.passage_encoder.state_dict().items()}
             self.retriever.passage_encoder.load_state_dict(encoder)
-            self.build()
-            self.retriever.passage_encoder.load_state_dict(own)
+            try:
+                self.build(asked_to_stop)
+            finally:
+                self.retriever.passage_encoder.load_state_dict(own)
         elif self.index is None or due:
-            self.build()
+            self.build(asked_to_stop)
 
     @torch.no_grad()
-    def build(self) -> None:
-        """Embed the corpus with the current encoder into a new index, and save it if that is asked for. Collective."""
+    def build(self, asked_to_stop: Callable[[], bool] | None = None) -> None:
+        """Embed the corpus with the current encoder into a new index, and save it if that is asked for. Collective.
+
+        Args:
+            asked_to_stop: whether this rank is to stop; asked after every batch. One that was asked waits for the
+                others, which embed their shares unless they were asked as well.
+
+        Raises:
+            Stopped: on every rank, if one was asked to stop; there is no index then.
+        """
         saves_embeddings = self.settings.save_index_path is not None and not self.settings.save_index_codes_only
         builder = IndexBuilder(
             self.passages,
@@ -209,16 +224,10 @@ class Retrieval:
             retrain=self.settings.faiss_retrain,
         )
         self.index = None  # the builder keeps what it needs of the previous one
-        was_training, error = self.retriever.training, None
+        was_training = self.retriever.training
         self.retriever.eval()
-        try:
-            embed = passage_embedder(self.retriever.passage_encoder, self.device, self.embedder_precision)
-            self._embed_rows(builder.rows, embed, builder.add)
-        except ValueError as not_finite:
-            error = not_finite
+        self._embed_share(builder, asked_to_stop)
         self.retriever.train(was_training)
-        distributed.wait_for_all("embedding the corpus")
-        distributed.raise_on_all_ranks(error)
         self.index = builder.finish()
         if self._keeps_encoder:
             state = self.retriever.passage_encoder.state_dict()
@@ -227,6 +236,21 @@ class Retrieval:
             self._save(fingerprint(self.retriever.passage_encoder), self.embedder_precision)
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
+
+    def _embed_share(self, builder: IndexBuilder, asked_to_stop: Callable[[], bool] | None) -> None:
+        """Embed this rank's share of the corpus; an error or a stop of one rank is one of all. Collective."""
+        error, stopped = None, False
+        try:
+            embed = passage_embedder(self.retriever.passage_encoder, self.device, self.embedder_precision)
+            self._embed_rows(builder.rows, embed, builder.add, asked_to_stop or (lambda: False))
+        except ValueError as not_finite:
+            error = not_finite
+        except Stopped:
+            stopped = True
+        distributed.wait_for_all("embedding the corpus")
+        distributed.raise_on_all_ranks(error)
+        if distributed.any_rank(stopped or (asked_to_stop is not None and asked_to_stop())):
+            raise Stopped
 
     def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
         save_index(
@@ -248,10 +272,19 @@ class Retrieval:
         else:
             log.info("--save_index_path: a loaded index is saved only when it is built again")
 
-    def _embed_rows(self, rows: range, embed: Embedder, store: Callable[[int, torch.Tensor], None]) -> None:
+    def _embed_rows(
+        self,
+        rows: range,
+        embed: Embedder,
+        store: Callable[[int, torch.Tensor], None],
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
         """Give the rows' embeddings to `store`, window by window: `store(first row of the window, (n, D) fp16)`.
 
         Ranks may have different numbers of batches: nothing here waits for another rank.
+
+        Raises:
+            Stopped: this rank was asked to stop.
         """
         windows = _Windows(self.passages, rows, self.inputs, self.max_tokens)
         processes = devices.tokenizer_processes(distributed.local_world_size()) if len(windows) > 1 else 0
@@ -267,10 +300,16 @@ class Retrieval:
         log.info("Embedding %d passages%s", len(rows), share)
         started = time.monotonic()
         stored: deque[Future] = deque()
+
+        def embedded(passages: int) -> None:
+            bar.update(passages)
+            if asked_to_stop():
+                raise Stopped
+
         # Another thread stores, because encoding a window can take as long as embedding the next one.
         with progress_bar("embedding", len(rows), "passages") as bar, ThreadPoolExecutor(1) as thread:
             for number, window in enumerate(loader):
-                embeddings = self._embed_window(window, embed, bar.update)
+                embeddings = self._embed_window(window, embed, embedded)
                 stored.append(thread.submit(store, number * windows.size, embeddings))
                 if len(stored) > MOST_WAITING:
                     stored.popleft().result()

@@ -18,7 +18,7 @@ from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import gathered_weights
-from atlas.runtime.session import Session
+from atlas.runtime.session import Session, Stopped
 from atlas.runtime.tracking import log, with_progress
 from atlas.tasks import Example, Task
 from atlas.tasks.data import Data
@@ -41,19 +41,25 @@ class Evaluator:
         self.results_directory = session.directory if settings.run.write_results else None
         self.write_passages = self.results_directory is not None and not settings.run.dont_write_passages
 
-    def evaluate_all(self, step: int) -> None:
-        """Evaluate every file. Collective."""
+    def evaluate_all(self, step: int, asked_to_stop: Callable[[], bool] | None = None) -> None:
+        """Evaluate every file. Collective. Arguments and errors as for `evaluate`."""
         for name, data in self.files.items():
-            self.evaluate(name, data, step)
+            self.evaluate(name, data, step, asked_to_stop)
 
-    def evaluate(self, name: str, data: Data, step: int) -> dict[str, float]:
+    def evaluate(
+        self, name: str, data: Data, step: int, asked_to_stop: Callable[[], bool] | None = None
+    ) -> dict[str, float]:
         """Evaluate one file. Collective.
 
         Args:
             name: of the file without its ending; the results go to `{name}-step-{step}.jsonl`.
+            asked_to_stop: whether this rank is to stop; asked before every batch.
 
         Returns:
             The means over all examples: percentages, except eval_loss and mrr.
+
+        Raises:
+            Stopped: on every rank, if one was asked to stop; no results are written.
         """
         started = time.monotonic()
         was_training = self.reader is not None and self.reader.training
@@ -66,6 +72,8 @@ class Evaluator:
             lines = _Lines(data.task, write, totals)
             batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")
             for examples in batches:
+                if asked_to_stop is not None and distributed.any_rank(asked_to_stop()):
+                    raise Stopped
                 rows = self._evaluate_batch(examples, data, totals)
                 n_examples += len(examples)
                 if path is not None or data.task.joins:

@@ -18,6 +18,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from atlas.files.disk import writing
+
 CHUNK = 1 << 20  # bytes: small enough that the comparison's result stays in the processor's cache
 CACHE_VERSION = 1
 CACHE_FROM = 1 << 24  # bytes: in smaller files the lines are found within milliseconds, so nothing is cached
@@ -278,10 +280,14 @@ def open_existing(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; renamed to `path` if the block succeeds, removed if it fails."""
+    """A temporary path beside `path` to write to; renamed to `path` if the block succeeds, removed if it fails.
+
+    Raises: FullDiskError if the block has no space to write it.
+    """
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        yield beside
-        os.replace(beside, path)
+        with writing(path, beside=beside):
+            yield beside
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from atlas.files.disk import writing
 from atlas.index.flat import measure_largest_norm
 from atlas.runtime import distributed
 from atlas.runtime.tracking import with_progress
@@ -66,7 +67,7 @@ class Array:
 
 def create(path: Path, layout: Layout) -> None:
     """Make the file, full of zeros."""
-    with open(path, "xb") as file:
+    with writing(path, layout.offset(layout.size)), open(path, "xb") as file:
         file.write(layout.header())
         file.truncate(layout.offset(layout.size))
 
@@ -224,8 +225,9 @@ def check_blocks(directory: Path, array: Array, layout: Layout) -> None:
 def _open_to_write(path: Path) -> Iterator[int]:
     """A file that is there; write-only, so that a network file system need not read pages before it writes them."""
     file = os.open(path, os.O_WRONLY)
-    try:
-        yield file
-        os.fsync(file)
-    finally:
-        os.close(file)
+    with writing(path, os.fstat(file).st_size):  # `create` gave it its size, but no space
+        try:
+            yield file
+            os.fsync(file)
+        finally:
+            os.close(file)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from atlas.files.disk import existing_directory
 from atlas.files.jsonl import replacing
 from atlas.index import directory as files
 from atlas.index.arrays import BYTE, check_blocks
@@ -173,7 +174,7 @@ def _check_compressible(source: Path, target: Path, compression: Compression, co
 
 def _bytes_copied(source: Path, description: Description, target: Path, codes_only: bool) -> int:
     """What takes room of the passages and embeddings of a saved index, because it cannot be linked."""
-    links = files.existing_directory(target).stat().st_dev == source.stat().st_dev
+    links = existing_directory(target).stat().st_dev == source.stat().st_dev
     text = 0 if links else description.segment.passages.bytes
     if codes_only or (links and description.version == files.VERSION):
         return text

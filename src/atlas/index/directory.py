@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from atlas.files.disk import existing_directory, writing
 from atlas.files.jsonl import replacing
 from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, Array, Layout
 from atlas.runtime.tracking import log
@@ -220,11 +221,6 @@ def remove_index(directory: Path) -> None:
         directory.rmdir()
 
 
-def existing_directory(path: Path) -> Path:
-    """The innermost directory of a path that is there: tells the file system of what is still to be written."""
-    return next(place for place in (path, *path.absolute().parents) if place.is_dir())
-
-
 def check_space(path: Path, needed: int) -> None:
     """Raises: ValueError when a file or directory that is to be written needs more bytes than its file system has."""
     free = shutil.disk_usage(existing_directory(path)).free
@@ -281,7 +277,7 @@ def check_passages(directory: Path, expected: Passages) -> None:
 
 def write_trained(path: Path, content: bytes, code_size: int) -> Quantizer:
     """Write a quantizer."""
-    with open(path, "xb") as file:
+    with writing(path, len(content)), open(path, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

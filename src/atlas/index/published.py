@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from atlas.files.disk import writing
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index import arrays
 from atlas.index import directory as files
@@ -262,6 +263,7 @@ def _convert_shards(source: Source, output: Path, conversion: _Conversion) -> No
     first = sum(source.rows[: len(conversion.done)])
     writer = BlockWriter(output / conversion.embeddings, conversion.layout.offset(first), conversion.checksums)
     with (
+        writing(output / conversion.passages),
         open(output / conversion.passages, "r+b") as lines,
         progress_bar("converting", source.size, "passages", initial=first) as bar,
     ):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from atlas.files.disk import writing
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index import directory as files
 from atlas.index.arrays import Array, as_tensor, fp16_parts, map_rows, write_array
@@ -84,11 +85,26 @@ class Origin:
 
 
 def write_index(directory: Path, content: Content, origin: Origin) -> None:
-    """Write an index in one step. Collective. Raises: as `save_index`."""
+    """Write an index in one step; if that fails, nothing is left of it. Collective. Raises: as `save_index`."""
     if content.embeddings is None and content.codec is None:
         raise ValueError(
             "--save_index_codes_only: a flat index has no codes; leave the flag out, or compress the index"
         )
+    try:
+        _write(directory, content, origin)
+    except (ValueError, OSError):
+        distributed.on_main("removing what was written", partial(_remove_what_failed, directory))
+        raise
+
+
+def _remove_what_failed(directory: Path) -> None:
+    try:
+        files.tidy(directory)
+    except ValueError as damaged:  # an index that was there before, which says nothing about its files
+        log.warning("What was written is not removed: %s", damaged)
+
+
+def _write(directory: Path, content: Content, origin: Origin) -> None:
     prepare = partial(_prepare, directory, content, origin)
     generation, description = distributed.on_main("writing the passages", prepare)
     segment, first_row = description.segment, content.rows.start
@@ -309,7 +325,7 @@ def _keep_passages(directory: Path, name: str, corpus: JsonlCorpus) -> Passages:
         fingerprint = _fingerprint_of_copy(corpus)
         if copy := _copy_there(directory, fingerprint):
             return copy
-        with open(path, "xb") as file:
+        with writing(path), open(path, "xb") as file:
             for line in saved_lines(corpus, range(len(corpus))):
                 file.write(line + b"\n")
     JsonlCorpus(path)  # leaves the offsets of its lines beside it

@@ -11,7 +11,7 @@ from atlas import config
 from atlas.checkpoint import Checkpoint
 from atlas.model.inputs import Inputs
 from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state
-from atlas.model.retriever import DualEncoder, load_retriever, load_retriever_state, state_is_untied
+from atlas.model.retriever import DualEncoder, is_constant, load_retriever, load_retriever_state, state_is_untied
 from atlas.model.tokenization import ReaderTokenizer, load_retriever_tokenizer
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -150,7 +150,14 @@ def _load_retriever(
 
 
 def _load_half(load: Callable, module: nn.Module, state: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+    file = checkpoint.file("model")
+    others = {name: t.dtype for name, t in state.items() if t.dtype != torch.float32 and not is_constant(name)}
+    if wrong := [name for name, dtype in others.items() if not dtype.is_floating_point]:
+        raise ValueError(f"{file}: {wrong[0]} is {others[wrong[0]]}, and weights are floating-point numbers")
+    if others:
+        dtypes = ", ".join(sorted({str(dtype) for dtype in others.values()}))
+        log.info("%s: %d weights are converted to fp32 (%s, %s)", file, len(others), dtypes, min(others))
     try:
         load(module, state)
     except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error

@@ -224,13 +224,18 @@ def state_is_untied(state: Iterable[str]) -> bool:
     return any(name.startswith(QUERY) for name in state)
 
 
+def is_constant(name: str) -> bool:
+    """Whether this entry of a state dict is no weight: older versions saved the numbers of the positions as well."""
+    return name.endswith("embeddings.position_ids")
+
+
 def load_retriever_state(retriever: DualEncoder, state: Mapping[str, Tensor]) -> None:
     """Copy a retriever's state dict (names without the `retriever.` prefix). A tied one fills both encoders.
 
     Raises:
         ValueError: the state has two encoders and the retriever one; keys are missing or unexpected; shapes differ.
     """
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
+    state = {name: tensor for name, tensor in state.items() if not is_constant(name)}
     if retriever.query_side and not state_is_untied(state):
         state = {name.replace(TIED, side, 1): tensor for name, tensor in state.items() for side in (QUERY, PASSAGE)}
     elif not retriever.query_side and state_is_untied(state):

@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from atlas import config
+from atlas.files.disk import writing
 from atlas.options import write_options
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -41,7 +42,8 @@ class Session:
     def write_options(self, name: str, heading: str, text: str) -> None:
         """Write a file of all flags into the directory, on rank 0; those of earlier starts are kept."""
         if distributed.is_main():
-            write_options(self.directory / name, heading, text)
+            with writing(self.directory / name):
+                write_options(self.directory / name, heading, text)
 
     def log_places(self, step: int) -> None:
         """The last line of a run: where to look."""

@@ -1,5 +1,6 @@
 """What a user sees during a run: run.log and the screen, progress bars, tensorboard, means of statistics."""
 
+import contextlib
 import logging
 import sys
 import threading
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
+from atlas.files.disk import writing
 from atlas.runtime import distributed
 
 log = logging.getLogger("atlas")
@@ -18,23 +20,58 @@ T = TypeVar("T")
 tqdm.set_lock(threading.RLock())
 
 
-class _Screen(logging.Handler):
+class _Handler(logging.Handler):
+    """Lines that cannot be written (the disk is full) do not end a run: they are missing, which is said once."""
+
+    place, said = "the screen", False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        say(f"lines of the log are missing in {self.place}: {sys.exc_info()[1]}") if not self.said else None
+        self.said = True
+
+
+class _Screen(_Handler):
     """Prints above a progress bar, not through it. Tracebacks are left to the log file."""
 
     def emit(self, record: logging.LogRecord) -> None:
         shown = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        tqdm.write(self.format(shown), file=stream)
-        stream.flush()
+        try:
+            tqdm.write(self.format(shown), file=stream)
+            stream.flush()
+        except OSError:
+            self.handleError(record)
+
+
+class _File(_Handler, logging.FileHandler):
+    """Appends to a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.place = str(path)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        super().handleError(record)
+        stream, self.stream = self.stream, None  # the next line opens the file again
+        if stream is not None:
+            with contextlib.suppress(OSError):  # what is lost has been said
+                stream.close()
+
+
+def say(sentence: str) -> None:
+    """Print to the screen alone, for what the log cannot take; where that is full as well, nobody reads it."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def start_log(directory: Path | None) -> None:
     """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log. Files are appended to."""
     handlers: list[logging.Handler] = [_Screen()] if distributed.is_main() else []
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
         name = "run.log" if distributed.is_main() else f"run.rank-{distributed.rank()}.log"
-        handlers.append(logging.FileHandler(directory / name, encoding="utf-8"))
+        with writing(directory / name):
+            directory.mkdir(parents=True, exist_ok=True)
+            handlers.append(_File(directory / name))
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -110,25 +147,45 @@ class Means:
 
 
 class TensorBoard:
-    """Event files of rank 0; nothing on other ranks, or where tensorboard is not installed."""
+    """Event files of rank 0; nothing on other ranks, where tensorboard is not installed, or after the disk was full."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._wanted, self._writer = directory, distributed.is_main(), None
+        self._report_of_threads = threading.excepthook
 
     def add(self, values: dict[str, float], step: int) -> None:
         """One point for each value; the first one starts the file."""
-        if self._wanted and self._writer is None:
-            try:
+        if not self._wanted:
+            return
+        try:
+            if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+                threading.excepthook = self._report
                 self._writer = SummaryWriter(self._directory)
-            except ImportError:
-                log.info("tensorboard is not installed, so no curves are written: pip install tensorboard")
-                self._wanted = False
-        for name, value in values.items() if self._writer else ():
-            self._writer.add_scalar(name, value, step)
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        except ImportError:
+            log.info("tensorboard is not installed, so no curves are written: pip install tensorboard")
+            self._wanted = False
+        except OSError as error:
+            self._give_up(error)
 
     def close(self) -> None:
         """Write what is still buffered."""
-        if self._writer:
-            self._writer.close()
+        try:
+            if self._writer and self._wanted:
+                self._writer.close()
+        except OSError as error:
+            self._give_up(error)
+        finally:
+            threading.excepthook = self._report_of_threads
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning("No more curves for tensorboard are written to %s: %s", self._directory, error)
+        self._wanted = False
+
+    def _report(self, failed: threading.ExceptHookArgs) -> None:
+        """Print no traceback of tensorboard's thread: the next `add`, or `close`, gets its error."""
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
+            self._report_of_threads(failed)

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from atlas import config
+from atlas.checkpoint import Checkpoint, check_tensors
 from atlas.runtime import distributed
 from atlas.runtime.parallel import ShardedAdamW, agree_on_norm, full_moments_on_main, is_sharded, local_part, shard_like
+from atlas.runtime.tracking import log
 
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in fp16, as is usual
+MOMENTS = ("exp_avg", "exp_avg_sq")  # beside `step`, what AdamW keeps of a parameter
 FLOOR = 0.1  # the schedules start or end at this share of the learning rate
 
 
@@ -57,7 +61,7 @@ class Optimizers:
         self, settings: config.Optimisation, halves: Mapping[str, nn.Module | Iterable[tuple[str, nn.Parameter]] | None]
     ) -> None:
         self.clip = settings.clip or float("inf")
-        self.skipped = 0
+        self.skipped = self.skipped_in_a_row = 0  # updates; the second number is that since the start of the process
         # Only fp16 needs loss scaling: the range of bf16 and fp32 is large enough.
         self._scaling, self._since_scaled = settings.precision == "fp16", 0
         self.scale = FIRST_SCALE if self._scaling else 1.0
@@ -106,6 +110,7 @@ class Optimizers:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.skipped += not moved
+        self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
         self._rescale(moved)
         return Update(moved, stop=bool(stopping))
 
@@ -134,31 +139,72 @@ class Optimizers:
             counters["loss_scale"] = torch.tensor([self.scale, self._since_scaled])
         return moments | counters
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore the result of `state`.
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue with the moments that a run saved. Collective.
 
         Raises:
-            ValueError: it belongs to other parameters.
+            ValueError: they were not kept, or do not belong to what is trained.
+        """
+        state = distributed.on_every_rank("reading the optimizers' state", checkpoint.optimizer_state)
+        if state is None:
+            raise ValueError(
+                f"{checkpoint.file('optimizer')} is missing, so training cannot resume from there: point "
+                "checkpoint/latest at a step that has one (the newest has, and with --save_optimizer all have), give "
+                f"another --name to a run that starts from the weights alone (--model_path {checkpoint.path}), or "
+                "--restart"
+            )
+        options = checkpoint.options
+        frozen_until = max(0, options.get("freeze_retriever_steps", 0))
+        learnt = [
+            "reader",
+            *(["retriever"] if options.get("train_retriever") and checkpoint.step > frozen_until else []),
+        ]
+        for group in learnt if not state.get("skipped", torch.tensor(0)).any() else ():
+            if group in self._parameters and not any(key.startswith(f"{group}/") for key in state):
+                raise ValueError(f"{checkpoint.file('optimizer')} has no moments of the {group}, which has learnt")
+        self.load_state(state, checkpoint.file("optimizer"))
+
+    def load_state(self, state: dict[str, torch.Tensor], file: Path) -> None:
+        """Restore the result of `state`, which was read from a file.
+
+        A half that has not learnt yet has no moments; it starts with fresh ones, and the log says so.
+
+        Raises:
+            ValueError: a tensor is missing, belongs to other parameters, or has another shape or dtype.
         """
         state = dict(state)
-        self.skipped = int(state.pop("skipped", torch.tensor(0)))
-        scale = state.pop("loss_scale", torch.zeros(0)).flatten().tolist()  # a single number in older checkpoints
-        if self._scaling and scale:
-            self.scale, self._since_scaled = scale[0], int(sum(scale[1:]))
+        skipped, scale = state.pop("skipped", torch.tensor(0)), state.pop("loss_scale", torch.zeros(0))
         known = {f"{group}/{name}" for group, named in self._parameters.items() for name in named}
         if unknown := sorted({key.rsplit("/", 1)[0] for key in state} - known):
             raise ValueError(
-                f"the saved optimizer has moments for {unknown[0]} (and {len(unknown) - 1} more), which this run does "
-                "not train: use the flags of the saved run, or --restart"
+                f"{file}: it has moments for {unknown[0]} (and {len(unknown) - 1} more), which this run does not "
+                "train: use the flags of the saved run, or --restart"
             )
-        for group, named in self._parameters.items():
+        learnt = {group for group in self._parameters if any(key.startswith(f"{group}/") for key in state)}
+        check_tensors(file, state | {"skipped": skipped}, self._expected(learnt) | {"skipped": torch.tensor(0)})
+        if scale.dtype != torch.float32 or scale.shape not in [(), (0,), (2,)]:  # a single number in older checkpoints
+            raise ValueError(f"{file}: loss_scale is {tuple(scale.shape)} {scale.dtype}, not (2,) torch.float32")
+        self.skipped = int(skipped)
+        if self._scaling and scale.numel():
+            self.scale, self._since_scaled = scale.flatten()[0].item(), int(scale.flatten()[1:].sum())
+        for group in sorted(self._parameters.keys() - learnt):
+            log.info("%s: the %s has no moments yet, so it starts with fresh ones", file, group)
+        for group in learnt:
             optimizer = self._optimizers[group]
             mine = {parameter for part in optimizer.param_groups for parameter in part["params"]}
-            for name, parameter in named.items():
-                prefix = f"{group}/{name}/"
-                moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-                if moments and parameter in mine:
+            for name, parameter in self._parameters[group].items():
+                if parameter in mine:
+                    moments = {key: state[f"{group}/{name}/{key}"] for key in (*MOMENTS, "step")}
                     optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in moments.items()}
+
+    def _expected(self, groups: Iterable[str]) -> dict[str, torch.Tensor]:
+        """For each moment of these groups a tensor of its shape (the whole one's) and dtype."""
+        expected: dict[str, torch.Tensor] = {}
+        for group in groups:
+            for name, parameter in self._parameters[group].items():
+                expected |= {f"{group}/{name}/{key}": parameter for key in MOMENTS}
+                expected[f"{group}/{name}/step"] = torch.zeros(())
+        return expected
 
 
 def _adamw(settings: config.Optimisation, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.AdamW:

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from atlas import config
-from atlas.checkpoint import Checkpoint, Contents, save_checkpoint
+from atlas.checkpoint import Checkpoint, Contents, check_way, note_evaluation, save_checkpoint
 from atlas.evaluation.evaluator import Evaluator
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.load import Model
@@ -23,6 +25,9 @@ from atlas.tasks import Example
 from atlas.tasks.data import Data
 from atlas.training.optim import Optimizers
 from atlas.training.plan import Plan
+
+# A run ends after so many updates that were skipped in a row: by then fp16's loss scale has been halved to below 1.
+MOST_SKIPPED = 20
 
 
 class Trainer:
@@ -49,7 +54,10 @@ class Trainer:
         # some weights have no gradient while the retriever is frozen
         some_unused = bool(self.plan.retriever_starts_after)
         self.parallel = data_parallel(self.atlas, session.device, some_unused=some_unused)
-        self._finished, self._evaluation_due = 0, False  # by a run that is resumed
+        self._finished = self._saved = 0  # steps, by a run that is resumed; the newest checkpoint's
+        self._newest: Path | None = None  # checkpoint
+        self._evaluation_due, self._evaluated = False, 0  # of the newest checkpoint; the step evaluated last
+        self._refreshed = 0  # steps after which the index was built again
         self._signals = StopSignals()
         self._bar = tqdm(disable=True)
         self._means = Means()
@@ -58,39 +66,61 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue after a checkpoint of this run."""
-        self._finished, self._evaluation_due = checkpoint.step, checkpoint.evaluation_due
+        self._finished = self._saved = checkpoint.step
+        self._newest, self._evaluation_due = checkpoint.path, checkpoint.evaluation_due
         if checkpoint.examples is not None:
             self.data.resume(checkpoint.step, checkpoint.examples, checkpoint.examples_per_epoch)
 
     def steps(self) -> Iterator[int]:
         """The steps to take, up to `--total_steps`. SIGTERM or SIGUSR1 to any rank ends them early.
 
-        If the run that is resumed was stopped before it could evaluate, the evaluation comes first.
+        If the run that is resumed ended before it had evaluated its last step, that comes first.
 
         Raises:
-            Stopped: after the update in which a rank was asked to stop.
+            Stopped: after the update, or during the evaluation, in which a rank was asked to stop.
+            ValueError: something is in the way of the checkpoints that are to be saved.
         """
         finished, total = self._finished, self.plan.total_steps
+        look = partial(check_way, self.session.directory, range(finished + 1, total + 1))
+        distributed.on_main("looking where to save", look)
         self.atlas.train()
-        if self._evaluation_due:
-            self.refresh_index(finished + 1)
-            self.evaluator.evaluate_all(finished)
-        self._bar = progress_bar("training", total, "steps", initial=finished)
-        with self._bar, self._signals:
-            for step in range(finished + 1, total + 1):
-                yield step
-                if self._stopping and not self.plan.is_last(step):
-                    raise Stopped
+        with self._signals:
+            if self._evaluation_due:
+                self._build_index(finished, due=False)  # a refresh that is due comes after the evaluation
+                self._evaluate(finished)
+            self._bar = progress_bar("training", total, "steps", initial=finished)
+            with self._bar:
+                for step in range(finished + 1, total + 1):
+                    yield step
+                    if self._stopping and not (self.plan.is_last(step) and not self._evaluation_due):
+                        self._end()
 
     def refresh_index(self, step: int) -> None:
-        """Before a step: build the index if there is none yet, or if the passage encoder has moved and it is due."""
+        """Before a step: build the index if there is none yet, or if the passage encoder has moved and it is due.
+
+        Raises:
+            Stopped: a rank was asked to stop meanwhile.
+        """
         if self.retrieval is None:
             return
         moved = self.plan.retriever_has_moved(step - 1) and not self.retrieval.retriever.query_side
         due = moved and self.plan.refreshes(step - 1)
         if due and self.retrieval.index is not None:
             log.info("Refreshing the index after step %d", step - 1)
-        self.retrieval.refresh(due)
+        self._build_index(step - 1, due)
+
+    def _build_index(self, finished: int, due: bool) -> None:
+        if self.retrieval is None:
+            return
+        try:
+            self.retrieval.refresh(due, self._asked_to_stop)
+        except Stopped:
+            self._stopping = True
+        if self._stopping:
+            self._save_finished(finished)
+            self._end()
+        if due:
+            self._refreshed = finished
 
     def retrieve(self, step: int) -> TrainingTensors:
         """The next examples, the passages found for them, and the tensors of both."""
@@ -111,13 +141,19 @@ class Trainer:
         return losses
 
     def update(self, step: int, losses: Losses) -> None:
-        """Move the weights if this step completes an update: the only wait for the device after the search."""
+        """Move the weights if this step completes an update: the only wait for the device after the search.
+
+        Raises:
+            ValueError: too many updates in a row had gradients that are not finite.
+        """
         if self.plan.updates_after(step):
             finish_gradients(self.parallel)
             moved, self._stopping = self.optimizers.step(self.plan.finished_before_update(step), self._signals.received)
             if not moved:
                 skipped = self.optimizers.skipped
                 log.warning("Step %d is skipped: its gradients are not finite (%d so far)", step, skipped)
+            if self.optimizers.skipped_in_a_row == MOST_SKIPPED:
+                raise ValueError(self._diverged(f"the last {MOST_SKIPPED} updates had gradients that are not finite"))
         self._count(losses)
         self._bar.update()
 
@@ -132,18 +168,65 @@ class Trainer:
         self.session.tensorboard.add({**report, "lr": lr, "skipped_steps": self.optimizers.skipped}, step)
         self._bar.set_postfix(loss=f"{report.get('loss/train_loss', float('nan')):.4g}")
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate every file if that is due; a run that was asked to stop leaves it to the one that resumes."""
-        if self.plan.evaluates_after(step) and (self.plan.is_last(step) or not self._stopping):
-            self.evaluator.evaluate_all(step)
-
     def save(self, step: int) -> None:
-        """Write a checkpoint if that is due, or if a rank was asked to stop. Rank 0 writes what it has or gathers."""
-        stopping = self._stopping and not self.plan.is_last(step)
-        if not stopping and not self.plan.saves_after(step):
-            return
+        """Write a checkpoint if that is due, or if a rank was asked to stop.
+
+        Raises:
+            ValueError: weights or moments are not finite; the checkpoints stay as they were.
+        """
+        if self._stopping or self.plan.saves_after(step):
+            self._save(step)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate every file if that is due; a run that is asked to stop leaves it to the one that resumes."""
+        if self._evaluates_after(step) and not self._stopping:
+            self._evaluate(step)
+
+    def _evaluates_after(self, step: int) -> bool:
+        return bool(self.evaluator.files) and self.plan.evaluates_after(step)
+
+    def _evaluate(self, step: int) -> None:
+        try:
+            self.evaluator.evaluate_all(step, self._asked_to_stop)
+        except Stopped:
+            self._stopping = True
+        if self._stopping:
+            self._save_finished(step)
+            self._end()
+        self._evaluated = step
+        if self._evaluation_due and self._saved == step:
+            distributed.on_main("noting the evaluation", partial(note_evaluation, self.session.directory, step))
+            self._evaluation_due = False
+
+    def _asked_to_stop(self) -> bool:
+        return self._signals.received
+
+    def _end(self) -> None:
+        """Raises: Stopped."""
+        if self._saved:
+            log.info("Asked to stop: step %d is saved, and the same command resumes from there", self._saved)
+        else:
+            log.info("Asked to stop before a step was saved: the same command starts again")
+        raise Stopped
+
+    def _save_finished(self, finished: int) -> None:
+        """Save the last of the finished steps after which the weights moved, if that has not been done.
+
+        If the index was built again since, a run could not resume from there exactly: it resumes from an older step.
+        """
+        moved = finished if self.plan.updates_after(finished) else self.plan.finished_before_update(finished)
+        if moved > self._saved and self._refreshed <= moved:
+            self._save(moved)
+
+    def _save(self, step: int) -> None:
+        """Write the checkpoint of a step, after which the weights moved last. Rank 0 has or gathers what it writes."""
+        self._evaluation_due = self._evaluates_after(step) and step > self._evaluated
         weights, moments = full_tensors_on_main(self.model.weights()), self.optimizers.state()
-        if distributed.is_main():
+
+        def write() -> Path:
+            for name, tensor in (weights | moments).items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(self._diverged(f"{name} is not finite after step {step}"))
             contents = Contents(
                 step=step,
                 model=self.model.unused_retriever | weights,
@@ -152,20 +235,28 @@ class Trainer:
                 configs=self.model.configs(),
                 examples=self.data.examples_after(step),
                 examples_per_epoch=self.data.places,
-                evaluation_due=stopping and self.plan.evaluates_after(step),
+                evaluation_due=self._evaluation_due,
                 index_encoder=self.retrieval.built_by if self.retrieval is not None else None,
             )
             optimisation = self.settings.optimisation
-            keep = {
-                "keep_optimizers": optimisation.save_optimizer,
-                "keep_checkpoints": optimisation.keep_checkpoints,
-            }
-            with distributed.busy():
-                path = save_checkpoint(self.session.directory, contents, **keep)
+            path = save_checkpoint(
+                self.session.directory,
+                contents,
+                keep_optimizers=optimisation.save_optimizer,
+                keep_checkpoints=optimisation.keep_checkpoints,
+            )
             log.info("Saved %s", path)
-        distributed.wait_for_all("saving")
-        if stopping:
-            log.info("Asked to stop: step %d is saved, and the same command resumes from there", step)
+            return path
+
+        self._newest = distributed.on_main("saving", write)
+        self._saved = step
+
+    def _diverged(self, what: str) -> str:
+        good = f"the last good checkpoint is {self._newest}" if self._newest else "no checkpoint was saved before"
+        return (
+            f"the training has diverged: {what}; {good}. Lower --lr or --lr_retriever, raise --warmup_steps, or use "
+            "--precision fp32 or bf16 in place of fp16"
+        )
 
     def _batch(self, examples: list[Example], step: int) -> TrainingTensors:
         settings, inputs = self.settings.model, self.model.inputs
