@@ -124,12 +124,12 @@ def test_training_keeps_its_own_flags(tmp_path):
         (
             "n_context",
             "many",
-            "/options.json: --n_context is 'many' there, and must be an integer (--n_context from the checkpoint ",
+            "/options.json: --n_context is 'many' there, and must be an integer (--n_context comes from ",
         ),
         ("n_context", True, "--n_context is True there, and must be an integer"),
         ("n_context", None, "--n_context is None there, and must be an integer"),
         ("n_context", [3], "--n_context is (3,) there, and must be an integer"),
-        ("n_context", 0, "--n_context 0 is too small: it must be at least 1 (--n_context from the checkpoint "),
+        ("n_context", 0, "--n_context 0 is too small: it must be at least 1 (--n_context comes from the checkpoint "),
         ("retriever_pooling", "max", "--retriever_pooling is 'max' there, and must be one of average, sqrt, cls"),
         ("retriever_normalize", 1, "--retriever_normalize is 1 there, and must be a bool"),
         ("encoder_format", {"a": 1}, "--encoder_format is {'a': 1} there, and must be a text"),
@@ -177,7 +177,9 @@ def test_the_model_of_a_checkpoint_that_is_gone(tmp_path, capfd):
     said = capfd.readouterr().err
     assert ended.value.code == 1 and said.count("\n") == 1
     assert f"--reader_model_type {gone}: there is no such directory" in said
-    assert f"(--reader_model_type from the checkpoint {options.parent}: give it to use another value)" in said
+    assert (
+        f"(--reader_model_type comes from the checkpoint {options.parent}: give the flag to use another value)" in said
+    )
 
 
 @pytest.fixture(scope="module")

@@ -258,8 +258,9 @@ class Origin:
             named = dict.fromkeys(re.findall(r"--(\w+)", str(error)))
             taken = [f"--{name}" for name in named if name in OF_THE_MODEL and self.of(name) == "checkpoint"]
             if taken:
-                what, it = " and ".join(taken), "it" if len(taken) == 1 else "them"
-                error.add_note(f"({what} from the checkpoint {self.checkpoint}: give {it} to use another value)")
+                comes, the_flag = ("comes", "the flag") if len(taken) == 1 else ("come", "the flags")
+                where = f"{' and '.join(taken)} {comes} from the checkpoint {self.checkpoint}"
+                error.add_note(f"({where}: give {the_flag} to use another value)")
             raise
 
 
