@@ -124,7 +124,7 @@ def test_training_keeps_its_own_flags(tmp_path):
         (
             "n_context",
             "many",
-            "/options.json: --n_context is 'many' there, and must be an integer (--n_context comes from the ",
+            "/options.json: --n_context is 'many' there, and must be an integer (--n_context comes from ",
         ),
         ("n_context", True, "--n_context is True there, and must be an integer"),
         ("n_context", None, "--n_context is None there, and must be an integer"),
