@@ -54,7 +54,7 @@ def test_every_librarys_error_becomes_one_sentence(tmp_path, error):
     with pytest.raises(FullDiskError) as raised, writing(place, 12_345):
         raise error
     expected = (
-        rf"{place} cannot be written: [\w ]+ \(12,345 bytes are needed, [\d,]+ are free\): make room, or choose .*"
+        rf"{place} cannot be written \([\w ]+; 12,345 bytes are needed, [\d,]+ are free\): make room, or choose .*"
     )
     assert re.fullmatch(expected, str(raised.value))
     with pytest.raises(PermissionError), writing(place):
@@ -64,7 +64,7 @@ def test_every_librarys_error_becomes_one_sentence(tmp_path, error):
 def test_a_file_that_is_replaced_stays_as_it_was(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text("before")
-    wanted = rf"{file} cannot be written: File too large \(more than 1,000 bytes are needed"
+    wanted = rf"{file} cannot be written \(File too large; more than 1,000 bytes are needed"
     with pytest.raises(FullDiskError, match=wanted), no_file_above(1000), replacing(file) as beside:
         beside.write_text("x" * 5000)
     assert list(tmp_path.iterdir()) == [file] and file.read_text() == "before"
@@ -79,7 +79,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing(tmp_path, victim):
 
     keep = {"keep_optimizers": False, "keep_checkpoints": 1}
     save_checkpoint(tmp_path, contents(1, 10), **keep)
-    needed = rf"{victim}[.a-z]* cannot be written: File too large \([\d,]+ bytes are needed, [\d,]+ are free\)"
+    needed = rf"{victim}[.a-z]* cannot be written \(File too large; [\d,]+ bytes are needed, [\d,]+ are free\)"
     with pytest.raises(FullDiskError, match=needed), no_file_above(10_000):
         save_checkpoint(tmp_path, contents(2, 20_000), **keep)
     assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["latest", "step-1"]
@@ -94,7 +94,7 @@ def test_a_run_ends_with_the_sentence_and_keeps_its_last_checkpoint(tmp_path, ca
         run(tmp_path, total_steps=2, eval_data=None)
     error = capsys.readouterr().err
     assert ended.value.code == 1 and "Traceback" not in error
-    assert re.search(r"model\.safetensors cannot be written: File too large \([\d,]+ bytes are needed", error)
+    assert re.search(r"model\.safetensors cannot be written \(File too large; [\d,]+ bytes are needed", error)
     assert sorted(path.name for path in (tmp_path / "run/checkpoint").iterdir()) == ["latest", "step-1"]
 
 
@@ -170,7 +170,7 @@ def download(file):
 
 
 def test_a_download_that_does_not_fit_is_named(tmp_path):
-    wanted = r"a\.bin\.part cannot be written: File too large \(50,000 bytes are needed"
+    wanted = r"a\.bin\.part cannot be written \(File too large; 50,000 bytes are needed"
     with pytest.raises(FullDiskError, match=wanted), no_file_above(10_000):
         download(tmp_path / "a.bin")
 
@@ -179,7 +179,7 @@ def test_an_export_that_does_not_fit_leaves_nothing(tmp_path, capsys):
     directory = run(tmp_path, total_steps=1, eval_data=None)
     with pytest.raises(SystemExit) as ended, no_file_above(100_000):
         export_run(directory, tmp_path / "exported")
-    assert ended.value.code == 1 and "cannot be written: File too large" in capsys.readouterr().err
+    assert ended.value.code == 1 and "cannot be written (File too large" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

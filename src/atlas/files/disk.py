@@ -38,7 +38,7 @@ def writing(path: Path, needed: int | None = None, beside: Path | None = None) -
         reason = next((words for words in _WORDS if words in str(error)), "no space")
         free = shutil.disk_usage(existing_directory(path)).free
         raise FullDiskError(
-            f"{path} cannot be written: {reason} ({_needed(needed, beside or path)}, {free:,} are free): make room, or "
+            f"{path} cannot be written ({reason}; {_needed(needed, beside or path)}, {free:,} are free): make room, or "
             "choose another place"
         ) from error
 
