@@ -270,7 +270,7 @@ def test_each_restart_keeps_what_was_set_aside_before(tmp_path):
 
 
 STEPS_OF_SAVING = [
-    *((checkpoints, name) for name in ("save_file", "_write_json", "_flush")),
+    *((checkpoints, name) for name in ("save_tensors", "_write_json", "_flush")),
     *((Path, name) for name in ("rename", "symlink_to", "replace", "unlink", "mkdir", "touch", "rmdir")),
 ]
 
