@@ -89,6 +89,11 @@ def write_index(directory: Path, content: Content, origin: Origin) -> None:
         raise ValueError(
             "--save_index_codes_only: a flat index has no codes; leave the flag out, or compress the index"
         )
+    with distributed.held_on_main("locking the index", partial(files.locked, directory)):
+        _write_locked(directory, content, origin)
+
+
+def _write_locked(directory: Path, content: Content, origin: Origin) -> None:
     prepare = partial(_prepare, directory, content, origin)
     generation, description = distributed.on_main("writing the passages", prepare)
     segment, first_row = description.segment, content.rows.start
@@ -106,6 +111,7 @@ def write_index(directory: Path, content: Content, origin: Origin) -> None:
 
 def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, Description]:
     """On rank 0: the passages, the quantizer, and embeddings that can be linked. The arrays are still to be written."""
+    files.tidy(directory)  # what killed writers left may take the room that is needed
     generation, codec = files.next_generation(directory), content.codec
     passages = _keep_passages(directory, f"passages.{generation}.jsonl", content.passages)
     embeddings = quantizer = None
@@ -130,6 +136,7 @@ def open_index(
     device: torch.device,
     dimension: int | None = None,
     retriever_fingerprint: str | None = None,
+    allow_other: bool = False,
     embedder_precision: str | None = None,
     converted: Path | None = None,
     compression: Compression = ANY,
@@ -141,18 +148,20 @@ def open_index(
 
     Args:
         dimension: D of the retriever that is to search; None: any.
-        retriever_fingerprint: of the passage encoder; embeddings of another one are only warned about, because that is
-            normal after a tied training and when a run is resumed.
+        retriever_fingerprint: of the passage encoder; embeddings of another one are refused.
+        allow_other: only warn of embeddings of another encoder, because that is wanted, or normal: a resumed run whose
+            encoder has moved on.
         embedder_precision: of the queries; passages that were embedded in another one are mentioned in the log.
         converted: where a published index is converted to, once; an unchanged one is not converted again.
         compression: the kind of index asked for, and how it is searched.
 
     Raises:
         ValueError: on every rank, with what differs: no index, damaged or changed files, another D, another kind where
-            there are no embeddings to make it of.
+            there are no embeddings to make it of; the embeddings of another passage encoder.
         OSError: a file cannot be read.
     """
-    check = partial(_find, Path(directory), converted, dimension, compression)
+    retriever = None if allow_other else retriever_fingerprint
+    check = partial(_find, Path(directory), converted, dimension, retriever, compression)
     place, description, fits = distributed.on_main("checking the index", check)
     kind, where = (compression, device) if fits else (Compression(FLAT[0]), torch.device("cpu"))
     open_rows = partial(_open_rows, place, description, kind, where)
@@ -172,7 +181,9 @@ def open_index(
 
 def _tell_differences(place: Path, description: Description, retriever: str | None, precision: str | None) -> None:
     """Log where passages were embedded in another way than queries are, as far as both are known."""
-    if None not in (retriever, description.retriever) and description.retriever != retriever:
+    if retriever and description.retriever is None:
+        log.warning("%s does not say which retriever it was made by: use the one that belongs to it", place)
+    elif retriever and description.retriever != retriever:
         log.warning("%s was made by retriever %s and is searched with %s", place, description.retriever, retriever)
     embedded_in = description.embedder_precision
     if None not in (precision, embedded_in) and embedded_in != precision:
@@ -180,7 +191,7 @@ def _tell_differences(place: Path, description: Description, retriever: str | No
 
 
 def _find(
-    directory: Path, converted: Path | None, dimension: int | None, compression: Compression
+    directory: Path, converted: Path | None, dimension: int | None, retriever: str | None, compression: Compression
 ) -> tuple[Path, Description, bool]:
     """Where the index is (a published one is converted first), what it is, and whether it is of the kind asked for."""
     place = directory if files.has_index(directory) else _convert(directory, converted)
@@ -189,6 +200,12 @@ def _find(
         raise ValueError(
             f"{place} holds embeddings of size {description.dimension}, the retriever makes them of size "
             f"{dimension}: use the retriever that the index was made with, or build the index anew"
+        )
+    if None not in (retriever, description.retriever) and description.retriever != retriever:
+        raise ValueError(
+            f"{place} was made by the passage encoder {description.retriever} and would be searched with {retriever}, "
+            "whose embeddings are others: build the index anew (--passages), use the model that it was made with, or "
+            "insist with --allow_other_index"
         )
     fits = _fits(place, description, compression)
     checked_passages(place, description)  # finds the offsets of the lines, before the other ranks need them
@@ -343,7 +360,7 @@ def _keep_embeddings(directory: Path, name: str, stored: Stored) -> Array | None
         return None
     source = (stored.directory / array.file).resolve()
     if source.parent == directory.resolve():
-        return array
+        return array if source.is_file() else None
     with contextlib.suppress(OSError):  # on another file system, or on one without links
         os.link(source, directory / name)
         return replace(array, file=name)

@@ -32,7 +32,7 @@ class Data:
         self, corpus: JsonlCorpus, task: Task, *, seed: int, batch_size: int, rank: int, world_size: int
     ) -> None:
         if len(corpus) == 0:
-            raise ValueError(f"{', '.join(map(str, corpus.paths))}: there is no line with data in it")
+            raise ValueError(f"{', '.join(map(str, corpus.sources))}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
         self.places = len(corpus) * task.examples_per_line
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -91,7 +91,7 @@ class Data:
     def _check_all(self) -> None:
         """Each rank checks its share of the lines. Collective."""
         used = sum(distributed.gather_objects(read_shares("reading the data", len(self), "lines", self.check)))
-        name = ", ".join(map(str, self.corpus.paths))
+        name = ", ".join(map(str, self.corpus.sources))
         if used == 0:
             raise ValueError(f"{name}: no line is left, because the task skips {self.task.skips}")
         if used < len(self):
