@@ -13,7 +13,7 @@ def evaluate(config: Config) -> None:
     from atlas.runtime.session import session  # imports torch: `--help` and a wrong flag are answered before that
 
     # Ranks join, the log starts. A user's mistake in the block ends the run with one sentence and status 1.
-    with session(config.run) as run, config.origin.explaining():
+    with session(config.run, "evaluate") as run, config.origin.explaining():
         measure(config, run)
 
 

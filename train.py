@@ -18,7 +18,7 @@ def train(config: Config) -> None:
     from atlas.runtime.session import session  # imports torch: `--help` and a wrong flag are answered before that
 
     # Ranks join, the log starts. A user's mistake in the block ends the run with one sentence and status 1.
-    with session(config.run) as run:
+    with session(config.run, "train") as run:
         learn(config, run)
 
 

@@ -46,7 +46,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(path: Path, repeats: int, rows: int) -> None:
-    text, known = open_lines(path)
+    text, known, _ = open_lines(path)
     if not np.array_equal(offsets_line_by_line(path), known):  # also brings the file into the page cache
         raise SystemExit("the two ways disagree")
     # Each repeat maps the file again, as a new process would, so that page faults are included.

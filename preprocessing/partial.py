@@ -1,8 +1,5 @@
 """The part of a file that has been downloaded so far, and the version of the file that it belongs to."""
 
-import contextlib
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,6 +8,7 @@ from typing import BinaryIO, NamedTuple
 
 from atlas.files.disk import writing
 from atlas.files.jsonl import replacing
+from atlas.files.lock import open_locked
 
 
 class FetchError(Exception):
@@ -45,7 +43,9 @@ class PartialFile:
         self.target, self.progress = target, progress
         self.path = target.with_name(target.name + ".part")
         self.note = target.with_name(target.name + ".part.json")
-        self._file = open_locked(self.path)
+        if (file := open_locked(self.path)) is None:
+            raise FetchError(f"{self.path}: another process is fetching this file; wait for it, or stop it")
+        self._file = os.fdopen(file, "r+b")
         self.size = self._file.seek(0, os.SEEK_END)
         self.version = self._read_note()
         self.resumed = self.size > 0
@@ -108,20 +108,3 @@ class PartialFile:
             return Version(note["size"], note["validator"])
         except (OSError, ValueError, KeyError, TypeError):  # absent or damaged: the version is unknown
             return None
-
-
-def open_locked(path: Path) -> BinaryIO:
-    """Open (or create) for reading and writing, and lock. Raises: FetchError if another process has locked it."""
-    while True:
-        # Symbolic links are not followed: somebody else may have put one here.
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):  # file systems without locks
-                file.close()
-                raise FetchError(f"{path}: another process is fetching this file; wait for it, or stop it") from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()  # another process finished and renamed it between the two calls

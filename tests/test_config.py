@@ -44,6 +44,7 @@ DEFAULTS = {
         "faiss_index_type": "flat",
         "faiss_code_size": None,
         "load_index_path": None,
+        "allow_other_index": False,
         "save_index_path": None,
         "save_index_n_shards": 128,
         "faiss_nlist": None,

@@ -48,6 +48,7 @@ from tests.indices import (
     publish,
     saved,
 )
+from tests.locks import held_elsewhere
 from tests.parity import parity_kit
 from tests.ranks import run_on_ranks, scratch_directory
 from tests.test_docs import COMMANDS
@@ -367,7 +368,8 @@ def test_a_shard_that_changes_its_size_meanwhile_is_refused(tmp_path):
 
 def test_two_at_once_are_refused(tmp_path):
     publish(tmp_path / "published")
-    with files.locked(tmp_path / "ours"), pytest.raises(ValueError, match="another process is writing into"):
+    busy = pytest.raises(ValueError, match=r"another process is writing into .*ours \(which one is not known\): wait")
+    with held_elsewhere(tmp_path / "ours" / files.LOCK), busy:
         convert_published(tmp_path / "published", tmp_path / "ours")
     convert_published(tmp_path / "published", tmp_path / "ours")
 

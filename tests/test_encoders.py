@@ -238,10 +238,14 @@ def test_the_fingerprint_is_of_what_embeds_a_passage():
     assert len({plain, *(fingerprint_with(**change) for change in changes)}) == 1 + len(changes)
 
 
-def test_an_index_of_another_prefix_is_warned_of(tmp_path):
+def test_an_index_of_another_prefix_is_refused(tmp_path):
     index = tmp_path / "index"
     run(tmp_path, "evaluate", name="made", save_index_path=index, **flags(E5), **EVALUATION)
     same = flags(E5 | {"query_prefix": "question: "})
-    for name, settings, warned in (("same", same, False), ("other", flags(MINILM), True)):
-        found = run(tmp_path, "evaluate", name=name, load_index_path=index, passages=None, **settings, **EVALUATION)
+    loading = {"load_index_path": index, "passages": None} | EVALUATION
+    for name, settings, warned in (("same", same, False), ("other", flags(MINILM) | {"allow_other_index": True}, True)):
+        found = run(tmp_path, "evaluate", name=name, **settings, **loading)
         assert ("was made by retriever" in (found / "run.log").read_text()) == warned
+    with pytest.raises(SystemExit):
+        run(tmp_path, "evaluate", name="refused", **flags(MINILM), **loading)
+    assert "insist with --allow_other_index" in (tmp_path / "refused/run.log").read_text()

@@ -1,21 +1,31 @@
+import errno
 import gzip
 import json
 import multiprocessing
 import os
 import pickle
 import random
+import signal
 
 import numpy as np
 import pytest
 
-from atlas.files import jsonl
+from atlas.files import cache, jsonl
+from atlas.files.cache import FOLDER
 from atlas.files.jsonl import JSON_LINES, DataError, JsonlCorpus, LineFormat, replacing
+from tests.locks import held_elsewhere
 from tests.patience import HANG_SECONDS
 
 
 @pytest.fixture(autouse=True)
-def cache_every_file(monkeypatch):
+def cache_every_file(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(jsonl, "CACHE_FROM", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+def entries(directory):
+    """What is cached beside the files of a directory."""
+    return sorted((directory / FOLDER).glob("*"))
 
 
 def plain_reader(*paths):
@@ -208,61 +218,148 @@ def test_offsets_are_cached_until_the_file_changes(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", [{"row": 11}, {"row": 22}])
     searched = count_searches(monkeypatch)
     assert list(JsonlCorpus(path)) == [{"row": 11}, {"row": 22}] and len(searched) == 1
-    cache = tmp_path / "a.jsonl.offsets.npy"
-    assert np.load(cache).dtype == np.int64
+    (entry,) = entries(tmp_path)
+    assert np.load(entry).tolist() == [0, 12] and np.load(entry).dtype == np.int64
+    os.utime(path, ns=(0, 5))  # only the content counts
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("a.jsonl", FOLDER):
+        os.rename(tmp_path / name, moved / name)
+    path = moved / "a.jsonl"
     assert list(JsonlCorpus(path)) == [{"row": 11}, {"row": 22}] and len(searched) == 1
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.offsets.npy"]
+    assert sorted(os.listdir(moved)) == [FOLDER, "a.jsonl"]
 
-    size = path.stat().st_size
-    path.write_text('{"row":123456789}\n{}\n{}\n')  # as long as before
-    os.utime(path, ns=(0, 1_000_000_007))
-    assert path.stat().st_size == size
-    assert list(JsonlCorpus(path)) == [{"row": 123456789}, {}, {}] and len(searched) == 2
-
-    path.write_text('{"row": 5}\n' * 5)  # as old as before
-    os.utime(path, ns=(0, 1_000_000_007))
-    assert len(JsonlCorpus(path)) == 5 and len(searched) == 3
-    assert len(JsonlCorpus(path)) == 5 and len(searched) == 3
+    status = path.stat()
+    path.write_text('{"row":123456789}\n{}\n{}\n')  # as long and as old as before
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    for _ in range(2):
+        assert list(JsonlCorpus(path)) == [{"row": 123456789}, {}, {}] and len(searched) == 2
+    assert len(entries(moved)) == 1 and entries(moved) != [entry]
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage", b"\x93NUMPY\x01\x00", "cut", "float", "matrix"])
-def test_damaged_cache_is_replaced(tmp_path, monkeypatch, damage):
-    path = write_rows(tmp_path / "a.jsonl", [{"row": i} for i in range(9)])
-    cache = tmp_path / "a.jsonl.offsets.npy"
+@pytest.mark.parametrize("kind", ["offsets", "text"])
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"\x93NUMPY\x01\x00", "cut", "grown", "first", "middle", "last"])
+def test_damaged_entry_is_made_again(tmp_path, damage, kind):
+    rows = [{"row": i} for i in range(9)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    if kind == "text":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+        path = path.rename(tmp_path / "a.jsonl.gz")
     JsonlCorpus(path)
-    good = cache.read_bytes()
+    (entry,) = (path for path in entries(tmp_path) if f".{kind}" in path.name)
+    good = entry.read_bytes()
     if damage == "cut":
-        cache.write_bytes(good[:-5])
-    elif damage in ("float", "matrix"):
-        array = np.load(cache)
-        np.save(cache, array.astype(float) if damage == "float" else array[None])
+        entry.write_bytes(good[:-5])
+    elif damage == "grown":
+        entry.write_bytes(good + b"\n")
+    elif damage in ("first", "middle", "last"):
+        at = {"first": 0, "middle": len(good) // 2, "last": len(good) - 1}[damage]
+        entry.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
     else:
-        cache.write_bytes(damage)
-    assert list(JsonlCorpus(path)) == [{"row": i} for i in range(9)]
-    assert cache.read_bytes() == good
+        entry.write_bytes(damage)
+    assert list(JsonlCorpus(path)) == rows
+    assert entry.read_bytes() == good
 
 
-def test_offsets_stay_in_memory_where_they_cannot_be_written(tmp_path):
+def test_damage_between_the_blocks_of_a_fingerprint_is_not_believed(tmp_path, monkeypatch):
+    """Of a large entry only a sample is read when it is opened: what is wrong elsewhere is seen at its row."""
+    monkeypatch.setattr(cache, "BLOCKS", 2)
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 256)
+    path = write_rows(tmp_path / "a.jsonl", [{"row": i} for i in range(200)])
+    JsonlCorpus(path)
+    (entry,) = entries(tmp_path)
+    content = bytearray(entry.read_bytes())
+    content[128 + 8 * 100] ^= 1
+    entry.write_bytes(content)
+    corpus = JsonlCorpus(path)
+    assert corpus[99] == {"row": 99} and corpus[101] == {"row": 101}
+    with pytest.raises(DataError, match=f"^{entry} is damaged: remove it, and it will be made again$"):
+        corpus[100]
+
+
+def write_to_a_full_disk(monkeypatch, *full):
+    """Let nothing be written below these directories, as root too would see it."""
+    made = cache.temporary
+
+    def refuse(path):
+        if any(path.is_relative_to(directory) for directory in full):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return made(path)
+
+    monkeypatch.setattr(cache, "temporary", refuse)
+
+
+@pytest.mark.parametrize("why", ["no directory", "full"])
+def test_the_users_cache_is_taken_where_nothing_can_be_written_beside(tmp_path, monkeypatch, why):
+    home, data = tmp_path / "home", tmp_path / "data"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    data.mkdir()
+    if why == "full":
+        write_to_a_full_disk(monkeypatch, data)
+    else:
+        (data / FOLDER).write_text("in the way")  # unlike a read-only directory it stops root as well
+    before = sorted(os.listdir(data))
+    plain = write_rows(data / "a.jsonl", [{"row": 0}])
+    packed = data / "b.jsonl.gz"
+    searched = count_searches(monkeypatch)
+    for version in (1, 2):
+        packed.write_bytes(gzip.compress(b'{"row": 1}\n' * version))
+        for _ in range(2):
+            assert list(JsonlCorpus([plain, packed])) == [{"row": 0}, *[{"row": 1}] * version]
+        assert len(os.listdir(home / "atlas")) == 3  # two files of offsets, one of text
+    assert len(searched) == 3 and sorted(os.listdir(data)) == sorted([*before, "a.jsonl", "b.jsonl.gz"])
+
+
+def test_where_nothing_can_be_written_at_all(tmp_path, monkeypatch):
+    """Offsets stay in memory; of an unpacked file that is too much, so a sentence says where there is no room."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    write_to_a_full_disk(monkeypatch, tmp_path)
     path = write_rows(tmp_path / "a.jsonl", [{"row": 0}, {"row": 1}])
-    (tmp_path / "a.jsonl.offsets.npy").mkdir()  # unlike a read-only directory it stops root as well
     assert list(JsonlCorpus(path)) == [{"row": 0}, {"row": 1}]
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.offsets.npy"]
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"{}"))
+    sentence = (
+        f"^{packed}: there is no place to unpack it \\({tmp_path / FOLDER}: No space left on device; {home}/atlas: No"
+    )
+    with pytest.raises(DataError, match=sentence):
+        JsonlCorpus(packed)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jsonl", "b.jsonl.gz", "home"]
 
 
-def test_gz_is_decompressed_once_and_again_when_it_is_newer(tmp_path):
-    packed, plain = tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl"
+def test_gz_is_read_from_the_cache_and_the_file_beside_it_is_left_alone(tmp_path):
+    """Whatever else lies under the name without `.gz`, of whatever age, is somebody else's."""
+    packed, own = tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl"
     packed.write_bytes(gzip.compress(b'{"row": 0}\n{"row": 1}\n'))
+    own.write_text('{"mine": true}\n')
+    later = packed.stat().st_mtime_ns + 1_000_000_000
+    os.utime(own, ns=(later, later))
     corpus = JsonlCorpus(packed)
-    assert list(corpus) == [{"row": 0}, {"row": 1}] and corpus.where(1) == f"{plain}, line 2"
-    inode = plain.stat().st_ino
-    assert len(JsonlCorpus(packed)) == 2 and plain.stat().st_ino == inode
+    assert list(corpus) == [{"row": 0}, {"row": 1}] and corpus.where(1) == f"{packed}, line 2"
+    (text,) = (path for path in entries(tmp_path) if path.suffix == ".text")
+    inode = text.stat().st_ino
+    assert len(JsonlCorpus(packed)) == 2 and text.stat().st_ino == inode  # unpacked once
 
     packed.write_bytes(gzip.compress(b'{"row": 7}\n'))
-    later = plain.stat().st_mtime_ns + 1_000_000_000
-    os.utime(packed, ns=(later, later))
+    os.utime(packed, ns=(0, 0))
     assert list(JsonlCorpus(packed)) == [{"row": 7}]
     assert list(corpus) == [{"row": 0}, {"row": 1}]  # opened before: still reads what it opened
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.gz", "a.jsonl.offsets.npy"]
+    assert len([path for path in entries(tmp_path) if path.suffix == ".text"]) == 1  # nothing piles up
+    assert own.read_text() == '{"mine": true}\n' and own.stat().st_mtime_ns == later
+    assert sorted(os.listdir(tmp_path)) == [FOLDER, "a.jsonl", "a.jsonl.gz"]
+
+
+def test_offsets_of_an_earlier_version_are_not_used_and_that_is_said_once(tmp_path, caplog):
+    path = write_rows(tmp_path / "a.jsonl", [{"row": 0}, {"row": 1}])
+    old = tmp_path / "a.jsonl.offsets.npy"
+    np.save(old, np.array([1, path.stat().st_size, path.stat().st_mtime_ns, 0]))
+    content = old.read_bytes()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert len(JsonlCorpus(path)) == 2
+    assert caplog.messages == [f"{old} is of an earlier version of this program and no longer used: you may remove it"]
+    assert old.read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -274,6 +371,61 @@ def test_damaged_gz_is_named_and_leaves_nothing(tmp_path, content):
     with pytest.raises(DataError, match=f"^{packed}: damaged gzip file"):
         JsonlCorpus(packed)
     assert os.listdir(tmp_path) == ["a.jsonl.gz"]
+
+
+def open_at_the_same_time(paths, barrier, queue):
+    jsonl.CACHE_FROM = 0
+    barrier.wait()
+    queue.put([list(JsonlCorpus(path)) for path in paths])
+
+
+@pytest.mark.processes
+def test_several_processes_fill_the_cache_at_the_same_time(tmp_path):
+    rows = [{"row": i} for i in range(5000)]
+    plain = write_rows(tmp_path / "a.jsonl", rows)
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    context = multiprocessing.get_context("fork")
+    queue, barrier = context.Queue(), context.Barrier(4)
+    arguments = ([packed, plain], barrier, queue)
+    children = [context.Process(target=open_at_the_same_time, args=arguments) for _ in range(4)]
+    for child in children:
+        child.start()
+    assert all(queue.get(timeout=HANG_SECONDS) == [rows, rows] for _ in children)
+    for child in children:
+        child.join()
+    assert len(entries(tmp_path)) == 3 and all(path.suffix in (".text", ".npy") for path in entries(tmp_path))
+
+
+def unpack_and_hang(path, unpacking):
+    copy = jsonl.shutil.copyfileobj
+
+    def hang(source, target, size):
+        copy(source, target, size)
+        unpacking.set()
+        signal.pause()
+
+    jsonl.shutil.copyfileobj = hang
+    JsonlCorpus(path)
+
+
+@pytest.mark.processes
+def test_what_a_killed_process_has_left_is_removed_but_not_what_one_is_writing(tmp_path):
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"row": 0}\n'))
+    context = multiprocessing.get_context("fork")
+    unpacking = context.Event()
+    child = context.Process(target=unpack_and_hang, args=(packed, unpacking))
+    child.start()
+    assert unpacking.wait(HANG_SECONDS)
+    half = [path for path in entries(tmp_path) if path.suffix == ".part"]
+    assert len(half) == 1 and len(JsonlCorpus(packed)) == 1 and half[0].exists()
+    child.kill()
+    child.join()
+    for path in entries(tmp_path):
+        if path != half[0]:
+            path.unlink()
+    assert len(JsonlCorpus(packed)) == 1 and not half[0].exists()
 
 
 def test_pickled_it_opens_the_files_again(tmp_path):
@@ -317,25 +469,22 @@ def test_replacing_leaves_the_old_file_when_writing_fails(tmp_path):
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a"]
 
 
+def test_replacing_removes_what_killed_writers_of_the_same_file_have_left(tmp_path):
+    ours, others = tmp_path / ".a.0123abcd.part", tmp_path / ".ab.0123abcd.part"
+    mine = [others, tmp_path / ".a.part", tmp_path / "a.0123abcd.part", tmp_path / ".a.notes.part"]
+    for path in (ours, *mine):
+        path.write_text("half")
+    with held_elsewhere(ours), replacing(tmp_path / "a") as beside:  # it is still being written
+        assert ours.exists() and beside.exists()
+    ours.write_text("half")
+    with replacing(tmp_path / "a"):
+        assert not ours.exists()
+    assert all(path.exists() for path in mine)
+
+
 def test_small_files_are_not_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "CACHE_FROM", 100)
     for size in (50, 150):
         (tmp_path / f"{size}.jsonl").write_text('{"a": 1}\n' * (size // 9 + 1))
         JsonlCorpus(tmp_path / f"{size}.jsonl")
-    assert sorted(os.listdir(tmp_path)) == ["150.jsonl", "150.jsonl.offsets.npy", "50.jsonl"]
-
-
-def test_a_damaged_cache_is_not_believed(tmp_path):
-    rows = [{"a": i} for i in range(50)]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    JsonlCorpus(path)
-    cache = tmp_path / "a.jsonl.offsets.npy"
-    good = cache.read_bytes()
-    assert np.load(cache).shape == (53,)
-    for at in range(128 + 24):  # numpy's header and ours
-        cache.write_bytes(good[:at] + bytes([good[at] ^ 0x15]) + good[at + 1 :])
-        assert list(JsonlCorpus(path)) == rows
-    for length in (0, 5, 127, 128, 140, len(good) - 3):
-        cache.write_bytes(good[:length])
-        assert list(JsonlCorpus(path)) == rows
+    assert sorted(os.listdir(tmp_path)) == [FOLDER, "150.jsonl", "50.jsonl"] and len(entries(tmp_path)) == 1

@@ -23,6 +23,7 @@ from atlas.index.codec import Codec, Compression, train
 from atlas.index.convert import check_index, compress_index
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
+from atlas.index.published import convert_published
 from atlas.index.sharded import ShardedIndex
 from atlas.index.store import open_index, save_index
 from atlas.runtime import distributed
@@ -37,11 +38,13 @@ from tests.indices import (
     described,
     make_index,
     names,
+    publish,
     save,
     saved,
     write_corpus,
 )
 from tests.kit import slow
+from tests.locks import held_elsewhere
 from tests.patience import free_port
 from tests.ranks import rank_environment, run_on_ranks, scratch_directory
 from tests.test_flat import assert_same, brute_force, made_up
@@ -124,6 +127,12 @@ def test_embeddings_of_another_type_are_saved_in_fp16(tmp_path):
     assert torch.equal(open_index(tmp_path / "index", device=CPU).embeddings, embeddings.half())
 
 
+def assert_offsets_are_those_of(directory, text):
+    """Offsets of lines are cached of this text of an index alone, and nothing else is in the cache."""
+    (entry,) = names(directory / ".atlas-cache")
+    assert entry.startswith(f"{text}.") and entry.endswith(".offsets.npy")
+
+
 def test_one_whole_corpus_is_linked_and_survives_everything(tmp_path, monkeypatch):
     monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     corpus = write_corpus(tmp_path / "corpus.jsonl", 6)
@@ -133,12 +142,8 @@ def test_one_whole_corpus_is_linked_and_survives_everything(tmp_path, monkeypatc
         save(tmp_path / "index", corpus, embeddings)
         assert (tmp_path / "index" / f"passages.{generation}.jsonl").samefile(corpus)
     assert corpus.read_bytes() == content
-    assert names(tmp_path / "index") == [
-        "embeddings.3.npy",
-        "index.json",
-        "passages.3.jsonl",
-        "passages.3.jsonl.offsets.npy",
-    ]
+    assert names(tmp_path / "index") == [".atlas-cache", "embeddings.3.npy", "index.json", "passages.3.jsonl"]
+    assert_offsets_are_those_of(tmp_path / "index", "passages.3.jsonl")
 
 
 def test_a_symbolic_link_to_a_corpus_is_followed(tmp_path):
@@ -204,20 +209,37 @@ def test_saving_an_opened_index_into_its_own_directory(tmp_path, monkeypatch):
     index = open_index(directory, device=CPU)
     text = (directory / "passages.1.jsonl").stat()
     save_index(directory, ShardedIndex(index.passages, 2 * index.embeddings), retriever_fingerprint="def")
-    assert names(directory) == ["embeddings.2.npy", "index.json", "passages.1.jsonl", "passages.1.jsonl.offsets.npy"]
+    assert names(directory) == [".atlas-cache", "embeddings.2.npy", "index.json", "passages.1.jsonl"]
+    assert_offsets_are_those_of(directory, "passages.1.jsonl")
     assert (directory / "passages.1.jsonl").stat() == text
     again = open_index(directory, device=CPU)
     assert torch.equal(again.embeddings, 2 * embeddings)
     assert again.passages[3]["title"] == "T3: S"  # still joined once
 
 
-def test_another_retriever_is_warned_of_with_both_names(tmp_path, caplog, monkeypatch):
+def test_another_retriever_is_refused_with_both_names_unless_it_is_insisted_on(tmp_path, caplog, monkeypatch):
     directory, *_ = saved(tmp_path)
     monkeypatch.setattr(logging.getLogger("atlas"), "propagate", True)
+    open_index(directory, device=CPU)  # it is not to be searched with any
     open_index(directory, device=CPU, retriever_fingerprint="abc")
     assert not caplog.records
-    open_index(directory, device=CPU, retriever_fingerprint="xyz")
+    sentence = "was made by the passage encoder abc and would be searched with xyz, .* insist with --allow_other_index$"
+    with pytest.raises(ValueError, match=sentence):
+        open_index(directory, device=CPU, retriever_fingerprint="xyz")
+    assert not caplog.records
+    open_index(directory, device=CPU, retriever_fingerprint="xyz", allow_other=True)
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "abc" in caplog.text and "xyz" in caplog.text
+
+
+def test_an_index_of_unknown_origin_is_warned_of(tmp_path, caplog, monkeypatch):
+    publish(tmp_path / "published")
+    monkeypatch.setattr(logging.getLogger("atlas"), "propagate", True)
+    convert_published(tmp_path / "published", tmp_path / "index")
+    open_index(tmp_path / "index", device=CPU)
+    assert "WARNING" not in {record.levelname for record in caplog.records}
+    open_index(tmp_path / "index", device=CPU, retriever_fingerprint="xyz")
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert warning.startswith(f"{tmp_path / 'index'} does not say which retriever it was made by")
 
 
 def test_another_dimension_is_refused(tmp_path):
@@ -302,24 +324,35 @@ def test_damaged_files_are_refused_in_one_sentence_or_harmless(tmp_path):
     assert refused > 250
 
 
-def test_damaged_offsets_of_lines_are_found_again_or_refused_or_harmless(tmp_path, monkeypatch):
-    """The file that says where the lines of a large text are: 250 times no other text is taken for a passage."""
+def test_damaged_offsets_of_lines_are_found_again(tmp_path, monkeypatch):
+    """The file that says where the lines of a large text are: 100 times no other text is taken for a passage."""
     monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
     directory, _, queries = saved(tmp_path)
     os.unlink(tmp_path / "corpus.jsonl")
     expected = list(open_index(directory, device=CPU).passages)
-    offsets, chance, refused = directory / "passages.1.jsonl.offsets.npy", random.Random(2), 0
+    (offsets,), chance = (directory / ".atlas-cache").glob("*"), random.Random(2)
     content = offsets.read_bytes()
-    for _ in range(250):
+    for _ in range(100):
         offsets.write_bytes(damaged(content, chance))
-        try:
-            index = open_index(directory, device=CPU)
-            ids = index.search(queries, 20).ids
-            assert index.passages_of(ids) == [[expected[i] for i in row] for row in ids.tolist()]
-        except ValueError as error:
-            refused += 1
-            assert str(error) == f"{offsets} is damaged: remove it, and it will be made again"
-    assert 0 < refused < 250
+        index = open_index(directory, device=CPU)
+        ids = index.search(queries, 20).ids
+        assert index.passages_of(ids) == [[expected[i] for i in row] for row in ids.tolist()]
+        assert offsets.read_bytes() == content
+
+
+def test_only_one_process_writes_into_a_directory_at_a_time(tmp_path):
+    directory, embeddings, _ = saved(tmp_path)
+    note = '{"pid": 4711, "host": "far", "since": "yesterday"}'
+    sentence = rf"^another process is writing into {directory} \(process 4711 on far, since yesterday\): wait until"
+    before = names(directory)
+    with held_elsewhere(directory / files.LOCK, note), pytest.raises(ValueError, match=sentence):
+        save(directory, tmp_path / "corpus.jsonl", 2 * embeddings)
+    (directory / files.LOCK).write_text(note)  # its writer was killed
+    (directory / "embeddings.7.npy").write_text("half")  # and left this, which may take the room that is needed
+    assert torch.equal(open_index(directory, device=CPU).embeddings, embeddings)
+    save(directory, tmp_path / "corpus.jsonl", 2 * embeddings)
+    assert torch.equal(open_index(directory, device=CPU).embeddings, 2 * embeddings)
+    assert names(directory) == [name.replace("1", "2") for name in before]
 
 
 def test_every_byte_of_the_array_header_is_checked(tmp_path):
@@ -507,6 +540,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatc
     assert len(seen) > 5  # the writers did get somewhere
     save(directory, corpora[0], torch.zeros(300, 64).half())
     assert len(names(directory)) == 4  # what the killed ones left is gone
+    assert_offsets_are_those_of(directory, files.read_description(directory).segment.passages.file)
 
 
 def _save_for_ever_as_rank(rank, port, directory, corpora):
@@ -799,4 +833,6 @@ def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monk
         seen.add(described(directory)["segments"][0]["passages"]["file"])
     assert len(seen) > 5  # the writers did get somewhere
     save_index(directory, open_index(directory, device=CPU))
-    assert set(names(directory)) == files.read_description(directory).files() | {"index.json"}
+    description = files.read_description(directory)
+    assert set(names(directory)) == description.files() | {"index.json", ".atlas-cache"}
+    assert_offsets_are_those_of(directory, description.segment.passages.file)

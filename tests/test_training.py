@@ -405,3 +405,23 @@ def test_going_on_with_a_loaded_index_that_was_refreshed(tmp_path):
     straight = losses_of(run(tmp_path, name="straight", total_steps=6, **flags))
     run(tmp_path, name="stopped", total_steps=3, **flags)
     assert losses_of(run(tmp_path, name="stopped", total_steps=6, **flags)) == straight
+
+
+def test_a_run_resumes_with_the_index_that_it_loaded_although_its_encoder_has_moved_on(tmp_path, capsys):
+    """And nobody else takes that index for one of the trained encoder; query-side training needs no flag."""
+    search = {"train_data": None, "reader_model_type": None, "retrieve_only": True}
+    run(tmp_path, "evaluate", name="made", save_index_path=tmp_path / "index", **search)
+    flags = {"eval_data": None, "passages": None, "load_index_path": tmp_path / "index", "train_retriever": True}
+    directory = run(tmp_path, total_steps=2, save_freq=1, **flags)
+    assert "was made by retriever" not in (directory / "run.log").read_text()
+    run(tmp_path, total_steps=3, save_freq=1, **flags)
+    assert "Resuming after step 2" in (log := (directory / "run.log").read_text()) and "was made by retriever" in log
+    given = {"passages": None, "load_index_path": tmp_path / "index", "model_path": directory} | search
+    with pytest.raises(SystemExit):
+        run(tmp_path, "evaluate", name="refused", **given)
+    assert "insist with --allow_other_index" in capsys.readouterr().err.splitlines()[-1]
+    run(tmp_path, "evaluate", name="insisting", allow_other_index=True, **given)
+    for steps in (1, 2):  # the second one resumes
+        query_side = run(tmp_path, name="query", total_steps=steps, query_side_retriever_training=True, **flags)
+    assert "was made by retriever" not in (query_side / "run.log").read_text()
+    run(tmp_path, "evaluate", name="tuned", **given | {"model_path": query_side})

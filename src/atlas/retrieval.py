@@ -18,12 +18,13 @@ from atlas.checkpoint import Checkpoint, check_tensors
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
+from atlas.index.directory import locked
 from atlas.index.passages import check_passages, count_duplicates, open_passages
 from atlas.index.sharded import ShardedIndex
 from atlas.index.store import open_index, save_index
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
-from atlas.model.retriever import Contriever, fingerprint
+from atlas.model.retriever import Contriever, DualEncoder, fingerprint
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.session import Session, Stopped
@@ -134,7 +135,7 @@ class Retrieval:
         # Weights of the passage encoder that built the index. They are kept only where the encoder moves on after that.
         self.built_by: dict[str, torch.Tensor] | None = None
         # Something is trained, and it is the passage encoder.
-        self._keeps_encoder = any(parameter.requires_grad for parameter in self.retriever.passage_encoder.parameters())
+        self._keeps_encoder = _learns(self.retriever)
         self._resumed_encoder = resumed_encoder
         self._warned_of_own_passages = False
 
@@ -162,12 +163,16 @@ class Retrieval:
         device, compression = session.device, compression_of(settings, run.seed)
         kind = compression.factory(1, model.retriever.dim)  # refuses what cannot be made before anything is embedded
         index = None
+        if settings.save_index_path is not None:
+            session.hold(partial(locked, Path(settings.save_index_path)))
         if settings.load_index_path is not None:
             index = open_index(
                 Path(settings.load_index_path),
                 device=device,
                 dimension=model.retriever.dim,
                 retriever_fingerprint=fingerprint(model.retriever.passage_encoder),
+                # The encoder of a resumed run has learned since, and its index is as old as it was before the stop.
+                allow_other=settings.allow_other_index or (resumed is not None and _learns(model.retriever)),
                 embedder_precision=devices.embedder_precision(device, run.embedder_precision),
                 converted=session.directory / "index",
                 compression=compression,
@@ -421,6 +426,11 @@ def _own_passages(passages: list[list[dict[str, Any]]], ids: Sequence[str | int 
             for of_query, identifier in zip(passages, ids, strict=True)
         ]
     )
+
+
+def _learns(retriever: DualEncoder) -> bool:
+    """Whether the passage encoder is trained."""
+    return any(parameter.requires_grad for parameter in retriever.passage_encoder.parameters())
 
 
 def compression_of(settings: config.Index, seed: int) -> Compression:

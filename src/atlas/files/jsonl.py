@@ -3,28 +3,28 @@
 import bisect
 import contextlib
 import gzip
-import io
 import json
+import logging
 import mmap
 import operator
 import os
 import shutil
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from atlas.files.cache import cached
 from atlas.files.disk import writing
+from atlas.files.lock import temporary
 
+log = logging.getLogger("atlas")
 CHUNK = 1 << 20  # bytes: small enough that the comparison's result stays in the processor's cache
-CACHE_VERSION = 1
 CACHE_FROM = 1 << 24  # bytes: in smaller files the lines are found within milliseconds, so nothing is cached
-NPY_HEADER = 128  # bytes before the numbers in a one-dimensional .npy file
-HEADER = 3  # the cached array starts with version, file size and mtime_ns; the offsets follow
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINE_END = ord("\n")
 
@@ -44,9 +44,13 @@ class JsonlCorpus(Sequence[dict]):
     """Rows of one or several jsonl files, in order: `len(c)`, `c[i]`, `c[2:5]`, `c[[4, 1]]`.
 
     Files are memory-mapped and only the offsets of the lines are kept, so that all processes on a machine share one
-    copy in the page cache. Offsets are found once and, for a large file, cached in `{file}.offsets.npy`. `{file}.gz` is
-    decompressed once to `{file}`; with several processes, let one of them open the corpus first. Blank lines are
-    ignored. A pickled corpus opens its files again.
+    copy in the page cache. The offsets of a large file and the text of a `.gz` are found once and cached (cache.py);
+    with several processes, let one of them open the corpus first. Blank lines are ignored. A pickled corpus opens its
+    files again.
+
+    Attributes:
+        sources: the files as they were given, by which messages name them.
+        paths: the files that hold their text: other ones for `.gz`.
 
     Args:
         parse: applied to each row when it is read; raises ValueError(reason) if the row is bad.
@@ -68,25 +72,28 @@ class JsonlCorpus(Sequence[dict]):
         choose_format: Callable[[Path, bytes], LineFormat] | None = None,
     ):
         paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-        self.paths = [decompress(Path(path)) for path in paths]
+        self.sources = [Path(path) for path in paths]
+        self.paths = [decompress(path) for path in self.sources]
         self.parse = parse
         self.max_rows = max_rows
         self.choose_format = choose_format
         self.formats: list[LineFormat] = []  # one per file
         self._maps: list[mmap.mmap | bytes] = []
         self._offsets: list[np.ndarray] = []
+        self._entries: list[Path | None] = []  # the files of the offsets
         self._first_rows = [0]  # one per file, and the total number of rows at the end
-        for path in self.paths:
-            text, offsets = open_lines(path)
-            self.formats.append(self._format_of(path, text, offsets))
+        for source, path in zip(self.sources, self.paths, strict=True):
+            text, offsets, entry = open_lines(path, source)
+            self.formats.append(self._format_of(source, text, offsets))
             offsets = offsets[int(self.formats[-1].has_header) :]
             total = len(self) + len(offsets)
             self._maps.append(text)
             self._offsets.append(offsets)
+            self._entries.append(entry)
             self._first_rows.append(min(total, max_rows) if max_rows >= 0 else total)
 
     def __reduce__(self):
-        return JsonlCorpus, (self.paths, self.parse, self.max_rows, self.choose_format)
+        return JsonlCorpus, (self.sources, self.parse, self.max_rows, self.choose_format)
 
     def __len__(self) -> int:
         return self._first_rows[-1]
@@ -120,7 +127,7 @@ class JsonlCorpus(Sequence[dict]):
         file, start = self._locate(row)
         text = self._maps[file]
         line_ends = sum(text[begin : min(begin + CHUNK, start)].count(b"\n") for begin in range(0, start, CHUNK))
-        return f"{self.paths[file]}, line {line_ends + 1}"
+        return f"{self.sources[file]}, line {line_ends + 1}"
 
     def _row(self, row: int) -> dict:
         return self._read(row, self.parse)
@@ -132,13 +139,14 @@ class JsonlCorpus(Sequence[dict]):
         except ValueError as error:
             raise DataError(f"{self.where(row)}: {error}") from error
 
-    def _format_of(self, path: Path, text: mmap.mmap | bytes, offsets: np.ndarray) -> LineFormat:
+    def _format_of(self, source: Path, text: mmap.mmap | bytes, offsets: np.ndarray) -> LineFormat:
         if self.choose_format is None:
             return JSON_LINES
+        first_line = line_at(text, int(offsets[0])).removesuffix(b"\r") if len(offsets) else b""
         try:
-            return self.choose_format(path, line_at(text, int(offsets[0])).removesuffix(b"\r") if len(offsets) else b"")
+            return self.choose_format(source.with_suffix("") if source.suffix == ".gz" else source, first_line)
         except ValueError as error:
-            raise DataError(f"{path}: {error}") from error
+            raise DataError(f"{source}: {error}") from error
 
     def _locate(self, row: int) -> tuple[int, int]:  # which file, and where in it the line starts
         index = operator.index(row) + (len(self) if row < 0 else 0)
@@ -148,7 +156,9 @@ class JsonlCorpus(Sequence[dict]):
         start, text = int(self._offsets[file][index - self._first_rows[file]]), self._maps[file]
         follows_a_line = 0 < start < len(text) and text[start - 1] == LINE_END
         if start and not follows_a_line and text[: max(0, min(start, 4))] != BYTE_ORDER_MARK:
-            raise DataError(f"{offsets_file(self.paths[file])} is damaged: remove it, and it will be made again")
+            changed = f"{self.paths[file]} was changed while it was in use: start again"
+            entry = self._entries[file]
+            raise DataError(f"{entry} is damaged: remove it, and it will be made again" if entry else changed)
         return file, start
 
 
@@ -179,48 +189,39 @@ def decode(line: bytes) -> dict:
 JSON_LINES = LineFormat(decode)
 
 
-def open_lines(path: Path) -> tuple[mmap.mmap | bytes, np.ndarray]:
-    """The memory-mapped file, and the offsets (rows,) int64 of its lines that are not blank."""
+class Lines(NamedTuple):
+    """A file as lines."""
+
+    text: mmap.mmap | bytes  # the whole of it, memory-mapped
+    offsets: np.ndarray  # (rows,) int64: where the lines that are not blank start
+    entry: Path | None  # the file that the offsets are mapped from
+
+
+def open_lines(path: Path, source: Path | None = None) -> Lines:
+    """Map a file, and find its lines, or where they were found before.
+
+    `source`: the file that it was unpacked from, beside which the offsets are kept then.
+
+    Raises: FileNotFoundError.
+    """
     with open_existing(path) as file:
-        status = os.fstat(file.fileno())
+        size = os.fstat(file.fileno()).st_size
         # An empty file cannot be mapped.
-        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b""
-    header = np.array([CACHE_VERSION, status.st_size, status.st_mtime_ns], np.int64)
-    cache = offsets_file(path)
-    offsets = read_offsets(cache, header)
-    if offsets is None:
-        offsets = find_offsets(text)
-        if status.st_size < CACHE_FROM:
-            return text, offsets
-        # If they cannot be written (the directory is read-only or full), they stay in memory.
-        with contextlib.suppress(OSError), replacing(cache) as beside, open(beside, "wb") as file:
-            np.save(file, np.concatenate([header, offsets]))
-    return text, offsets
+        text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        find = cache(partial(find_offsets, text))
+        if size >= CACHE_FROM and size:
+            # Where nothing can be written (a directory is read-only or full), the offsets stay in memory.
+            with contextlib.suppress(OSError, ValueError):
+                entry = cached(source or path, file, "offsets.npy", lambda beside: _save_offsets(path, beside, find()))
+                return Lines(text, np.load(entry, mmap_mode="r").view(np.ndarray), entry)
+        return Lines(text, find(), None)
 
 
-def offsets_file(path: Path) -> Path:
-    return path.with_name(path.name + ".offsets.npy")
-
-
-def read_offsets(cache: Path, header: np.ndarray) -> np.ndarray | None:
-    """The offsets in the cache; None if it is absent, damaged or belongs to another version of the file."""
-    try:
-        rows = max(0, (cache.stat().st_size - NPY_HEADER) // 8)
-        with open(cache, "rb") as file:
-            is_intact = file.read(NPY_HEADER) == npy_header(rows)  # numpy's parser fails in many ways on damaged ones
-        if not is_intact or rows < HEADER:
-            return None
-        cached = np.memmap(cache, np.int64, "r", offset=NPY_HEADER, shape=(rows,))
-    except (OSError, ValueError):
-        return None
-    return np.asarray(cached[HEADER:]) if np.array_equal(cached[:HEADER], header) else None
-
-
-def npy_header(rows: int) -> bytes:
-    """The header that `np.save` writes before this many int64 numbers."""
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (rows,)})
-    return file.getvalue()
+def _save_offsets(path: Path, beside: Path, offsets: np.ndarray) -> None:
+    with open(beside, "wb") as file:
+        np.save(file, offsets)
+    if (old := path.with_name(path.name + ".offsets.npy")).is_file():
+        log.info("%s is of an earlier version of this program and no longer used: you may remove it", old)
 
 
 def find_offsets(text: mmap.mmap | bytes) -> np.ndarray:
@@ -250,26 +251,29 @@ def line_at(text: mmap.mmap | bytes, start: int) -> bytes:
 
 
 def decompress(path: Path) -> Path:
-    """`{file}` for `{file}.gz`, decompressed unless a newer one exists; any other path unchanged.
+    """Where the text of a `.gz` is, after it has been decompressed into the cache; any other path unchanged.
 
-    Raises: FileNotFoundError; DataError if the file is damaged or its directory cannot be written to.
+    Raises: FileNotFoundError; DataError if the file is damaged or nothing can be written.
     """
     if path.suffix != ".gz":
         return path
-    plain = path.with_suffix("")
     with open_existing(path) as compressed:
-        if plain.exists() and plain.stat().st_mtime_ns >= os.fstat(compressed.fileno()).st_mtime_ns:
-            return plain
+
+        def unpack(beside: Path) -> None:
+            log.info("Unpacking %s into %s", path, beside.parent)
+            compressed.seek(0)
+            try:
+                with gzip.open(compressed) as source, open(beside, "wb") as target:
+                    shutil.copyfileobj(source, target, CHUNK)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+
         try:
-            with replacing(plain) as beside, gzip.open(compressed) as source, open(beside, "wb") as target:
-                shutil.copyfileobj(source, target, CHUNK)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+            return cached(path, compressed, "text", unpack)
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be decompressed into its own directory ({error}); decompress it elsewhere"
+                f"{path}: there is no place to unpack it ({error}); make room, or unpack it yourself and give that file"
             ) from error
-    return plain
 
 
 def open_existing(path: Path) -> BinaryIO:
@@ -284,10 +288,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises: FullDiskError if the block has no space to write it.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with writing(path, beside=beside):
-            yield beside
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with temporary(path) as beside, writing(path, beside=beside):
+        yield beside
+        os.replace(beside, path)

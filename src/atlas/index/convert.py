@@ -55,19 +55,22 @@ def convert(
     if target.suffix == ".faiss":
         _export(source, target, compression, ours)
         return
-    if not ours:
-        _convert_published(source, target, compression, codes_only)
-    elif compression.compresses:
-        with _all_or_nothing(target):
-            compress_index(source, target, compression, codes_only=codes_only)
-    elif files.read_description(source).version < files.VERSION:
-        with _all_or_nothing(target):
-            _copy_to_this_version(source, target)
-    else:
+    if ours and not compression.compresses and files.read_description(source).version == files.VERSION:
         raise ValueError(
             f"{source} is an index of ours already: say with --faiss_index_type what to compress it to, or end TARGET "
             "in .faiss to export it"
         )
+    if target.is_file():
+        raise ValueError(f"{target} is a file: TARGET is a directory, or ends in .faiss")
+    with files.locked(target):
+        if not ours:
+            _convert_published(source, target, compression, codes_only)
+        elif compression.compresses:
+            with _all_or_nothing(target):
+                compress_index(source, target, compression, codes_only=codes_only)
+        else:
+            with _all_or_nothing(target):
+                _copy_to_this_version(source, target)
     found = files.read_description(target)
     log.info("%s holds an index of %d passages, of type %s", target, found.size, found.type)
 
@@ -253,11 +256,9 @@ def _is_compressed(source: Path, target: Path, factory: str, codes_only: bool) -
 
 def _check_free(target: Path) -> None:
     """Raises: ValueError unless nothing is there but what a conversion that was stopped has left."""
-    if target.is_file():
-        raise ValueError(f"{target} is a file: TARGET is a directory, or ends in .faiss")
     if files.has_index(target):
         kind = files.read_description(target).type
         raise ValueError(f"{target} holds another index, of type {kind}: choose another TARGET, or move it away")
-    others = [path.name for path in target.glob("*") if not files.is_leftover(path.name) and path.name != _FLAT]
+    others = [path.name for path in target.glob("*") if not files.is_ours(path.name) and path.name != _FLAT]
     if others:
         raise ValueError(f"{target} holds other files ({sorted(others)[0]}): TARGET must be a new directory")

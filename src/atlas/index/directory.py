@@ -11,18 +11,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from atlas.files import cache
 from atlas.files.disk import existing_directory, writing
 from atlas.files.jsonl import replacing
+from atlas.files.lock import holding
 from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, Array, Layout
-from atlas.runtime.tracking import log
 
 VERSION = 2
 CONVERTING = "converting.json"
+LOCK = "write.lock"
 _HEADER_BYTES = {1: 128, 2: HEADER_BYTES}  # of arrays, by version
 _OURS = re.compile(r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes)\.\d+\.npy|trained\.\d+\.faiss)")
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
@@ -94,7 +96,7 @@ class Description:
         """Names of all files of the index but `index.json`."""
         segment = self.segment
         parts = (segment.passages, segment.embeddings, segment.codes, self.quantizer)
-        return {f"{segment.passages.file}.offsets.npy"} | {part.file for part in parts if part}
+        return {part.file for part in parts if part}
 
 
 def has_index(directory: Path) -> bool:
@@ -195,10 +197,22 @@ def commit(directory: Path, description: Description) -> None:
 
 def tidy(directory: Path) -> None:
     """Remove what writers left, killed ones too: every file of an index that `index.json` does not name."""
+    for path in _leftovers(directory):
+        cache.forget(path)
+        path.unlink()
+
+
+def tidy_unless_busy(directory: Path) -> None:
+    """`tidy` for those who only read, who need not be able to write: not while another process writes there."""
+    if _leftovers(directory) or (directory / LOCK).exists():
+        with contextlib.suppress(ValueError), locked(directory):
+            tidy(directory)
+
+
+def _leftovers(directory: Path) -> list[Path]:
     kept = read_description(directory).files() | {"index.json"} if has_index(directory) else set()
-    for path in directory.iterdir() if directory.is_dir() else ():
-        if path.name not in kept and is_leftover(path.name):
-            path.unlink()
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return [path for path in paths if path.name not in kept and is_leftover(path.name)]
 
 
 def is_leftover(name: str) -> bool:
@@ -206,6 +220,11 @@ def is_leftover(name: str) -> bool:
     half_written = _HALF_WRITTEN.fullmatch(name)
     name = half_written[1] if half_written else name
     return bool(_OURS.fullmatch(name)) or name == CONVERTING or (half_written is not None and name == "index.json")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file or folder of this name is no reason to leave a directory alone in which an index is made."""
+    return is_leftover(name) or name in (LOCK, cache.FOLDER)
 
 
 def is_passages(path: Path, directory: Path) -> bool:
@@ -231,26 +250,13 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Make the directory, and keep out other processes that ask for the same, where the file system can do that.
+def locked(directory: Path) -> AbstractContextManager[None]:
+    """Make the directory, and keep other processes from writing an index into it, where the file system can do that.
 
-    Raises: ValueError when another process is in.
+    Entering it raises: ValueError when another process is in.
     """
-    import fcntl  # not on every system, and only conversions lock
-
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is writing into {directory}: wait until it has finished") from error
-        except OSError as error:
-            log.debug("%s cannot be locked: %s", directory, error)
-        yield
-    finally:
-        os.close(handle)
+    what = f"another process is writing into {directory}"
+    return holding(directory / LOCK, what, "wait until it has finished, or choose another directory")
 
 
 def fingerprint_passages(path: Path, copied_from: str | None = None, *, blocks: int = 64) -> Passages:

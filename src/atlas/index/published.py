@@ -118,7 +118,7 @@ def convert_published(
         OSError: a file cannot be read or written.
     """
     if is_converted(directory, output):
-        files.tidy(output)
+        files.tidy_unless_busy(output)
         return
     source = look_at(directory)
     begun = _resume(output, source)

@@ -90,11 +90,12 @@ def write_index(directory: Path, content: Content, origin: Origin) -> None:
         raise ValueError(
             "--save_index_codes_only: a flat index has no codes; leave the flag out, or compress the index"
         )
-    try:
-        _write(directory, content, origin)
-    except (ValueError, OSError):
-        distributed.on_main("removing what was written", partial(_remove_what_failed, directory))
-        raise
+    with distributed.held_on_main("locking the index", partial(files.locked, directory)):
+        try:
+            _write(directory, content, origin)
+        except (ValueError, OSError):
+            distributed.on_main("removing what was written", partial(_remove_what_failed, directory))
+            raise
 
 
 def _remove_what_failed(directory: Path) -> None:
@@ -122,6 +123,7 @@ def _write(directory: Path, content: Content, origin: Origin) -> None:
 
 def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, Description]:
     """On rank 0: the passages, the quantizer, and embeddings that can be linked. The arrays are still to be written."""
+    files.tidy(directory)  # what killed writers left may take the room that is needed
     generation, codec = files.next_generation(directory), content.codec
     passages = _keep_passages(directory, f"passages.{generation}.jsonl", content.passages)
     embeddings = quantizer = None
@@ -146,6 +148,7 @@ def open_index(
     device: torch.device,
     dimension: int | None = None,
     retriever_fingerprint: str | None = None,
+    allow_other: bool = False,
     embedder_precision: str | None = None,
     converted: Path | None = None,
     compression: Compression = ANY,
@@ -157,18 +160,20 @@ def open_index(
 
     Args:
         dimension: D of the retriever that is to search; None: any.
-        retriever_fingerprint: of the passage encoder; embeddings of another one are only warned about, because that is
-            normal after a tied training and when a run is resumed.
+        retriever_fingerprint: of the passage encoder; embeddings of another one are refused.
+        allow_other: only warn of embeddings of another encoder, because that is wanted, or normal: a resumed run whose
+            encoder has moved on.
         embedder_precision: of the queries; passages that were embedded in another one are mentioned in the log.
         converted: where a published index is converted to, once; an unchanged one is not converted again.
         compression: the kind of index asked for, and how it is searched.
 
     Raises:
         ValueError: on every rank, with what differs: no index, damaged or changed files, another D, another kind where
-            there are no embeddings to make it of.
+            there are no embeddings to make it of; the embeddings of another passage encoder.
         OSError: a file cannot be read.
     """
-    check = partial(_find, Path(directory), converted, dimension, compression)
+    retriever = None if allow_other else retriever_fingerprint
+    check = partial(_find, Path(directory), converted, dimension, retriever, compression)
     place, description, fits = distributed.on_main("checking the index", check)
     kind, where = (compression, device) if fits else (Compression(FLAT[0]), torch.device("cpu"))
     open_rows = partial(_open_rows, place, description, kind, where)
@@ -188,7 +193,9 @@ def open_index(
 
 def _tell_differences(place: Path, description: Description, retriever: str | None, precision: str | None) -> None:
     """Log where passages were embedded in another way than queries are, as far as both are known."""
-    if None not in (retriever, description.retriever) and description.retriever != retriever:
+    if retriever and description.retriever is None:
+        log.warning("%s does not say which retriever it was made by: use the one that belongs to it", place)
+    elif retriever and description.retriever != retriever:
         log.warning("%s was made by retriever %s and is searched with %s", place, description.retriever, retriever)
     embedded_in = description.embedder_precision
     if None not in (precision, embedded_in) and embedded_in != precision:
@@ -196,7 +203,7 @@ def _tell_differences(place: Path, description: Description, retriever: str | No
 
 
 def _find(
-    directory: Path, converted: Path | None, dimension: int | None, compression: Compression
+    directory: Path, converted: Path | None, dimension: int | None, retriever: str | None, compression: Compression
 ) -> tuple[Path, Description, bool]:
     """Where the index is (a published one is converted first), what it is, and whether it is of the kind asked for."""
     place = directory if files.has_index(directory) else _convert(directory, converted)
@@ -205,6 +212,12 @@ def _find(
         raise ValueError(
             f"{place} holds embeddings of size {description.dimension}, the retriever makes them of size "
             f"{dimension}: use the retriever that the index was made with, or build the index anew"
+        )
+    if None not in (retriever, description.retriever) and description.retriever != retriever:
+        raise ValueError(
+            f"{place} was made by the passage encoder {description.retriever} and would be searched with {retriever}, "
+            "whose embeddings are others: build the index anew (--passages), use the model that it was made with, or "
+            "insist with --allow_other_index"
         )
     fits = _fits(place, description, compression)
     checked_passages(place, description)  # finds the offsets of the lines, before the other ranks need them
@@ -359,7 +372,7 @@ def _keep_embeddings(directory: Path, name: str, stored: Stored) -> Array | None
         return None
     source = (stored.directory / array.file).resolve()
     if source.parent == directory.resolve():
-        return array
+        return array if source.is_file() else None
     with contextlib.suppress(OSError):  # on another file system, or on one without links
         os.link(source, directory / name)
         return replace(array, file=name)

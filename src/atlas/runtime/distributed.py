@@ -297,6 +297,14 @@ def on_main(what: str, work: Callable[[], T]) -> T:
     return from_main(on_every_rank(what, lambda: work() if is_main() else None))
 
 
+@contextlib.contextmanager
+def held_on_main(what: str, context: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
+    """Enter a context, such as a lock, on rank 0 for the time of the block; an error of it reaches every rank."""
+    with contextlib.ExitStack() as stack:
+        on_main(what, lambda: stack.enter_context(context()) and None)
+        yield
+
+
 def main_failed_too(error: Exception, within_seconds: float = 3.0) -> bool:
     """Whether rank 0 reports an error of its own. Called by every rank that is about to end because of an error."""
     if is_main():

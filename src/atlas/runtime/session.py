@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from atlas import config
 from atlas.files.disk import writing
+from atlas.files.lock import holding
 from atlas.options import write_options
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -38,6 +41,11 @@ class Session:
     device: torch.device
     directory: Path  # `{checkpoint_dir}/{name}`: log, results, checkpoints
     tensorboard: TensorBoard
+    locks: contextlib.ExitStack  # let go of when the run ends
+
+    def hold(self, lock: Callable[[], AbstractContextManager[object]]) -> None:
+        """Hold a lock on rank 0 until the run ends. Collective. Raises: what taking it raises, on every rank."""
+        self.locks.enter_context(distributed.held_on_main("locking", lock))
 
     def write_options(self, name: str, heading: str, text: str) -> None:
         """Write a file of all flags into the directory, on rank 0; those of earlier starts are kept."""
@@ -58,27 +66,32 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(settings: config.Run) -> Iterator[Session]:
+def session(settings: config.Run, work: str) -> Iterator[Session]:
     """Join the other ranks, start the log, and end the process as users and schedulers expect.
 
     ValueError, OSError, a full GPU and a lost rank are the user's to fix: they end the run with one sentence and status
     1. Anything else is a bug and shows its traceback. Tracebacks of both kinds are in the rank's log. A rank that ends
     with an error does not leave the process group, because that could wait for the other ranks for ever. `Stopped` ends
     the run with status 143, which tells schedulers and torchrun to start it again.
+
+    Args:
+        work: "train" or "evaluate". A run's directory is for one process group at a time that does the same: another
+            one is refused before it writes anything there.
     """
     directory = Path(settings.checkpoint_dir) / settings.name
-    stopped = False
+    stopped, locks = False, contextlib.ExitStack()
     start_log(None)  # for what goes wrong before there is a file
     try:
         device = devices.pick_device(settings.device, distributed.local_rank())
         distributed.start(device.type)
+        locks.enter_context(distributed.held_on_main("locking the run", partial(_alone, directory, work)))
         start_log(directory)
         transformers_logging.set_verbosity_error()  # its advice is about its own trainer
         transformers_logging.disable_progress_bar()
         devices.seed_everything(settings.seed)
         with contextlib.closing(TensorBoard(directory)) as tensorboard:
             try:
-                yield Session(settings, device, directory, tensorboard)
+                yield Session(settings, device, directory, tensorboard, locks)
             except Stopped as stop:
                 stopped = True
                 traceback.clear_frames(stop.__traceback__)
@@ -89,11 +102,20 @@ def session(settings: config.Run) -> Iterator[Session]:
     except Exception as error:
         report_error(error, f"{type(error).__name__}: {error}")
         raise
+    finally:
+        locks.close()
     # A DDP model that outlives the process group may hang in its destructor: gloo's threads wait for Python's lock.
     gc.collect()
     distributed.stop()
     if stopped:
         sys.exit(128 + signal.SIGTERM)
+
+
+def _alone(directory: Path, work: str) -> AbstractContextManager[None]:
+    """Keeps out other processes that would write the same files of a run."""
+    what = {"train": "a run of this name is active", "evaluate": "an evaluation of this name is active"}[work]
+    remedy = "wait until it has ended, or give another --name"
+    return holding(directory / f"{work}.lock", f"{directory}: {what}", remedy)
 
 
 def _sentence(error: Exception) -> str:

@@ -66,7 +66,7 @@ def say(sentence: str) -> None:
 
 def start_log(directory: Path | None) -> None:
     """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log. Files are appended to."""
-    handlers: list[logging.Handler] = [_Screen()] if distributed.is_main() else []
+    handlers: list[logging.Handler] = [_Screen() if distributed.is_main() else logging.NullHandler()]
     if directory is not None:
         name = "run.log" if distributed.is_main() else f"run.rank-{distributed.rank()}.log"
         with writing(directory / name):

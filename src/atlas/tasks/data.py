@@ -35,7 +35,7 @@ class Data:
     def __init__(
         self, corpus: JsonlCorpus, task: Task, *, seed: int, batch_size: int, rank: int, world_size: int
     ) -> None:
-        for path, lines in zip(corpus.paths, corpus.rows_of_files(), strict=True):
+        for path, lines in zip(corpus.sources, corpus.rows_of_files(), strict=True):
             if not lines:
                 raise ValueError(f"{path}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
@@ -142,7 +142,7 @@ class Data:
     @property
     def name(self) -> str:
         """The files, for messages."""
-        return ", ".join(map(str, self.corpus.paths))
+        return ", ".join(map(str, self.corpus.sources))
 
     def check(self, lines: range, read: Callable[[int], object]) -> np.ndarray:
         """Read lines once, so that a bad one is found before anything expensive starts.
@@ -175,7 +175,7 @@ class Data:
         Raises:
             ValueError: the task skips all lines of a file.
         """
-        for path, lines in zip(self.corpus.paths, self.corpus.rows_of_files(), strict=True):
+        for path, lines in zip(self.corpus.sources, self.corpus.rows_of_files(), strict=True):
             if not counts[lines.start : lines.stop].any():
                 raise ValueError(f"{path}: no line is left, because the task skips {self.task.skips}")
         if not counts.all():
