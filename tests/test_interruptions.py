@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atlas import retrieval
 from atlas.checkpoint import latest_checkpoint, load_checkpoint
 from atlas.config import parse_config
 from atlas.evaluation.evaluator import Evaluator
@@ -209,8 +210,8 @@ def crash():
 
 def test_a_signal_while_the_first_index_is_built(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        nth_call(patch, Retrieval, "_embed", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        nth_call(patch, Retrieval, "_embed", 4, crash)
+        nth_call(patch, retrieval, "_embed_by_autocast", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        nth_call(patch, retrieval, "_embed_by_autocast", 4, crash)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path, total_steps=2, eval_data=None)
     assert ended.value.code == 143 and latest_checkpoint(tmp_path / "run") is None
@@ -225,14 +226,19 @@ def test_a_signal_while_the_index_is_refreshed(tmp_path, monkeypatch, accumulati
     flags |= {"accumulation_steps": accumulation_steps}
     straight, stopped = run(tmp_path, name="straight", **flags), tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        refreshed = []
+        builds, refreshed = [], []
 
-        def signal_in_the_refresh(retrieval, ids, mask, embed=Retrieval._embed):
-            if retrieval.built_by is not None and not refreshed:
+        def signal_in_the_refresh(*arguments, embed=retrieval._embed_by_autocast):
+            if len(builds) == 2 and not refreshed:
                 refreshed.append(os.kill(os.getpid(), signal.SIGUSR1))
-            return embed(retrieval, ids, mask)
+            return embed(*arguments)
 
-        patch.setattr(Retrieval, "_embed", signal_in_the_refresh)
+        def counted(*arguments, build=Retrieval.build):
+            builds.append(None)
+            return build(*arguments)
+
+        patch.setattr(retrieval, "_embed_by_autocast", signal_in_the_refresh)
+        patch.setattr(Retrieval, "build", counted)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path, name="stopped", **flags)
     assert ended.value.code == 143 and refreshed
@@ -243,11 +249,11 @@ def test_a_signal_while_the_index_is_refreshed(tmp_path, monkeypatch, accumulati
 
 
 def _run_with_a_signal_to_one_rank(arguments, owner, name, call):
-    """The status of a rank where rank 1 alone gets a signal in the so-many-th call of a method."""
+    """The status of a rank where rank 1 alone gets a signal in the so-many-th call of a method (or of retrieval's)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "stop", lambda: None)  # the process group goes on living
         if distributed.rank() == 1:
-            nth_call(patch, owner, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            nth_call(patch, owner or retrieval, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
         try:
             train(parse_config(arguments, program="train"))
         except SystemExit as ended:
@@ -261,7 +267,7 @@ def _run_with_a_signal_to_one_rank(arguments, owner, name, call):
         ({}, Evaluator, "_evaluate_batch", 2),
         # nothing that ranks do together is in a batch
         ({"closed_book": True, "passages": None, "write_results": False}, Evaluator, "_evaluate_batch", 2),
-        ({}, Retrieval, "_embed", None),
+        ({}, None, "_embed_by_autocast", None),
     ],
 )
 def test_a_signal_to_one_of_two_ranks_ends_both(tmp_path, changes, owner, name, saved):
@@ -297,7 +303,7 @@ def test_the_order_of_the_data_survives_another_number_of_ranks(tmp_path):
     lines = [{"query": str(i), "target": "t"} for i in range(13)]
     corpus = JsonlCorpus((write_jsonl(tmp_path / "data.jsonl", lines),))
 
-    def queries(steps, world_size, batch_size, resumed=(0, 0)):
+    def queries(steps, world_size, batch_size, resumed=(0, 0, 13)):
         ranks = [
             Data(corpus, make_task("base"), seed=5, batch_size=batch_size, rank=rank, world_size=world_size)
             for rank in range(world_size)
@@ -309,8 +315,8 @@ def test_the_order_of_the_data_survives_another_number_of_ranks(tmp_path):
 
     straight, _ = queries(range(1, 31), 1, 1)
     first, seen = queries(range(1, 4), 2, 2)
-    second, seen = queries(range(4, 8), 3, 1, (3, seen))
-    third, seen = queries(range(8, 14), 1, 1, (7, seen))
+    second, seen = queries(range(4, 8), 3, 1, (3, seen, 13))
+    third, seen = queries(range(8, 14), 1, 1, (7, seen, 13))
     assert first + second + third == straight and seen == 30
 
 
