@@ -8,6 +8,7 @@ import dataclasses
 import operator
 import os
 import re
+import signal
 import string
 import sys
 from collections.abc import Callable, Sequence
@@ -266,7 +267,15 @@ def parse_config(
         _check(config, program)
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:  # a name that is too long, a directory that may not be looked into
+        parser.error(f"{error.filename!s:.200} cannot be looked at: {error.strerror}")
     return config
+
+
+def quiet_until_started() -> None:
+    """Let Ctrl-C end this process at once and without a traceback, until a session handles it: imports take seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in a shell's background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def evaluation_name(path: str) -> str:
@@ -315,8 +324,8 @@ class _Help(argparse.HelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # torchrun starts many of us with the same words: one complaint on each machine is enough.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        # torchrun and srun start many of us with the same words: one complaint on each machine is enough.
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,11 +1,13 @@
 """What a user sees during a run: run.log and the screen, progress bars, tensorboard, means of statistics."""
 
+import contextlib
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -24,17 +26,59 @@ class _Screen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         shown = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
         stream = sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-        tqdm.write(self.format(shown), file=stream)
-        stream.flush()
+        try:
+            tqdm.write(self.format(shown), file=stream)
+            stream.flush()
+        except OSError as error:  # nobody reads the screen any more: `| head`, or the terminal has gone
+            discard(stream)
+            log.warning("The screen cannot be written to (%s): from here on, only this file has the log", error)
+
+
+class _File(logging.FileHandler):
+    """A log file. When it cannot be written, the screen says so once, and the run goes on."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not self.failed:
+            self.failed = True
+            print(f"{self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr, flush=True)
+
+
+def open_standard_streams() -> None:
+    """Point standard input, output and error that the caller has closed (`>&-`) at nothing.
+
+    Otherwise the next file that is opened takes their place, and gets what libraries print.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (for good)
+
+
+def discard(stream: TextIO) -> None:
+    """Point a stream that nobody reads at nothing, so that no other write to it fails, nor the last one at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
 
 
 def start_log(directory: Path | None) -> None:
-    """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log. Files are appended to."""
+    """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log. Files are appended to.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     handlers: list[logging.Handler] = [_Screen()] if distributed.is_main() else []
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         name = "run.log" if distributed.is_main() else f"run.rank-{distributed.rank()}.log"
-        handlers.append(logging.FileHandler(directory / name, encoding="utf-8"))
+        handlers.append(_File(directory / name, encoding="utf-8"))
+        distributed.log_stacks(handlers[-1].stream)
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
