@@ -26,7 +26,7 @@ VERSION = 2
 CONVERTING = "converting.json"
 _HEADER_BYTES = {1: 128, 2: HEADER_BYTES}  # of arrays, by version
 _OURS = re.compile(r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes)\.\d+\.npy|trained\.\d+\.faiss)")
-_MOST, _MOST_IN_BLOCK, _LONGEST_TYPE = 2**53, 2**30, 200  # in index.json
+_MOST, _MOST_IN_BLOCK, _LARGEST_DIMENSION, _LONGEST_TYPE = 2**53, 2**30, 2**16, 200  # in index.json
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 
 
@@ -117,7 +117,7 @@ def read_description(directory: Path) -> Description:
         if len(fields["segments"]) != 1 or fields["segments"][0]["tombstones"] is not None:
             raise ValueError(_newer(path, f"{len(fields['segments'])} segments, or deleted passages"))
         description = description_of(fields | {"version": version})
-    except (TypeError, KeyError) as error:  # more fields, or fewer, under a checksum that fits
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:  # other fields under a checksum that fits
         raise ValueError(_newer(path, f"other fields ({error})")) from error
     if problem := _problem(description):
         raise ValueError(f"{path} cannot be right ({problem}): {AGAIN}")
@@ -138,9 +138,9 @@ def _made(kind: Any, value: Any) -> Any:
         kind = get_args(kind)[0] if value is not None else type(None)
     if get_origin(kind) is tuple:
         return tuple(_made(part, item) for part, item in zip(get_args(kind), value, strict=True))
-    if is_dataclass(kind):
+    if is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
-        return kind(**{name: _made(hints[name], item) for name, item in dict(value).items()})
+        return kind(**{name: _made(hints[name], item) for name, item in value.items()})
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise TypeError(f"{json.dumps(value)[:40]} is no {kind.__name__}")
     return value
@@ -154,14 +154,18 @@ def _problem(description: Description) -> str | None:
         return "codes without a quantizer, or one without the other"
     if not arrays:
         return "neither embeddings nor codes"
-    numbers = [segment.size, segment.passages.bytes, description.dimension, *(a.block_bytes or 1 for a in arrays)]
-    numbers += [quantizer.code_size] if quantizer else []
-    if not all(0 < number < _MOST for number in numbers) or any((a.block_bytes or 1) > _MOST_IN_BLOCK for a in arrays):
+    blocks = [1 if array.block_bytes is None else array.block_bytes for array in arrays]
+    sizes = [segment.size, segment.passages.bytes, quantizer.code_size if quantizer else 1, *blocks]
+    if not 0 < description.dimension <= _LARGEST_DIMENSION or not all(0 < size < _MOST for size in sizes):
         return "numbers that are no sizes"
+    if max(blocks) > _MOST_IN_BLOCK or not all(re.fullmatch("([0-9a-f]{8})*", array.blocks or "") for array in arrays):
+        return "blocks that are none"
     if not all(0 <= array.largest_norm < math.inf for array in arrays):
         return "a norm that is not finite"
-    if len(description.type) > _LONGEST_TYPE:
-        return "a type that is too long"
+    if any((array.block_bytes is None) != (array.blocks is None) for array in arrays):
+        return "checksums without the size of their blocks, or one without the other"
+    if len(description.type) > _LONGEST_TYPE or not description.type.isascii():
+        return "a type that is none"
     return None
 
 

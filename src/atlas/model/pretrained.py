@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 LARGEST_SIZE, MOST_LAYERS = 2**24, 1000
+LONGEST_REASON = 500
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 
@@ -44,7 +45,8 @@ def _first_sentence(error: Exception) -> str:
     text = str(error).strip()
     if isinstance(error, KeyError | TypeError | AttributeError) or not text:  # says little without its kind
         text = f"{type(error).__name__}: {text}"
-    return text.splitlines()[0].split(". ")[0].rstrip(".: ")
+    sentence = text.splitlines()[0].split(". ")[0].rstrip(".: ")
+    return sentence if len(sentence) <= LONGEST_REASON else f"{sentence[:LONGEST_REASON]}..."
 
 
 def _pointer_file(directory: Path) -> str | None:
