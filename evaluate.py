@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from atlas.config import TOKENIZING_TASKS, Config, parse_config
+from atlas.config import TOKENIZING_TASKS, Config, parse_config, quiet_until_started
 
 if TYPE_CHECKING:
     from atlas.runtime.session import Session
@@ -61,4 +61,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    quiet_until_started()
     main()

@@ -2,7 +2,7 @@
 
 import argparse
 
-from atlas.config import parse_config
+from atlas.config import parse_config, quiet_until_started
 from train import train
 
 
@@ -54,4 +54,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    quiet_until_started()
     main()

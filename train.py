@@ -7,7 +7,7 @@ index is refreshed now and then if the encoder of passages learns too.
 
 from typing import TYPE_CHECKING
 
-from atlas.config import Config, parse_config
+from atlas.config import Config, parse_config, quiet_until_started
 
 if TYPE_CHECKING:
     from atlas.runtime.session import Session
@@ -90,4 +90,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    quiet_until_started()
     main()

@@ -22,7 +22,8 @@
 # through srun and torchrun to the processes. They save a checkpoint and end. Then the job is requeued under the same
 # number and resumes when it starts again. (`--requeue` alone only covers lost nodes and preemption.) A running
 # evaluation is stopped after SAVE_SECONDS. Without SLURM, Ctrl-C and SIGTERM also end a run with a checkpoint, and the
-# same command resumes it.
+# same command resumes it. (`srun python train.py` with a task for each GPU works as well; these scripts use torchrun, which
+# passes signals on everywhere.)
 
 DATA_DIR=${DATA_DIR:-data}
 OUT=${OUT:-$DATA_DIR/experiments}

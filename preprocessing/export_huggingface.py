@@ -189,7 +189,7 @@ def export_retriever(checkpoint: Any, output: Path, name_or_path: str, dtype: st
     max_length = min(checkpoint.options.get("text_maxlength", longest), longest)
     for name, encoder in encoders.items():
         directory = write_model(output / name, "BertModel", encoder.config, {}, encoder.state_dict(), dtype)
-        AutoTokenizer.from_pretrained(name_or_path).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False).save_pretrained(directory)
         write_sentence_files(directory, encoder.config, max_length)
         gap = norm_gap(encoder, tokenizer) if encoder.config.uncentered_layer_norm else 0.0
         if gap:

@@ -8,7 +8,8 @@ A source is a folder, which is searched recursively for .txt, .md and .html file
 output have `id`, `title`, `section` and `text`. An id is the file's path in the folder (or the row's `id`, or its
 number, from 1), a hyphen, and the number of the passage in the document, from 0. The title is the first heading if all
 others are below it, else that of the HTML page or the front matter, else the file's name. Other headings become
-sections. Hidden files and folders are ignored. Words are separated by spaces.
+sections. Hidden files and folders are ignored, and so are symbolic links that lead out of the folder, and links to
+folders; --follow_links reads what they lead to as well. Words are separated by spaces.
 """
 
 import argparse
@@ -174,16 +175,30 @@ def read_file(path: Path, identifier: str) -> Document:
     return outline.document(identifier, path.stem)
 
 
-def find_files(folder: Path) -> list[Path]:
-    """All files in the folder and its subfolders that are not hidden, sorted by path."""
+def find_files(folder: Path, follow_links: bool, counts: Counter[str]) -> list[Path]:
+    """All files in the folder and its subfolders that are not hidden, sorted by path; links left out are counted."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    files = []
-    for directory, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(directory, name) for name in names if not name.startswith(".")]
+    def is_left_out(path: Path) -> bool:
+        left_out = path.is_symlink() and not (
+            follow_links or (path.is_file() and path.resolve().is_relative_to(inside))
+        )
+        if left_out or (path.is_symlink() and not path.exists()):
+            counts["symbolic links"] += 1
+            return True
+        return False
+
+    inside, seen, files = folder.resolve(), set(), []
+    for directory, folders, names in os.walk(folder, onerror=fail, followlinks=follow_links):
+        place = Path(directory)
+        if place.resolve() in seen:  # a link to a folder that it is in, or that has been read
+            folders.clear()
+            continue
+        seen.add(place.resolve())
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and not is_left_out(place / name)]
+        files += [place / name for name in names if not name.startswith(".") and not is_left_out(place / name)]
     return sorted(files)
 
 
@@ -219,10 +234,10 @@ def read_table(path: Path) -> Iterator[Document]:
             csv.field_size_limit(limit)
 
 
-def read_source(source: Path, counts: Counter[str]) -> Iterator[Document]:
-    """All documents; files of unknown kinds are counted. Raises: FileNotFoundError, DataError."""
+def read_source(source: Path, counts: Counter[str], follow_links: bool = False) -> Iterator[Document]:
+    """All documents; files of unknown kinds and links left out are counted. Raises: FileNotFoundError, DataError."""
     if source.is_dir():
-        files = find_files(source)
+        files = find_files(source, follow_links, counts)
         readable = [path for path in files if path.suffix.lower() in READERS]
         counts["files of other kinds"] += len(files) - len(readable)
         for path in tqdm(readable, "Documents", unit=" files", disable=None):
@@ -237,11 +252,11 @@ def read_source(source: Path, counts: Counter[str]) -> Iterator[Document]:
         raise DataError(f"{source}: neither a folder nor one of {', '.join([*READERS, *TABLES])}")
 
 
-def prepare(source: Path, output: Path, words: int) -> None:
+def prepare(source: Path, output: Path, words: int, follow_links: bool = False) -> None:
     """Write the passages and print how many there are. Raises: FileNotFoundError, DataError."""
     counts: Counter[str] = Counter()
     with writing(output) as write:
-        for document in read_source(source, counts):
+        for document in read_source(source, counts, follow_links):
             passages = passages_of(document.id, document.title, document.sections, words)
             counts["documents" if passages else "empty documents"] += 1
             counts["passages"] += len(passages)
@@ -262,10 +277,13 @@ def main() -> None:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="a folder, a document, or a .csv or .tsv")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl to write")
+    parser.add_argument(
+        "--follow_links", action="store_true", help="follow symbolic links out of the folder, and to folders"
+    )
     add_words_flag(parser)
     arguments = parser.parse_args()
     with exit_on_user_error(stopped="nothing was written"):
-        prepare(arguments.source, arguments.output, arguments.words)
+        prepare(arguments.source, arguments.output, arguments.words, arguments.follow_links)
 
 
 if __name__ == "__main__":

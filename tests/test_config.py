@@ -472,8 +472,16 @@ def test_two_evaluation_files_of_one_name(files, capsys):
     assert "two files are called dev" in capsys.readouterr().err
 
 
-def test_only_one_rank_complains(files, capsys, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+def test_a_path_that_cannot_be_looked_at_is_one_sentence(files, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_config(words(files, passages=files / ("x" * 5000)))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.endswith("cannot be looked at: File name too long\n"), said
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_only_one_rank_complains(files, capsys, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
     with pytest.raises(SystemExit):
         parse_config(words(files, task=None))
     assert capsys.readouterr().err == ""

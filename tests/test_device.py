@@ -1,6 +1,7 @@
 """Choices that depend on the device. There is none here but a CPU, so torch's answers about GPUs are replaced."""
 
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -8,11 +9,14 @@ import warnings
 import pytest
 import torch
 
+from atlas.config import parse_config
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.device import cpu_precision, pick_device
 from tests.kit import command_line
 from tests.patience import free_port
+from tests.ranks import rank_environment
+from train import train
 
 
 @pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "fp32")])
@@ -57,8 +61,9 @@ def test_a_driver_that_is_too_old_is_no_silent_run_on_the_cpu(monkeypatch):
 
 
 def test_ranks_that_are_started_without_torchrun_do_not_share_a_gpu(monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in rank_environment(3, 4, 29_500).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK")
     assert distributed.local_rank() == 3
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert distributed.local_rank() == 1
@@ -72,25 +77,57 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     assert devices.available_cores() == 64
 
 
-@pytest.mark.processes
+def test_a_process_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
+    gpus(monkeypatch, 1)
+    assert pick_device("auto", 3, sees_own_gpus=True) == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="needs a GPU of its own"):
+        pick_device("auto", 3)
+    gpus(monkeypatch, 4)
+    assert pick_device("auto", 3, sees_own_gpus=True) == torch.device("cuda", 3)
+
+
+# What is in the way, and what is said about it. A host's name is waited for, and so is a rank, while the time lasts.
+RANKS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ATLAS_TIMEOUT_SECONDS": "1"}
+
+
 @pytest.mark.parametrize(
     ("changes", "environment", "expected"),
     [
         ({"device": "cuda"}, {}, "--device cuda: torch "),
-        ({}, {"RANK": "0"}, "rank 0 cannot meet the other ranks at MASTER_ADDR:MASTER_PORT (Error initializing"),
-        ({}, {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "no-such-host.invalid"}, "rank 0 cannot meet the other"),
-        ({"checkpoint_dir": "/dev/null/runs"}, {}, "'/dev/null/runs"),
+        ({}, {"RANK": "0"}, "RANK is set and WORLD_SIZE is not: start the ranks with torchrun"),
+        ({}, RANKS | {"MASTER_ADDR": "no-such-host.invalid"}, "no machine of the name no-such-host.invalid is known"),
+        ({}, RANKS, "rank 0 of 2 cannot meet the other ranks at 127.0.0.1:"),
+        ({}, RANKS | {"ATLAS_TIMEOUT_SECONDS": "soon"}, "ATLAS_TIMEOUT_SECONDS=soon is not a number of seconds above"),
+        ({"checkpoint_dir": "/dev/null/runs"}, {}, "--checkpoint_dir /dev/null/runs: nothing can be written to"),
+        ({"name": "f"}, {}, "/f (File exists): give a directory, new or of earlier runs"),
     ],
 )
-def test_what_goes_wrong_before_there_is_a_log_is_one_sentence(tmp_path, changes, environment, expected):
+def test_what_goes_wrong_before_there_is_a_log_is_one_sentence(
+    tmp_path, monkeypatch, capfd, changes, environment, expected
+):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     if "MASTER_ADDR" in environment:
-        environment = environment | {"MASTER_PORT": str(free_port()), "ATLAS_TIMEOUT_SECONDS": "2"}
-    words = [sys.executable, "train.py", *command_line(tmp_path, **changes)]
-    done = subprocess.run(words, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert expected in done.stderr.splitlines()[-1] and len(done.stderr.splitlines()[-1]) > len(expected)
+        environment = environment | {"MASTER_PORT": str(free_port())}
+    (tmp_path / "f").touch()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = command_line(tmp_path, **changes)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        train(parse_config(line))
+    said = capfd.readouterr().err
+    assert ended.value.code == 1 and expected in said and said.count("\n") == 1, said
+
+
+@pytest.mark.processes
+def test_a_port_that_is_in_use_is_one_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        words = [sys.executable, "train.py", *command_line(tmp_path)]
+        done = subprocess.run(words, env=os.environ | RANKS | {"MASTER_PORT": port}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert f"at 127.0.0.1:{port} (" in done.stderr and "address already in use" in done.stderr
 
 
 def test_a_gpu_evaluates_as_many_examples_as_fit_some_tokens():

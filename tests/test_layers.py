@@ -104,8 +104,9 @@ def test_no_circles_inside_folders(folder):
     assert done == graph.keys(), f"a circle among {graph.keys() - done}"
 
 
-def test_nothing_is_unpickled_by_chance():
-    for path in [*SOURCES, *SCRIPTS]:
+def test_nothing_is_unpickled_or_run_by_chance():
+    """Nothing that was downloaded, and nothing that another rank sends."""
+    for path in [*SOURCES, *SCRIPTS, *(ROOT / "benchmarks").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
@@ -116,3 +117,8 @@ def test_nothing_is_unpickled_by_chance():
             if called in ("np.load", "numpy.load"):
                 assert keywords.get("allow_pickle", False) is False, path
             assert called not in ("pickle.load", "pickle.loads"), path
+            assert not re.search(r"_object(_list)?$", called), path  # torch.distributed's are pickled
+            if re.fullmatch(r"Auto\w+\.(from_pretrained|from_config)", called):
+                assert keywords.get("trust_remote_code") is False, (
+                    path
+                )  # else transformers asks, and runs it after a "y"

@@ -67,6 +67,26 @@ def test_a_folder(folder, tmp_path):
     assert (tmp_path / "corpus.jsonl").read_bytes() == first
 
 
+def test_links_out_of_the_folder_are_followed_only_when_asked(tmp_path, capsys):
+    folder = write(tmp_path / "documents", **{"a.txt": "inside", "sub__b.txt": "below"})
+    secrets = write(tmp_path / "secrets", **{"key.txt": "secret", "more__x.txt": "more"})
+    for link, target in (
+        ("out.txt", secrets / "key.txt"),
+        ("out", secrets),
+        ("again.txt", folder / "a.txt"),
+        ("loop", folder),
+        ("nowhere.txt", tmp_path / "absent"),
+    ):
+        (folder / link).symlink_to(target)
+    prepare(folder, tmp_path / "x.jsonl", 100)
+    assert [row["id"] for row in read_jsonl(tmp_path / "x.jsonl")] == ["a.txt-0", "again.txt-0", "sub/b.txt-0"]
+    assert capsys.readouterr().out.endswith("left out: symbolic links 4\n")
+    prepare(folder, tmp_path / "x.jsonl", 100, follow_links=True)
+    names = [row["id"] for row in read_jsonl(tmp_path / "x.jsonl")]
+    assert names == [f"{n}.txt-0" for n in ("a", "again", "out/key", "out/more/x", "out", "sub/b")]
+    assert capsys.readouterr().out.endswith("left out: symbolic links 1\n")
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
 def test_a_table(tmp_path, name):
     rows = [

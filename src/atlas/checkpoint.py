@@ -81,8 +81,8 @@ class Checkpoint:
             return None
         try:
             return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read ({error})") from error
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read ({error}): copy the checkpoint again, or --restart") from error
 
 
 def check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -314,22 +314,24 @@ def _without_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _load_ours(path: Path) -> Checkpoint:
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = _read_object(path / "state.json")
         if state["format"] != FORMAT:
             raise ValueError(f"format {state['format']} instead of {FORMAT}: written by another version")
         with safe_open(path / "model.safetensors", framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         config_file = path / "retriever_config.json"
-        retriever_config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        retriever_config = _read_object(config_file) if config_file.is_file() else {}
         options = read_options(path)
-        step = int(state["step"])
+        counts = ("step", "examples", "examples_per_epoch")
+        if not all(_is_count(state[name]) for name in counts if name == "step" or state.get(name) is not None):
+            raise ValueError(f"state.json has a value of {', '.join(counts)} that is no count")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{path}: the checkpoint cannot be read ({error})") from error
     # a norm that is not mentioned is the standard one, whatever the directory of the retriever says
     retriever_config = {"uncentered_layer_norm": False} | retriever_config
     return Checkpoint(
         path,
-        step,
+        state["step"],
         *_split(tensors, path),
         retriever_config=retriever_config,
         options=options,
@@ -340,25 +342,40 @@ def _load_ours(path: Path) -> Checkpoint:
     )
 
 
+def _read_object(file: Path) -> dict[str, Any]:
+    """An object of JSON. Raises: ValueError, OSError."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} holds {json.dumps(value):.40} instead of an object")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
 def _load_published(path: Path) -> Checkpoint:
     file = path / PUBLISHED_FILE
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        step, tensors = int(saved["step"]), dict(saved["model"])
+        step, tensors, options = int(saved["step"]), dict(saved["model"]), saved.get("opt")
     except Exception as error:  # whatever torch finds wrong with a file that anybody may have made
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{file} is not a published checkpoint that is safe to load: {_found(error, reason)}"
         ) from error
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file}: its `model` holds something else than tensors")
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()):
+        raise ValueError(f"{file}: its `model` holds something else than tensors with names")
     return Checkpoint(
         path,
         step,
         *_split(tensors, file),
         retriever_config={"uncentered_layer_norm": True},
-        options=vars(saved["opt"]) if isinstance(saved.get("opt"), argparse.Namespace) else {},
+        options=vars(options) if isinstance(options, argparse.Namespace) else {},
         published=True,
     )
 

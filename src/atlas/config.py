@@ -12,6 +12,7 @@ import math
 import operator
 import os
 import re
+import signal
 import string
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -364,6 +365,8 @@ def parse_config(
             _check(config, program)
     except ValueError as error:
         parser.error(sentence(error))
+    except OSError as error:  # a name that is too long, a directory that may not be looked into
+        parser.error(f"{error.filename!s:.200} cannot be looked at: {error.strerror}")
     return config
 
 
@@ -398,6 +401,12 @@ def say(value: Any) -> str:
         return "on" if value else "off"
     text = _show(value)
     return repr(text) if isinstance(value, str) and (not text or " " in text) else text
+
+
+def quiet_until_started() -> None:
+    """Let Ctrl-C end this process at once and without a traceback, until a session handles it: imports take seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored in a shell's background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def evaluation_name(path: str) -> str:
@@ -437,8 +446,8 @@ class _Help(argparse.HelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # torchrun starts many of us with the same words: one complaint on each machine is enough.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        # torchrun and srun start many of us with the same words: one complaint on each machine is enough.
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -208,6 +208,8 @@ def check_blocks(directory: Path, array: Array, layout: Layout) -> None:
     path, damaged = directory / array.file, []
     check_header(path, layout)
     checksums = from_text(array.blocks or "")
+    if array.blocks is not None and len(checksums) != -(-layout.offset(layout.size) // array.block_bytes):
+        raise ValueError(f"{directory}: index.json has {len(checksums)} checksums of {array.file}, not all: {AGAIN}")
     with open(path, "rb") as file:
         for number, checksum in enumerate(with_progress(checksums, f"checking {array.file}", len(checksums), "blocks")):
             if zlib.crc32(file.read(array.block_bytes)) != checksum:

@@ -24,12 +24,14 @@ try:
 except ImportError:  # a flat index needs none
     faiss = None
 
+_LEARNT = (faiss.PCAMatrix, faiss.ITQTransform) if faiss else ()  # as many numbers as rows and columns at most
 KINDS = {"ivfflat": "IVF{lists},Flat", "ivfsq": "IVF{lists},SQ4", "ivfpq": "IVF{lists},PQ{bytes}", "pq": "PQ{bytes}"}
 FLAT = ("flat", "Flat")  # exact search
 _BLOCK_ROWS = 1024  # encoded at a time
 _ROWS_PER_CENTROID = 256
 _PROBED_SHARE, _FEWEST_PROBED = 32, 16  # of the lists, one in so many is searched by default, but never fewer than 16
 _ENCODERS = ("IndexPQ", "IndexScalarQuantizer", "IndexIVFPQ", "IndexIVFScalarQuantizer")
+_MOST_LISTS, _MOST_NUMBERS = 2**22, 2**16  # in a factory string: Faiss makes room for what it names
 _EXACT_LISTS = re.compile(r"(.*IVF\d+),Flat")
 _FAST_SCAN = re.compile(r"(.*PQ\d+x4)fs")
 
@@ -52,7 +54,7 @@ class Compression:
         return self.kind is not None and self.kind not in FLAT
 
     def factory(self, size: int, dimension: int) -> str:
-        """The Faiss factory string for N passages of D numbers, or "flat".
+        """The Faiss factory string for N passages of D numbers, or "flat". N may be 1 where it is not known yet.
 
         Raises:
             ValueError: such an index cannot be made; the flag and what to do are named.
@@ -68,7 +70,9 @@ class Compression:
                 check_code_size(self.kind, self.code_size, dimension)
             lists = min(self.nlist or math.isqrt(size), size)
             text = KINDS[self.kind].format(lists=max(1, lists), bytes=self.code_size)
-        make_empty(text, dimension)
+        index = make_empty(text, dimension)
+        if size > 1:  # with 1, the passages are still to be counted
+            _check_training_rows(text, index, min(size, self.train_size or size))
         return text
 
     def probes(self, lists: int) -> int:
@@ -100,15 +104,16 @@ def make_empty(factory: str, dimension: int) -> faiss.Index:
     """
     if faiss is None:
         raise ValueError("--index_mode faiss needs Faiss: pip install faiss-cpu or faiss-gpu")
+    _check_numbers(factory)
     exact_lists, fast_scan = _EXACT_LISTS.fullmatch(factory), _FAST_SCAN.fullmatch(factory)
     # fp16 codes hold our embeddings exactly, in half the memory of Faiss's fp32 ones
     plain = f"{exact_lists[1]},SQfp16" if exact_lists else fast_scan[1] if fast_scan else factory
     try:
         index = faiss.index_factory(dimension, plain, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise ValueError(
             f"--faiss_index_type {factory}: neither one of flat, {', '.join(KINDS)} nor a Faiss factory string that "
-            f"fits embeddings of size {dimension} ({str(error).partition(' at /')[2].partition(': ')[2] or error})"
+            f"fits embeddings of size {dimension} ({_reason(error)})"
         ) from error
     transforms, inner = _unwrap(index)
     _check_encoder(factory, inner)
@@ -120,7 +125,37 @@ def make_empty(factory: str, dimension: int) -> faiss.Index:
                 f"--faiss_index_type {factory}: the {transform.d_out} numbers that OPQ{transform.M} rotates to are "
                 f"not a multiple of {transform.M}"
             )
+        if isinstance(transform, _LEARNT) and transform.d_out > transform.d_in:
+            raise ValueError(
+                f"--faiss_index_type {factory}: PCA cannot make {transform.d_out} numbers of {transform.d_in}: ask for "
+                f"at most {transform.d_in}"
+            )
     return index
+
+
+def _check_numbers(factory: str) -> None:
+    """Raises ValueError if a factory string has a number at which Faiss would crash or take all memory."""
+    for kind, digits in re.findall(r"([A-Za-z]*)(\d+)", factory):
+        most = _MOST_LISTS if kind == "IVF" else _MOST_NUMBERS
+        if len(digits) > 10 or not 0 < int(digits) <= most:
+            raise ValueError(f"--faiss_index_type {factory:.100}: {kind}{digits:.20} is not a number from 1 to {most}")
+
+
+def _check_training_rows(factory: str, index: faiss.Index, rows: int) -> None:
+    """Raises ValueError if a transform cannot be learnt from so many passages."""
+    rows = max(rows, _centroids(index))  # they are repeated
+    for transform in _unwrap(index)[0]:
+        if isinstance(transform, _LEARNT) and rows < min(transform.d_in, transform.d_out):
+            raise ValueError(
+                f"--faiss_index_type {factory}: PCA learns {transform.d_out} numbers from no fewer passages, and there "
+                f"are {rows} to train on: ask for fewer numbers, or give more passages (--faiss_train_size)"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """What Faiss says, without the place in its source."""
+    text = " ".join(str(error).split())
+    return text.partition(" at /")[2].partition(": ")[2] or text
 
 
 def code_size(factory: str, dimension: int) -> int:
@@ -143,8 +178,12 @@ def train(factory: str, sample: np.ndarray, *, all_rows: bool = False) -> Codec:
     """Train on a sample `(n, D)` fp32; rows are repeated where there are fewer of them than centroids.
 
     `all_rows`: even where that is more than 256 per centroid.
+
+    Raises:
+        ValueError: Faiss cannot train on them.
     """
     index = make_empty(factory, sample.shape[1])
+    _check_training_rows(factory, index, len(sample))
     least = _centroids(index)
     if len(sample) < least:
         sample = np.resize(sample, (least, sample.shape[1]))  # repeats from the start
@@ -161,7 +200,13 @@ def train(factory: str, sample: np.ndarray, *, all_rows: bool = False) -> Codec:
             transform.max_train_points = len(sample) if all_rows else transform.max_train_points
     if hasattr(inner, "do_polysemous_training"):
         inner.do_polysemous_training = False  # orders centroids for a search that is not used here
-    index.train(sample)
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--faiss_index_type {factory} cannot be trained on {len(sample)} embeddings of {sample.shape[1]} numbers "
+            f"({_reason(error)})"
+        ) from error
     for transform in transforms:
         if isinstance(transform, faiss.OPQMatrix):
             transform.pq = None
@@ -177,6 +222,23 @@ def all_cores() -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _limited(content_bytes: int, inner: faiss.Index) -> Iterator[None]:
+    """Let Faiss believe no sizes that what it reads cannot have, where it knows of limits."""
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        yield
+        return
+    before = faiss.get_deserialization_vector_byte_limit()
+    most = content_bytes
+    if isinstance(inner, faiss.IndexIVFPQ):  # of a table that is only made for distances, but counted
+        most = max(most, 4 * (inner.nlist * inner.pq.M * inner.pq.ksub + 1))
+    faiss.set_deserialization_vector_byte_limit(most)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
 
 
 class Codec:
@@ -197,17 +259,24 @@ class Codec:
 
     @staticmethod
     def load(content: bytes, factory: str, dimension: int) -> Codec:
-        """The reverse of `serialize`. Faiss trusts what it reads: check that the bytes are whole before.
+        """The reverse of `serialize`. A Faiss that knows no limits trusts what it reads: check the bytes before.
 
         Raises:
             ValueError: they hold no quantizer, or another one; there is no Faiss.
         """
-        expected = _signature(make_empty(factory, dimension))
+        if any(int(digits) > len(content) for digits in re.findall(r"\d{1,18}", factory)):
+            raise ValueError(f"it has {len(content)} bytes, too few for an index {factory}")
+        empty = make_empty(factory, dimension)
+        expected = _signature(empty)
         try:
-            index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
-            _check_encoder(factory, _unwrap(index)[1])
-        except RuntimeError as error:
-            raise ValueError(f"Faiss cannot read it ({' '.join(str(error).split())})") from error
+            with _limited(len(content), _unwrap(empty)[1]):
+                index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
+            transforms, inner = _unwrap(index)
+            _check_encoder(factory, inner)
+            if _signature(index) == expected:
+                _try_out(transforms, inner, dimension)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"Faiss cannot read it ({_reason(error)})") from error
         if _signature(index) != expected or not index.is_trained or index.ntotal:
             raise ValueError(f"it holds {_signature(index)}, not an empty trained index {expected}")
         return Codec(index, factory)
@@ -372,6 +441,14 @@ def _unwrap(index: faiss.Index) -> tuple[list[faiss.VectorTransform], faiss.Inde
         return [], index
     transforms = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
     return transforms, faiss.downcast_index(index.index)
+
+
+def _try_out(transforms: list[faiss.VectorTransform], inner: faiss.Index, dimension: int) -> None:
+    """Encode one vector and decode it. Raises RuntimeError where Faiss has read numbers that it cannot compute with."""
+    row = np.zeros((1, dimension), np.float32)
+    for transform in transforms:
+        row = transform.apply(row)
+    inner.sa_decode(inner.sa_encode(row))
 
 
 def _matrix(transform: faiss.VectorTransform) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -8,13 +8,15 @@ are for one process at a time.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from atlas.files import cache
 from atlas.files.disk import existing_directory, writing
@@ -27,6 +29,7 @@ CONVERTING = "converting.json"
 LOCK = "write.lock"
 _HEADER_BYTES = {1: 128, 2: HEADER_BYTES}  # of arrays, by version
 _OURS = re.compile(r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes)\.\d+\.npy|trained\.\d+\.faiss)")
+_MOST, _MOST_IN_BLOCK, _LARGEST_DIMENSION, _LONGEST_TYPE = 2**53, 2**30, 2**16, 200  # in index.json
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 
 
@@ -114,25 +117,59 @@ def read_description(directory: Path) -> Description:
     version, fields = read_fields(path)
     try:
         fields = _from_version_1(fields) if version == 1 else fields
-        segments = fields["segments"]
-        if len(segments) != 1 or segments[0]["tombstones"] is not None:
-            raise ValueError(_newer(path, f"{len(segments)} segments, or deleted passages"))
-        segment = segments[0] | {"passages": Passages(**segments[0]["passages"])}
-        for name in ("embeddings", "codes"):
-            segment[name] = _one_of(Array, segment[name])
-        quantizer = _one_of(Quantizer, fields["quantizer"])
-        fields |= {"quantizer": quantizer, "segments": (Segment(**segment),), "version": version}
-        description = Description(**fields)
-    except (TypeError, KeyError) as error:  # more fields, or fewer, under a checksum that fits
+        if len(fields["segments"]) != 1 or fields["segments"][0]["tombstones"] is not None:
+            raise ValueError(_newer(path, f"{len(fields['segments'])} segments, or deleted passages"))
+        description = description_of(fields | {"version": version})
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:  # other fields under a checksum that fits
         raise ValueError(_newer(path, f"other fields ({error})")) from error
+    if problem := _problem(description):
+        raise ValueError(f"{path} cannot be right ({problem}): {AGAIN}")
     for name in description.files():
         if _OURS.fullmatch(name) is None:
             raise ValueError(f"{path} names files that do not belong to an index: {AGAIN}")
     return description
 
 
-def _one_of(kind: type, fields: dict | None) -> Any:
-    return None if fields is None else kind(**fields)
+def description_of(fields: dict) -> Description:
+    """The reverse of `asdict`. Raises: TypeError, KeyError when the fields are others, or of another type."""
+    return _made(Description, fields)
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """A value of this type, out of JSON. Raises: TypeError, KeyError."""
+    if isinstance(kind, UnionType):
+        kind = get_args(kind)[0] if value is not None else type(None)
+    if get_origin(kind) is tuple:
+        return tuple(_made(part, item) for part, item in zip(get_args(kind), value, strict=True))
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        return kind(**{name: _made(hints[name], item) for name, item in value.items()})
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise TypeError(f"{json.dumps(value)[:40]} is no {kind.__name__}")
+    return value
+
+
+def _problem(description: Description) -> str | None:
+    """What cannot be right in a description of whose fields each has the right type."""
+    segment, quantizer = description.segment, description.quantizer
+    arrays = [array for array in (segment.embeddings, segment.codes) if array]
+    if (segment.codes is None) != (quantizer is None) or (quantizer is None) != (description.type == "flat"):
+        return "codes without a quantizer, or one without the other"
+    if not arrays:
+        return "neither embeddings nor codes"
+    blocks = [1 if array.block_bytes is None else array.block_bytes for array in arrays]
+    sizes = [segment.size, segment.passages.bytes, quantizer.code_size if quantizer else 1, *blocks]
+    if not 0 < description.dimension <= _LARGEST_DIMENSION or not all(0 < size < _MOST for size in sizes):
+        return "numbers that are no sizes"
+    if max(blocks) > _MOST_IN_BLOCK or not all(re.fullmatch("([0-9a-f]{8})*", array.blocks or "") for array in arrays):
+        return "blocks that are none"
+    if not all(0 <= array.largest_norm < math.inf for array in arrays):
+        return "a norm that is not finite"
+    if any((array.block_bytes is None) != (array.blocks is None) for array in arrays):
+        return "checksums without the size of their blocks, or one without the other"
+    if len(description.type) > _LONGEST_TYPE or not description.type.isascii():
+        return "a type that is none"
+    return None
 
 
 def _newer(path: Path, what: str) -> str:
@@ -160,8 +197,8 @@ def read_fields(path: Path) -> tuple[int, dict]:
         version, checksum = fields.pop("version"), fields.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): {AGAIN}") from error
-    if version not in _HEADER_BYTES:
-        raise ValueError(_newer(path, f"format version {version!r}, and this one reads up to {VERSION}"))
+    if type(version) is not int or version not in _HEADER_BYTES:
+        raise ValueError(_newer(path, f"format version {version!r:.40}, and this one reads up to {VERSION}"))
     if checksum != _checksum(fields):
         raise ValueError(f"{path} was edited or damaged, its checksum does not fit: {AGAIN}")
     return version, fields

@@ -5,9 +5,10 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,8 @@ def _remove_what_failed(directory: Path) -> None:
 
 def _write(directory: Path, content: Content, origin: Origin) -> None:
     prepare = partial(_prepare, directory, content, origin)
-    generation, description = distributed.on_main("writing the passages", prepare)
+    generation, fields = distributed.on_main("writing the passages", prepare)
+    description = files.description_of(fields)
     segment, first_row = description.segment, content.rows.start
     if content.embeddings is not None and segment.embeddings is None:
         path = directory / f"embeddings.{generation}.npy"
@@ -121,8 +123,11 @@ def _write(directory: Path, content: Content, origin: Origin) -> None:
     distributed.on_main("replacing the index", partial(files.commit, directory, finished))
 
 
-def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, Description]:
-    """On rank 0: the passages, the quantizer, and embeddings that can be linked. The arrays are still to be written."""
+def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, dict[str, Any]]:
+    """On rank 0: the passages, the quantizer, and embeddings that can be linked. The arrays are still to be written.
+
+    Returns: the generation, and the fields of the description, which can be sent to the other ranks.
+    """
     files.tidy(directory)  # what killed writers left may take the room that is needed
     generation, codec = files.next_generation(directory), content.codec
     passages = _keep_passages(directory, f"passages.{generation}.jsonl", content.passages)
@@ -132,7 +137,7 @@ def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, De
     if codec:
         path = directory / f"trained.{generation}.faiss"
         quantizer = files.write_trained(path, codec.serialize(), codec.code_size)
-    return generation, Description(
+    description = Description(
         type=codec.factory if codec else "flat",
         dimension=codec.dimension if codec else content.embeddings.shape[1],
         titles_joined=titles_joined(content.passages),
@@ -140,6 +145,7 @@ def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, De
         segments=(Segment(len(content.passages), passages, embeddings, codes=None),),
         **vars(origin),
     )
+    return generation, asdict(description)
 
 
 def open_index(
@@ -174,7 +180,8 @@ def open_index(
     """
     retriever = None if allow_other else retriever_fingerprint
     check = partial(_find, Path(directory), converted, dimension, retriever, compression)
-    place, description, fits = distributed.on_main("checking the index", check)
+    place, fields, fits = distributed.on_main("checking the index", check)
+    description = files.description_of(fields)
     kind, where = (compression, device) if fits else (Compression(FLAT[0]), torch.device("cpu"))
     open_rows = partial(_open_rows, place, description, kind, where)
     passages, embeddings, local = distributed.on_every_rank("opening the index", open_rows)
@@ -204,7 +211,7 @@ def _tell_differences(place: Path, description: Description, retriever: str | No
 
 def _find(
     directory: Path, converted: Path | None, dimension: int | None, retriever: str | None, compression: Compression
-) -> tuple[Path, Description, bool]:
+) -> tuple[Path, dict[str, Any], bool]:
     """Where the index is (a published one is converted first), what it is, and whether it is of the kind asked for."""
     place = directory if files.has_index(directory) else _convert(directory, converted)
     description = files.read_description(place)
@@ -221,7 +228,7 @@ def _find(
         )
     fits = _fits(place, description, compression)
     checked_passages(place, description)  # finds the offsets of the lines, before the other ranks need them
-    return place, description, fits
+    return place, asdict(description), fits
 
 
 def _open_rows(

@@ -49,8 +49,10 @@ class Model:
 
         Raises:
             OSError: a model cannot be found or reached, and which flag names it.
-            ValueError: the checkpoint's weights do not fit the model.
+            ValueError: the checkpoint's weights do not fit the model, or it lacks a half that is to be evaluated.
         """
+        if checkpoint is not None:
+            _check_halves(settings, checkpoint, training)
         with distributed.busy():  # ranks may read large files at very different speeds
             reader = retriever = retriever_tokenizer = None
             unused: dict[str, Any] = {}
@@ -88,6 +90,32 @@ class Model:
         if self.retriever is not None:
             configs["retriever"] = self.retriever.passage_encoder.config.to_dict()
         return configs
+
+
+def _check_halves(settings: config.Model, checkpoint: Checkpoint, training: bool) -> None:
+    """Say which half does not come from the checkpoint. Raises: ValueError if one that is to be evaluated does not."""
+    if not checkpoint.reader and not checkpoint.retriever:
+        raise ValueError(f"{checkpoint.path} holds no weights at all: give another --model_path, or none")
+    halves = (
+        ("reader", checkpoint.reader, not settings.retrieve_only, "--reader_model_type", settings.reader_model_type),
+        (
+            "retriever",
+            checkpoint.retriever,
+            settings.retrieves,
+            "--retriever_model_path",
+            settings.retriever_model_path,
+        ),
+    )
+    for half, weights, needed, flag, name in halves:
+        if weights or not needed:
+            continue
+        if not training:
+            without = {"reader": "--retrieve_only", "retriever": "--closed_book or --use_file_passages"}[half]
+            raise ValueError(
+                f"{checkpoint.path} holds no {half}, so its answers would be those of another model: evaluate with "
+                f"{without}, or give a --model_path that has both halves"
+            )
+        log.info("%s holds no %s: training starts from that of %s %s", checkpoint.path, half, flag, name)
 
 
 def _load_reader(

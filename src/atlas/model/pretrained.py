@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+LARGEST_SIZE, MOST_LAYERS = 2**24, 1000
+LONGEST_REASON = 500
+POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 
 @contextmanager
@@ -17,21 +22,56 @@ def pretrained_errors(flag: str, name_or_path: str, wanted: str) -> Iterator[Non
     """Turn a library's error about a model that cannot be loaded into one sentence that names the flag.
 
     Raises:
-        OSError: the path is not a directory; or in place of an OSError (not found, not reachable), a ValueError
-            (another kind of model) or a RuntimeError (weights of other shapes) raised inside the block.
+        OSError: the path is not a directory; or in place of whatever was raised inside the block: files may be missing,
+            damaged or of another kind, and the libraries that read them fail in every way there is.
     """
-    # A hub id is `name` or `owner/name`; the hub library's message about anything else does not help.
-    is_path = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
-    if is_path and not Path(name_or_path).is_dir():
-        raise OSError(f"{flag} {name_or_path}: there is no such directory; give one that holds {wanted}, or a hub id")
     try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".: ")
+        # A hub id is `name` or `owner/name`; the hub library's message about anything else does not help.
+        is_path = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
+        absent = is_path and not Path(name_or_path).is_dir()
+        if not absent:
+            yield
+    except Exception as error:
+        reason = _pointer_file(Path(name_or_path)) or _first_sentence(error)
         raise OSError(
             f"{flag} {name_or_path}: cannot load {wanted} ({reason}); "
             "give a local directory that holds it or a hub id that can be reached"
         ) from error
+    if absent:
+        raise OSError(f"{flag} {name_or_path}: there is no such directory; give one that holds {wanted}, or a hub id")
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error).strip()
+    if isinstance(error, KeyError | TypeError | AttributeError) or not text:  # says little without its kind
+        text = f"{type(error).__name__}: {text}"
+    sentence = text.splitlines()[0].split(". ")[0].rstrip(".: ")
+    return sentence if len(sentence) <= LONGEST_REASON else f"{sentence[:LONGEST_REASON]}..."
+
+
+def _pointer_file(directory: Path) -> str | None:
+    """Which file of a directory stands in for one that Git LFS has not fetched; None if there is none."""
+    with suppress(OSError):  # a directory that may not be read
+        for path in filter(Path.is_file, sorted(directory.glob("*"))):
+            with open(path, "rb") as file:
+                if file.read(len(POINTER)) == POINTER:
+                    return f"{path.name} is the pointer of a file that was not fetched: run `git lfs pull` there"
+    return None
+
+
+def check_sizes(config: PretrainedConfig) -> None:
+    """Raises ValueError if a number in a config.json cannot be a size: to try would take all memory, or for ever."""
+    for name, value in config.to_dict().items():
+        most = MOST_LAYERS if name.endswith("_layers") else LARGEST_SIZE
+        if isinstance(value, int | float) and not value <= most:
+            raise ValueError(f"its config.json says {name} {value:.4g}, and at most {most} makes sense")
+
+
+def check_memory(module: nn.Module) -> None:
+    """Raises ValueError if a module (of the meta device) is larger, in fp32, than the memory of this machine."""
+    needed = 4 * sum(parameter.numel() for parameter in module.parameters())
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise ValueError(f"its config.json describes a model of {needed / 1e9:.0f} GB, more than this machine's memory")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5 import modeling_t5 as t5
 
 from atlas.model.grouping import encode_by_length
-from atlas.model.pretrained import checkpoint_activations, pretrained_errors, quiet_loading, set_dropout
+from atlas.model.pretrained import check_sizes, checkpoint_activations, pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--reader_model_type"
 IGNORE = -100  # label of a position that has no loss
@@ -182,9 +182,10 @@ def load_reader(
         OSError: the model does not exist, the hub cannot be reached, it is not a T5, or weights are missing.
     """
     with pretrained_errors(FLAG, name_or_path, "a T5 model (config.json and weights)"), quiet_loading(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if config.model_type != "t5":
             raise ValueError(f"its config.json says model_type {config.model_type}, not t5")
+        check_sizes(config)
         if weights:
             reader, report = FusionInDecoder.from_pretrained(
                 name_or_path, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True

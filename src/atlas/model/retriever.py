@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel
 
 from atlas.model.grouping import encode_by_length
-from atlas.model.pretrained import checkpoint_activations, pretrained_errors, quiet_loading, set_dropout
+from atlas.model.pretrained import (
+    check_memory,
+    check_sizes,
+    checkpoint_activations,
+    pretrained_errors,
+    quiet_loading,
+    set_dropout,
+)
 
 FLAG = "--retriever_model_path"
 POOLINGS = ("average", "sqrt", "cls")
@@ -169,9 +176,10 @@ def load_retriever(
         OSError: the model does not exist, the hub cannot be reached, it is not a BERT, or weights are missing.
     """
     with pretrained_errors(FLAG, name_or_path, "a BERT encoder (config.json and weights)"), quiet_loading(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if config.model_type != "bert":
             raise ValueError(f"its config.json says model_type {config.model_type}, not bert")
+        check_sizes(config)
         settings = SETTINGS | _sentence_settings(Path(name_or_path)) | config.to_dict() | dict(overrides or {})
         for key in SETTINGS:
             setattr(config, key, settings[key])
@@ -182,6 +190,8 @@ def load_retriever(
             if report["missing_keys"]:
                 raise ValueError(f"its weights have no {', '.join(sorted(report['missing_keys']))}")
         else:
+            with torch.device("meta"):
+                check_memory(Contriever(config))
             contriever = Contriever(config)
     if dropout is not None:
         set_dropout(contriever, dropout)

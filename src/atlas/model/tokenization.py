@@ -123,7 +123,7 @@ def load_retriever_tokenizer(name_or_path: str) -> RetrieverTokenizer:
     from transformers import AutoTokenizer
 
     with pretrained_errors(RETRIEVER_FLAG, name_or_path, "a BERT tokenizer (tokenizer.json or vocab.txt)"):
-        loaded = AutoTokenizer.from_pretrained(name_or_path)
+        loaded = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         ids = (loaded.pad_token_id, loaded.cls_token_id, loaded.sep_token_id)
         if None in ids:
             raise ValueError("it has no padding, [CLS] or [SEP] token")

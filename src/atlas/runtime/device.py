@@ -15,8 +15,11 @@ import torch
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; fp32 and tf32 do without
 
 
-def pick_device(asked: str, local_rank: int) -> torch.device:
+def pick_device(asked: str, local_rank: int, *, sees_own_gpus: bool = False) -> torch.device:
     """The device of this process: `cpu`, `cuda` (its own GPU), or `auto`, its own GPU if there are any.
+
+    Args:
+        sees_own_gpus: the GPUs of the other processes on this machine may be hidden from this one.
 
     Raises:
         ValueError: there is no GPU for it, or one that the driver does not let this torch use.
@@ -34,10 +37,13 @@ def pick_device(asked: str, local_rank: int) -> torch.device:
         )
     if not found:
         return torch.device("cpu")
-    if local_rank >= (gpus := torch.cuda.device_count()):
+    gpus = torch.cuda.device_count()
+    if sees_own_gpus and gpus == 1:
+        local_rank = 0
+    if local_rank >= gpus:
         raise ValueError(
             f"--device {asked}: process {local_rank} (from 0) of this machine needs a GPU of its own, and it has "
-            f"{gpus}: start torchrun with --nproc_per_node {gpus}, or use --device cpu"
+            f"{gpus}: use srun --ntasks-per-node {gpus} or torchrun --nproc_per_node {gpus}, or use --device cpu"
         )
     torch.cuda.set_device(local_rank)
     _choose_kernels()
@@ -172,10 +178,10 @@ def tokenizer_processes(local_world_size: int) -> int:
 def single_threaded_worker(worker: int) -> None:
     """Set up a tokenizing worker process with a single thread: more would compete with those of the other workers.
 
-    Signals to stop are ignored: a scheduler sends them to all processes, and the rank decides what to do.
+    Signals to stop are ignored: schedulers and terminals send them to all processes, and the rank decides what to do.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers library also asks for this after a fork
     torch.set_num_threads(1)
 

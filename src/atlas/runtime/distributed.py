@@ -1,32 +1,45 @@
 """Every collective of the project. With one process each is the identity, so callers need not distinguish.
 
-Processes are started by torchrun (RANK, WORLD_SIZE, LOCAL_RANK in the environment), or there is a single plain process
-(none of them set). NCCL transfers tensors on a GPU, gloo transfers tensors on the CPU and Python objects.
+Processes are started by torchrun or by SLURM's srun, which say so in the environment (`launch.py`), or there is one
+plain process. NCCL transfers tensors on a GPU, gloo tensors on the CPU; values travel as `messages.py` writes them.
 """
 
 import contextlib
+import faulthandler
 import os
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from atlas.runtime.launch import DEFAULT_TIMEOUT_SECONDS, Launch, read_launch, read_timeout
+from atlas.runtime.messages import pack, pack_error, unpack, unpack_error
+
 # How long a rank waits for another one that sends nothing before it gives up with a message.
-TIMEOUT_SECONDS = float(os.environ.get("ATLAS_TIMEOUT_SECONDS", "600"))
+TIMEOUT_SECONDS = DEFAULT_TIMEOUT_SECONDS
 HEARTBEAT_SECONDS = 5.0
+NAME_SECONDS = 60.0  # until the name of a machine that has just started is known everywhere
 
 T = TypeVar("T")
 _store: dist.Store | None = None  # also carries the heartbeats of `progress`
 _last_heartbeat = 0.0
 _waits = 0
+_stacks: TextIO | None = None  # where the stack of this rank goes if it gives no sign of life
 
 
 class LostRankError(RuntimeError):
     """Another rank has ended or hangs, so this one cannot continue."""
+
+
+def launched() -> Launch | None:
+    """What the launcher says about this process; None for a single plain one. Raises: ValueError."""
+    return read_launch(os.environ)
 
 
 def start(device_type: str) -> None:
@@ -36,19 +49,30 @@ def start(device_type: str) -> None:
         device_type: "cuda" adds NCCL for tensors on GPUs; gloo is used for everything else.
 
     Raises:
-        ConnectionError: the environment is not complete, the port is in use, or a rank does not come.
+        ValueError: the environment is not complete.
+        ConnectionError: the host is unknown, the port is in use, or a rank does not come.
     """
-    global _store
-    if "RANK" not in os.environ or dist.is_initialized():
+    global _store, TIMEOUT_SECONDS
+    launch = launched()
+    if launch is None or dist.is_initialized():
         return
-    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    TIMEOUT_SECONDS = read_timeout(os.environ)
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    except (RuntimeError, ValueError) as error:
-        place = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
+        _wait_for_name(launch.address)
+        store = _join(launch, device_type)
+    except (RuntimeError, ValueError, OSError) as error:
         raise ConnectionError(
-            f"rank {os.environ['RANK']} cannot meet the other ranks at {place} ({' '.join(str(error).split())})"
+            f"rank {launch.rank} of {launch.world_size} cannot meet the other ranks at {launch.address}:{launch.port} "
+            f"({_reason(error)}): look at what the other ranks say; MASTER_ADDR and MASTER_PORT name the place"
         ) from error
+    _store = dist.PrefixStore("progress", store)
+
+
+def _join(launch: Launch, device_type: str) -> dist.Store:
+    timeout = timedelta(seconds=TIMEOUT_SECONDS)
+    os.environ.update(MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port))
+    place = f"env://?rank={launch.rank}&world_size={launch.world_size}"
+    store, rank, world_size = next(dist.rendezvous(place, timeout=timeout))
     store.set_timeout(timeout)
     # torchrun's store survives a restart: without a prefix, ranks would find the addresses of dead processes in it.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -56,7 +80,20 @@ def start(device_type: str) -> None:
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
     )
-    _store = dist.PrefixStore("progress", store)
+    return store
+
+
+def _wait_for_name(host: str) -> None:
+    """Return once the host's name is known. torch would ask until the time is up, and print stacks of its own."""
+    end = time.monotonic() + min(NAME_SECONDS, TIMEOUT_SECONDS)
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > end:
+                raise OSError(f"no machine of the name {host} is known: {error}") from error
+        time.sleep(0.5)
 
 
 def stop() -> None:
@@ -65,11 +102,15 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _store = None
+    faulthandler.cancel_dump_traceback_later()
 
 
 def rank() -> int:
     """Number of this process in the job, from 0. Before `start` it is read from the environment."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if dist.is_initialized():
+        return dist.get_rank()
+    launch = launched()
+    return launch.rank if launch else 0
 
 
 def world_size() -> int:
@@ -78,13 +119,21 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, which selects the GPU; where nobody says it, that in the job."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    """Number of this process on its machine; where nobody says it, that in the job."""
+    launch = launched()
+    return launch.local_rank if launch else 0
+
+
+def sees_own_gpus() -> bool:
+    """Whether the launcher has hidden the GPUs of the other processes on this machine."""
+    launch = launched()
+    return launch is not None and launch.sees_own_gpus
 
 
 def local_world_size() -> int:
     """Number of processes of the job on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    launch = launched()
+    return launch.local_world_size if launch else 1
 
 
 def is_main() -> bool:
@@ -97,16 +146,49 @@ def shard_rows(n: int, rank: int, world_size: int) -> range:
     return range(n * rank // world_size, n * (rank + 1) // world_size)
 
 
+def log_stacks(file: TextIO | None) -> None:
+    """Where the stack of this rank goes once it neither works nor waits for half of `TIMEOUT_SECONDS`."""
+    global _stacks
+    faulthandler.cancel_dump_traceback_later()
+    _stacks = file
+    _watch()
+
+
+def _watch() -> None:
+    """This rank has given a sign of life: from now on it is late if it gives no other one."""
+    if _store is not None and _stacks is not None:
+        faulthandler.dump_traceback_later(TIMEOUT_SECONDS / 2, file=_stacks)
+
+
 @contextlib.contextmanager
 def _lost_rank_errors(what: str) -> Iterator[None]:
     """Turn the errors that gloo and NCCL raise when a rank is lost into a LostRankError that says what to do."""
+    faulthandler.cancel_dump_traceback_later()  # whoever waits is not the late one
     try:
         yield
     except RuntimeError as error:
-        raise LostRankError(
-            f"rank {rank()} of {world_size()} could not finish {what}: another rank has ended or has not responded for "
-            f"{TIMEOUT_SECONDS:.0f} s; look for the first error in the ranks' logs ({error})"
-        ) from error
+        raise lost_rank(what, error) from error
+    _watch()
+
+
+def lost_rank(what: str, error: Exception) -> LostRankError:
+    """What a rank says that could not finish something because of another one."""
+    return LostRankError(
+        f"rank {rank()} of {world_size()} could not finish {what}: another rank has ended or has not responded for "
+        f"{TIMEOUT_SECONDS:.0f} s; look for the first error in the ranks' logs, where a late one leaves its stack "
+        f"({_reason(error)})"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What torch says in one line, without its stack and its advice."""
+    return " ".join(re.split("Exception raised from|This is typically", str(error))[0].split())
+
+
+def is_of_lost_rank(error: Exception) -> bool:
+    """Whether torch raised this because another rank is lost, in a collective of its own such as those of backward."""
+    said = re.search(r"gloo/|ncclRemoteError|NCCL communicator|Connection (closed|reset) by peer", str(error))
+    return world_size() > 1 and (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(said)))
 
 
 def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
@@ -142,43 +224,74 @@ def broadcast_from_owners(tensors: Sequence[torch.Tensor], owners: Sequence[int]
                 broadcast.wait()
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """The values of all ranks, in rank order, on every rank."""
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, in rank order, on every rank. Values: what `messages.pack` takes."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
     with _lost_rank_errors("gather_objects"):
-        dist.all_gather_object(values, value)
-    return values
+        padded, sizes = _padded(value)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+    return [_read(part[:size]) for part, size in zip(parts, sizes, strict=True)]
 
 
-def gather_on_main(value: Any) -> list[Any]:
+def gather_on_main(value: T) -> list[T]:
     """The values of all ranks, in rank order, on rank 0; an empty list elsewhere. For large values."""
     if world_size() == 1:
         return [value]
-    values: list[Any] | None = [None] * world_size() if is_main() else None
     with _lost_rank_errors("gather_on_main"):
-        dist.gather_object(value, values)
-    return values or []
+        padded, sizes = _padded(value)
+        parts = [torch.empty_like(padded) for _ in sizes] if is_main() else None
+        dist.gather(padded, parts)
+    return [_read(part[:size]) for part, size in zip(parts or [], sizes, strict=False)]
 
 
-def send_to_main(value: Any, owner: int) -> Any:
+def send_to_main(value: T, owner: int) -> T | None:
     """The value of the rank `owner`, on rank 0; None elsewhere. All ranks call it, but only these two communicate."""
-    box = [value]
-    if owner != 0 and rank() in (0, owner):
-        with _lost_rank_errors("send_to_main"):
-            dist.recv_object_list(box, src=owner) if is_main() else dist.send_object_list(box, dst=0)
-    return box[0] if is_main() else None
+    if owner == 0:
+        return value if is_main() else None
+    with _lost_rank_errors("send_to_main"):
+        if rank() == owner:
+            content = _written(value)
+            dist.send(torch.tensor([len(content)]), dst=0)
+            dist.send(content, dst=0)
+        elif is_main():
+            size = torch.zeros(1, dtype=torch.int64)
+            dist.recv(size, src=owner)
+            content = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(content, src=owner)
+            return _read(content)
+    return None
 
 
-def from_main(value: Any) -> Any:
+def from_main(value: T) -> T:
     """Rank 0's value, on every rank."""
     if world_size() == 1:
         return value
-    box = [value]
     with _lost_rank_errors("from_main"):
-        dist.broadcast_object_list(box)
-    return box[0]
+        content = _written(value) if is_main() else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0)
+        content = content if is_main() else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(content, 0)
+    return value if is_main() else _read(content)
+
+
+def _written(value: Any) -> torch.Tensor:  # (bytes,) uint8
+    return torch.frombuffer(bytearray(pack(value)), dtype=torch.uint8)
+
+
+def _read(content: torch.Tensor) -> Any:  # (bytes,) uint8
+    return unpack(memoryview(content.numpy()))
+
+
+def _padded(value: Any) -> tuple[torch.Tensor, list[int]]:
+    """A value's bytes, padded to the longest of all ranks, and how many each rank has. Collective."""
+    content = _written(value)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(content)]))
+    sizes = torch.cat(lengths).tolist()
+    return torch.nn.functional.pad(content, (0, max(sizes) - len(content))), sizes
 
 
 def any_rank(flag: bool) -> bool:
@@ -201,7 +314,8 @@ def progress() -> None:
     global _last_heartbeat
     if _store is not None and time.monotonic() - _last_heartbeat > HEARTBEAT_SECONDS / 2:
         _last_heartbeat = time.monotonic()
-        _store.add(f"heartbeat/{rank()}", 1)
+        with _lost_rank_errors("telling the others that it works"):
+            _store.add(f"heartbeat/{rank()}", 1)
 
 
 @contextlib.contextmanager
@@ -210,8 +324,9 @@ def busy() -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(HEARTBEAT_SECONDS):
-            progress()
+        with contextlib.suppress(LostRankError):  # the next collective says so
+            while not done.wait(HEARTBEAT_SECONDS):
+                progress()
 
     thread = threading.Thread(target=beat, daemon=True)
     if _store is not None:
@@ -271,12 +386,11 @@ def raise_on_all_ranks(error: Exception | None) -> None:
 
     Otherwise a rank that stops alone (because of a bad line in its share of the data) would leave the others waiting.
     """
-    errors = gather_objects(error)
-    first = next((e for e in errors if e is not None), None)
+    first = next((e for e in gather_objects(pack_error(error)) if e is not None), None)
     if error is not None:
         raise error
     if first is not None:
-        raise first
+        raise unpack_error(first)
 
 
 def on_every_rank(what: str, work: Callable[[], T]) -> T:
@@ -308,8 +422,9 @@ def held_on_main(what: str, context: Callable[[], contextlib.AbstractContextMana
 def main_failed_too(error: Exception, within_seconds: float = 3.0) -> bool:
     """Whether rank 0 reports an error of its own. Called by every rank that is about to end because of an error."""
     if is_main():
-        if _store is not None:
-            _store.set("main has failed", "")
+        with contextlib.suppress(RuntimeError):  # the store has ended with torchrun, and the other ranks with it
+            if _store is not None:
+                _store.set("main has failed", "")
         return False
     until = time.monotonic() + within_seconds
     try:

@@ -19,12 +19,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from atlas import config
-from atlas.files.disk import writing
+from atlas.files.disk import FullDiskError, writing
 from atlas.files.lock import holding
 from atlas.options import write_options
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.tracking import TensorBoard, log, report_error, start_log
+from atlas.runtime.tracking import TensorBoard, log, open_standard_streams, report_error, start_log
 
 ECHO_SECONDS = 10.0
 
@@ -72,7 +72,8 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
     ValueError, OSError, a full GPU and a lost rank are the user's to fix: they end the run with one sentence and status
     1. Anything else is a bug and shows its traceback. Tracebacks of both kinds are in the rank's log. A rank that ends
     with an error does not leave the process group, because that could wait for the other ranks for ever. `Stopped` ends
-    the run with status 143, which tells schedulers and torchrun to start it again.
+    the run with status 143, which tells schedulers and torchrun to start it again; Ctrl-C ends it with status 130 and
+    two lines.
 
     Args:
         work: "train" or "evaluate". A run's directory is for one process group at a time that does the same: another
@@ -80,26 +81,26 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
     """
     directory = Path(settings.checkpoint_dir) / settings.name
     stopped, locks = False, contextlib.ExitStack()
-    start_log(None)  # for what goes wrong before there is a file
+    _start_screen()
     try:
-        device = devices.pick_device(settings.device, distributed.local_rank())
-        distributed.start(device.type)
-        locks.enter_context(distributed.held_on_main("locking the run", partial(_alone, directory, work)))
-        start_log(directory)
-        transformers_logging.set_verbosity_error()  # its advice is about its own trainer
-        transformers_logging.disable_progress_bar()
-        devices.seed_everything(settings.seed)
-        with contextlib.closing(TensorBoard(directory)) as tensorboard:
-            try:
-                yield Session(settings, device, directory, tensorboard, locks)
-            except Stopped as stop:
-                stopped = True
-                traceback.clear_frames(stop.__traceback__)
-        distributed.wait_for_all("the end of the run")
-    except (ValueError, OSError, torch.OutOfMemoryError, distributed.LostRankError) as error:
-        report_error(error, _sentence(error))
-        sys.exit(1)
+        with _interruptible():
+            device = _join(settings, directory, work, locks)
+            with contextlib.closing(TensorBoard(directory)) as tensorboard:
+                try:
+                    yield Session(settings, device, directory, tensorboard, locks)
+                except Stopped as stop:
+                    stopped = True
+                    traceback.clear_frames(stop.__traceback__)
+            distributed.wait_for_all("the end of the run")
+    except KeyboardInterrupt:
+        _say_how_to_resume(settings, directory)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        if distributed.is_of_lost_rank(error):
+            error = distributed.lost_rank("an exchange with the others", error)
+        if isinstance(error, ValueError | OSError | torch.OutOfMemoryError | distributed.LostRankError):
+            report_error(error, _sentence(error))
+            sys.exit(1)
         report_error(error, f"{type(error).__name__}: {error}")
         raise
     finally:
@@ -109,6 +110,37 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
     distributed.stop()
     if stopped:
         sys.exit(128 + signal.SIGTERM)
+
+
+def _start_screen() -> None:
+    """Make it possible to say something before there is a log. Exits with status 1 when the ranks are not set up."""
+    open_standard_streams()
+    try:
+        start_log(None)
+    except ValueError as error:  # nobody knows which rank this is
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def _join(settings: config.Run, directory: Path, work: str, locks: contextlib.ExitStack) -> torch.device:
+    """Join the other ranks, lock the directory and start the log. Raises: ValueError, OSError."""
+    device = devices.pick_device(settings.device, distributed.local_rank(), sees_own_gpus=distributed.sees_own_gpus())
+    distributed.start(device.type)
+    try:
+        locks.enter_context(distributed.held_on_main("locking the run", partial(_alone, directory, work)))
+        start_log(directory)
+    except FullDiskError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            f"--checkpoint_dir {settings.checkpoint_dir}: nothing can be written to {directory} ({reason}): give a "
+            "directory, new or of earlier runs, that you may write to"
+        ) from error
+    transformers_logging.set_verbosity_error()  # its advice is about its own trainer
+    transformers_logging.disable_progress_bar()
+    devices.seed_everything(settings.seed)
+    return device
 
 
 def _alone(directory: Path, work: str) -> AbstractContextManager[None]:
@@ -125,7 +157,50 @@ def _sentence(error: Exception) -> str:
             "--per_gpu_embedder_batch_size, or use --use_gradient_checkpoint_reader and --precision bf16 "
             f"({str(error).splitlines()[0]})"
         )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     return config.sentence(error)
+
+
+def _say_how_to_resume(settings: config.Run, directory: Path) -> None:
+    """The two lines after Ctrl-C, of rank 0. The log has them too."""
+    latest = directory / "checkpoint" / "latest"
+    log.info("Stopped by Ctrl-C: %s", directory)
+    if not settings.train_data:
+        log.info("Finished evaluations are saved; the same command starts again")
+    elif latest.exists():
+        log.info("Saved is %s; the same command, without --restart, resumes from there", latest.resolve())
+    else:
+        log.info("No checkpoint is saved yet; the same command starts from the beginning")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in the block, once: terminals and torchrun send it several times."""
+    if threading.current_thread() is not threading.main_thread() or (
+        (before := signal.getsignal(signal.SIGINT)) == signal.SIG_IGN  # in the background of a shell
+    ):
+        yield
+        return
+    process, received_at = os.getpid(), 0.0
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal received_at
+        if os.getpid() != process:  # a process that was forked from this one, which will end it
+            return
+        if not received_at:
+            received_at = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - received_at > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(process, number)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if not received_at:
+            signal.signal(signal.SIGINT, before)
 
 
 class StopSignals:

@@ -2,11 +2,12 @@
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -39,8 +40,9 @@ class _Screen(_Handler):
         try:
             tqdm.write(self.format(shown), file=stream)
             stream.flush()
-        except OSError:
-            self.handleError(record)
+        except OSError as error:  # nobody reads the screen any more: `| head`, or the terminal has gone
+            discard(stream)
+            log.warning("The screen cannot be written to (%s): from here on, only this file has the log", error)
 
 
 class _File(_Handler, logging.FileHandler):
@@ -54,6 +56,7 @@ class _File(_Handler, logging.FileHandler):
         super().handleError(record)
         stream, self.stream = self.stream, None  # the next line opens the file again
         if stream is not None:
+            distributed.log_stacks(sys.stderr)  # they cannot go to a closed file
             with contextlib.suppress(OSError):  # what is lost has been said
                 stream.close()
 
@@ -64,14 +67,41 @@ def say(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
 
+def open_standard_streams() -> None:
+    """Point standard input, output and error that the caller has closed (`>&-`) at nothing.
+
+    Otherwise the next file that is opened takes their place, and gets what libraries print.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (for good)
+
+
+def discard(stream: TextIO) -> None:
+    """Point a stream that nobody reads at nothing, so that no other write to it fails, nor the last one at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
 def start_log(directory: Path | None) -> None:
-    """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log. Files are appended to."""
+    """Rank 0 logs to the screen and to run.log, every other rank to run.rank-N.log. Files are appended to.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     handlers: list[logging.Handler] = [_Screen() if distributed.is_main() else logging.NullHandler()]
     if directory is not None:
         name = "run.log" if distributed.is_main() else f"run.rank-{distributed.rank()}.log"
         with writing(directory / name):
             directory.mkdir(parents=True, exist_ok=True)
             handlers.append(_File(directory / name))
+        distributed.log_stacks(handlers[-1].stream)
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
