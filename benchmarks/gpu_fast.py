@@ -14,6 +14,7 @@ from atlas.index.codec import Compression
 from atlas.index.flat import FlatIndex
 from atlas.index.pq_search import ProductQuantizerSearch
 from atlas.index.sharded import LocalIndex, ShardedIndex
+from atlas.retrieval import Embedder, passage_embedder
 from atlas.runtime import device as devices
 from benchmarks.gpu_bench import FULL, ROOT, Bench, Limits, Row, Sizes, free, has_module, waits
 from benchmarks.gpu_search import NO_FAISS
@@ -59,11 +60,12 @@ def embedding_speed(bench: Bench) -> Iterator[Row]:
     mask[::3, PASSAGE - 14 :] = False
     on_gpu = (("fp16", False), ("bf16", False), ("bf16", True))
     for precision, cudnn in on_gpu if bench.on_gpu else ((bench.precision, False),):
+        embedder = passage_embedder(retriever.passage_encoder, device, precision)
 
-        def embed(precision: str = precision, cudnn: bool = cudnn) -> None:
+        def embed(embedder: Embedder = embedder, cudnn: bool = cudnn) -> None:
             attention = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cudnn else nullcontext()
-            with torch.no_grad(), devices.autocast(device, precision), attention:
-                retriever.embed_passages(ids, mask)
+            with torch.no_grad(), attention:
+                embedder(ids, mask)
 
         count, taken = operations(embed), seconds(embed, sizes.repeats, device)
         check = f"embedding {sizes.embedded} × {PASSAGE} tokens, {precision}"

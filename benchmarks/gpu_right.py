@@ -23,6 +23,7 @@ from atlas.model.atlas import Atlas, Losses
 from atlas.model.reader import IGNORE, FusionInDecoder, load_reader_state
 from atlas.model.retriever import load_retriever_state
 from atlas.model.signals import MODES
+from atlas.retrieval import passage_embedder
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import gathered_weights, shard_weights
@@ -37,15 +38,16 @@ LOSS_LIMITS = {"fp32": 1e-3, "bf16": 5e-2}  # relative distance to the CPU's fp3
 def embeddings(bench: Bench) -> Iterator[Row]:
     """Passages' embeddings in every precision that the device has."""
     retriever, inputs = bench.world.retriever().eval(), bench.world.inputs(CPU)
-    ids, mask = inputs.passages(bench.world.passages[:64])
+    ids, mask, _ = inputs.passages(bench.world.passages[:64])
     with torch.no_grad():
         wanted = retriever.embed_passages(ids, mask)
     there = copy.deepcopy(retriever).to(bench.device)
     for precision, limit in {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}.items():
         if precision == "fp16" and not bench.on_gpu:
             continue
-        with torch.no_grad(), devices.autocast(bench.device, precision):
-            found = there.embed_passages(ids.to(bench.device), mask.to(bench.device))
+        embed = passage_embedder(there.passage_encoder, bench.device, precision)
+        with torch.no_grad():
+            found = embed(ids.to(bench.device), mask.to(bench.device))
         yield close(f"embeddings, {precision}", distance(found, wanted), limit)
 
 
@@ -174,9 +176,9 @@ def write_answers(reader: FusionInDecoder, world: World, device: torch.device, b
     """Tokens of the answers to all questions."""
     everything = slice(0, len(world.questions))
     inputs, passages = world.inputs(device), world.questions_with_passages(everything, world.sizes.read)
-    ids, mask = inputs.reader(world.questions, passages)
+    ids, mask, lengths = inputs.reader(world.questions, passages)
     with torch.no_grad():
-        return reader.write(reader.encode(ids, mask), mask.flatten(1), max_length=12, num_beams=beams)
+        return reader.write(reader.encode(ids, mask, lengths), mask.flatten(1), max_length=12, num_beams=beams)
 
 
 def same_answers(check: str, found: list[list[int]], wanted: list[list[int]], least: float, of: str) -> Row:

@@ -235,7 +235,7 @@ def batch_of(settings: Settings, vocabulary: int, embedding: int, device: torch.
     targets = Targets(ids(n, settings.target_maxlength), ids(n, settings.target_maxlength))
     embeddings = torch.randn(n, k, embedding, device=device)
     query = ids(n, QUERY), mask(n, QUERY)
-    return TrainingTensors(ids(n, k, length), mask(n, k, length), targets, *query, passage_embeddings=embeddings)
+    return TrainingTensors(ids(n, k, length), mask(n, k, length), None, targets, *query, passage_embeddings=embeddings)
 
 
 def use_cuda_kernels() -> None:

@@ -104,7 +104,7 @@ class Batch:
         lengths = torch.randint(limits[0], limits[1] + 1, (k,))
         labels = torch.randint(3, 30000, (1, TARGET))
         self.targets = Targets(labels, labels.roll(1, dims=1))
-        self.rows = tokens(query + lengths[None])  # (1, K, L)
+        self.rows = *tokens(query + lengths[None]), query + lengths[None].numpy()  # (1, K, L) twice, (1, K)
         self.query = tokens(torch.tensor([QUERY]))
         self.passages = tokens(lengths)  # (K, L)
         self.embeddings = torch.randn(1, k, dim)
@@ -120,8 +120,9 @@ class Batch:
 
     def padded(self, length: int) -> TrainingTensors:
         """All rows padded, and the passages embedded again."""
-        rows, query, passages = ([pad(tensor, length) for tensor in x] for x in (self.rows, self.query, self.passages))
-        return TrainingTensors(*rows, self.targets, *query, *passages)
+        padded = (self.rows[:2], self.query, self.passages)
+        rows, query, passages = ([pad(tensor, length) for tensor in pair] for pair in padded)
+        return TrainingTensors(*rows, None, self.targets, *query, *passages)
 
 
 class Step:

@@ -27,7 +27,7 @@ from atlas.model.reader import FusionInDecoder, token_log_probabilities
 from atlas.model.retriever import Contriever, DualEncoder
 from atlas.model.signals import MODES
 from atlas.model.tokenization import RetrieverTokenizer, load_reader_tokenizer, load_retriever_tokenizer, pad_rows
-from atlas.retrieval import Retrieval
+from atlas.retrieval import Retrieval, passage_embedder
 from atlas.training.optim import Optimizers
 
 MAXLENGTH = 384
@@ -111,9 +111,13 @@ class Bench:
         rows = range(len(self.passages))
         into = torch.zeros(len(rows), self.retriever.dim, dtype=torch.float16)
 
+        embed = passage_embedder(self.retriever.passage_encoder, CPU, "fp32")
+
         @torch.no_grad()
         def fast() -> None:
-            self.retrieval._embed(rows, lambda first, vectors: into[first : first + len(vectors)].copy_(vectors))
+            self.retrieval._embed_rows(
+                rows, embed, lambda first, vectors: into[first : first + len(vectors)].copy_(vectors)
+            )
 
         @torch.no_grad()
         def plain() -> None:
@@ -137,16 +141,16 @@ class Bench:
         from_index = torch.randn(self.batch, self.k, self.retriever.dim)
 
         def fast() -> None:
-            ids, mask = self.inputs.reader(queries, passages)
-            tensors = TrainingTensors(ids, mask, targets, *self.inputs.queries(queries), passage_embeddings=from_index)
+            rows = self.inputs.reader(queries, passages)
+            tensors = TrainingTensors(*rows, targets, *self.inputs.queries(queries), passage_embeddings=from_index)
             optimizers.backward(atlas(tensors).total)
             optimizers.step(0)
 
         def plain() -> None:
-            ids, mask = widen(*self.inputs.reader(queries, passages))
+            ids, mask = widen(*self.inputs.reader(queries, passages)[:2])
             flat = [passage for of_query in passages for passage in of_query]
-            again = widen(*self.inputs.passages(flat))
-            tensors = TrainingTensors(ids, mask, targets, *widen(*self.inputs.queries(queries)), *again)
+            again = widen(*self.inputs.passages(flat)[:2])
+            tensors = TrainingTensors(ids, mask, None, targets, *widen(*self.inputs.queries(queries)), *again)
             optimizers.backward(atlas(tensors).total)
             optimizers.step(0)
 
@@ -165,14 +169,14 @@ class Bench:
 
         @torch.no_grad()
         def fast() -> None:
-            ids, mask = self.inputs.reader(queries, passages)
-            hidden = self.reader.encode(ids, mask)
+            ids, mask, lengths = self.inputs.reader(queries, passages)
+            hidden = self.reader.encode(ids, mask, lengths)
             read(hidden, mask)
             write(hidden, mask)
 
         @torch.no_grad()
         def plain() -> None:
-            ids, mask = widen(*self.inputs.reader(queries, passages))
+            ids, mask = widen(*self.inputs.reader(queries, passages)[:2])
             read(self.reader.encode(ids, mask), mask)
             write(self.reader.encode(ids, mask), mask)
 

@@ -68,11 +68,11 @@ def test_loss_equals_the_formula_and_ignores_padding(parts):
     reader, _, tokenizers = parts
     make = inputs(tokenizers)
     queries, targets, passages = batch(3, 4, ragged=True)
-    ids, mask = make.reader(queries, passages)
+    ids, mask, lengths = make.reader(queries, passages)
     assert mask.any(-1).sum(1).tolist() == [4, 3, 4]
     atlas = Atlas(reader, None, n_context=4)
     wanted = make.targets(queries, targets)
-    loss = atlas(TrainingTensors(ids, mask, wanted)).reader
+    loss = atlas(TrainingTensors(ids, mask, lengths, wanted)).reader
     total, count = 0.0, 0
     for i in range(3):
         own = make.reader(queries[i : i + 1], passages[i : i + 1])
@@ -81,7 +81,7 @@ def test_loss_equals_the_formula_and_ignores_padding(parts):
         total, count = total + n * atlas(TrainingTensors(*own, one)).reader.item(), count + n
     assert loss.item() == pytest.approx(total / count, abs=1e-5)
     wider = F.pad(ids, (0, 9)), F.pad(mask, (0, 9))
-    assert atlas(TrainingTensors(*wider, wanted)).reader.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert atlas(TrainingTensors(*wider, None, wanted)).reader.item() == pytest.approx(loss.item(), abs=1e-5)
     with torch.no_grad():
         short = reader.write(reader.encode(ids, mask), mask.flatten(1), max_length=12)
         long = reader.write(reader.encode(*wider), wider[1].flatten(1), max_length=12)
@@ -119,7 +119,7 @@ def test_targets(parts):
 def tensors_of(make, queries, targets, passages, embeddings=None):
     """All that a step needs; the passages' embeddings, or their tokens."""
     flat = [passage for of_query in passages for passage in of_query]
-    anew = (None, None) if embeddings is not None else make.passages(flat)
+    anew = (None, None, None) if embeddings is not None else make.passages(flat)
     reader = make.reader(queries, passages)
     return TrainingTensors(*reader, make.targets(queries, targets), *make.queries(queries), *anew, embeddings)
 
@@ -201,7 +201,7 @@ def test_passages_are_encoded_once_where_that_can_be(parts, mode, monkeypatch):
     for dropout, n_context, expected in ((0.0, 5, [5]), (0.0, 2, [2, 3]), (0.3, 5, [5, 5]), (0.3, 2, [2, 5])):
         reader = load_reader(str(world() / "models/reader"), dropout=dropout)
         encoded, encode = [], reader.encode
-        monkeypatch.setattr(reader, "encode", lambda ids, mask: encoded.append(ids.shape[1]) or encode(ids, mask))  # noqa: B023
+        monkeypatch.setattr(reader, "encode", lambda ids, *more: encoded.append(ids.shape[1]) or encode(ids, *more))  # noqa: B023
         atlas = Atlas(reader, retriever, n_context=n_context, mode=MODES[mode], temperature_gold=1, temperature_score=1)
         atlas.reader.train()
         loss = atlas(tensors).retriever.item()

@@ -508,6 +508,18 @@ def test_tables_that_a_gpu_has_no_room_for_in_fp32_are_in_fp16(told, monkeypatch
     assert ("in fp16 only" in told.text) == in_fp16
 
 
+def test_beside_gpus_faiss_has_all_cores_of_the_rank(monkeypatch):
+    """Under torchrun a process has one thread, and with GPUs its cores are idle otherwise."""
+    before, asked = faiss.omp_get_max_threads(), []
+    monkeypatch.setattr(compressed.devices, "available_cores", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(faiss, "omp_set_num_threads", asked.append)
+    make_index("SQ4", 200)
+    assert 4 not in asked
+    make_index("SQ4", 200, device=CUDA)
+    assert 4 in asked and faiss.omp_get_max_threads() == before
+
+
 # Without Faiss
 
 

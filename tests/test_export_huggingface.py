@@ -146,7 +146,7 @@ def test_the_reader_reads_as_it_did(trained):
         assert torch.equal(tensor, reader.state_dict()[name]), name
     tokenizer = load_reader_tokenizer(str(world() / "models/reader"))
     own = Inputs(Model(text_maxlength=64), tokenizer, None, device=torch.device("cpu"))
-    ids, mask = own.reader([names["query"]], [names["passages"]])
+    ids, mask, _ = own.reader([names["query"]], [names["passages"]])
     assert torch.equal(ids[0], names["inputs"].input_ids)
     decoder_ids = torch.tensor([[0, 7, 8, 9]])
     with torch.no_grad():

@@ -283,7 +283,7 @@ def test_choice_logits_are_those_of_a_decoder_that_said_the_sentinel(tmp_path, t
     inputs = Inputs(Model(text_maxlength=200), tokenizer, None, device=torch.device("cpu"))
     said = [reader.config.decoder_start_token_id, *tokenizer.encode([prompt], eos=False)[0], tokenizer.sentinel_ids[0]]
     for row in [of_order for joined in rows for of_order in joined["permutations"]]:
-        ids, mask = inputs.reader([row["query"]], None)
+        ids, mask, _ = inputs.reader([row["query"]], None)
         with torch.no_grad():
             hidden = reader.encode(ids, mask)
             logits = reader.logits(hidden, mask.flatten(1), torch.tensor([said]))[0, -1]

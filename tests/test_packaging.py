@@ -109,7 +109,7 @@ query = "question: time zone of Osaka answer: <extra_id_0>"
 with torch.no_grad():
     index = FlatIndex(retriever.embed_passages(*inputs.passages(PASSAGES)))
     _, rows = index.search(retriever.embed_queries(*inputs.queries([query])), k=2)
-    ids, mask = inputs.reader([query], [[PASSAGES[row] for row in rows[0].tolist()]])
+    ids, mask, _ = inputs.reader([query], [[PASSAGES[row] for row in rows[0].tolist()]])
     (answer,) = tokenizer.decode(reader.write(reader.encode(ids, mask), mask.flatten(1), max_length=16))
 package = Path(atlas.__file__).parent
 print(package, atlas.__version__, (package / "py.typed").is_file(), rows[0, 0].item(), answer, sep="\\n")

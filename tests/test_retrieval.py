@@ -11,9 +11,9 @@ from atlas.index.passages import open_passages
 from atlas.index.sharded import shard_rows
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
-from atlas.model.retriever import load_retriever
+from atlas.model.retriever import load_retriever, use_uncentered_layer_norm
 from atlas.model.tokenization import load_retriever_tokenizer
-from atlas.retrieval import Retrieval, batches_by_length
+from atlas.retrieval import Retrieval, batches_by_length, passage_embedder
 from atlas.runtime import distributed
 from tests.kit import read_jsonl, world, write_jsonl
 from tests.ranks import run_on_ranks
@@ -58,9 +58,9 @@ def test_a_window_that_cannot_be_stored_ends_the_build(monkeypatch, windows_at_f
     broken, asked = make(world()), []  # 300 passages, 10 windows
     embed_window = broken._embed_window
 
-    def at_fault(window, embedded):
+    def at_fault(window, embed, embedded):
         asked.append(len(asked))
-        return embed_window(window, embedded).fill_(float("nan") if asked[-1] in windows_at_fault else 1.0)
+        return embed_window(window, embed, embedded).fill_(float("nan") if asked[-1] in windows_at_fault else 1.0)
 
     monkeypatch.setattr(broken, "_embed_window", at_fault)
     first = 30 * windows_at_fault[0]
@@ -76,6 +76,22 @@ def test_batches_change_nothing(one_by_one, max_tokens):
     fast.build()
     assert fast.retriever.training  # as it was
     assert torch.allclose(fast.index.embeddings.float(), one_by_one.float(), atol=2e-3)
+
+
+@pytest.mark.parametrize("uncentered", [False, True])
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-6), ("fp16", 3e-3), ("bf16", 2e-2)])
+def test_embedders_of_every_precision(uncentered, precision, error):
+    found = make(world())
+    encoder = found.retriever.passage_encoder.eval()
+    if uncentered:
+        use_uncentered_layer_norm(encoder)
+    batch = found.inputs.passages(found.passages[:20])[:2]
+    with torch.no_grad():
+        exact, embedded = encoder(*batch), passage_embedder(encoder, torch.device("cpu"), precision)(*batch)
+    assert embedded.dtype == torch.float32
+    assert (embedded - exact).norm() < error * exact.norm()
+    assert torch.equal(embedded, exact) == (precision == "fp32")
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in encoder.parameters())
 
 
 @pytest.mark.processes

@@ -44,7 +44,7 @@ class Case:
         self.reader, self.b, self.k = reader, b, k
         self.make = inputs(tokenizers, decoder_prompt_format=prompt)
         self.queries, targets, self.passages = batch(b, k, ragged)
-        self.ids, self.mask = self.make.reader(self.queries, self.passages)
+        self.ids, self.mask, self.lengths = self.make.reader(self.queries, self.passages)
         self.targets = self.make.targets(self.queries, targets)
         prompts = self.make.prompts(self.queries) or [[]] * b
         self.prompt_lengths = [len(row) for row in prompts]
@@ -53,12 +53,12 @@ class Case:
         assert b == 1 or not self.mask.all()
 
     def reading(self, temperature_gold=1.0):
-        hidden = self.reader.encode(self.ids, self.mask).unflatten(1, self.ids.shape[1:])
+        hidden = self.reader.encode(self.ids, self.mask, self.lengths).unflatten(1, self.ids.shape[1:])
         return Reading(self.reader, hidden, self.mask, self.targets, temperature_gold)
 
     def encoded(self, i, which):
         """Encodings (1, n, d) of some of the passages of example i, each encoded alone."""
-        rows = [self.make.reader([self.queries[i]], [[self.passages[i][j]]]) for j in which]
+        rows = [self.make.reader([self.queries[i]], [[self.passages[i][j]]])[:2] for j in which]
         return torch.cat([self.reader.encode(ids, mask) for ids, mask in rows], dim=1)
 
     def log_likelihoods(self, i, which, temperature=1.0):

@@ -1,5 +1,6 @@
 """The text half: embed the corpus, search it for queries, return passages. No gradient anywhere."""
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from atlas.index.sharded import ShardedIndex
 from atlas.index.store import open_index, save_index
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
-from atlas.model.retriever import fingerprint
+from atlas.model.retriever import Contriever, fingerprint
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.session import Session
@@ -30,6 +31,7 @@ from atlas.runtime.tracking import log, progress_bar, read_shares
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
 MOST_WAITING = 2  # windows that are embedded and not yet stored
+Embedder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids (n, L), mask (n, L) -> embeddings (n, D) fp32
 
 
 class Found(NamedTuple):
@@ -210,7 +212,8 @@ class Retrieval:
         was_training, error = self.retriever.training, None
         self.retriever.eval()
         try:
-            self._embed_rows(builder.rows, builder.add)
+            embed = passage_embedder(self.retriever.passage_encoder, self.device, self.embedder_precision)
+            self._embed_rows(builder.rows, embed, builder.add)
         except ValueError as not_finite:
             error = not_finite
         self.retriever.train(was_training)
@@ -245,7 +248,7 @@ class Retrieval:
         else:
             log.info("--save_index_path: a loaded index is saved only when it is built again")
 
-    def _embed_rows(self, rows: range, store: Callable[[int, torch.Tensor], None]) -> None:
+    def _embed_rows(self, rows: range, embed: Embedder, store: Callable[[int, torch.Tensor], None]) -> None:
         """Give the rows' embeddings to `store`, window by window: `store(first row of the window, (n, D) fp16)`.
 
         Ranks may have different numbers of batches: nothing here waits for another rank.
@@ -267,7 +270,7 @@ class Retrieval:
         # Another thread stores, because encoding a window can take as long as embedding the next one.
         with progress_bar("embedding", len(rows), "passages") as bar, ThreadPoolExecutor(1) as thread:
             for number, window in enumerate(loader):
-                embeddings = self._embed_window(window, bar.update)
+                embeddings = self._embed_window(window, embed, bar.update)
                 stored.append(thread.submit(store, number * windows.size, embeddings))
                 if len(stored) > MOST_WAITING:
                     stored.popleft().result()
@@ -277,7 +280,7 @@ class Retrieval:
         seconds = time.monotonic() - started
         log.info("Embedded %d passages%s in %.1f s: %.0f a second", len(rows), share, seconds, len(rows) / seconds)
 
-    def _embed_window(self, window: _Window, embedded: Callable[[int], object]) -> torch.Tensor:
+    def _embed_window(self, window: _Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
         """Embeddings of a window's passages in their order, (n, D) fp16. Does not wait for the device."""
         ids, lengths, places = (
             devices.move(torch.from_numpy(array), self.device) for array in (window.ids, window.lengths, window.places)
@@ -291,15 +294,10 @@ class Retrieval:
         )
         for (n, longest), of_batch, tokens in batches:
             mask = torch.arange(longest, device=self.device) < tokens[:, None]  # (n, L)
-            parts.append(self._embed(of_batch.view(n, longest), mask).to(torch.float16))
+            parts.append(embed(of_batch.view(n, longest), mask).to(torch.float16))
             embedded(n)
         embeddings = torch.empty(len(places), self.retriever.dim, dtype=torch.float16, device=self.device)
         return embeddings.index_copy_(0, places, torch.cat(parts))
-
-    def _embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (n, L), (n, L) -> (n, D)
-        """Embeddings of passages by the current passage encoder."""
-        with devices.autocast(self.device, self.embedder_precision):
-            return self.retriever.embed_passages(ids, mask)
 
     @torch.no_grad()
     def search(self, queries: list[str], k: int, exclude: Sequence[str | int | None] | None = None) -> Found:
@@ -352,8 +350,28 @@ class Retrieval:
         for rows in batches_by_length([len(row) for row in tokens], self.max_tokens):
             batch = self.inputs.pad_passages([tokens[row] for row in rows])
             ids, mask, places = (devices.move(tensor, self.device) for tensor in (*batch, torch.tensor(rows)))
-            vectors.index_copy_(0, places, self._embed(ids, mask).float())
+            with devices.autocast(self.device, self.embedder_precision):
+                vectors.index_copy_(0, places, self.retriever.embed_passages(ids, mask).float())
         return torch.einsum("bd,bkd->bk", queries, vectors.view(len(queries), -1, vectors.shape[-1]))
+
+
+def passage_embedder(encoder: Contriever, device: torch.device, precision: str) -> Embedder:
+    """Embeds passages in this precision, with the weights that the encoder has now.
+
+    In fp16 a copy of the encoder does it, whose weights and hidden states are fp16: nothing is converted on the way,
+    and its errors are about those that rounding the embeddings to fp16 makes. In bf16 they would be several times as
+    large, so the hidden states stay fp32 there.
+    """
+    if precision == "fp16":
+        return copy.deepcopy(encoder).requires_grad_(False).half()
+    return partial(_embed_by_autocast, encoder, device, precision)
+
+
+def _embed_by_autocast(
+    encoder: Contriever, device: torch.device, precision: str, ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    with devices.autocast(device, precision):
+        return encoder(ids, mask)
 
 
 def _own_passages(passages: list[list[dict[str, Any]]], ids: Sequence[str | int | None]) -> torch.Tensor:

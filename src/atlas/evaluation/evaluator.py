@@ -127,10 +127,10 @@ class Evaluator:
     @torch.no_grad()
     def _read(self, examples: list[Example], queries: list[str], passages: list[list[dict]] | None) -> list["_Reading"]:
         """What the reader makes of each example, from one pass of the encoder."""
-        ids, mask = self.inputs.reader(queries, passages)
+        ids, mask, lengths = self.inputs.reader(queries, passages)
         targets = self.inputs.targets(queries, [example.target for example in examples])
         with devices.autocast(self.session.device, self.precision):
-            hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
+            hidden = self.reader.encode(ids, mask, lengths)  # (B, K, L) -> (B, K·L, d)
             logits = self.reader.logits(hidden, mask.flatten(1), targets.decoder_ids)
             rows = self.reader.write(hidden, mask.flatten(1), prompt=self.inputs.prompts(queries), **self._generation())
         losses = (-token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths).tolist()

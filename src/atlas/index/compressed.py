@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from atlas.index.codec import Codec, faiss
 from atlas.index.flat import FlatIndex, checked_queries, error_bound, fixed_inner_products
 from atlas.index.pq_search import ProductQuantizerSearch
+from atlas.runtime import device as devices
+from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 
 _MANY_QUERIES = 6  # from which on torch searches product quantizer codes faster than Faiss, on a CPU
@@ -54,6 +56,8 @@ class CompressedIndex:
         self.codec, self.largest_norm, self._n = codec, largest_norm, len(codes)
         self._nprobe = min(nprobe or codec.lists, codec.lists)
         gpu = device if device is not None and device.type != "cpu" else None
+        if gpu is not None:  # the cores are idle then, and torchrun sets the number of threads to one
+            faiss.omp_set_num_threads(devices.cores_per_rank(distributed.local_world_size()))
         centroids = codec.centroids()
         if gpu is not None and (reason := _why_not_on_gpu(codec, self._nprobe)):
             log.warning("The CPU searches the index: %s", reason)

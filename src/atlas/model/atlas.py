@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atlas.model.inputs import Targets
+from atlas.model.inputs import ReaderRows, Targets
 from atlas.model.losses import retriever_scores
 from atlas.model.reader import IGNORE, FusionInDecoder
 from atlas.model.retriever import DualEncoder
@@ -22,12 +23,23 @@ class TrainingTensors:
 
     reader_ids: torch.Tensor  # (B, K, L): all retrieved passages; the reader reads the first n_context of them
     reader_mask: torch.Tensor  # (B, K, L) bool
+    reader_lengths: np.ndarray | None  # (B, K) tokens, on the CPU; None: all are encoded in one call
     targets: Targets
     query_ids: torch.Tensor | None = None  # (B, Lq)
     query_mask: torch.Tensor | None = None
     passage_ids: torch.Tensor | None = None  # (B·K, Lp), when the passage encoder is trained and embeds them again
     passage_mask: torch.Tensor | None = None
+    passage_lengths: np.ndarray | None = None  # (B·K,), on the CPU
     passage_embeddings: torch.Tensor | None = None  # (B, K, D) from the index, when the passage encoder is frozen
+
+    def read(self, start: int, end: int) -> ReaderRows:
+        """The reader's rows of some of each query's passages."""
+        lengths = self.reader_lengths
+        return ReaderRows(
+            self.reader_ids[:, start:end],
+            self.reader_mask[:, start:end],
+            None if lengths is None else lengths[:, start:end],
+        )
 
 
 class Losses(NamedTuple):
@@ -86,8 +98,8 @@ class Atlas(nn.Module):
 
     def forward(self, batch: TrainingTensors) -> Losses:
         """The losses of one batch. The retriever has one only if the batch contains its tensors."""
-        ids, mask = batch.reader_ids[:, : self.n_context], batch.reader_mask[:, : self.n_context]
-        hidden = self.reader.encode(ids, mask)  # (B, K, L) -> (B, K·L, d)
+        ids, mask, lengths = batch.read(0, self.n_context)
+        hidden = self.reader.encode(ids, mask, lengths)  # (B, K, L) -> (B, K·L, d)
         logits = self.reader.logits(hidden, mask.flatten(1), batch.targets.decoder_ids)  # (B, T, V)
         labels = batch.targets.labels
         reader_loss = F.cross_entropy(
@@ -110,9 +122,9 @@ class Atlas(nn.Module):
         """
         ids, mask = batch.reader_ids, batch.reader_mask  # (B, K, L)
         if self.reader.has_dropout:
-            hidden = self.reader.encode(ids, mask)
+            hidden = self.reader.encode(ids, mask, batch.reader_lengths)
         elif ids.shape[1] > self.n_context:
-            rest = self.reader.encode(ids[:, self.n_context :], mask[:, self.n_context :])
+            rest = self.reader.encode(*batch.read(self.n_context, ids.shape[1]))
             hidden = torch.cat([hidden, rest], dim=1)
         hidden = hidden.detach().unflatten(1, ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
         return Reading(self.reader, hidden, mask, batch.targets, self.temperature_gold)
@@ -122,6 +134,7 @@ class Atlas(nn.Module):
         queries = self.retriever.embed_queries(batch.query_ids, batch.query_mask)  # (B, D)
         passages = batch.passage_embeddings
         if passages is None:
-            passages = self.retriever.embed_passages(batch.passage_ids, batch.passage_mask)  # (B·K, D)
+            rows = batch.passage_ids, batch.passage_mask, batch.passage_lengths
+            passages = self.retriever.embed_passages(*rows)  # (B·K, D)
             passages = passages.view(len(queries), -1, passages.shape[-1])
         return retriever_scores(queries, passages)

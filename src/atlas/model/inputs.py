@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from atlas import config
@@ -51,6 +52,22 @@ def count_filling(queries: Sequence[str], settings: config.Model, tokenizer: Rea
     return sum(len(row) >= room for row in tokenizer.encode(suspects, max_length=room, eos=False))
 
 
+class ReaderRows(NamedTuple):
+    """The encoder's input. K is the largest number of passages of a query; other queries have rows without a token."""
+
+    ids: torch.Tensor  # (B, K, L)
+    mask: torch.Tensor  # (B, K, L) bool
+    lengths: np.ndarray | None  # (B, K) tokens, on the CPU; None: unknown
+
+
+class RetrieverRows(NamedTuple):
+    """An encoder's input."""
+
+    ids: torch.Tensor  # (n, L)
+    mask: torch.Tensor  # (n, L) bool
+    lengths: np.ndarray  # (n,) tokens, on the CPU
+
+
 class Inputs:
     """Formats and tokenizes texts, as set by the flags of the section Model.
 
@@ -80,14 +97,8 @@ class Inputs:
         self.pad_multiple = device_choices.pad_multiple(device)  # row lengths are rounded up to it
         self._warned_of_cut = False
 
-    def reader(
-        self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoder input: ids and mask (B, K, L).
-
-        K is the largest number of passages of a query; missing passages of other queries are rows without any token.
-        Without passages (None, or none for a query) the reader is given the query alone.
-        """
+    def reader(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
+        """Encoder input. Without passages (None, or none for a query) the reader is given the query alone."""
         passages = [[]] * len(queries) if passages is None else passages
         k = max([1, *map(len, passages)])
         texts, rows = [], []
@@ -103,7 +114,8 @@ class Inputs:
             filled += tokens[start : start + n] + [[]] * (k - n)
             start += n
         ids, mask = self._pad(filled, self.reader_tokenizer.pad_id)
-        return ids.view(len(queries), k, -1), mask.view(len(queries), k, -1)
+        lengths = np.array([len(row) for row in filled], np.int64)
+        return ReaderRows(*(part.reshape(len(queries), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
 
     def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
         """What the decoder learns to generate: the prompt if there is one (without loss), the target and `</s>`."""
@@ -131,10 +143,11 @@ class Inputs:
         tokens = self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
         return self._pad(tokens, self.retriever_tokenizer.pad_id)
 
-    def passages(self, passages: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The retriever's input for passages: ids and mask (n, L)."""
-        ids, mask = self.pad_passages(self.passage_tokens(passages))
-        return device_choices.move(ids, self.device), device_choices.move(mask, self.device)
+    def passages(self, passages: Sequence[dict[str, Any]]) -> RetrieverRows:
+        """The retriever's input for passages."""
+        tokens = self.passage_tokens(passages)
+        padded = self._pad(tokens, self.retriever_tokenizer.pad_id)
+        return RetrieverRows(*padded, np.array([len(row) for row in tokens], np.int64))
 
     def passage_tokens(self, passages: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The retriever's token ids of passages, not padded."""

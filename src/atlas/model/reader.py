@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5 import modeling_t5 as t5
 
+from atlas.model.grouping import encode_by_length
 from atlas.model.pretrained import checkpoint_activations, pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--reader_model_type"
@@ -33,10 +35,23 @@ class FusionInDecoder(T5ForConditionalGeneration):
             if isinstance(getattr(module, "act", None), NewGELUActivation):
                 module.act = nn.GELU(approximate="tanh")
 
-    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:  # (B, K, L), (B, K, L) -> (B, K·L, d)
-        """Encode every passage independently; the hidden states of a query's passages are concatenated."""
-        hidden = self.encoder(input_ids=ids.flatten(0, 1), attention_mask=_broadcastable(mask.flatten(0, 1)))[0]
+    def encode(self, ids: Tensor, mask: Tensor, lengths: np.ndarray | None = None) -> Tensor:
+        """Encode every passage independently; the hidden states of a query's passages are concatenated.
+
+        Args:
+            ids, mask: (B, K, L).
+            lengths: (B, K) tokens of each passage, on the CPU: passages of similar length are encoded together. None
+                encodes all in one call, as ranks must that share the reader's weights.
+
+        Returns:
+            (B, K·L, d).
+        """
+        lengths = None if lengths is None else lengths.ravel()
+        hidden = encode_by_length(self._encode_rows, ids.flatten(0, 1), mask.flatten(0, 1), lengths)
         return hidden.view(ids.shape[0], -1, hidden.shape[-1])  # (B·K, L, d) -> (B, K·L, d)
+
+    def _encode_rows(self, ids: Tensor, mask: Tensor) -> Tensor:  # (n, L), (n, L) -> (n, L, d)
+        return self.encoder(input_ids=ids, attention_mask=_broadcastable(mask))[0]
 
     def logits(
         self, hidden: Tensor, mask: Tensor, decoder_ids: Tensor, *, decoder_mask: Tensor | None = None

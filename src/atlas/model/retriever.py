@@ -13,11 +13,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertModel
 
+from atlas.model.grouping import encode_by_length
 from atlas.model.pretrained import checkpoint_activations, pretrained_errors, quiet_loading, set_dropout
 
 FLAG = "--retriever_model_path"
@@ -118,8 +120,9 @@ class DualEncoder(nn.Module):
     def embed_queries(self, ids: Tensor, mask: Tensor) -> Tensor:  # (n, L), (n, L) -> (n, D)
         return self.query_encoder(ids, mask)
 
-    def embed_passages(self, ids: Tensor, mask: Tensor) -> Tensor:  # (n, L), (n, L) -> (n, D)
-        return self.passage_encoder(ids, mask)
+    def embed_passages(self, ids: Tensor, mask: Tensor, lengths: np.ndarray | None = None) -> Tensor:
+        """(n, L), (n, L) -> (n, D). With `lengths` (n,) on the CPU, rows of similar length are encoded together."""
+        return encode_by_length(self.passage_encoder, ids, mask, lengths)
 
     def train(self, mode: bool = True) -> DualEncoder:
         """As for every module, but a frozen passage encoder stays in evaluation mode."""
@@ -132,9 +135,10 @@ class DualEncoder(nn.Module):
 class UncenteredLayerNorm(nn.LayerNorm):
     """The layer norm of the published retrievers: (x - mean(x)) / sqrt(mean(x²) + eps) · weight + bias."""
 
-    def forward(self, hidden: Tensor) -> Tensor:  # (…, D) -> (…, D) fp32
+    def forward(self, hidden: Tensor) -> Tensor:  # (…, D) -> (…, D), as precise as the weights
         scaled = F.rms_norm(hidden.float(), self.normalized_shape, eps=self.eps)
-        return torch.addcmul(self.bias, scaled - scaled.mean(-1, keepdim=True), self.weight)
+        centered = scaled - scaled.mean(-1, keepdim=True)
+        return torch.addcmul(self.bias.float(), centered, self.weight.float()).to(self.weight.dtype)
 
 
 def use_uncentered_layer_norm(module: nn.Module) -> None:

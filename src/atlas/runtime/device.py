@@ -65,6 +65,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_per_rank(local_world_size: int) -> int:
+    """The share of a rank in the cores of its machine, at least one."""
+    return max(1, available_cores() // local_world_size)
+
+
 def check_precision(device: torch.device, precision: str, flag: str) -> None:
     """Raises ValueError if the device cannot compute in this precision."""
     if precision == "fp16" and device.type != "cuda":
@@ -103,6 +108,11 @@ def embedder_precision(device: torch.device, asked: str | None) -> str:
 def pad_multiple(device: torch.device) -> int:
     """Row lengths are rounded up to a multiple of this: 8 for tensor cores; a CPU needs no padding."""
     return 8 if device.type == "cuda" else 1
+
+
+def tokens_of_a_call(device: torch.device) -> int:
+    """How many tokens an encoder computes in the time that starting its kernels takes."""
+    return 1024 if device.type == "cuda" else 64
 
 
 def evaluation_batch_size(device: torch.device, training_batch_size: int, tokens: int) -> int:
@@ -156,7 +166,7 @@ def cpu_precision() -> str:
 
 def tokenizer_processes(local_world_size: int) -> int:
     """Worker processes that tokenize ahead while this rank embeds."""
-    return max(1, min(8, available_cores() // local_world_size))
+    return min(8, cores_per_rank(local_world_size))
 
 
 def single_threaded_worker(worker: int) -> None:

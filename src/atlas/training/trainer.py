@@ -177,17 +177,19 @@ class Trainer:
         passages = found.passages if found else None
         if settings.use_file_passages:
             passages = [example.passages[:k] for example in examples]
-        ids, mask = inputs.reader(queries, passages)
+        reading = inputs.reader(queries, passages)
+        if self.settings.optimisation.shard_grads and distributed.world_size() > 1:
+            reading = reading._replace(lengths=None)  # ranks that share weights need them equally often
         targets = inputs.targets(queries, [example.target for example in examples])
         if not learns:
-            return TrainingTensors(ids, mask, targets)
+            return TrainingTensors(*reading, targets)
         query_ids, query_mask = inputs.queries(queries)
         if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
             # a frozen encoder: it would compute what the index holds
             embeddings = self.retrieval.index.embeddings_of(found.ids)
-            return TrainingTensors(ids, mask, targets, query_ids, query_mask, passage_embeddings=embeddings)
+            return TrainingTensors(*reading, targets, query_ids, query_mask, passage_embeddings=embeddings)
         flat = [passage for of_query in found.passages for passage in of_query]
-        return TrainingTensors(ids, mask, targets, query_ids, query_mask, *inputs.passages(flat))
+        return TrainingTensors(*reading, targets, query_ids, query_mask, *inputs.passages(flat))
 
     def _count(self, losses: Losses) -> None:
         self._means.add("loss/train_loss", losses.total)

@@ -1,0 +1,63 @@
+"""Rows of similar length are encoded together, so that less of what is computed is padding."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from atlas.runtime import device as devices
+
+_MOST_CUTS = 128  # places tried for a cut, however many rows there are
+
+
+def encode_by_length(
+    encoder: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    lengths: np.ndarray | None,
+) -> torch.Tensor:
+    """What `encoder` returns for ids and mask (n, L), from up to three calls with fewer padded tokens.
+
+    Args:
+        encoder: (n, L), (n, L) -> (n, D) or (n, L, d); what it returns for padding does not matter, and is zero here.
+        lengths: (n,) tokens of each row, on the CPU so that nobody waits for the device. None: one call for all.
+
+    Returns:
+        (n, D) or (n, L, d).
+    """
+    n, longest = ids.shape
+    groups = [] if lengths is None else length_groups(lengths, devices.tokens_of_a_call(ids.device))
+    if len(groups) < 2:
+        return encoder(ids, mask)
+    order = np.concatenate(groups)
+    place = devices.move(torch.from_numpy(np.argsort(order)), ids.device)
+    rows = devices.move(torch.from_numpy(order), ids.device).split([len(group) for group in groups])
+    multiple, parts = devices.pad_multiple(ids.device), []
+    for group, of_group in zip(groups, rows, strict=True):
+        width = min(longest, -(-max(1, lengths[group].max()) // multiple) * multiple)
+        encoded = encoder(ids[of_group, :width], mask[of_group, :width])
+        parts.append(F.pad(encoded, (0, 0, 0, longest - width)) if encoded.dim() == 3 else encoded)
+    return torch.cat(parts)[place]
+
+
+def length_groups(lengths: np.ndarray, overhead: int) -> list[np.ndarray]:
+    """Cut rows into at most three groups with the fewest tokens, where each group is padded to its longest row.
+
+    Args:
+        lengths: (n,) tokens of each row.
+        overhead: tokens that a further group has to save.
+
+    Returns:
+        The numbers of each group's rows, shortest rows first.
+    """
+    order, n = np.argsort(lengths, kind="stable"), len(lengths)
+    cuts = np.unique(np.linspace(0, n, min(n, _MOST_CUTS) + 1).astype(np.int64))
+    longest = np.concatenate([[0], lengths[order]])[cuts]  # of the rows before each cut
+    # Rows before the first cut (down), between the cuts, and after the second (across); empty groups cost nothing.
+    down, across = cuts[:, None], cuts[None]
+    tokens = down * longest[:, None] + (across - down) * longest[None] + (n - across) * longest[-1]
+    tokens = tokens + overhead * ((down > 0).astype(np.int64) + (across > down) + (across < n))
+    first, second = np.unravel_index(np.where(across >= down, tokens, np.iinfo(np.int64).max).argmin(), tokens.shape)
+    return [order[a:b] for a, b in pairwise((0, cuts[first], cuts[second], n)) if a < b]
