@@ -72,8 +72,7 @@ def test_a_null_field_of_a_passage_is_empty(make, field):
     for null in (PASSAGE | {field: None}, {key: value for key, value in PASSAGE.items() if key != field}):
         empty = PASSAGE | {field: ""}
         assert made.passage_tokens([null]) == made.passage_tokens([empty]) != made.passage_tokens([PASSAGE])
-        for part, expected in zip(made.reader(["q"], [[null]]), made.reader(["q"], [[empty]]), strict=True):
-            assert torch.equal(part, expected)
+        assert torch.equal(made.reader(["q"], [[null]]).ids, made.reader(["q"], [[empty]]).ids)
 
 
 def test_texts_that_are_tokenized_in_parts(tokenizer, monkeypatch):
