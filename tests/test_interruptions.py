@@ -209,12 +209,12 @@ def crash():
 
 def test_a_signal_while_the_first_index_is_built(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        nth_call(patch, Retrieval, "_embed", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        nth_call(patch, Retrieval, "_embed", 4, crash)
+        nth_call(patch, Retrieval, "_embed_window", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
             run(tmp_path, total_steps=2, eval_data=None)
     assert ended.value.code == 143 and latest_checkpoint(tmp_path / "run") is None
-    assert "Asked to stop before a step was saved" in (tmp_path / "run/run.log").read_text()
+    log = (tmp_path / "run/run.log").read_text()
+    assert "Asked to stop before a step was saved" in log and "Embedded" not in log  # it ends with the batch
     run(tmp_path, total_steps=2, eval_data=None)
 
 
@@ -227,12 +227,10 @@ def test_a_signal_while_the_index_is_refreshed(tmp_path, monkeypatch, accumulati
     with monkeypatch.context() as patch:
         refreshed = []
 
-        def signal_in_the_refresh(retrieval, ids, mask, embed=Retrieval._embed):
-            if retrieval.built_by is not None and not refreshed:
-                refreshed.append(os.kill(os.getpid(), signal.SIGUSR1))
-            return embed(retrieval, ids, mask)
+        def signal_in_the_refresh():
+            refreshed.append(os.kill(os.getpid(), signal.SIGUSR1))
 
-        patch.setattr(Retrieval, "_embed", signal_in_the_refresh)
+        nth_call(patch, Retrieval, "_embed_window", 2, signal_in_the_refresh)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path, name="stopped", **flags)
     assert ended.value.code == 143 and refreshed
@@ -261,7 +259,7 @@ def _run_with_a_signal_to_one_rank(arguments, owner, name, call):
         ({}, Evaluator, "_evaluate_batch", 2),
         # nothing that ranks do together is in a batch
         ({"closed_book": True, "passages": None, "write_results": False}, Evaluator, "_evaluate_batch", 2),
-        ({}, Retrieval, "_embed", None),
+        ({}, Retrieval, "_embed_window", None),
     ],
 )
 def test_a_signal_to_one_of_two_ranks_ends_both(tmp_path, changes, owner, name, saved):
