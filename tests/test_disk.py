@@ -107,7 +107,7 @@ def test_an_index_that_does_not_fit_leaves_the_old_one(tmp_path):
     wanted = r"embeddings\.1\.npy cannot be .*42,496 bytes are needed"
     with pytest.raises(FullDiskError, match=wanted), no_file_above(20_000):
         save_index(tmp_path / "new", index)
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
     save_index(tmp_path / "old", index)
     before = sorted(path.name for path in (tmp_path / "old").iterdir())
     with pytest.raises(FullDiskError), no_file_above(20_000):
@@ -137,7 +137,7 @@ def test_a_log_that_cannot_be_written_says_so_once(full, capsys):
     assert "there is room again" in (full / "run.log").read_text()
 
 
-def test_a_screen_that_cannot_be_written_does_not_end_the_run(tmp_path, full, capsys, monkeypatch):
+def test_a_screen_that_cannot_be_written_does_not_end_the_run(full, monkeypatch):
     with open("/dev/full", "w") as screen:
         monkeypatch.setattr(sys, "stdout", screen)
         (full / "run.log").unlink()
@@ -145,10 +145,9 @@ def test_a_screen_that_cannot_be_written_does_not_end_the_run(tmp_path, full, ca
         log.info("one")
         log.info("two")
         monkeypatch.undo()
-        with pytest.raises(OSError, match="No space"):
-            screen.close()
-    assert (full / "run.log").read_text().count("\n") == 2
-    assert capsys.readouterr().err.count("lines of the log are missing in the screen") == 1
+    lines = (full / "run.log").read_text().splitlines()
+    assert [line[-3:] for line in lines if "The screen cannot be written to" not in line] == ["one", "two"]
+    assert len(lines) == 3
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

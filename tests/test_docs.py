@@ -46,7 +46,15 @@ SHELL = ("python3 -m venv .venv", ". .venv/bin/activate")
 PROGRAMS = ("train.py", "evaluate.py", "finetune_qa.py")
 # of torchrun, sbatch, pip and the scripts' --help itself
 OTHER_FLAGS = {
-    *("--nnodes", "--node_rank", "--nproc_per_node", "--rdzv_endpoint", "--master_addr", "--standalone"),
+    *(
+        "--nnodes",
+        "--node_rank",
+        "--nproc_per_node",
+        "--ntasks-per-node",
+        "--rdzv_endpoint",
+        "--master_addr",
+        "--standalone",
+    ),
     *("--signals-to-handle", "--shutdown_timeout", "--requeue", "--dependency", "--index-url", "--no-deps", "--help"),
 }
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from atlas import retrieval
 from atlas.checkpoint import latest_checkpoint, load_checkpoint
 from atlas.config import parse_config
 from atlas.evaluation.evaluator import Evaluator
@@ -210,12 +209,12 @@ def crash():
 
 def test_a_signal_while_the_first_index_is_built(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        nth_call(patch, retrieval, "_embed_by_autocast", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        nth_call(patch, retrieval, "_embed_by_autocast", 4, crash)
+        nth_call(patch, Retrieval, "_embed_window", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
             run(tmp_path, total_steps=2, eval_data=None)
     assert ended.value.code == 143 and latest_checkpoint(tmp_path / "run") is None
-    assert "Asked to stop before a step was saved" in (tmp_path / "run/run.log").read_text()
+    log = (tmp_path / "run/run.log").read_text()
+    assert "Asked to stop before a step was saved" in log and "Embedded" not in log  # it ends with the batch
     run(tmp_path, total_steps=2, eval_data=None)
 
 
@@ -226,19 +225,12 @@ def test_a_signal_while_the_index_is_refreshed(tmp_path, monkeypatch, accumulati
     flags |= {"accumulation_steps": accumulation_steps}
     straight, stopped = run(tmp_path, name="straight", **flags), tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        builds, refreshed = [], []
+        refreshed = []
 
-        def signal_in_the_refresh(*arguments, embed=retrieval._embed_by_autocast):
-            if len(builds) == 2 and not refreshed:
-                refreshed.append(os.kill(os.getpid(), signal.SIGUSR1))
-            return embed(*arguments)
+        def signal_in_the_refresh():
+            refreshed.append(os.kill(os.getpid(), signal.SIGUSR1))
 
-        def counted(*arguments, build=Retrieval.build):
-            builds.append(None)
-            return build(*arguments)
-
-        patch.setattr(retrieval, "_embed_by_autocast", signal_in_the_refresh)
-        patch.setattr(Retrieval, "build", counted)
+        nth_call(patch, Retrieval, "_embed_window", 2, signal_in_the_refresh)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path, name="stopped", **flags)
     assert ended.value.code == 143 and refreshed
@@ -249,11 +241,11 @@ def test_a_signal_while_the_index_is_refreshed(tmp_path, monkeypatch, accumulati
 
 
 def _run_with_a_signal_to_one_rank(arguments, owner, name, call):
-    """The status of a rank where rank 1 alone gets a signal in the so-many-th call of a method (or of retrieval's)."""
+    """The status of a rank where rank 1 alone gets a signal in the so-many-th call of a method."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "stop", lambda: None)  # the process group goes on living
         if distributed.rank() == 1:
-            nth_call(patch, owner or retrieval, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            nth_call(patch, owner, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
         try:
             train(parse_config(arguments, program="train"))
         except SystemExit as ended:
@@ -267,7 +259,7 @@ def _run_with_a_signal_to_one_rank(arguments, owner, name, call):
         ({}, Evaluator, "_evaluate_batch", 2),
         # nothing that ranks do together is in a batch
         ({"closed_book": True, "passages": None, "write_results": False}, Evaluator, "_evaluate_batch", 2),
-        ({}, None, "_embed_by_autocast", None),
+        ({}, Retrieval, "_embed_window", None),
     ],
 )
 def test_a_signal_to_one_of_two_ranks_ends_both(tmp_path, changes, owner, name, saved):

@@ -166,7 +166,7 @@ def test_a_log_that_cannot_be_written_is_said_once(capfd):
     for _ in range(2):
         handler.emit(logging.makeLogRecord({"msg": "x"}))
     handler.stream = None  # closing would flush
-    assert capfd.readouterr().err == "/dev/full cannot be written: [Errno 28] No space left on device\n"
+    assert capfd.readouterr().err == "lines of the log are missing in /dev/full: [Errno 28] No space left on device\n"
 
 
 def _rank_of_a_session(rank, port, directory, work, line):
@@ -176,7 +176,7 @@ def _rank_of_a_session(rank, port, directory, work, line):
     errors_to(directory / f"stderr of {rank}")
     torch.set_num_threads(1)
     config = parse_config(line)
-    with session.session(config.run):
+    with session.session(config.run, "train"):
         work(rank, directory)
 
 

@@ -365,8 +365,6 @@ def parse_config(
             _check(config, program)
     except ValueError as error:
         parser.error(sentence(error))
-    except OSError as error:  # a name that is too long, a directory that may not be looked into
-        parser.error(f"{error.filename!s:.200} cannot be looked at: {error.strerror}")
     return config
 
 

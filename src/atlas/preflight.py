@@ -100,13 +100,15 @@ def _check_prompts_of(
 ) -> None:
     longest = settings.generation_max_length - 2  # the decoder's start token, and at least one of the answer
     for line in lines:
-        example = data.example(line * data.task.examples_per_line, epoch=0)
+        place = line * data.task.examples_per_line
+        example = data.example(place, epoch=0)
         if example is not None:
             prompt = settings.decoder_prompt_format.format(query=example.query)
             if (n := len(tokenizer.encode([prompt], eos=False)[0])) > longest:
                 raise ValueError(
-                    f"{data.corpus.where(line)}: the prompt by --decoder_prompt_format has {n} tokens, which leaves no "
-                    f"room for an answer: raise --generation_max_length to more than {n + 1}, or shorten the prompt"
+                    f"{data.corpus.where(data.line(place))}: the prompt by --decoder_prompt_format has {n} tokens, "
+                    "which leaves no room for an answer: raise --generation_max_length to more than "
+                    f"{n + 1}, or shorten the prompt"
                 )
         read(1)
 
