@@ -6,6 +6,7 @@ are for one process at a time.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from atlas.files.checksums import Blocks, Recorded, of_fields
 from atlas.files.jsonl import replacing
+from atlas.index import arrays
 from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, Array, Layout
 from atlas.runtime.tracking import log
 
@@ -34,7 +37,9 @@ class Passages:
     file: str
     bytes: int
     sample: str  # hash of blocks spread over the file
-    copied_from: str | None  # fingerprint of the corpus; None where it is the corpus itself
+    copied_from: str | None  # fingerprint of the corpus; None where a published index had it
+    block_bytes: int | None = None  # None: not known, and the text may be a file of the user's under a second name
+    blocks: str | None = None  # as in `Array`
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,18 @@ class Description:
         segment = self.segment
         parts = (segment.passages, segment.embeddings, segment.codes, self.quantizer)
         return {f"{segment.passages.file}.offsets.npy"} | {part.file for part in parts if part}
+
+    def recorded(self, directory: Path) -> list[Recorded]:
+        """What is to be compared: text and arrays, as far as they have checksums. Opening compares the quantizer."""
+        text, found = self.segment.passages, []
+        if text.blocks is not None:
+            content = Blocks(text.bytes, text.block_bytes, text.blocks)
+            found.append(Recorded(directory / text.file, content, AGAIN))
+        of_arrays = ((self.segment.embeddings, "embeddings_layout"), (self.segment.codes, "codes_layout"))
+        for array, layout in of_arrays:
+            if array is not None and array.blocks is not None:
+                found.append(arrays.recorded(directory, array, getattr(self, layout)))
+        return found
 
 
 def has_index(directory: Path) -> bool:
@@ -159,22 +176,18 @@ def read_fields(path: Path) -> tuple[int, dict]:
         raise ValueError(f"{path} is damaged ({error!r}): {AGAIN}") from error
     if version not in _HEADER_BYTES:
         raise ValueError(_newer(path, f"format version {version!r}, and this one reads up to {VERSION}"))
-    if checksum != _checksum(fields):
+    if checksum != of_fields(fields):
         raise ValueError(f"{path} was edited or damaged, its checksum does not fit: {AGAIN}")
     return version, fields
 
 
 def write_fields(path: Path, fields: dict) -> None:
     """Write JSON with a version and a checksum, in one step that survives a power cut as well."""
-    content = {"version": VERSION, **fields, "checksum": _checksum(fields)}
+    content = {"version": VERSION, **fields, "checksum": of_fields(fields)}
     with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _checksum(fields: dict) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def next_generation(directory: Path) -> int:
@@ -207,9 +220,18 @@ def is_leftover(name: str) -> bool:
     return bool(_OURS.fullmatch(name)) or name == CONVERTING or (half_written is not None and name == "index.json")
 
 
-def is_passages(path: Path, directory: Path) -> bool:
-    """Whether this file is the text of the directory's own index."""
-    return path.parent == directory.resolve() and _OURS.fullmatch(path.name) is not None
+def own_passages(path: Path) -> Passages | None:
+    """What is known of this file if it is the text of an index beside it, and nobody else's.
+
+    Text without checksums was saved by an earlier version, which made it a second name of the user's own file.
+    """
+    if _OURS.fullmatch(path.name) is None or not has_index(path.parent):
+        return None
+    try:
+        passages = read_description(path.parent).segment.passages
+    except ValueError:  # an index that cannot be opened says nothing about it
+        return None
+    return passages if passages.file == path.name and passages.blocks is not None else None
 
 
 def remove_index(directory: Path) -> None:
@@ -227,12 +249,36 @@ def existing_directory(path: Path) -> Path:
 
 def check_space(path: Path, needed: int) -> None:
     """Raises: ValueError when a file or directory that is to be written needs more bytes than its file system has."""
-    free = shutil.disk_usage(existing_directory(path)).free
-    if needed > free:
-        raise ValueError(
-            f"{path} needs {needed / 1e9:.2f} GB, and there are {free / 1e9:.2f} GB free: make room, or choose another "
-            "place"
-        )
+    if needed > _free_bytes(path):
+        raise ValueError(_no_room(path, needed))
+
+
+@contextlib.contextmanager
+def in_space(path: Path, needed: int) -> Iterator[None]:
+    """Check the space before the block writes a file of so many bytes, and name all that if it is used up meanwhile.
+
+    Raises:
+        ValueError: there is too little.
+        OSError: another one of the block.
+    """
+    check_space(path, needed)
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(f"{_no_room(path, needed)} ({error.strerror})") from error
+        raise
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(existing_directory(path)).free
+
+
+def _no_room(path: Path, needed: int) -> str:
+    return (
+        f"{path} needs {needed / 1e9:.2f} GB, and there are {_free_bytes(path) / 1e9:.2f} GB free: make room, or "
+        "choose another place"
+    )
 
 
 @contextlib.contextmanager
@@ -257,14 +303,19 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def fingerprint_passages(path: Path, copied_from: str | None = None, *, blocks: int = 64) -> Passages:
+def describe_passages(path: Path, content: Blocks, copied_from: str | None = None) -> Passages:
+    """What `index.json` says of a text of which this was written."""
+    return Passages(path.name, content.bytes, sample_of(path)[1], copied_from, content.block_bytes, content.blocks)
+
+
+def sample_of(path: Path, *, blocks: int = 64) -> tuple[int, str]:
     """Size and a hash of at most `blocks` blocks of a file."""
     size, digest, block_bytes = path.stat().st_size, hashlib.sha256(), 4096
     with open(path, "rb") as file:
         for block in range(blocks):
             file.seek((size - block_bytes) * block // (blocks - 1) if size > block_bytes else 0)
             digest.update(file.read(block_bytes))
-    return Passages(path.name, size, digest.hexdigest()[:16], copied_from)
+    return size, digest.hexdigest()[:16]
 
 
 def check_passages(directory: Path, expected: Passages) -> None:
@@ -272,10 +323,10 @@ def check_passages(directory: Path, expected: Passages) -> None:
     path = directory / expected.file
     if not path.is_file():
         raise ValueError(f"{path}, which index.json names, is missing: {AGAIN}")
-    found = fingerprint_passages(path)
-    if found.bytes != expected.bytes:
-        raise ValueError(f"{path} is {found.bytes} bytes long, when the index was made {expected.bytes}: {AGAIN}")
-    if found.sample != expected.sample:
+    size, sample = sample_of(path)
+    if size != expected.bytes:
+        raise ValueError(f"{path} is {size} bytes long, when the index was made {expected.bytes}: {AGAIN}")
+    if sample != expected.sample:
         raise ValueError(f"{path} is not the text that the index was made of, though of the same size: {AGAIN}")
 
 
