@@ -43,6 +43,8 @@ def learn(config: Config, run: "Session") -> None:
         log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
         return
     start = resumed or (load_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
+    if start is not None:
+        run.verification.check(str(start.path), start.recorded)  # against its checksums; the index likewise, below
     run.write_options("opt.log", config.describe())
 
     # Data: every line is read once, so that a bad one is found before anything expensive starts.

@@ -1,7 +1,7 @@
 """Checkpoints: ours (safetensors and JSON, written beside and renamed) and the published `model.pth.tar` (read only).
 
 A checkpoint of ours is a directory `step-N` with `model.safetensors` (names as published: `reader.*`, `retriever.*`),
-`optimizer.safetensors`, `state.json` (step, format), `options.json` (all flags), `reader_config.json` and
+`optimizer.safetensors`, `state.json` (step, format, checksums), `options.json` (all flags), `reader_config.json` and
 `retriever_config.json`. `latest` is a symbolic link to the newest one, replaced in one move.
 """
 
@@ -9,21 +9,25 @@ import argparse
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from atlas.files.checksums import Blocks, Recorded, of_fields, write_file
+from atlas.files.tensors import save_file
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 
 FORMAT = 1
 PUBLISHED_FILE = "model.pth.tar"
 _HALVES = ("reader", "retriever")
+_NOT_ALWAYS_KEPT = ("optimizer.safetensors", "index_encoder.safetensors")
+_AGAIN = "copy the checkpoint again, use another one, or --verify off to use it as it is"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,28 @@ class Checkpoint:
     def index_encoder(self) -> dict[str, torch.Tensor] | None:
         """The passage encoder that the run's index was built with, if that is no longer the one in the model."""
         return self._more("index_encoder")
+
+    def recorded(self) -> list[Recorded]:
+        """The files with their checksums; none where they are not known, as in published checkpoints.
+
+        Raises:
+            ValueError: `state.json`, which has the checksums, was edited or damaged.
+            OSError: it cannot be read.
+        """
+        if self.published:
+            return []
+        path = self.path / "state.json"
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if not {"files", "checksum"} & state.keys():  # saved by an earlier version
+                return []
+            if state.pop("checksum") != of_fields(state):
+                raise ValueError("its checksum does not fit")
+            blocks = {name: Blocks(**fields) for name, fields in state["files"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} was edited or damaged ({error}): {_AGAIN}") from error
+        removed = [name for name in _NOT_ALWAYS_KEPT if not (self.path / name).exists()]
+        return [Recorded(self.path / name, content, _AGAIN) for name, content in blocks.items() if name not in removed]
 
     def _more(self, name: str) -> dict[str, torch.Tensor] | None:
         file = self.path / f"{name}.safetensors"
@@ -143,16 +169,18 @@ def save_checkpoint(
 
 def _write(directory: Path, contents: Contents) -> None:
     directory.mkdir()
-    save_file(_without_aliases(contents.model), directory / "model.safetensors")
-    optimizer = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
-    save_file(optimizer, directory / "optimizer.safetensors")
+    tensors = {"model": _without_aliases(contents.model), "optimizer": contents.optimizer}
     if contents.index_encoder is not None:
-        save_file(contents.index_encoder, directory / "index_encoder.safetensors")
-    _write_json(directory / "options.json", contents.options)
-    for half, config in contents.configs.items():
-        _write_json(directory / f"{half}_config.json", config)
-    facts = ("step", "examples", "evaluation_due")
-    _write_json(directory / "state.json", {"format": FORMAT} | {name: getattr(contents, name) for name in facts})
+        tensors["index_encoder"] = contents.index_encoder
+    written = {
+        f"{name}.safetensors": save_file(part, directory / f"{name}.safetensors") for name, part in tensors.items()
+    }
+    objects = {"options": contents.options} | {f"{half}_config": config for half, config in contents.configs.items()}
+    written |= {f"{name}.json": _write_json(directory / f"{name}.json", value) for name, value in objects.items()}
+    facts = {name: getattr(contents, name) for name in ("step", "examples", "evaluation_due")}
+    _write_state(
+        directory / "state.json", facts | {"files": {name: asdict(blocks) for name, blocks in written.items()}}
+    )
     for file in directory.iterdir():
         _flush(file)
 
@@ -160,8 +188,8 @@ def _write(directory: Path, contents: Contents) -> None:
 def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:
     older = sorted((p for p in directory.glob("step-*") if p != newest), key=lambda p: int(p.name.split("-")[1]))
     for checkpoint in older if not keep_optimizers else []:
-        (checkpoint / "optimizer.safetensors").unlink(missing_ok=True)
-        (checkpoint / "index_encoder.safetensors").unlink(missing_ok=True)
+        for name in _NOT_ALWAYS_KEPT:
+            (checkpoint / name).unlink(missing_ok=True)
     if keep_checkpoints is not None:
         for checkpoint in older[: max(0, len(older) + 1 - keep_checkpoints)]:
             shutil.rmtree(checkpoint)
@@ -176,7 +204,7 @@ def _without_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if identity not in seen:
             seen.add(identity)
-            kept[name] = tensor.contiguous()
+            kept[name] = tensor
     return kept
 
 
@@ -251,8 +279,13 @@ def _split(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torc
     return halves["reader"], halves["retriever"]
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_state(path: Path, fields: dict[str, Any]) -> None:
+    state = {"format": FORMAT} | fields
+    _write_json(path, state | {"checksum": of_fields(state)})
+
+
+def _write_json(path: Path, value: Any) -> Blocks:
+    return write_file(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
 def _flush(path: Path) -> None:

@@ -139,6 +139,7 @@ class Retrieval:
         self._keeps_encoder = any(parameter.requires_grad for parameter in self.retriever.passage_encoder.parameters())
         self._resumed_encoder = resumed_encoder
         self._warned_of_own_passages = False
+        self._before_saving: Callable[[], object] = lambda: None
 
     @classmethod
     def open(
@@ -153,7 +154,7 @@ class Retrieval:
         """Open the saved index, or the corpus that an index is to be built of; None without a retriever. Collective.
 
         Args:
-            session: says on which device, and in which directory a published index is converted.
+            session: says on which device, in which directory a published index is converted, and what is verified.
             resumed: the checkpoint of this run that training continues from.
 
         Raises:
@@ -173,6 +174,7 @@ class Retrieval:
                 embedder_precision=devices.embedder_precision(device, run.embedder_precision),
                 converted=session.directory / "index",
                 compression=compression,
+                verification=session.verification,
             )
             kind = index.type
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
@@ -180,6 +182,7 @@ class Retrieval:
         passages = index.passages if index is not None else open_corpus(settings.passages, settings.max_passages)
         encoder = resumed.index_encoder() if resumed is not None else None
         retrieval = cls(model, passages, settings, run, learning, device, index, encoder)
+        retrieval._before_saving = session.verification.finish
         retrieval._save_opened()
         return retrieval
 
@@ -231,6 +234,7 @@ class Retrieval:
             self.index.drop_embeddings()
 
     def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
+        self._before_saving()
         save_index(
             Path(self.settings.save_index_path),
             self.index,

@@ -27,8 +27,9 @@ from atlas.index.published import convert_published, is_converted, is_published
 from atlas.index.sharded import LocalIndex, ShardedIndex, Stored
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log, progress_bar
+from atlas.runtime.verification import Verification
 
-ANY = Compression()
+ANY, NONE = Compression(), Verification("off")
 
 
 def save_index(
@@ -135,6 +136,7 @@ def open_index(
     embedder_precision: str | None = None,
     converted: Path | None = None,
     compression: Compression = ANY,
+    verification: Verification = NONE,
 ) -> ShardedIndex:
     """Open a saved index, ours or published: every rank its range of rows. Collective.
 
@@ -148,6 +150,7 @@ def open_index(
         embedder_precision: of the queries; passages that were embedded in another one are mentioned in the log.
         converted: where a published index is converted to, once; an unchanged one is not converted again.
         compression: the kind of index asked for, and how it is searched.
+        verification: compares all or some of the text and the arrays with their checksums.
 
     Raises:
         ValueError: on every rank, with what differs: no index, damaged or changed files, another D, another kind where
@@ -156,6 +159,7 @@ def open_index(
     """
     check = partial(_find, Path(directory), converted, dimension, compression)
     place, description, fits = distributed.on_main("checking the index", check)
+    verification.check(str(place), partial(description.recorded, place))
     kind, where = (compression, device) if fits else (Compression(FLAT[0]), torch.device("cpu"))
     open_rows = partial(_open_rows, place, description, kind, where)
     passages, embeddings, local = distributed.on_every_rank("opening the index", open_rows)

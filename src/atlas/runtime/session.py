@@ -20,6 +20,7 @@ from atlas import config
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import TensorBoard, log, report_error, start_log
+from atlas.runtime.verification import Verification
 
 ECHO_SECONDS = 10.0
 
@@ -36,6 +37,7 @@ class Session:
     device: torch.device
     directory: Path  # `{checkpoint_dir}/{name}`: log, results, checkpoints
     tensorboard: TensorBoard
+    verification: Verification
 
     def write_options(self, name: str, text: str) -> None:
         """Write a file of all flags into the directory, on rank 0."""
@@ -43,7 +45,8 @@ class Session:
             (self.directory / name).write_text(text + "\n", encoding="utf-8")
 
     def log_places(self, step: int) -> None:
-        """The last line of a run: where to look."""
+        """The last line of a run: where to look. Collective. Raises: as `Verification.finish`."""
+        self.verification.finish()
         places = [f"log in {self.directory / 'run.log'}"]
         latest = self.directory / "checkpoint" / "latest"
         if self.settings.train_data and latest.exists():
@@ -75,7 +78,9 @@ def session(settings: config.Run) -> Iterator[Session]:
         devices.seed_everything(settings.seed)
         with contextlib.closing(TensorBoard(directory)) as tensorboard:
             try:
-                yield Session(settings, device, directory, tensorboard)
+                verification = Verification(settings.verify)
+                yield Session(settings, device, directory, tensorboard, verification)
+                verification.finish()
             except Stopped as stop:
                 stopped = True
                 traceback.clear_frames(stop.__traceback__)

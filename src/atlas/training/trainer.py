@@ -131,6 +131,7 @@ class Trainer:
         """Log the means of the statistics since the last report, if that is due."""
         if not self.plan.logs_after(step):
             return
+        self.session.verification.raise_found()
         report, lr = self._means.report(), self.optimizers.learning_rate(step)
         statistics = " | ".join(f"{name}: {value:.6g}" for name, value in report.items())
         memory = devices.peak_memory_gib(self.session.device)
@@ -148,6 +149,7 @@ class Trainer:
         stopping = self._stopping and not self.plan.is_last(step)
         if not stopping and not self.plan.saves_after(step):
             return
+        self.session.verification.finish()
         weights, moments = full_tensors_on_main(self.model.weights()), self.optimizers.state()
         if distributed.is_main():
             contents = Contents(
