@@ -18,8 +18,9 @@ from atlas.files.checksums import Blocks, Recorded, as_text, choose_sample, exte
 from atlas.files.tensors import save_file
 from atlas.index.store import open_index
 from atlas.runtime.verification import Verification
+from atlas.training.trainer import Trainer
 from tests.indices import CPU, VERSION_1, compressed, contents, names, saved
-from tests.kit import run, run_on
+from tests.kit import _run_as_rank, command_line, run
 from tests.patience import wait_until
 from tests.ranks import run_on_ranks, scratch_directory
 
@@ -136,6 +137,7 @@ def test_of_a_large_file_a_sample_is_read(tmp_path):
 
 def test_the_run_goes_on_meanwhile_whatever_becomes_of_the_files(tmp_path, monkeypatch):
     path, go_on, compare = tmp_path / "file", threading.Event(), Recorded.compare
+    monkeypatch.setattr(checksums, "SMALL_BLOCKS", 0)
 
     def compare_later(*arguments):
         go_on.wait()
@@ -145,7 +147,7 @@ def test_the_run_goes_on_meanwhile_whatever_becomes_of_the_files(tmp_path, monke
 
     def begun(content):
         path.write_bytes(bytes(100))
-        file = recorded(path, 64)
+        file = recorded(path, 100)
         path.write_bytes(content)
         verification = Verification("sample")
         verification.check("files", lambda: [file])
@@ -164,12 +166,17 @@ def test_the_run_goes_on_meanwhile_whatever_becomes_of_the_files(tmp_path, monke
 
 
 def _verify_as_rank(mode, files):
-    verification = Verification(mode)
+    """What a rank is told; `background`: a sample, as if the files were large ones."""
+    before, checksums.SMALL_BLOCKS = checksums.SMALL_BLOCKS, 0 if mode == "background" else checksums.SMALL_BLOCKS
+    verification = Verification("sample" if mode == "background" else mode)
     try:
         verification.check("files", lambda: files)
+        assert bool(verification._running) == (mode == "background")
         verification.finish()
     except ValueError as error:
         return str(error)
+    finally:
+        checksums.SMALL_BLOCKS = before
     return "fine"
 
 
@@ -178,11 +185,11 @@ def _verify_as_rank(mode, files):
 def test_what_one_rank_finds_ends_all(world_size):
     path = Path(scratch_directory()) / "file"
     path.write_bytes(bytes(16 * 60))
-    large, small = recorded(path, 16), recorded(path, 16 * 20)  # 60 and 3 blocks
+    large, small, for_each = recorded(path, 16), recorded(path, 16 * 20), recorded(path, 16 * 60 // world_size)
     assert run_on_ranks(world_size, _verify_as_rank, "full", [large, small]) == ["fine"] * world_size
     for at in (0, 16 * 30, 16 * 60 - 1):
         flip(path, at)
-        for mode, file in (("full", large), ("sample", small)):
+        for mode, file in (("full", large), ("sample", small), ("background", for_each)):
             answers = run_on_ranks(world_size, _verify_as_rank, mode, [file])
             assert len(set(answers)) == 1 and "damaged: 1 of" in answers[0] and "blocks" in answers[0]
         flip(path, at)
@@ -333,15 +340,50 @@ def damaged(finished, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def in_background(monkeypatch):
+    """As if all files were large. What is found is not told before something is saved or the run ends."""
+    monkeypatch.setattr(checksums, "SMALL_BLOCKS", 0)
+    monkeypatch.setattr(Verification, "raise_found", lambda self: None)
+
+
 @pytest.mark.parametrize("mode", ["sample", "full"])
-def test_a_run_with_a_damaged_index_ends_before_it_saves(damaged, capsys, mode):
-    said = fails(
-        capsys, damaged, name="new", load_index_path=damaged / "index", verify=mode, total_steps=2, log_freq=100
-    )
+def test_a_run_with_a_damaged_index_does_not_begin(damaged, capsys, mode):
+    said = fails(capsys, damaged, name="new", load_index_path=damaged / "index", verify=mode)
     assert "index/embeddings.1.npy is damaged: 1 of 1 blocks do not fit their checksums (from 0: 0; all are in" in said
     assert said.strip().endswith("copy the index again, or build it anew") and "Traceback" not in said
-    assert not (damaged / "new/checkpoint").exists() and not list((damaged / "new").glob("dev-step-*"))
-    assert "Done" not in (damaged / "new/run.log").read_text()
+    assert not (damaged / "new/checkpoint").exists() and "1 / 5" not in (damaged / "new/run.log").read_text()
+
+
+@pytest.mark.parametrize("saves", ["a checkpoint", "results", "an index"])
+def test_what_is_found_in_the_background_ends_a_run_before_it_saves(damaged, capsys, in_background, saves):
+    flags = {"load_index_path": damaged / "index", "total_steps": 2, "eval_data": None}
+    if saves == "results":
+        del flags["eval_data"]
+        flags |= {"eval_freq": 1}
+    elif saves == "an index":
+        flags |= {"index_mode": "faiss", "faiss_index_type": "SQ8", "save_index_path": damaged / "new/sq"}
+    said = fails(capsys, damaged, name="new", **flags)
+    assert "index/embeddings.1.npy is damaged: 1 of 1 blocks" in said and "Traceback" not in said
+    log = (damaged / "new/run.log").read_text()
+    assert "Done" not in log
+    assert [name for name in names(damaged / "new") if not name.startswith("events")] == ["opt.log", "run.log"]
+    assert ("1 / 2" in log) == (saves != "an index") and ("2 / 2" in log) == (saves == "a checkpoint")
+
+
+def test_what_is_found_in_the_background_is_told_at_the_next_line_of_the_log(damaged, capsys, monkeypatch):
+    monkeypatch.setattr(checksums, "SMALL_BLOCKS", 0)
+    monkeypatch.setattr(Verification, "finish", lambda self: None)
+    retrieve = Trainer.retrieve
+
+    def retrieve_later(trainer, step):
+        for one in trainer.session.verification._running:
+            one._thread.join()
+        return retrieve(trainer, step)
+
+    monkeypatch.setattr(Trainer, "retrieve", retrieve_later)
+    said = fails(capsys, damaged, name="new", load_index_path=damaged / "index", log_freq=2)
+    assert "embeddings.1.npy is damaged" in said and "2 / 5" not in (damaged / "new/run.log").read_text()
 
 
 def test_a_run_does_not_resume_from_a_damaged_checkpoint(damaged, capsys):
@@ -350,7 +392,7 @@ def test_a_run_does_not_resume_from_a_damaged_checkpoint(damaged, capsys):
     assert names(damaged / "run/checkpoint") == ["latest", "step-1"]
 
 
-def test_an_evaluation_of_damaged_files_gives_no_results(damaged, capsys):
+def test_an_evaluation_of_damaged_files_gives_no_results(damaged, capsys, in_background):
     model = damaged / "run"
     said = fails(capsys, damaged, "evaluate", name="scores", model_path=model, train_data=None)
     assert "step-1/model.safetensors is damaged" in said
@@ -361,17 +403,19 @@ def test_an_evaluation_of_damaged_files_gives_no_results(damaged, capsys):
     assert list((damaged / "scores").glob("dev-step-*"))
 
 
-def test_no_index_is_saved_of_a_damaged_one(damaged, capsys):
-    flags = {"index_mode": "faiss", "faiss_index_type": "SQ8", "save_index_path": damaged / "sq"}
-    said = fails(capsys, damaged, name="new", load_index_path=damaged / "index", total_steps=1, **flags)
-    assert "embeddings.1.npy is damaged" in said
-    assert not (damaged / "sq").exists()
+def _run_in_background(arguments):
+    before, checksums.SMALL_BLOCKS = checksums.SMALL_BLOCKS, 0
+    try:
+        _run_as_rank(arguments, "train")
+    finally:
+        checksums.SMALL_BLOCKS = before
 
 
 @pytest.mark.processes
 def test_every_rank_of_a_run_ends_when_one_finds_damage(damaged):
+    arguments = command_line(damaged, name="new", load_index_path=damaged / "index", total_steps=2)
     with pytest.raises(Exception, match="the run ended with status 1"):
-        run_on(2, damaged, name="new", load_index_path=damaged / "index", total_steps=2)
+        run_on_ranks(2, _run_in_background, arguments)
     assert not (damaged / "new/checkpoint").exists()
     logs = [(damaged / "new" / name).read_text() for name in ("run.log", "run.rank-1.log")]
     assert all("embeddings.1.npy is damaged" in log for log in logs)

@@ -45,6 +45,11 @@ class Recorded:
         """How many blocks there are."""
         return len(self.content.blocks) // 8
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a sample of it is all of it."""
+        return len(self) <= SMALL_BLOCKS
+
     def open(self) -> BinaryIO:
         """The file to read, which stays the same when another is put in its place.
 

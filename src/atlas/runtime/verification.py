@@ -23,7 +23,7 @@ class _Part(NamedTuple):
 
 
 class Verification:
-    """Compares what a run has opened: all of it at once, or a sample while the run goes on.
+    """Compares what a run has opened: all of it at once, or small files at once and a sample of large ones meanwhile.
 
     Each rank compares its share of the blocks of each file, which for an index are about those of its own rows.
 
@@ -36,28 +36,30 @@ class Verification:
         self._running: list[_InBackground] = []  # as many on every rank
 
     def check(self, what: str, find: Callable[[], list[Recorded]]) -> None:
-        """Compare files, here or from now on in the background. Collective.
+        """Compare files, now or from now on in the background. Collective.
 
         Args:
             what: names all of them in the log.
             find: the files, the same on every rank; an empty list where nothing is known of them.
 
         Raises:
-            ValueError, OSError: on every rank what `find` raises on any; a file is missing or of another length; in the
-                mode "full" also when its content is not as it was written.
+            ValueError, OSError: on every rank what `find` raises on any; a file is missing, of another length, or, as
+                far as it is compared now, not as it was written.
         """
         if self.mode == "off":
             return
         parts = distributed.on_every_rank(f"opening {what}", lambda: [self._part(recorded) for recorded in find()])
         if not parts:
             log.info("%s has no checksums: --verify %s does not look for damage in it", what, self.mode)
-        elif self.mode == "sample":
-            self._running.append(_InBackground(parts))
-        else:
-            started = time.monotonic()
-            with progress_bar(f"checking {what}", sum(len(part.numbers) for part in parts), "blocks") as bar:
-                distributed.on_every_rank(f"checking {what}", lambda: _compare(parts, bar.update))
+            return
+        started = time.monotonic()
+        at_once = [part for part in parts if self.mode == "full" or part.recorded.is_small]
+        with progress_bar(f"checking {what}", sum(len(part.numbers) for part in at_once), "blocks") as bar:
+            distributed.on_every_rank(f"checking {what}", lambda: _compare(at_once, bar.update))
+        if self.mode == "full":
             log.info("--verify full: nothing in %s is damaged (%.1f s)", what, time.monotonic() - started)
+        elif later := [part for part in parts if part not in at_once]:
+            self._running.append(_InBackground(later))
 
     def raise_found(self) -> None:
         """Say what was found so far, without waiting for more. Collective. Raises: as `finish`."""
