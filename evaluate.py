@@ -32,6 +32,8 @@ def measure(config: Config, run: "Session") -> None:
     # What to evaluate: --model_path, a run of this name, or the models' own weights.
     given = config.run.model_path != "none"
     checkpoint = load_checkpoint(config.run.model_path) if given else own_checkpoint(run.directory)
+    if checkpoint is not None:
+        run.verification.check(str(checkpoint.path), checkpoint.recorded)  # against its checksums; the index likewise
     step = checkpoint.step if checkpoint and not given else 0
     if checkpoint and checkpoint.published:
         preflight.report_differences(config, checkpoint.options, str(checkpoint.path))

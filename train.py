@@ -45,6 +45,7 @@ def learn(config: Config, run: "Session") -> None:
     start = resumed or (load_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
     preflight.report_plan(config)
     if start:
+        run.verification.check(str(start.path), start.recorded)  # against its checksums; the index likewise, below
         preflight.report_differences(config, start.options, str(start.path), resumed=resumed is not None)
     run.write_options("opt.log", f"from step {resumed.step + 1 if resumed else 1} on", config.describe())
 

@@ -36,6 +36,7 @@ DEFAULTS = {
         "per_gpu_embedder_batch_size": 512,
         "embedder_precision": None,
         "shuffle": False,
+        "verify": "sample",
     },
     "index": {
         "passages": (),

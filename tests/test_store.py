@@ -1,5 +1,6 @@
 """Saved indices: any number of ranks writes, any number opens; damage is refused; published ones are converted."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -8,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from atlas.index import arrays, build
+from atlas.files.copies import clone
+from atlas.index import arrays, build, store
 from atlas.index import directory as files
 from atlas.index.build import compress
 from atlas.index.codec import Codec, Compression, train
@@ -133,44 +136,124 @@ def assert_offsets_are_those_of(directory, text):
     assert entry.startswith(f"{text}.") and entry.endswith(".offsets.npy")
 
 
-def test_one_whole_corpus_is_linked_and_survives_everything(tmp_path, monkeypatch):
+@pytest.mark.parametrize("clones", [True, False])
+def test_the_text_of_an_index_is_its_own(tmp_path, monkeypatch, clones):
+    """Whatever is done to the corpus that was given: the bytes are copied, or shared by the file system till then."""
     monkeypatch.setattr("atlas.files.jsonl.CACHE_FROM", 0)
+    monkeypatch.setattr(store, "clone", partial(as_if_cloned, clones))
     corpus = write_corpus(tmp_path / "corpus.jsonl", 6)
     content = corpus.read_bytes()
-    embeddings, _ = made_up(6, 4, 0)
-    for generation in (1, 2, 3):
-        save(tmp_path / "index", corpus, embeddings)
-        assert (tmp_path / "index" / f"passages.{generation}.jsonl").samefile(corpus)
-    assert corpus.read_bytes() == content
-    assert names(tmp_path / "index") == [".atlas-cache", "embeddings.3.npy", "index.json", "passages.3.jsonl"]
-    assert_offsets_are_those_of(tmp_path / "index", "passages.3.jsonl")
-
-
-def test_a_symbolic_link_to_a_corpus_is_followed(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus.jsonl", 6)
     (tmp_path / "link.jsonl").symlink_to(corpus)
-    save(tmp_path / "index", tmp_path / "link.jsonl", made_up(6, 4, 0)[0])
-    kept = tmp_path / "index" / "passages.1.jsonl"
-    assert kept.samefile(corpus) and not kept.is_symlink()
+    embeddings, _ = made_up(6, 4, 0)
+    for _ in range(3):
+        save(tmp_path / "index", tmp_path / "link.jsonl", embeddings)
+    text = tmp_path / "index/passages.1.jsonl"  # copied once
+    assert names(tmp_path / "index") == [".atlas-cache", "embeddings.3.npy", "index.json", text.name]
+    assert_offsets_are_those_of(tmp_path / "index", text.name)
+    assert not text.is_symlink() and text.stat().st_nlink == 1 and text.read_bytes() == content
+    expected = list(open_passages(corpus))
+    with open(corpus, "r+b") as file:  # in its place, as an editor may do
+        file.write(content.replace(b"text", b"tent"))
+        file.truncate(len(content) // 2)
+    assert list(open_index(tmp_path / "index", device=CPU).passages) == expected
+    check_index(tmp_path / "index")
 
 
-@pytest.mark.parametrize("how", ["two files", "cut", "no links"])
-def test_any_other_corpus_is_copied(tmp_path, monkeypatch, how):
+def as_if_cloned(works, source, target):
+    """What a file system that can share blocks does, or one that cannot."""
+    if works:
+        target.write_bytes(source.read_bytes())
+    return works
+
+
+def test_a_clone_is_a_copy_or_empty(tmp_path):
+    """On the file system of the tests, whatever it can do; another one that is asked says that it cannot."""
+    original = write_corpus(tmp_path / "corpus.jsonl", 2000)
+    content, target = original.read_bytes(), tmp_path / "clone"
+    if clone(original, target):
+        original.write_bytes(b"changed")
+        assert target.read_bytes() == content
+    else:
+        assert target.read_bytes() == b""
+    assert not clone(Path("/proc/version"), tmp_path / "other") and (tmp_path / "other").read_bytes() == b""
+
+
+def test_indices_of_ours_share_their_text(tmp_path):
+    directory, *_ = saved(tmp_path, n=300)
+    (tmp_path / "corpus.jsonl").unlink()
+    text = directory / "passages.1.jsonl"
+    compress_index(directory, tmp_path / "pq", asked("pq"))
+    index = open_index(directory, device=CPU)
+    save_index(tmp_path / "again", ShardedIndex(index.passages, 2 * index.embeddings))
+    for other in (tmp_path / "pq", tmp_path / "again"):
+        assert (other / "passages.1.jsonl").samefile(text)
+        assert described(other)["segments"][0]["passages"] == described(directory)["segments"][0]["passages"]
+        check_index(other)
+
+
+def as_earlier_versions_saved(directory, corpus):
+    """The text is a second name of the user's file, and has no checksums."""
+    text, fields = directory / "passages.1.jsonl", described(directory)
+    text.unlink()
+    os.link(corpus, text)
+    for name in ("blocks", "block_bytes"):
+        del fields["segments"][0]["passages"][name]
+    describe(directory, fields)
+
+
+def test_text_that_may_be_the_user_s_own_file_is_copied(tmp_path):
+    """An index of an earlier version is opened as it is, and what is made of it, in its place too, has its own text."""
+    old, *_ = saved(tmp_path)
+    corpus = tmp_path / "corpus.jsonl"
+    as_earlier_versions_saved(old, corpus)
+    check_index(old)
+    compress_index(old, tmp_path / "sq", asked("SQ8"))
+    save_index(old, open_index(old, device=CPU))
+    for directory, text in ((tmp_path / "sq", "passages.1.jsonl"), (old, "passages.2.jsonl")):
+        assert text in names(directory) and not (directory / text).samefile(corpus)
+        assert (directory / text).read_bytes() == corpus.read_bytes()
+        check_index(directory)
+
+
+def test_no_room_for_the_text_is_said_with_file_and_bytes(tmp_path, monkeypatch):
+    """Before it is copied, and when the disk fills up on the way; nothing is left behind."""
+    corpus, index = write_corpus(tmp_path / "corpus.jsonl", 20), tmp_path / "index"
+    embeddings, size = made_up(20, 8, 0)[0], corpus.stat().st_size
+    monkeypatch.setattr(store, "clone", partial(as_if_cloned, False))
+    message = r"passages.1.jsonl needs 0.00 GB, and there are 0.00 GB free: make room, or choose another place"
+    for paths in (corpus, [corpus, corpus]):
+        free = size - 1 if paths == corpus else 2 * size - 1
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(10**9, 10**9, free))
+        with pytest.raises(ValueError, match=message):
+            save(index, paths, embeddings.repeat(len(paths) if paths != corpus else 1, 1))
+        assert names(index) == []
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, size if names(index) == [] else 10)
+    )
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("atlas.files.checksums.os.fsync", full)
+    with pytest.raises(ValueError, match=rf"{message} \(No space left on device\)"):
+        save(index, corpus, embeddings)
+    assert names(index) == []
+
+
+@pytest.mark.parametrize("how", ["two files", "cut"])
+def test_any_other_corpus_is_copied(tmp_path, how):
     first = write_corpus(tmp_path / "a.jsonl", 4)
     second = write_corpus(tmp_path / "b.jsonl", 3, word="other")
     second.write_bytes(second.read_bytes().replace(b"\n", b"\n\n").rstrip())  # blank lines, none at the end
-    paths, most = {"two files": ([first, second], -1), "cut": ([first], 2), "no links": ([first], -1)}[how]
-    if how == "no links":
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
+    paths, most = {"two files": ([first, second], -1), "cut": ([first], 2)}[how]
     corpus = open_passages(paths, most)
     save(tmp_path / "index", paths, made_up(len(corpus), 4, 0)[0], most)
     index = open_index(tmp_path / "index", device=CPU)
-    assert not (tmp_path / "index" / "passages.1.jsonl").samefile(first)
     assert list(index.passages) == list(corpus)
 
 
-@pytest.mark.parametrize("how", ["two files", "cut", "no links", "tsv"])
-def test_text_is_copied_once(tmp_path, monkeypatch, how):
+@pytest.mark.parametrize("how", ["two files", "cut", "one file", "tsv"])
+def test_text_is_copied_once(tmp_path, how):
     """Whatever is saved again is saved with the copy that is there, as long as that and the corpus are the same."""
     paths, most = [write_corpus(tmp_path / "a.jsonl", 6)], -1
     if how == "two files":
@@ -180,8 +263,6 @@ def test_text_is_copied_once(tmp_path, monkeypatch, how):
     elif how == "tsv":
         paths = [tmp_path / "a.tsv"]
         paths[0].write_text("id\ttext\ttitle\n" + "".join(f"{i}\ttext {i}\tT\n" for i in range(6)))
-    else:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not here")))
 
     def save_all(value):
         corpus = open_passages(paths, most)
@@ -256,7 +337,7 @@ def test_no_index_there(tmp_path):
 
 def test_a_changed_corpus_is_refused(tmp_path):
     directory, *_ = saved(tmp_path)
-    corpus = tmp_path / "corpus.jsonl"  # the same file as in the index
+    corpus = directory / "passages.1.jsonl"
     content = corpus.read_bytes()
     corpus.write_bytes(content.replace(b"text 7", b"tent 7"))
     with pytest.raises(ValueError, match="not the text that the index was made of"):
@@ -436,9 +517,14 @@ def test_the_check_reads_text_and_quantizer_as_well(tmp_path):
     trained.write_bytes(content)
     text.write_bytes(text.read_bytes().replace(b'"text": "text 7 ', b'"test": "text 7 '))
     fields = described(directory)
-    fields["segments"][0]["passages"]["sample"] = files.fingerprint_passages(text).sample
+    fields["segments"][0]["passages"]["sample"] = files.sample_of(text)[1]
     describe(directory, fields)  # as if the sample had missed the change
     with pytest.raises(ValueError, match="line 8: a passage needs a `text`"):
+        check_index(directory)
+    text.write_bytes(text.read_bytes().replace(b'"test": "text 7 ', b'"text": "tent 7 '))
+    fields["segments"][0]["passages"]["sample"] = files.sample_of(text)[1]
+    describe(directory, fields)
+    with pytest.raises(ValueError, match=rf"passages.1.jsonl is damaged: 1 of 1 .* bytes 0 to {text.stat().st_size}\)"):
         check_index(directory)
 
 
@@ -498,15 +584,15 @@ def test_damage_of_an_index_of_version_1_is_refused(tmp_path):
 
 
 def test_an_index_of_version_1_is_saved_and_compressed_in_version_2(tmp_path):
-    """Its embeddings cannot be linked, its passages can."""
+    """Its embeddings and its passages cannot be linked: those of the new indices begin elsewhere, or are their own."""
     directory = shutil.copytree(VERSION_1, tmp_path / "index")
     compress_index(directory, tmp_path / "sq", asked("SQ8"))
     save_index(tmp_path / "again", open_index(directory, device=CPU))
     for target in (tmp_path / "sq", tmp_path / "again"):
         check_index(target)
-        assert described(target)["version"] == 2 and (target / "passages.1.jsonl").samefile(
-            directory / "passages.1.jsonl"
-        )
+        assert described(target)["version"] == 2
+        text = target / "passages.1.jsonl"
+        assert text.stat().st_nlink == 1 and text.read_bytes() == (directory / "passages.1.jsonl").read_bytes()
         assert np.array_equal(np.load(target / "embeddings.1.npy"), np.load(directory / "embeddings.1.npy"))
     save_index(directory, open_index(directory, device=CPU))  # in its own place
     check_index(directory)

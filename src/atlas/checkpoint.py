@@ -1,7 +1,7 @@
 """Checkpoints: ours (safetensors and JSON, written beside and renamed) and the published `model.pth.tar` (read only).
 
 A checkpoint of ours is a directory `step-N` with `model.safetensors` (names as published: `reader.*`, `retriever.*`),
-`optimizer.safetensors`, `state.json` (step, format), `options.json` (all flags), `reader_config.json` and
+`optimizer.safetensors`, `state.json` (step, format, checksums), `options.json` (all flags), `reader_config.json` and
 `retriever_config.json`. `latest` is a symbolic link to the newest one, replaced in one move.
 
 Other files and directories beside them are the user's, whatever they are called: only a `step-N` whose `state.json`
@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -25,9 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from atlas.files.checksums import Blocks, Recorded, of_fields, write_file
 from atlas.files.disk import writing
 from atlas.files.jsonl import replacing
-from atlas.files.tensors import save_tensors
+from atlas.files.tensors import save_with_checksums
 from atlas.options import (
     STEP,
     UNFINISHED,
@@ -46,6 +47,8 @@ PUBLISHED_FILE = "model.pth.tar"
 _PARTIAL = re.compile(rf"({STEP.pattern}|latest)\.[0-9a-f]{{8}}\.partial")
 _HALVES = ("reader", "retriever")
 _ANOTHER = "use the models and flags of the saved run, copy the checkpoint again, or --restart"
+_NOT_ALWAYS_KEPT = ("optimizer.safetensors", "index_encoder.safetensors")
+_AGAIN = "copy the checkpoint again, use another one, or --verify off to use it as it is"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,28 @@ class Checkpoint:
     def file(self, name: str) -> Path:
         """Where tensors of this kind are: `model`, `optimizer` or `index_encoder`."""
         return self.path / (PUBLISHED_FILE if self.published else f"{name}.safetensors")
+
+    def recorded(self) -> list[Recorded]:
+        """The files with their checksums; none where they are not known, as in published checkpoints.
+
+        Raises:
+            ValueError: `state.json`, which has the checksums, was edited or damaged.
+            OSError: it cannot be read.
+        """
+        if self.published:
+            return []
+        path = self.path / "state.json"
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if not {"files", "checksum"} & state.keys():  # saved by an earlier version
+                return []
+            if state.pop("checksum") != of_fields(state):
+                raise ValueError("its checksum does not fit")
+            blocks = {name: Blocks(**fields) for name, fields in state["files"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} was edited or damaged ({error}): {_AGAIN}") from error
+        removed = [name for name in _NOT_ALWAYS_KEPT if not (self.path / name).exists()]
+        return [Recorded(self.path / name, content, _AGAIN) for name, content in blocks.items() if name not in removed]
 
     def _more(self, name: str) -> dict[str, torch.Tensor] | None:
         file = self.file(name)
@@ -237,8 +262,9 @@ def note_evaluation(run_directory: Path, step: int) -> None:
     if is_step(path):
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         with replacing(path / "state.json") as beside:
-            _write_json(beside, state | {"evaluation_due": False})
-            _flush(beside)
+            has_checksum = state.pop("checksum", None) is not None
+            state["evaluation_due"] = False
+            _write_state(beside, state) if has_checksum else _write_json(beside, state)
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -275,16 +301,18 @@ def _partial_name(name: str) -> str:
 def _write(directory: Path, contents: Contents) -> None:
     directory.mkdir()
     (directory / UNFINISHED).touch()
-    save_tensors(directory / "model.safetensors", _without_aliases(contents.model))
-    optimizer = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
-    save_tensors(directory / "optimizer.safetensors", optimizer)
+    tensors = {"model": _without_aliases(contents.model), "optimizer": contents.optimizer}
     if contents.index_encoder is not None:
-        save_tensors(directory / "index_encoder.safetensors", contents.index_encoder)
-    _write_json(directory / "options.json", contents.options)
-    for half, config in contents.configs.items():
-        _write_json(directory / f"{half}_config.json", config)
-    facts = ("step", "examples", "examples_per_epoch", "evaluation_due")
-    _write_json(directory / "state.json", {"format": FORMAT} | {name: getattr(contents, name) for name in facts})
+        tensors["index_encoder"] = contents.index_encoder
+    written = {
+        f"{name}.safetensors": save_with_checksums(directory / f"{name}.safetensors", part)
+        for name, part in tensors.items()
+    }
+    objects = {"options": contents.options} | {f"{half}_config": config for half, config in contents.configs.items()}
+    written |= {f"{name}.json": _write_json(directory / f"{name}.json", value) for name, value in objects.items()}
+    facts = {name: getattr(contents, name) for name in ("step", "examples", "examples_per_epoch", "evaluation_due")}
+    files = {name: asdict(blocks) for name, blocks in written.items()}
+    _write_state(directory / "state.json", {"format": FORMAT} | facts | {"files": files})
     for file in directory.iterdir():
         _flush(file)
 
@@ -292,8 +320,8 @@ def _write(directory: Path, contents: Contents) -> None:
 def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:
     older = [path for path in saved_steps(directory) if step_of(path) < step_of(newest)]
     for checkpoint in older if not keep_optimizers else []:
-        (checkpoint / "optimizer.safetensors").unlink(missing_ok=True)
-        (checkpoint / "index_encoder.safetensors").unlink(missing_ok=True)
+        for name in _NOT_ALWAYS_KEPT:
+            (checkpoint / name).unlink(missing_ok=True)
     if keep_checkpoints is not None:
         for checkpoint in older[: max(0, len(older) + 1 - keep_checkpoints)]:
             _remove(checkpoint)
@@ -308,7 +336,7 @@ def _without_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
         if identity not in seen:
             seen.add(identity)
-            kept[name] = tensor.contiguous()
+            kept[name] = tensor
     return kept
 
 
@@ -399,10 +427,12 @@ def _split(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torc
     return halves["reader"], halves["retriever"]
 
 
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with writing(path, len(text)):
-        path.write_text(text, encoding="utf-8")
+def _write_state(path: Path, fields: dict[str, Any]) -> None:
+    _write_json(path, fields | {"checksum": of_fields(fields)})
+
+
+def _write_json(path: Path, value: Any) -> Blocks:
+    return write_file(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
 def _flush(path: Path) -> None:

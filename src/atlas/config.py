@@ -102,6 +102,12 @@ class Run:
         None, "precision of the encoder outside training (fp32 on CPU, fp16 on CUDA)", choices=("fp32", "fp16", "bf16")
     )
     shuffle: bool = flag(False, "shuffle the training data, differently in every epoch")
+    verify: str = flag(
+        "sample",
+        "look for damage in the checkpoint and the index that are opened, by their checksums. off: not at all; sample: "
+        "in small files and 1 %% of large ones, while the run goes on; full: in all, before the first step",
+        choices=("off", "sample", "full"),
+    )
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ class Retrieval:
         self._keeps_encoder = _learns(self.retriever)
         self._resumed_encoder = resumed_encoder
         self._warned_of_own_passages = False
+        self._before_saving: Callable[[], object] = lambda: None
 
     @classmethod
     def open(
@@ -152,7 +153,7 @@ class Retrieval:
         """Open the saved index, or the corpus that an index is to be built of; None without a retriever. Collective.
 
         Args:
-            session: says on which device, and in which directory a published index is converted.
+            session: says on which device, in which directory a published index is converted, and what is verified.
             resumed: the checkpoint of this run that training continues from.
 
         Raises:
@@ -176,6 +177,7 @@ class Retrieval:
                 embedder_precision=devices.embedder_precision(device, run.embedder_precision),
                 converted=session.directory / "index",
                 compression=compression,
+                verification=session.verification,
             )
             kind = index.type
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
@@ -187,6 +189,7 @@ class Retrieval:
         if encoder is not None:
             check_tensors(resumed.file("index_encoder"), encoder, model.retriever.passage_encoder.state_dict())
         retrieval = cls(model, passages, settings, run, learning, device, index, encoder)
+        retrieval._before_saving = session.verification.finish
         retrieval._save_opened()
         return retrieval
 
@@ -260,6 +263,7 @@ class Retrieval:
             raise Stopped
 
     def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
+        self._before_saving()
         save_index(
             Path(self.settings.save_index_path),
             self.index,

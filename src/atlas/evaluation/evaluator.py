@@ -82,6 +82,7 @@ class Evaluator:
                         for first, row in of_rank:
                             lines.add(row, first)
             lines.finish()
+            self.session.verification.finish()  # nothing is said or written of what damaged files gave
         if self.reader is not None:
             self.reader.train(was_training)
         n_examples = sum(distributed.gather_objects(n_examples))  # a task may skip lines

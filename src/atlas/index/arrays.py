@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from atlas.files.checksums import BLOCK_BYTES, Blocks, Recorded, as_text, extend
 from atlas.files.disk import writing
 from atlas.index.flat import measure_largest_norm
 from atlas.runtime import distributed
-from atlas.runtime.tracking import with_progress
+from atlas.runtime.tracking import progress_bar
 
 HEADER_BYTES = 4096  # a page, so that rows begin at one
-BLOCK_BYTES = 2**22  # 38 million embeddings have 14,000 blocks
 WRITE_BYTES = 2**26  # converted at a time
 FP16, BYTE = np.dtype("<f2"), np.dtype("u1")
 AGAIN = "copy the index again, or build it anew"
@@ -154,11 +154,8 @@ class BlockWriter:
             self.head += before.tobytes()
             self.position += len(before)
         while len(content):
-            in_block = self.position % BLOCK_BYTES
-            if in_block == 0:
-                self.checksums.append(0)
-            part, content = np.split(content, [BLOCK_BYTES - in_block])
-            self.checksums[-1] = zlib.crc32(part, self.checksums[-1])
+            part, content = np.split(content, [BLOCK_BYTES - self.position % BLOCK_BYTES])
+            extend(self.checksums, self.position, memoryview(part), BLOCK_BYTES)
             while len(part):  # a full disk or a signal may let only some bytes through
                 written = os.pwrite(file, part, self.position)
                 self.position, part = self.position + written, part[written:]
@@ -189,14 +186,12 @@ def header_checksum(layout: Layout) -> list[int]:
     return [zlib.crc32(layout.header())]
 
 
-def as_text(checksums: Iterable[int]) -> str:
-    """Checksums as `Array.blocks` has them."""
-    return "".join(f"{checksum:08x}" for checksum in checksums)
-
-
-def from_text(blocks: str) -> list[int]:
-    """The reverse of `as_text`."""
-    return [int(blocks[i : i + 8], 16) for i in range(0, len(blocks), 8)]
+def recorded(directory: Path, array: Array, layout: Layout) -> Recorded | None:
+    """What is to be compared; None of an array of version 1, which had no checksums."""
+    if array.blocks is None:
+        return None
+    content = Blocks(layout.offset(layout.size), array.block_bytes, array.blocks)
+    return Recorded(directory / array.file, content, AGAIN, layout)
 
 
 def check_blocks(directory: Path, array: Array, layout: Layout) -> None:
@@ -205,22 +200,15 @@ def check_blocks(directory: Path, array: Array, layout: Layout) -> None:
     Raises:
         ValueError: blocks are not as they were written, with their numbers and rows.
     """
-    path, damaged = directory / array.file, []
-    check_header(path, layout)
-    checksums = from_text(array.blocks or "")
-    if array.blocks is not None and len(checksums) != -(-layout.offset(layout.size) // array.block_bytes):
-        raise ValueError(f"{directory}: index.json has {len(checksums)} checksums of {array.file}, not all: {AGAIN}")
-    with open(path, "rb") as file:
-        for number, checksum in enumerate(with_progress(checksums, f"checking {array.file}", len(checksums), "blocks")):
-            if zlib.crc32(file.read(array.block_bytes)) != checksum:
-                damaged.append(number)
-    if damaged:
-        rows = [layout.row_at(number * array.block_bytes) for number in (damaged[0], damaged[-1] + 1)]
-        raise ValueError(
-            f"{path} is damaged: {len(damaged)} of {len(checksums)} blocks do not fit their checksums (from 0: "
-            f"{', '.join(map(str, damaged[:5]))}{', ...' if len(damaged) > 5 else ''}; all are in rows {rows[0]} to "
-            f"{rows[1]}): {AGAIN}"
-        )
+    check_header(directory / array.file, layout)
+    if whole := recorded(directory, array, layout):
+        check_all(whole)
+
+
+def check_all(whole: Recorded) -> None:
+    """Read a whole file, with a bar. Raises: ValueError when blocks are not as they were written."""
+    with whole.open() as file, progress_bar(f"checking {whole.path.name}", len(whole), "blocks") as bar:
+        whole.compare(file, range(len(whole)), bar.update)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from atlas.files.disk import existing_directory
 from atlas.files.jsonl import replacing
 from atlas.index import directory as files
-from atlas.index.arrays import BYTE, check_blocks
+from atlas.index.arrays import BYTE, check_all
 from atlas.index.build import encode_parts, train_codec
 from atlas.index.codec import FLAT, Codec, Compression, code_size, make_empty
 from atlas.index.directory import Description
@@ -150,12 +150,14 @@ def check_index(directory: Path) -> None:
     passages = checked_passages(directory, description)
     with progress_bar("checking the passages", len(passages), "passages") as bar:
         check_passages(passages, range(len(passages)), bar.update)
-    segment = description.segment
-    if segment.embeddings:
-        check_blocks(directory, segment.embeddings, description.embeddings_layout)
-    if segment.codes:
+    rows = range(description.size)
+    if description.segment.embeddings:
+        map_embeddings(directory, description, rows)  # checks the header
+    if description.segment.codes:
         open_codec(directory, description)
-        check_blocks(directory, segment.codes, description.codes_layout)
+        map_codes(directory, description, rows)
+    for whole in description.recorded(directory):
+        check_all(whole)
     if description.version == 1:
         log.warning("%s is of version 1, which has no checksums of arrays: only their sizes were checked", directory)
     log.info("%s: nothing is damaged", directory)
@@ -178,7 +180,8 @@ def _check_compressible(source: Path, target: Path, compression: Compression, co
 def _bytes_copied(source: Path, description: Description, target: Path, codes_only: bool) -> int:
     """What takes room of the passages and embeddings of a saved index, because it cannot be linked."""
     links = existing_directory(target).stat().st_dev == source.stat().st_dev
-    text = 0 if links else description.segment.passages.bytes
+    passages = description.segment.passages
+    text = 0 if links and files.own_passages(source / passages.file) else passages.bytes
     if codes_only or (links and description.version == files.VERSION):
         return text
     return text + 2 * description.size * description.dimension

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from atlas.files import cache
+from atlas.files.checksums import Blocks, Recorded, of_fields
 from atlas.files.disk import existing_directory, writing
 from atlas.files.jsonl import replacing
 from atlas.files.lock import holding
+from atlas.index import arrays
 from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, Array, Layout
 
 VERSION = 2
@@ -40,7 +43,9 @@ class Passages:
     file: str
     bytes: int
     sample: str  # hash of blocks spread over the file
-    copied_from: str | None  # fingerprint of the corpus; None where it is the corpus itself
+    copied_from: str | None  # fingerprint of the corpus; None where a published index had it
+    block_bytes: int | None = None  # None: not known, and the text may be a file of the user's under a second name
+    blocks: str | None = None  # as in `Array`
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,18 @@ class Description:
         segment = self.segment
         parts = (segment.passages, segment.embeddings, segment.codes, self.quantizer)
         return {part.file for part in parts if part}
+
+    def recorded(self, directory: Path) -> list[Recorded]:
+        """What is to be compared: text and arrays, as far as they have checksums. Opening compares the quantizer."""
+        text, found = self.segment.passages, []
+        if text.blocks is not None:
+            content = Blocks(text.bytes, text.block_bytes, text.blocks)
+            found.append(Recorded(directory / text.file, content, AGAIN))
+        of_arrays = ((self.segment.embeddings, "embeddings_layout"), (self.segment.codes, "codes_layout"))
+        for array, layout in of_arrays:
+            if array is not None and array.blocks is not None:
+                found.append(arrays.recorded(directory, array, getattr(self, layout)))
+        return found
 
 
 def has_index(directory: Path) -> bool:
@@ -199,22 +216,18 @@ def read_fields(path: Path) -> tuple[int, dict]:
         raise ValueError(f"{path} is damaged ({error!r}): {AGAIN}") from error
     if type(version) is not int or version not in _HEADER_BYTES:
         raise ValueError(_newer(path, f"format version {version!r:.40}, and this one reads up to {VERSION}"))
-    if checksum != _checksum(fields):
+    if checksum != of_fields(fields):
         raise ValueError(f"{path} was edited or damaged, its checksum does not fit: {AGAIN}")
     return version, fields
 
 
 def write_fields(path: Path, fields: dict) -> None:
     """Write JSON with a version and a checksum, in one step that survives a power cut as well."""
-    content = {"version": VERSION, **fields, "checksum": _checksum(fields)}
+    content = {"version": VERSION, **fields, "checksum": of_fields(fields)}
     with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _checksum(fields: dict) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def next_generation(directory: Path) -> int:
@@ -264,9 +277,18 @@ def is_ours(name: str) -> bool:
     return is_leftover(name) or name in (LOCK, cache.FOLDER)
 
 
-def is_passages(path: Path, directory: Path) -> bool:
-    """Whether this file is the text of the directory's own index."""
-    return path.parent == directory.resolve() and _OURS.fullmatch(path.name) is not None
+def own_passages(path: Path) -> Passages | None:
+    """What is known of this file if it is the text of an index beside it, and nobody else's.
+
+    Text without checksums was saved by an earlier version, which made it a second name of the user's own file.
+    """
+    if _OURS.fullmatch(path.name) is None or not has_index(path.parent):
+        return None
+    try:
+        passages = read_description(path.parent).segment.passages
+    except ValueError:  # an index that cannot be opened says nothing about it
+        return None
+    return passages if passages.file == path.name and passages.blocks is not None else None
 
 
 def remove_index(directory: Path) -> None:
@@ -287,6 +309,19 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
+@contextlib.contextmanager
+def in_space(path: Path, needed: int) -> Iterator[None]:
+    """Check the space before the block writes a file of so many bytes.
+
+    Raises:
+        ValueError: there is too little.
+        FullDiskError: it is used up meanwhile.
+    """
+    check_space(path, needed)
+    with writing(path, needed):
+        yield
+
+
 def locked(directory: Path) -> AbstractContextManager[None]:
     """Make the directory, and keep other processes from writing an index into it, where the file system can do that.
 
@@ -296,14 +331,19 @@ def locked(directory: Path) -> AbstractContextManager[None]:
     return holding(directory / LOCK, what, "wait until it has finished, or choose another directory")
 
 
-def fingerprint_passages(path: Path, copied_from: str | None = None, *, blocks: int = 64) -> Passages:
+def describe_passages(path: Path, content: Blocks, copied_from: str | None = None) -> Passages:
+    """What `index.json` says of a text of which this was written."""
+    return Passages(path.name, content.bytes, sample_of(path)[1], copied_from, content.block_bytes, content.blocks)
+
+
+def sample_of(path: Path, *, blocks: int = 64) -> tuple[int, str]:
     """Size and a hash of at most `blocks` blocks of a file."""
     size, digest, block_bytes = path.stat().st_size, hashlib.sha256(), 4096
     with open(path, "rb") as file:
         for block in range(blocks):
             file.seek((size - block_bytes) * block // (blocks - 1) if size > block_bytes else 0)
             digest.update(file.read(block_bytes))
-    return Passages(path.name, size, digest.hexdigest()[:16], copied_from)
+    return size, digest.hexdigest()[:16]
 
 
 def check_passages(directory: Path, expected: Passages) -> None:
@@ -311,10 +351,10 @@ def check_passages(directory: Path, expected: Passages) -> None:
     path = directory / expected.file
     if not path.is_file():
         raise ValueError(f"{path}, which index.json names, is missing: {AGAIN}")
-    found = fingerprint_passages(path)
-    if found.bytes != expected.bytes:
-        raise ValueError(f"{path} is {found.bytes} bytes long, when the index was made {expected.bytes}: {AGAIN}")
-    if found.sample != expected.sample:
+    size, sample = sample_of(path)
+    if size != expected.bytes:
+        raise ValueError(f"{path} is {size} bytes long, when the index was made {expected.bytes}: {AGAIN}")
+    if sample != expected.sample:
         raise ValueError(f"{path} is not the text that the index was made of, though of the same size: {AGAIN}")
 
 

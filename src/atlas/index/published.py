@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from atlas.files.checksums import as_text, read_file
 from atlas.files.disk import writing
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index import arrays
@@ -29,7 +30,6 @@ from atlas.index.arrays import (
     Array,
     BlockWriter,
     Layout,
-    as_text,
     check_header,
     create,
     fp16_parts,
@@ -156,7 +156,7 @@ def _describe(source: Source, output: Path, conversion: "_Conversion") -> Descri
         embedder_precision=None,
         source=_fingerprint(path for shard in source.shards for path in shard),
         quantizer=None,
-        segments=(Segment(source.size, files.fingerprint_passages(text), embeddings, codes=None),),
+        segments=(Segment(source.size, files.describe_passages(text, read_file(text)), embeddings, codes=None),),
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from atlas.files.disk import writing
-from atlas.files.jsonl import JsonlCorpus
+from atlas.files.checksums import Blocks, chunks, read_file, write_file
+from atlas.files.copies import clone
+from atlas.files.jsonl import JsonlCorpus, replacing
 from atlas.index import directory as files
 from atlas.index.arrays import Array, as_tensor, fp16_parts, map_rows, write_array
 from atlas.index.build import compress, copy_to
@@ -27,8 +28,9 @@ from atlas.index.published import convert_published, is_converted, is_published
 from atlas.index.sharded import LocalIndex, ShardedIndex, Stored
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log, progress_bar
+from atlas.runtime.verification import Verification
 
-ANY = Compression()
+ANY, NONE = Compression(), Verification("off")
 
 
 def save_index(
@@ -158,6 +160,7 @@ def open_index(
     embedder_precision: str | None = None,
     converted: Path | None = None,
     compression: Compression = ANY,
+    verification: Verification = NONE,
 ) -> ShardedIndex:
     """Open a saved index, ours or published: every rank its range of rows. Collective.
 
@@ -172,6 +175,7 @@ def open_index(
         embedder_precision: of the queries; passages that were embedded in another one are mentioned in the log.
         converted: where a published index is converted to, once; an unchanged one is not converted again.
         compression: the kind of index asked for, and how it is searched.
+        verification: compares all or some of the text and the arrays with their checksums.
 
     Raises:
         ValueError: on every rank, with what differs: no index, damaged or changed files, another D, another kind where
@@ -182,6 +186,7 @@ def open_index(
     check = partial(_find, Path(directory), converted, dimension, retriever, compression)
     place, fields, fits = distributed.on_main("checking the index", check)
     description = files.description_of(fields)
+    verification.check(str(place), partial(description.recorded, place))
     kind, where = (compression, device) if fits else (Compression(FLAT[0]), torch.device("cpu"))
     open_rows = partial(_open_rows, place, description, kind, where)
     passages, embeddings, local = distributed.on_every_rank("opening the index", open_rows)
@@ -333,23 +338,52 @@ def check_is_index(directory: Path) -> None:
 
 
 def _keep_passages(directory: Path, name: str, corpus: JsonlCorpus) -> Passages:
-    """Bring the corpus into the directory as Atlas jsonl, at no cost where it is that or has been copied before."""
-    path, fingerprint = directory / name, None
-    if len(corpus.paths) == 1 and corpus.max_rows < 0 and is_verbatim(corpus):
-        original = corpus.paths[0].resolve()
-        if files.is_passages(original, directory):
-            return files.fingerprint_passages(original)
-        with contextlib.suppress(OSError):  # on another file system, or on one without links
-            os.link(original, path)
-    if not path.exists():
-        fingerprint = _fingerprint_of_copy(corpus)
-        if copy := _copy_there(directory, fingerprint):
-            return copy
-        with writing(path), open(path, "xb") as file:
-            for line in saved_lines(corpus, range(len(corpus))):
-                file.write(line + b"\n")
+    """Give the index the corpus as Atlas jsonl, in a file of its own that no later change of the user's reaches.
+
+    At no cost where it has been copied before, into this index or another one.
+    """
+    path, whole = directory / name, len(corpus.paths) == 1 and corpus.max_rows < 0 and is_verbatim(corpus)
+    if whole and (text := _text_of_an_index(directory, name, corpus.paths[0].resolve())):
+        return text
+    fingerprint = _fingerprint_of_copy(corpus)
+    if copy := _copy_there(directory, fingerprint):
+        return copy
+    content = _copy_file(corpus.paths[0], path) if whole else _write_lines(corpus, path)
     JsonlCorpus(path)  # leaves the offsets of its lines beside it
-    return files.fingerprint_passages(path, fingerprint)
+    return files.describe_passages(path, content, fingerprint)
+
+
+def _text_of_an_index(directory: Path, name: str, original: Path) -> Passages | None:
+    """The text that this or another index of ours has copied already; linked if it is another one's."""
+    text = files.own_passages(original)
+    if text is None or original.parent == directory.resolve():
+        return text
+    with contextlib.suppress(OSError):  # on another file system, or on one without links
+        os.link(original, directory / name)
+        JsonlCorpus(directory / name)  # leaves the offsets of its lines beside it
+        return replace(text, file=name)
+    return None
+
+
+def _copy_file(original: Path, path: Path) -> Blocks:
+    with replacing(path) as beside:
+        if clone(original, beside):
+            return read_file(beside)
+        size = original.stat().st_size
+        with files.in_space(path, size):
+            log.info("Copying %s to %s: %.2f GB", original, path, size / 1e9)
+            return write_file(beside, chunks(original))
+
+
+def _write_lines(corpus: JsonlCorpus, path: Path) -> Blocks:
+    """Write the passages as Atlas jsonl."""
+    # of a corpus that is cut, nobody knows how much text is taken
+    needed = sum(part.stat().st_size for part in corpus.paths) if corpus.max_rows < 0 else 0
+    with files.in_space(path, needed), replacing(path) as beside:
+        log.info("Copying the passages to %s", path)
+        starts = range(0, len(corpus), 1000)
+        parts = (range(start, min(start + 1000, len(corpus))) for start in starts)
+        return write_file(beside, (b"".join(line + b"\n" for line in saved_lines(corpus, rows)) for rows in parts))
 
 
 def _fingerprint_of_copy(passages: JsonlCorpus) -> str:
@@ -364,6 +398,8 @@ def _copy_there(directory: Path, fingerprint: str) -> Passages | None:
     try:
         description = files.read_description(directory) if files.has_index(directory) else None
         if description is None or description.segment.passages.copied_from != fingerprint:
+            return None
+        if description.segment.passages.blocks is None:  # as earlier versions wrote it
             return None
         files.check_passages(directory, description.segment.passages)
     except ValueError as damaged:

@@ -25,6 +25,7 @@ from atlas.options import write_options
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import TensorBoard, log, open_standard_streams, report_error, start_log
+from atlas.runtime.verification import Verification
 
 ECHO_SECONDS = 10.0
 
@@ -41,6 +42,7 @@ class Session:
     device: torch.device
     directory: Path  # `{checkpoint_dir}/{name}`: log, results, checkpoints
     tensorboard: TensorBoard
+    verification: Verification
     locks: contextlib.ExitStack  # let go of when the run ends
 
     def hold(self, lock: Callable[[], AbstractContextManager[object]]) -> None:
@@ -54,7 +56,8 @@ class Session:
                 write_options(self.directory / name, heading, text)
 
     def log_places(self, step: int) -> None:
-        """The last line of a run: where to look."""
+        """The last line of a run: where to look. Collective. Raises: as `Verification.finish`."""
+        self.verification.finish()
         places = [f"log in {self.directory / 'run.log'}"]
         latest = self.directory / "checkpoint" / "latest"
         if self.settings.train_data and latest.exists():
@@ -87,7 +90,9 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
             device = _join(settings, directory, work, locks)
             with contextlib.closing(TensorBoard(directory)) as tensorboard:
                 try:
-                    yield Session(settings, device, directory, tensorboard, locks)
+                    verification = Verification(settings.verify)
+                    yield Session(settings, device, directory, tensorboard, verification, locks)
+                    verification.finish()
                 except Stopped as stop:
                     stopped = True
                     traceback.clear_frames(stop.__traceback__)

@@ -161,6 +161,7 @@ class Trainer:
         """Log the means of the statistics since the last report, if that is due."""
         if not self.plan.logs_after(step):
             return
+        self.session.verification.raise_found()
         report, lr = self._means.report(), self.optimizers.learning_rate(step)
         statistics = " | ".join(f"{name}: {value:.6g}" for name, value in report.items())
         memory = devices.peak_memory_gib(self.session.device)
@@ -221,6 +222,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         """Write the checkpoint of a step, after which the weights moved last. Rank 0 has or gathers what it writes."""
         self._evaluation_due = self._evaluates_after(step) and step > self._evaluated
+        self.session.verification.finish()
         weights, moments = full_tensors_on_main(self.model.weights()), self.optimizers.state()
 
         def write() -> Path:
