@@ -174,7 +174,7 @@ def test_what_is_kept(tmp_path):
 
 
 STEPS_OF_SAVING = [
-    *((checkpoints, name) for name in ("save_file", "_write_json", "_flush")),
+    *((checkpoints, name) for name in ("save_tensors", "_write_json", "_flush")),
     *((Path, name) for name in ("rename", "symlink_to", "replace", "unlink", "mkdir")),
 ]
 

@@ -289,6 +289,7 @@ def test_saving_an_opened_index_into_its_own_directory(tmp_path, monkeypatch):
 
 def test_another_retriever_is_warned_of_with_both_names(tmp_path, caplog, monkeypatch):
     directory, *_ = saved(tmp_path)
+    caplog.clear()
     monkeypatch.setattr(logging.getLogger("atlas"), "propagate", True)
     open_index(directory, device=CPU, retriever_fingerprint="abc")
     assert not caplog.records

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from atlas.files.checksums import Blocks, Recorded, of_fields, write_file
-from atlas.files.tensors import save_file
+from atlas.files.tensors import save_tensors
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 
@@ -173,7 +173,7 @@ def _write(directory: Path, contents: Contents) -> None:
     if contents.index_encoder is not None:
         tensors["index_encoder"] = contents.index_encoder
     written = {
-        f"{name}.safetensors": save_file(part, directory / f"{name}.safetensors") for name, part in tensors.items()
+        f"{name}.safetensors": save_tensors(directory / f"{name}.safetensors", part) for name, part in tensors.items()
     }
     objects = {"options": contents.options} | {f"{half}_config": config for half, config in contents.configs.items()}
     written |= {f"{name}.json": _write_json(directory / f"{name}.json", value) for name, value in objects.items()}

@@ -1,4 +1,4 @@
-"""Reading and writing files: jsonl files larger than memory, files that are written completely or not at all, checksums.
+"""Reading and writing files: jsonl larger than memory, files that are written completely or not at all, checksums.
 
 May import: nothing of this package.
 """

@@ -22,8 +22,8 @@ _NAMES = {
 }
 
 
-def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> Blocks:
-    """Write tensors as a safetensors file, one after the other: none is copied unless it is on a GPU or not contiguous.
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Blocks:
+    """Write a new safetensors file, tensor by tensor: none is copied unless it is on a GPU or not contiguous.
 
     The library's own function takes no checksums, and first copies all of them.
 
@@ -32,11 +32,12 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: Path) -> Blocks:
     """
     # the widest numbers first, so that each begins at a multiple of its size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    return write_file(path, _parts({name: tensors[name] for name in names}))
+    return write_file(path, _parts({name: tensors[name] for name in names}, metadata))
 
 
-def _parts(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
-    header, end = {}, 0
+def _parts(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> Iterator[memoryview | bytes]:
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
