@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from atlas.files.copies import clone
+from atlas.files.disk import FullDiskError
 from atlas.index import arrays, build, store
 from atlas.index import directory as files
 from atlas.index.build import compress
@@ -226,18 +227,19 @@ def test_no_room_for_the_text_is_said_with_file_and_bytes(tmp_path, monkeypatch)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(10**9, 10**9, free))
         with pytest.raises(ValueError, match=message):
             save(index, paths, embeddings.repeat(len(paths) if paths != corpus else 1, 1))
-        assert names(index) == []
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, size if names(index) == [] else 10)
-    )
+        assert not index.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, size))
 
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("atlas.files.checksums.os.fsync", full)
-    with pytest.raises(ValueError, match=rf"{message} \(No space left on device\)"):
+    message = (
+        rf"passages\.1\.jsonl cannot be written: No space left on device \({size} bytes are needed, {size:,} are free"
+    )
+    with pytest.raises(FullDiskError, match=message):
         save(index, corpus, embeddings)
-    assert names(index) == []
+    assert not index.exists()
 
 
 @pytest.mark.parametrize("how", ["two files", "cut"])
@@ -300,6 +302,7 @@ def test_saving_an_opened_index_into_its_own_directory(tmp_path, monkeypatch):
 
 def test_another_retriever_is_refused_with_both_names_unless_it_is_insisted_on(tmp_path, caplog, monkeypatch):
     directory, *_ = saved(tmp_path)
+    caplog.clear()
     monkeypatch.setattr(logging.getLogger("atlas"), "propagate", True)
     open_index(directory, device=CPU)  # it is not to be searched with any
     open_index(directory, device=CPU, retriever_fingerprint="abc")
@@ -433,7 +436,7 @@ def test_only_one_process_writes_into_a_directory_at_a_time(tmp_path):
     assert torch.equal(open_index(directory, device=CPU).embeddings, embeddings)
     save(directory, tmp_path / "corpus.jsonl", 2 * embeddings)
     assert torch.equal(open_index(directory, device=CPU).embeddings, 2 * embeddings)
-    assert names(directory) == [name.replace("1", "2") for name in before]
+    assert names(directory) == [name.replace("embeddings.1", "embeddings.2") for name in before]  # the text is the same
 
 
 def test_every_byte_of_the_array_header_is_checked(tmp_path):
@@ -612,7 +615,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatc
     corpora = [write_corpus(tmp_path / f"{kind}.jsonl", 300, word) for kind, word in enumerate(("zero", "one"))]
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
     save(directory, corpora[0], torch.zeros(300, 64).half())
-    for _ in range(20):
+    for kills in range(200):
         writer = get_context("fork").Process(target=_save_for_ever, args=(directory, corpora))
         writer.start()
         time.sleep(chance.uniform(0.02, 0.15))
@@ -623,6 +626,8 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatc
         assert {p["text"].split()[0] for p in index.passages} == {["zero", "one"][int(kind)]}
         check_index(directory)
         seen.add(described(directory)["segments"][0]["embeddings"]["file"])
+        if kills >= 19 and len(seen) > 5:
+            break
     assert len(seen) > 5  # the writers did get somewhere
     save(directory, corpora[0], torch.zeros(300, 64).half())
     assert len(names(directory)) == 4  # what the killed ones left is gone
@@ -879,7 +884,9 @@ def test_a_quantizer_of_another_index_is_refused(tmp_path):
     fields = described(directory)
     fields["quantizer"]["sha256"] = hashlib.sha256(content).hexdigest()
     describe(directory, fields)
-    with pytest.raises(ValueError, match=r"trained.1.faiss: it holds .* not an empty trained index"):
+    with pytest.raises(
+        ValueError, match=r"trained.1.faiss: (it holds .* not an empty trained index|Faiss cannot read it)"
+    ):
         open_index(directory, device=CPU)
 
 
@@ -900,7 +907,7 @@ def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monk
     quantizers = [train("PQ4", sample), train("SQ8", sample)]
     directory, chance, seen = tmp_path / "index", random.Random(0), set()
     save(directory, corpora[0], torch.ones(300, 8).half())
-    for _ in range(20):
+    for kills in range(200):
         writer = get_context("fork").Process(target=_save_compressed_for_ever, args=(directory, corpora, quantizers))
         writer.start()
         time.sleep(chance.uniform(0.02, 0.2))
@@ -917,6 +924,8 @@ def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monk
             assert index.embeddings.unique().tolist() == [1.0]
         check_index(directory)
         seen.add(described(directory)["segments"][0]["passages"]["file"])
+        if kills >= 19 and len(seen) > 5:
+            break
     assert len(seen) > 5  # the writers did get somewhere
     save_index(directory, open_index(directory, device=CPU))
     description = files.read_description(directory)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from atlas.files.checksums import Blocks, Recorded, of_fields, write_file
 from atlas.files.disk import writing
 from atlas.files.jsonl import replacing
-from atlas.files.tensors import save_with_checksums
+from atlas.files.tensors import save_tensors
 from atlas.options import (
     STEP,
     UNFINISHED,
@@ -305,16 +305,13 @@ def _write(directory: Path, contents: Contents) -> None:
     if contents.index_encoder is not None:
         tensors["index_encoder"] = contents.index_encoder
     written = {
-        f"{name}.safetensors": save_with_checksums(directory / f"{name}.safetensors", part)
-        for name, part in tensors.items()
+        f"{name}.safetensors": save_tensors(directory / f"{name}.safetensors", part) for name, part in tensors.items()
     }
     objects = {"options": contents.options} | {f"{half}_config": config for half, config in contents.configs.items()}
     written |= {f"{name}.json": _write_json(directory / f"{name}.json", value) for name, value in objects.items()}
     facts = {name: getattr(contents, name) for name in ("step", "examples", "examples_per_epoch", "evaluation_due")}
     files = {name: asdict(blocks) for name, blocks in written.items()}
     _write_state(directory / "state.json", {"format": FORMAT} | facts | {"files": files})
-    for file in directory.iterdir():
-        _flush(file)
 
 
 def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:
@@ -433,12 +430,3 @@ def _write_state(path: Path, fields: dict[str, Any]) -> None:
 
 def _write_json(path: Path, value: Any) -> Blocks:
     return write_file(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk before the directory is renamed, so that a power cut leaves no empty file under a good name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

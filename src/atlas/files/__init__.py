@@ -1,4 +1,4 @@
-"""Reading and writing files: jsonl files larger than memory, a cache of what is derived from them, locks, and files
+"""Reading and writing files: jsonl larger than memory, a cache of what is derived from files, locks, checksums, files
 that are written completely or not at all.
 
 May import: nothing of this package.

@@ -1,14 +1,13 @@
-"""Tensors in a file, by name."""
+"""Writing safetensors, with the checksums of what is written."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from atlas.files.checksums import Blocks, write_file
-from atlas.files.disk import usual_permissions, writing
+from atlas.files.disk import writing
 
 _NAMES = {
     torch.float64: "F64",
@@ -24,34 +23,25 @@ _NAMES = {
 }
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; the tensors must be contiguous.
-
-    Raises:
-        FullDiskError: there is no space for it.
-    """
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with writing(path, needed), usual_permissions(path):
-        save_file(dict(tensors), path, metadata)
-
-
-def save_with_checksums(path: Path, tensors: Mapping[str, torch.Tensor]) -> Blocks:
-    """Write tensors as a safetensors file, one after the other: none is copied unless it is on a GPU or not contiguous.
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Blocks:
+    """Write a safetensors file, tensor by tensor: none is copied unless it is on a GPU or not contiguous.
 
     The library's own function takes no checksums, and first copies all of them.
 
     Raises:
         FullDiskError: there is no space for it.
+        OSError: it cannot be written.
     """
     # the widest numbers first, so that each begins at a multiple of its size
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     with writing(path, needed):
-        return write_file(path, _parts({name: tensors[name] for name in names}))
+        return write_file(path, _parts({name: tensors[name] for name in names}, metadata))
 
 
-def _parts(tensors: dict[str, torch.Tensor]) -> Iterator[memoryview | bytes]:
-    header, end = {}, 0
+def _parts(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> Iterator[memoryview | bytes]:
+    header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}

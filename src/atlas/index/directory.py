@@ -108,15 +108,15 @@ class Description:
 
     def recorded(self, directory: Path) -> list[Recorded]:
         """What is to be compared: text and arrays, as far as they have checksums. Opening compares the quantizer."""
-        text, found = self.segment.passages, []
+        segment, text, found = self.segment, self.segment.passages, []
         if text.blocks is not None:
             content = Blocks(text.bytes, text.block_bytes, text.blocks)
             found.append(Recorded(directory / text.file, content, AGAIN))
-        of_arrays = ((self.segment.embeddings, "embeddings_layout"), (self.segment.codes, "codes_layout"))
-        for array, layout in of_arrays:
-            if array is not None and array.blocks is not None:
-                found.append(arrays.recorded(directory, array, getattr(self, layout)))
-        return found
+        if segment.embeddings:
+            found.append(arrays.recorded(directory, segment.embeddings, self.embeddings_layout))
+        if segment.codes:
+            found.append(arrays.recorded(directory, segment.codes, self.codes_layout))
+        return [one for one in found if one is not None]
 
 
 def has_index(directory: Path) -> bool:

@@ -43,7 +43,8 @@ def save_index(
 ) -> None:
     """Write the index with its passages; an index that is there is replaced in one step. Collective.
 
-    Embeddings that a saved index on the same file system holds already are linked, not written again.
+    The passages are copied, so that the index stays whole when their files change. Passages and embeddings that a saved
+    index on the same file system holds already are linked, not written again.
 
     Args:
         retriever_fingerprint: of the encoder that made the embeddings.
@@ -51,7 +52,7 @@ def save_index(
         codes_only: leave the embeddings of a compressed index out.
 
     Raises:
-        ValueError: an embedding is not finite in fp16; a flat index without its embeddings.
+        ValueError: an embedding is not finite in fp16; a flat index without its embeddings; no room for the passages.
         OSError: the directory cannot be written to, or the disk is full.
     """
     compressed = index.compressed
