@@ -32,6 +32,7 @@ _ROWS_PER_CENTROID = 256
 _PROBED_SHARE, _FEWEST_PROBED = 32, 16  # of the lists, one in so many is searched by default, but never fewer than 16
 _ENCODERS = ("IndexPQ", "IndexScalarQuantizer", "IndexIVFPQ", "IndexIVFScalarQuantizer")
 _MOST_LISTS, _MOST_NUMBERS = 2**22, 2**16  # in a factory string: Faiss makes room for what it names
+_ALWAYS_ALLOWED = 2**24  # bytes that Faiss may take for an array of what it reads, however short that is
 _EXACT_LISTS = re.compile(r"(.*IVF\d+),Flat")
 _FAST_SCAN = re.compile(r"(.*PQ\d+x4)fs")
 
@@ -231,7 +232,7 @@ def _limited(content_bytes: int, inner: faiss.Index) -> Iterator[None]:
         yield
         return
     before = faiss.get_deserialization_vector_byte_limit()
-    most = content_bytes
+    most = max(content_bytes, _ALWAYS_ALLOWED)
     if isinstance(inner, faiss.IndexIVFPQ):  # of a table that is only made for distances, but counted
         most = max(most, 4 * (inner.nlist * inner.pq.M * inner.pq.ksub + 1))
     faiss.set_deserialization_vector_byte_limit(most)
@@ -264,8 +265,8 @@ class Codec:
         Raises:
             ValueError: they hold no quantizer, or another one; there is no Faiss.
         """
-        if any(int(digits) > len(content) for digits in re.findall(r"\d{1,18}", factory)):
-            raise ValueError(f"it has {len(content)} bytes, too few for an index {factory}")
+        if faiss and any(int(digits) > len(content) for digits in re.findall(r"\d{1,18}", factory)):
+            raise ValueError(f"Faiss cannot read it ({len(content)} bytes are too few for an index {factory:.100})")
         empty = make_empty(factory, dimension)
         expected = _signature(empty)
         try:
