@@ -102,7 +102,7 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _store = None
-    faulthandler.cancel_dump_traceback_later()
+    log_stacks(None)
 
 
 def rank() -> int:
