@@ -235,7 +235,7 @@ def test_no_room_for_the_text_is_said_with_file_and_bytes(tmp_path, monkeypatch)
 
     monkeypatch.setattr("atlas.files.checksums.os.fsync", full)
     message = (
-        rf"passages\.1\.jsonl cannot be written: No space left on device \({size} bytes are needed, {size:,} are free"
+        rf"passages\.1\.jsonl cannot be written \(No space left on device; {size:,} bytes are needed, {size:,} are free"
     )
     with pytest.raises(FullDiskError, match=message):
         save(index, corpus, embeddings)

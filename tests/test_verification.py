@@ -264,6 +264,7 @@ def test_what_may_be_removed_and_what_has_no_checksums(tmp_path, caplog, monkeyp
     old = {name: state[name] for name in ("format", "step", "examples", "evaluation_due")}
     path.write_text(json.dumps(old))  # as earlier versions wrote it
     caplog.set_level("INFO", "atlas")
+    caplog.clear()
     monkeypatch.setattr(logging.getLogger("atlas"), "propagate", True)
     checkpoint = load_checkpoint(directory)
     Verification("sample").check("step-3", checkpoint.recorded)

@@ -429,4 +429,6 @@ def _write_state(path: Path, fields: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, value: Any) -> Blocks:
-    return write_file(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
+    content = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    with writing(path, len(content)):
+        return write_file(path, [content])

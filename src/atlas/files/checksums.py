@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from atlas.files.disk import writing
-
 BLOCK_BYTES = 2**22  # 38 million embeddings have 14,000 blocks
 CHUNK = 2**18  # written or read at a time: stays in the processor's cache between the two things done with it
 SMALL_BLOCKS = 4  # files of no more blocks are read whole, even where a sample is asked for
@@ -56,8 +54,13 @@ class Recorded:
         """The file to read, which stays the same when another is put in its place.
 
         Raises:
-            ValueError: it is missing, or of another length.
+            ValueError: it is missing, of another length, or its checksums are not all there.
         """
+        blocks = -(-self.content.bytes // self.content.block_bytes)
+        if len(self) != blocks:
+            raise ValueError(
+                f"{self.path.parent} has {len(self)} checksums of {self.path.name}, not all {blocks}: {self.remedy}"
+            )
         try:
             file = open(self.path, "rb")  # noqa: SIM115 (the caller closes it)
         except FileNotFoundError as error:
@@ -126,12 +129,11 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Blocks:
     """Write a file of these parts, of any lengths, onto the disk, and take its checksums.
 
     Raises:
-        FullDiskError: there is no space for it.
         OSError: it cannot be written.
     """
     checksums: list[int] = []
     position = 0
-    with writing(path), open(path, "wb") as file:
+    with open(path, "wb") as file:
         for part in parts:
             whole = memoryview(part)
             for start in range(0, len(whole), CHUNK):

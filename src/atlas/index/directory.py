@@ -174,15 +174,16 @@ def _problem(description: Description) -> str | None:
         return "codes without a quantizer, or one without the other"
     if not arrays:
         return "neither embeddings nor codes"
-    blocks = [1 if array.block_bytes is None else array.block_bytes for array in arrays]
+    in_blocks = [*arrays, segment.passages]
+    blocks = [1 if part.block_bytes is None else part.block_bytes for part in in_blocks]
     sizes = [segment.size, segment.passages.bytes, quantizer.code_size if quantizer else 1, *blocks]
     if not 0 < description.dimension <= _LARGEST_DIMENSION or not all(0 < size < _MOST for size in sizes):
         return "numbers that are no sizes"
-    if max(blocks) > _MOST_IN_BLOCK or not all(re.fullmatch("([0-9a-f]{8})*", array.blocks or "") for array in arrays):
+    if max(blocks) > _MOST_IN_BLOCK or not all(re.fullmatch("([0-9a-f]{8})*", part.blocks or "") for part in in_blocks):
         return "blocks that are none"
     if not all(0 <= array.largest_norm < math.inf for array in arrays):
         return "a norm that is not finite"
-    if any((array.block_bytes is None) != (array.blocks is None) for array in arrays):
+    if any((part.block_bytes is None) != (part.blocks is None) for part in in_blocks):
         return "checksums without the size of their blocks, or one without the other"
     if len(description.type) > _LONGEST_TYPE or not description.type.isascii():
         return "a type that is none"
