@@ -512,7 +512,7 @@ def test_beside_gpus_faiss_has_all_cores_of_the_rank(monkeypatch):
     """Under torchrun a process has one thread, and with GPUs its cores are idle otherwise."""
     before, asked = faiss.omp_get_max_threads(), []
     monkeypatch.setattr(compressed.devices, "available_cores", lambda: 16)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(compressed.distributed, "local_world_size", lambda: 4)
     monkeypatch.setattr(faiss, "omp_set_num_threads", asked.append)
     make_index("SQ4", 200)
     assert 4 not in asked

@@ -71,7 +71,6 @@ def test_three_ranks_whose_shards_are_of_different_sizes(tmp_path):
     [
         slow({"use_gradient_checkpoint_reader": True, "use_gradient_checkpoint_retriever": True}),
         {"accumulation_steps": 2},
-        {"dropout": 0.1},
         slow({"clip": 0.01}),
         slow({"freeze_retriever_steps": 2}),
     ],
@@ -82,6 +81,15 @@ def test_sharding_changes_nothing_with(tmp_path, changes):
     sharded = losses_of(run_on(2, tmp_path, name="sharded", **flags, **KINDS["both"]))
     for name, values in plain.items():
         assert values and values == pytest.approx(sharded[name], abs=2e-5), name  # the log has six digits
+
+
+@pytest.mark.parametrize(("one", "other"), [("ddp", "zero1"), slow("fsdp", "both")])
+def test_sharding_the_optimizer_changes_nothing_with_dropout(tmp_path, one, other):
+    """Ranks that share the reader's weights do not group passages by length, and so have other dropout masks."""
+    flags = {"total_steps": 4, "eval_data": None, "dropout": 0.1, **RETRIEVER}
+    runs = [losses_of(run_on(2, tmp_path, name=kind, **flags, **KINDS[kind])) for kind in (one, other)]
+    for name, values in runs[0].items():
+        assert values and values == pytest.approx(runs[1][name], abs=2e-5), name
 
 
 def test_sharded_bf16_tracks_fp32(tmp_path):
