@@ -183,8 +183,7 @@ class Retrieval:
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings.passages, settings.max_passages)
-        if index is None:
-            compression.factory(len(passages), model.retriever.dim)  # the same for their number
+        compression.factory(len(passages), model.retriever.dim)  # the same for their number
         encoder = resumed.index_encoder() if resumed is not None else None
         if encoder is not None:
             check_tensors(resumed.file("index_encoder"), encoder, model.retriever.passage_encoder.state_dict())

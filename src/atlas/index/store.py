@@ -171,8 +171,7 @@ def open_index(
     Args:
         dimension: D of the retriever that is to search; None: any.
         retriever_fingerprint: of the passage encoder; embeddings of another one are refused.
-        allow_other: only warn of embeddings of another encoder, because that is wanted, or normal: a resumed run whose
-            encoder has moved on.
+        allow_other: only warn of those of another encoder, as is wanted, or normal in a resumed run.
         embedder_precision: of the queries; passages that were embedded in another one are mentioned in the log.
         converted: where a published index is converted to, once; an unchanged one is not converted again.
         compression: the kind of index asked for, and how it is searched.
