@@ -168,6 +168,7 @@ def test_the_model_of_a_checkpoint_that_is_gone(tmp_path, capfd):
         name="trained",
         reader_model_type=None,
         train_data=None,
+        verify="off",  # the options were edited
         **{k: v for k, v in flags.items() if k not in ("eval_data", "total_steps")},
     )
     with pytest.raises(SystemExit) as ended:

@@ -153,7 +153,8 @@ def test_going_on_from_a_version_that_counted_lines_that_are_skipped(tmp_path):
     state_file = run(tmp_path, total_steps=2, **flags) / "checkpoint/latest/state.json"
     state = json.loads(state_file.read_text())
     assert (state["examples"], state.pop("examples_per_epoch")) == (4, 6)
-    state_file.write_text(json.dumps(state | {"examples": 9 + 5}))
+    old = {name: value for name, value in state.items() if name not in ("files", "checksum")}
+    state_file.write_text(json.dumps(old | {"examples": 9 + 5}))
     directory = run(tmp_path, total_steps=3, **flags)
     assert "its 14 examples are 9 without them. From here on every batch is full" in (directory / "run.log").read_text()
     state = json.loads((directory / "checkpoint/latest/state.json").read_text())
