@@ -63,7 +63,7 @@ def ask_to_stop(monkeypatch):
     return after
 
 
-@pytest.mark.parametrize(("number", "asked", "saved"), [(signal.SIGTERM, 1, 2), (signal.SIGUSR1, 7, 8)])
+@pytest.mark.parametrize(("number", "asked", "saved"), [(signal.SIGTERM, 1, 2), slow(signal.SIGUSR1, 7, 8)])
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, ask_to_stop, monkeypatch, number, asked, saved):
     flags = {"total_steps": 10, "eval_freq": 4, "save_freq": 100, **FLAGS}
     straight = run(tmp_path, name="straight", **flags)
@@ -165,9 +165,9 @@ BATCHES = 6  # of an evaluation: 11 questions, two at a time
     [
         slow({"save_freq": 4}, 1, 4, 2),  # saved before it was evaluated
         ({"save_freq": 100}, 1, 4, 2),  # not saved yet
-        ({"save_freq": 100, "refresh_index": 4, "query_side_retriever_training": False}, 1, 4, 2),
+        slow({"save_freq": 100, "refresh_index": 4, "query_side_retriever_training": False}, 1, 4, 2),
         slow({"save_freq": 100}, 2, 6, 2),  # the last one
-        ({"save_freq": 100, "accumulation_steps": 3}, 1, 3, 2),  # gradients wait for more
+        slow({"save_freq": 100, "accumulation_steps": 3}, 1, 3, 2),  # gradients wait for more
     ],
 )
 def test_a_signal_in_an_evaluation(tmp_path, monkeypatch, changes, evaluation, saved, evaluations):
@@ -218,7 +218,7 @@ def test_a_signal_while_the_first_index_is_built(tmp_path, monkeypatch):
     run(tmp_path, total_steps=2, eval_data=None)
 
 
-@pytest.mark.parametrize(("accumulation_steps", "saved"), [(1, 4), (3, 3)])
+@pytest.mark.parametrize(("accumulation_steps", "saved"), [(1, 4), slow(3, 3)])
 def test_a_signal_while_the_index_is_refreshed(tmp_path, monkeypatch, accumulation_steps, saved):
     """What was finished before is saved, up to the last update."""
     flags = {"total_steps": 6, "train_retriever": True, "refresh_index": 4, "save_freq": 100, "eval_freq": 4}

@@ -10,7 +10,7 @@ import pytest
 
 import prepare_mmlu
 from evaluation_scripts.evaluate_mmlu_predictions import CATEGORIES, SUBCATEGORY, SUBJECTS, result_files
-from tests.kit import lettered_models, read_jsonl, run, write_jsonl
+from tests.kit import lettered_models, read_jsonl, run, slow, write_jsonl
 from tests.test_prepare_scripts import mmlu_archive, mmlu_files
 from tests.test_pretraining import last_metrics
 
@@ -162,7 +162,7 @@ def test_a_run_per_subject(prepared, tmp_path):
     assert found["all (2 of 57 subjects)"] == (14, *expected(together))
 
 
-@pytest.mark.parametrize("setting", ["5-shot-multitask", "full"])
+@pytest.mark.parametrize("setting", [slow("5-shot-multitask"), "full"])
 def test_one_run_for_all_subjects(prepared, tmp_path, setting):
     directory = run(tmp_path, **flags(prepared, f"{setting}/train.jsonl", f"{setting}/combined_test.jsonl"))
     rows = read_jsonl(directory / "combined_test-step-1.jsonl")
