@@ -179,7 +179,7 @@ from atlas.runtime.session import session
 from tests.patience import wait_until
 config = parse_config(["--task", "qa", "--checkpoint_dir", sys.argv[1], "--closed_book", "--reader_model_type", "x",
     "--eval_data", __file__ if "__file__" in globals() else "Makefile"], program="evaluate")
-with session(config.run):
+with session(config.run, "train"):
     distributed.any_rank(False)
     ranks, me = sys.argv[2], str(distributed.rank())
     if me in ranks:
