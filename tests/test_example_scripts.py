@@ -310,7 +310,7 @@ def test_templama_then_others_on_its_index(tiny):
 def test_pretraining_is_requeued_and_goes_on(tiny, slurm):
     """On two `nodes`: USR1 to the batch shell alone ends in a checkpoint and a requeue; the next start goes on."""
     said, environment = slurm
-    flags = ["--refresh_index", 30, "--save_freq", 10**6, "--eval_freq", 10**6]
+    flags = ["--refresh_index", 64, "--save_freq", 10**6, "--eval_freq", 10**6]
     models = {name: value.format(home=world(), data=tiny) for name, value in MODELS.items() if name != "GPUS"}
     log = tiny / "experiments/pretrain_mlm_base/run.log"
     endless = ["--total_steps", 10**6]
