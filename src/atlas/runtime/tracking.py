@@ -21,17 +21,7 @@ T = TypeVar("T")
 tqdm.set_lock(threading.RLock())
 
 
-class _Handler(logging.Handler):
-    """Lines that cannot be written (the disk is full) do not end a run: they are missing, which is said once."""
-
-    place, said = "the screen", False
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        say(f"lines of the log are missing in {self.place}: {sys.exc_info()[1]}") if not self.said else None
-        self.said = True
-
-
-class _Screen(_Handler):
+class _Screen(logging.Handler):
     """Prints above a progress bar, not through it. Tracebacks are left to the log file."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -45,15 +35,19 @@ class _Screen(_Handler):
             log.warning("The screen cannot be written to (%s): from here on, only this file has the log", error)
 
 
-class _File(_Handler, logging.FileHandler):
-    """Appends to a file."""
+class _File(logging.FileHandler):
+    """Appends to a file. Lines that cannot be written (the disk is full) are missing, which is said once."""
+
+    said = False
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8")
         self.place = str(path)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        super().handleError(record)
+        if not self.said:
+            self.said = True
+            say(f"lines of the log are missing in {self.place}: {sys.exc_info()[1]}")
         stream, self.stream = self.stream, None  # the next line opens the file again
         if stream is not None:
             distributed.log_stacks(sys.stderr)  # they cannot go to a closed file

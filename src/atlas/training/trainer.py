@@ -1,7 +1,7 @@
 """The steps of the training loop, which `train.py` writes down: retrieve, read, distil, update, evaluate, save."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -112,13 +112,7 @@ class Trainer:
     def _build_index(self, finished: int, due: bool) -> None:
         if self.retrieval is None:
             return
-        try:
-            self.retrieval.refresh(due, self._asked_to_stop)
-        except Stopped:
-            self._stopping = True
-        if self._stopping:
-            self._save_finished(finished)
-            self._end()
+        self._unless_stopped(finished, partial(self.retrieval.refresh, due, self._asked_to_stop))
         if due:
             self._refreshed = finished
 
@@ -187,17 +181,21 @@ class Trainer:
         return bool(self.evaluator.files) and self.plan.evaluates_after(step)
 
     def _evaluate(self, step: int) -> None:
-        try:
-            self.evaluator.evaluate_all(step, self._asked_to_stop)
-        except Stopped:
-            self._stopping = True
-        if self._stopping:
-            self._save_finished(step)
-            self._end()
+        self._unless_stopped(step, partial(self.evaluator.evaluate_all, step, self._asked_to_stop))
         self._evaluated = step
         if self._evaluation_due and self._saved == step:
             distributed.on_main("noting the evaluation", partial(note_evaluation, self.session.directory, step))
             self._evaluation_due = False
+
+    def _unless_stopped(self, finished: int, work: Callable[[], object]) -> None:
+        """Long work after so many finished steps. Raises: Stopped, once they are saved, if a rank was asked to stop."""
+        try:
+            work()
+        except Stopped:
+            self._stopping = True
+        if self._stopping:
+            self._save_finished(finished)
+            self._end()
 
     def _asked_to_stop(self) -> bool:
         return self._signals.received
