@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 
+from atlas.runtime.launch import available_cores
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; fp32 and tf32 do without
 
 
@@ -64,11 +66,6 @@ def describe(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)} (CUDA {torch.version.cuda})"
     threads = torch.get_num_threads()
     return f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
-
-
-def available_cores() -> int:
-    """The cores that this process may use: fewer than the machine has in many containers and jobs."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores_per_rank(local_world_size: int) -> int:

@@ -1,6 +1,7 @@
-"""What the launcher says about this process: torchrun's environment, or that of a step of a SLURM job."""
+"""What this process is given: cores, and its place in a job by torchrun's environment or that of a SLURM step."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,3 +111,8 @@ def _tasks_of_node(environment: Mapping[str, str]) -> str:
             counts += [found[1]] * int(found[2] or 1)
     node = environment.get("SLURM_NODEID", "0")
     return counts[int(node)] if node.isdecimal() and int(node) < len(counts) else "1"
+
+
+def available_cores() -> int:
+    """The cores that this process may use: fewer than the machine has in many containers and jobs."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
