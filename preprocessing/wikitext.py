@@ -1,18 +1,21 @@
 """From the wikitext of an article to readable text: sections of plain text, and infoboxes.
 
-Tables, references, files, galleries, comments, categories and templates are removed, except templates that stand for
-words (`TEMPLATES`). Lists, the text of links, and formulas as they were typed are kept.
+Templates become the words that they stand for (templates.py). Lists, the text of links, and formulas as they were typed
+are kept. Comments are removed without a word; everything else that is left out is counted: tables, references, files,
+categories, and templates.
 """
 
 import html
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import mwparserfromhell
 from mwparserfromhell import nodes
 
 from splitting import Section, batched, blocks_of, heading_path
+from templates import COUNTRIES, PREFIX, TEMPLATES, UNKNOWN, WORDLESS, Arguments, apply, superscript
 
 # Sections that only have references or names of other articles.
 SKIPPED_SECTIONS = {
@@ -20,63 +23,52 @@ SKIPPED_SECTIONS = {
     *("bibliography", "further reading", "external links", "see also", "works cited", "gallery", "explanatory notes"),
 }
 SKIPPED_TAGS = {
-    *("ref", "references", "table", "gallery", "timeline", "score", "imagemap", "hiero", "syntaxhighlight", "source"),
-    *("templatestyles", "noinclude", "includeonly", "graph", "mapframe", "indicator", "style"),
+    tag: kind
+    for kind, tags in (
+        ("references", "ref references"),
+        ("tables", "table"),
+        ("images, diagrams and recordings", "gallery timeline score imagemap hiero graph mapframe"),
+        ("listings of programs", "syntaxhighlight source"),
+        ("layout", "templatestyles noinclude includeonly indicator style"),
+    )
+    for tag in tags.split()
 }
 VERBATIM_TAGS = {"math", "chem", "ce", "nowiki", "pre"}
 BLOCK_TAGS = {"p", "div", "blockquote", "poem", "center", "hr"}
 SKIPPED_LINKS = {"file", "image", "media", "category"}  # names of namespaces that every language understands
 DISAMBIGUATION = re.compile(r"(?:.*[ -])?(?:disambig|disambiguation|disamb|dab|hndis|geodis|numberdis)(?:[ -]cleanup)?")
-INFOBOX = re.compile(r"(?:infobox|geobox)\b.*|.*\binfobox|(?:automatic )?taxobox|speciesbox|chembox|drugbox")
+INFOBOX = r"(?:infobox|geobox)\b.*|.*\binfobox|(?:automatic )?taxobox|speciesbox|chembox|drugbox"
 # Words in the names of infobox parameters that only concern the layout.
-LAYOUT = {
-    *("image", "imagesize", "img", "logo", "photo", "caption", "map", "mapsize", "color", "colour", "width", "pixels"),
-    *(
-        "align",
-        "alt",
-        "style",
-        "coordinates",
-        "coord",
-        "lat",
-        "latd",
-        "latm",
-        "lats",
-        "latns",
-        "long",
-        "longd",
-        "longm",
-    ),
-    *(
-        "longs",
-        "longew",
-        "pushpin",
-        "footnotes",
-        "ref",
-        "refs",
-        "embed",
-        "module",
-        "child",
-        "signature",
-        "coa",
-        "bodyclass",
-    ),
-}
+LAYOUT = set(
+    re.findall(
+        r"\w+",
+        "image imagesize img logo photo caption map mapsize color colour width pixels align alt style coordinates "
+        "coord lat latd latm lats latns long longd longm longs longew pushpin footnotes ref refs embed module child "
+        "signature coa bodyclass",
+    )
+)
 FILE_NAME = re.compile(r"\.(?:png|jpe?g|svg|gif|tiff?|ogg|webm)$", re.I)
 INTERLANGUAGE = re.compile(r"[a-z]{2,3}(?:-[a-z-]+)?:\S")
 COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 HEADING = re.compile(r"^(={1,6})(.+?)\1[ \t]*$", re.MULTILINE)
 TEMPLATE_NAME = re.compile(r"\{\{([^{}|<>\[\]]+)")
+# A function of the wiki: its name, and that of the tag in `{{#tag:ref|...}}`.
+FUNCTION = re.compile(r"#tag: ?\w+|#\w+:|(?:formatnum|padleft|lc|uc|lcfirst|ucfirst|displaytitle|defaultsort|plural):")
 TERM, MEANING = "\x02", "\x03"  # replace `;` and `:`; these characters do not occur in texts
 EMPTY_BRACKETS = re.compile(r"\(\s*(?:[;,:]\s*)*\)|\[\s*\]")
-# Markup that the parser could not parse.
+# Markup that the parser could not parse: what is lost with its words, and what is not.
+BROKEN = re.compile(
+    r"^\s*(?:\{\||\|[-}]|[|!]|\[\[(?:file|image):).*$|<ref\b[^<>]*>.*?(?:</ref>|$)", re.IGNORECASE | re.MULTILINE
+)
 LEFT_OVER = re.compile(
-    r"^\s*(?:\{\||\|[-}]|[|!]|\[\[(?:file|image):).*$|<ref\b[^<>]*>.*?(?:</ref>|$)|</?(?:ref|br|small|div|span|sup|sub|font"
-    r"|center|blockquote|code|nowiki|gallery|math|big|tt|references|onlyinclude|noinclude|includeonly)\b[^<>]*>|__[A-Z]+__",
-    re.IGNORECASE | re.MULTILINE,
+    r"</?(?:ref|br|small|div|span|sup|sub|font|center|blockquote|code|nowiki|gallery|math|big|tt|references|onlyinclude"
+    r"|noinclude|includeonly)\b[^<>]*>|__[A-Z]+__",
+    re.IGNORECASE,
 )
 TIDY = (
     (re.compile(r"[^\S\n]+"), " "),  # first, because later patterns are slow on long runs of spaces
     (re.compile(r"(?: ?\n){2,}"), "\n\n"),
+    (BROKEN, ""),
     (LEFT_OVER, ""),
     (re.compile(r"(?<=\w)'{3}(?=s\b)"), "'"),  # a title in italics, and its genitive
     (re.compile(r"'{2,}"), ""),
@@ -99,27 +91,35 @@ class Article(NamedTuple):
     sections: list[Section]
     infoboxes: list[list[str]]  # the entries of each, `name: value`
     is_disambiguation: bool = False
+    left_out: Counter[tuple[str, str]] = Counter()  # by kind, and by name: ("references", "{{sfn}}")
 
 
-def read_article(wikitext: str, namespaces: Iterable[str] = ()) -> Article:
-    """Parse and render an article. `namespaces` are the names of the file and category namespaces in its language.
+def infobox_pattern(names: Iterable[str] = ()) -> re.Pattern[str]:
+    """Names of infoboxes: those of the English Wikipedia, and those that begin or end with one of these `names`."""
+    more = [rf"{name}\b.*|.*\b{name}" for name in map(re.escape, map(folded, names))]
+    return re.compile("|".join([INFOBOX, *more]))
+
+
+def read_article(wikitext: str, namespaces: Iterable[str] = (), infoboxes: re.Pattern[str] | None = None) -> Article:
+    """Parse and render an article.
 
     Each section is parsed separately, so that an unclosed bracket affects only its own section.
+
+    Args:
+        namespaces: the names of the file and category namespaces in its language.
+        infoboxes: the names of infoboxes; None means those of the English Wikipedia.
 
     Raises: mwparserfromhell.parser.ParserError or RecursionError if the parser fails.
     """
     wikitext = COMMENT.sub("", wikitext)
     if "__DISAMBIG__" in wikitext or any(map(DISAMBIGUATION.fullmatch, map(folded, TEMPLATE_NAME.findall(wikitext)))):
         return Article([], [], is_disambiguation=True)
-    render = Renderer({name.lower() for name in namespaces} | SKIPPED_LINKS)
-    sections, infoboxes = [], []
+    render = Renderer(namespaces, infoboxes or infobox_pattern())
+    sections = []
     for heading, text in split_by_headings(wikitext, render):
-        code = parse(text)
-        boxes = (node for node in code.nodes if isinstance(node, nodes.Template) and INFOBOX.fullmatch(name_of(node)))
-        infoboxes += [entries for box in boxes if (entries := list(render.entries(box)))]
-        if blocks := blocks_of(tidy(render(code))):
+        if blocks := blocks_of(render.tidy(parse(text))):
             sections.append(Section(heading, blocks))
-    return Article(sections, infoboxes)
+    return Article(sections, [*filter(None, render.infoboxes)], left_out=render.left_out)
 
 
 def parse(wikitext: str) -> mwparserfromhell.wikicode.Wikicode:
@@ -133,36 +133,48 @@ def split_by_headings(wikitext: str, render: "Renderer") -> Iterator[tuple[str, 
     yield "", first
     above: list[tuple[int, str]] = []
     for signs, heading, text in batched(rest, 3):
-        path = heading_path(above, len(signs), " ".join(tidy(render(parse(heading))).split()))
-        if not any(title.lower() in SKIPPED_SECTIONS for _, title in above):
+        path = heading_path(above, len(signs), " ".join(render.tidy(parse(heading)).split()))
+        if skipped := [title for _, title in above if title.lower() in SKIPPED_SECTIONS]:
+            render.left_out["sections of references and links", f"== {skipped[0]} =="] += 1
+        else:
             yield path, text
 
 
-def name_of(template: nodes.Template) -> str:
-    """The template's name in lower case, with spaces for underscores and without the namespace."""
-    return folded(str(template.name))
-
-
 def folded(name: str) -> str:
+    """The name of a template in lower case, with spaces for underscores and without the namespace."""
     return " ".join(name.replace("_", " ").split()).lower().removeprefix("template:")
 
 
-def tidy(text: str) -> str:
-    """Remove what is left over after removals: empty brackets, commas after nothing, runs of spaces."""
-    for pattern, replacement in TIDY:
-        text = pattern.sub(replacement, text)
-    return text
-
-
 class Renderer:
-    """Renders the parser's nodes as text. List items become lines with `* `; other line ends are kept."""
+    """Renders the parser's nodes as text. List items become lines with `* `; other line ends are kept.
 
-    def __init__(self, skipped_links: set[str]):
-        self.skipped_links = skipped_links
+    Attributes:
+        infoboxes: the entries of each infobox that was met.
+        left_out: how often something was left out, by kind and name.
+    """
+
+    def __init__(self, namespaces: Iterable[str], infobox_names: re.Pattern[str]):
+        self.skipped_links = {name.lower() for name in namespaces} | SKIPPED_LINKS
+        self.infobox_names = infobox_names
+        self.infoboxes: list[list[str]] = []
+        self.left_out: Counter[tuple[str, str]] = Counter()
 
     def __call__(self, code: Any) -> str:
         """The text of a piece of wikitext; empty for None."""
         return "".join(map(self.node, code.nodes)) if code is not None else ""
+
+    def tidy(self, code: Any) -> str:
+        """The text without what is left over after removals: empty brackets, commas after nothing, runs of spaces."""
+        text = self(code)
+        for pattern, replacement in TIDY:
+            text, times = pattern.subn(replacement, text)
+            if pattern is BROKEN and times:
+                self.left_out["tables, files and references that are not closed", ""] += times
+        return text
+
+    def leave_out(self, kind: str, name: str) -> str:
+        self.left_out[kind, name] += 1
+        return ""
 
     def node(self, node: nodes.Node) -> str:
         match node:
@@ -173,26 +185,30 @@ class Renderer:
             case nodes.Wikilink():
                 return self.link(node)
             case nodes.ExternalLink():
-                return self(node.title)
+                return self(node.title) if node.title is not None else self.leave_out("addresses of web pages", "")
             case nodes.Tag():
                 return self.tag(node)
             case nodes.Template():
                 return self.template(node)
             case nodes.Argument():
                 return self(node.default)
-        return ""  # comments, and headings inside other nodes
+            case nodes.Heading():
+                return self.leave_out("headings inside other markup", "")
+        return ""  # comments
 
     def link(self, link: nodes.Wikilink) -> str:
         target = str(link.title).strip()
         namespace = target.partition(":")[0].strip().lower().replace("_", " ")
-        if namespace in self.skipped_links or (link.text is None and INTERLANGUAGE.match(target)):
-            return ""
+        if namespace in self.skipped_links:
+            return self.leave_out("files and categories", f"[[{namespace}:]]")
+        if link.text is None and INTERLANGUAGE.match(target):
+            return self.leave_out("links to other pages and projects", f"[[{namespace}:]]")
         return self(link.title).strip().removeprefix(":") if link.text is None else self(link.text)
 
     def tag(self, tag: nodes.Tag) -> str:
         name = str(tag.tag).strip().lower()
         if name in SKIPPED_TAGS:
-            return ""
+            return self.leave_out(SKIPPED_TAGS[name], f"<{name}>")
         if name in VERBATIM_TAGS:
             return html.unescape(str(tag.contents))
         if (
@@ -206,110 +222,41 @@ class Renderer:
             return f"\n\n{inside}\n\n"
         if name in ("br", "ul", "ol", "dl"):
             return f"\n{inside}\n" if inside else "\n"
-        if name == "sup" and re.fullmatch(r"[-−+\d]+", inside):
-            return f"^{inside}"  # 10^3 is not 103
-        return inside
+        return superscript(inside) if name == "sup" else inside
 
     def template(self, template: nodes.Template) -> str:
-        name = name_of(template)
-        rule = TEMPLATES.get("lang" if name.startswith("lang-") else name)
-        if rule is None:
+        typed = self(template.name).strip()
+        name = folded(typed)
+        if self.infobox_names.fullmatch(name):
+            self.infoboxes.append(entries := [])  # before those inside it
+            entries += self.entries(template)
             return ""
-        named = {str(parameter.name).strip(): self(parameter.value).strip() for parameter in template.params}
-        values = [value for key, value in named.items() if key.isdecimal()]
-        if name.startswith("lang-"):
-            values.insert(0, name)  # `{{lang-la|verbum}}` is `{{lang|la|verbum}}`
-        return rule(values, named)
+        function = FUNCTION.match(name)
+        name = function[0] if function else name
+        rule = COUNTRIES.get(typed) or TEMPLATES.get(PREFIX.sub(r"\1", name) if name not in TEMPLATES else name)
+        said = None
+        if rule is not None:
+            arguments = {str(parameter.name).strip(): self(parameter.value).strip() for parameter in template.params}
+            said = apply(rule, as_function(typed[len(name) :].strip(), arguments) if function else arguments)
+        if said is None:
+            kinds = (kind for kind, names in WORDLESS.items() if names.fullmatch(name))
+            return self.leave_out(next(kinds, UNKNOWN), f"{{{{{name}}}}}")
+        return said
 
     def entries(self, box: nodes.Template) -> Iterator[str]:
         """The entries `name: value` of an infobox, without empty ones and those that only concern the layout."""
         for parameter in box.params:
             name = " ".join(str(parameter.name).strip().split())
-            lines = tidy(self(parameter.value)).split("\n")
+            lines = self.tidy(parameter.value).split("\n")
             values = [words for line in lines if (words := " ".join(line.lstrip("* ").split()).rstrip(",;"))]
             words = re.findall(r"[^\W\d_]+", name.lower())
             if values and words and not LAYOUT & set(words) and not FILE_NAME.search(values[0]):
                 yield f"{name.replace('_', ' ')}: {', '.join(values)}"
+            elif values:
+                self.leave_out("captions and layout of infoboxes", f"|{name}=")
 
 
-Rule = Callable[[list[str], dict[str, str]], str]  # takes the positional parameters, and all parameters by name
-
-
-def nth(number: int) -> Rule:
-    """The positional parameter of this number, from 0; -1 is the last."""
-    return lambda values, named: values[number] if number < len(values) and values else ""
-
-
-def constant(text: str) -> Rule:
-    return lambda values, named: text
-
-
-def joined(separator: str, before: str = "") -> Rule:
-    return lambda values, named: before + separator.join(filter(None, values))
-
-
-def quantity(values: list[str], named: dict[str, str]) -> str:
-    """`{{convert|3|to|5|m|ft}}`: `3 to 5 m`, without the conversion. `{{val|5|e=3|u=m}}`: `5×10^3 m`."""
-    unit = next((i for i, value in enumerate(values) if not NUMBER.fullmatch(value)), len(values))
-    number = " ".join(values[: unit + 1] if "e" not in named and "u" not in named else values[:1])
-    exponent = f"×10^{named['e']}" if named.get("e") else ""
-    return " ".join(filter(None, (number + exponent, named.get("u") or named.get("ul"))))
-
-
-def date(values: list[str], named: dict[str, str]) -> str:
-    """`{{birth date|1809|2|12}}`: `12 February 1809`, or only month and year, or the year; a death date comes first."""
-    year, *rest = [*values, "", "", ""]
-    month = int(rest[0]) if re.fullmatch(r"0?[1-9]|1[0-2]", rest[0]) else 0
-    day = rest[1].lstrip("0") if month and rest[1].isdecimal() else ""
-    return " ".join(filter(None, (day, MONTHS[month], year)))
-
-
-def as_of(values: list[str], named: dict[str, str]) -> str:
-    words = "since" if "since" in named else "as of"
-    return f"{words if 'lc' in named else words.capitalize()} {date(values, named)}"
-
-
-NUMBER = re.compile(r"[-–−+±]?[\d.,/]+|to|and|or|by|x|×|-|–|to\(-\)|and\(-\)|\+/-|±")
-MONTHS = (
-    *("", "January", "February", "March", "April", "May", "June", "July"),
-    *("August", "September", "October", "November", "December"),
-)
-# Templates of the English Wikipedia that stand for words, by lower-case name; all others are removed.
-TEMPLATES: dict[str, Rule] = {
-    name: rule
-    for rule, names in (
-        (
-            nth(0),
-            "nowrap; nobr; small; smaller; big; bigger; abbr; tooltip; sic; em; strong; nobold; sc; sub; quote; "
-            "cquote; blockquote; quotation; center; centre; angbr; angle bracket; math; mvar; var; keypress; "
-            "flag; flagu; flagcountry; url; nihongo; ill; interlanguage link; marriage; vanchor; script/hebrew",
-        ),
-        (nth(1), "lang; transl; transliteration; native name; color; script"),
-        (nth(-1), "resize; columns-list; nastaliq; font; longitem"),
-        (
-            joined("\n* ", "\n* "),
-            "ubl; unbulleted list; hlist; plainlist; flatlist; vunblist; bulleted list; collapsible list",
-        ),
-        (joined(""), "chem; chem2; linktext"),
-        (joined("/"), "frac; sfrac"),
-        (joined(" ", "USS "), "uss"),
-        (joined(" ", "HMS "), "hms"),
-        (joined("", "^"), "sup; pow"),
-        (joined("", "×10^"), "e; x10^"),
-        (joined(" ", "c. "), "circa; c."),
-        (quantity, "convert; cvt; val; nts; gaps"),
-        (date, "birth date; birth date and age; birth-date; birth-date and age; birth year and age; bda; dob; dts"),
-        (date, "death date; death date and age; death-date; death-date and age; death year and age; dda"),
-        (date, "start date; start date and age; end date; film date"),
-        (as_of, "as of"),
-        (constant(" – "), "ndash; en dash; –; snd; spaced ndash; spaced en dash"),
-        (constant(" — "), "mdash; em dash; —; mdashb; spaced mdash"),
-        (constant(" · "), "·; •; middot"),
-        (constant("'"), "'"),
-        (constant("'s"), "'s"),
-        (constant("="), "="),
-        (constant("|"), "!; pipe"),
-        (constant(" "), "nbsp; spaces; space; thinsp; br; clear"),
-    )
-    for name in names.split("; ")
-}
+def as_function(first: str, arguments: Arguments) -> Arguments:
+    """The parameters of a function of the wiki, `{{formatnum:1|R}}`: what follows the colon is the first."""
+    numbered = {str(int(name) + 1): value for name, value in arguments.items() if name.isdecimal()}
+    return {"1": first} | {name: value for name, value in arguments.items() if not name.isdecimal()} | numbered
