@@ -240,7 +240,7 @@ class Renderer:
             said = apply(rule, as_function(typed[len(name) :].strip(), arguments) if function else arguments)
         if said is None:
             kinds = (kind for kind, names in WORDLESS.items() if names.fullmatch(name))
-            return self.leave_out(next(kinds, UNKNOWN), f"{{{{{name}}}}}")
+            return self.leave_out(next(kinds, UNKNOWN), f"{{{{{name:.80}}}}}")
         return said
 
     def entries(self, box: nodes.Template) -> Iterator[str]:

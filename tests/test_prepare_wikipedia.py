@@ -20,7 +20,7 @@ import prepare_wikipedia
 from atlas.files.jsonl import DataError
 from prepare_wikipedia import DumpReader, Page, cannot_read, in_order, prepare, read_dump, read_pages
 from splitting import batched
-from templates import RULES, TEMPLATES
+from templates import RULES, TEMPLATES, apply
 from tests.kit import read_jsonl
 from tests.origin import one_sentence, run_script
 from wikitext import read_article
@@ -383,6 +383,35 @@ def test_what_a_template_says_is_known_or_counted(wikitext):
     assert article.sections[0].blocks == ["a b"]
     assert kind == "templates whose words are not known" and article.left_out[kind, name] == 2
     assert wikitext.lower().startswith(name.removesuffix("}}"))
+
+
+def test_no_rule_fails_whatever_is_typed():
+    rng = random.Random(0)
+    typed = (
+        "",
+        "0",
+        "-",
+        "–3",
+        "1/2",
+        "²",
+        "٣",
+        "e9",
+        "x" * 50,
+        "1990",
+        "Feb",
+        "31",
+        "-44",
+        "N",
+        "to",
+        "ft",
+        "{1}<{2}>",
+        "=",
+    )
+    for name, rule in TEMPLATES.items():
+        for count in range(30):
+            arguments = {str(number): rng.choice(typed) for number in range(1, rng.randrange(1, 9))}
+            arguments |= {rng.choice(("df", "adj", "disp", "e", "u", "9", "999", "h", "lt")): rng.choice(typed)}
+            assert isinstance(apply(rule, arguments), str | None), (name, arguments, count)
 
 
 def test_a_template_has_one_rule():
