@@ -64,8 +64,8 @@ def in_brackets(first: str, *rest: str) -> Rule:
     """`first (rest, rest)` of the parameters of these names, or the first that there is before the others."""
 
     def rule(arguments: Arguments) -> str:
-        said, *more = [*filter(None, map(arguments.get, (first, *rest))), ""]
-        return f"{said} ({', '.join(more[:-1])})" if more[:-1] else said
+        said = [*filter(None, map(arguments.get, (first, *rest)))]
+        return f"{said[0]} ({', '.join(said[1:])})" if len(said) > 1 else "".join(said)
 
     return rule
 
@@ -101,8 +101,8 @@ def as_number(typed: str) -> str:
 
 
 def as_unit(code: str) -> str:
-    """The symbol of a unit of `convert`: `sqmi` is `sq mi`, `e6m3` is `million m3`, though written `×10^6 m3`."""
-    power = re.fullmatch(r"(?:e(\d+))?(.+)", code)
+    """The symbol of a unit of `convert`: `sqmi` is `sq mi`, `e6m3` is `×10^6 m3`."""
+    power = re.fullmatch(r"(?:e(\d+))?(.+)", code, re.DOTALL)
     return f"×10^{power[1]} " * bool(power[1]) + UNIT_WORDS.sub(r"\1 ", UNITS.get(power[2], power[2]))
 
 
@@ -642,7 +642,7 @@ WORDLESS = {
             r"description; italic title; displaytitle:; defaultsort:; lowercase.*; anchors?; shortcut; harvid; "
             r"sfnref; col-.*; div col.*; col(begin|end); multicol.*; (start|end)(plain|flat)list; toc.*; compact toc; "
             r"horizontal toc; increase; decrease; steady; flagicon.*; flagdeco; \w\w icon; in lang; "
-            r"algorithm-(begin|end); bar box.*; lunar coords.*; stack (begin|end)",
+            r"algorithm-(begin|end); lunar coords.*; stack (begin|end)",
         ),
         (
             "links to other pages and projects",
@@ -665,9 +665,9 @@ WORDLESS = {
         ),
         (
             "tables",
-            r"bar (percent|chart|pixel).*; pie chart; historical populations?; us census population; weather box; .* "
-            r"weatherbox; largest cities.*; charmap; s-\w+; succession box; election box.*; football ?box.*; "
-            r"medal\w+; periodic table.*; spaceflight crew; letter other reps",
+            r"bar (box|percent|chart|pixel).*; pie chart; historical populations?; us census population; weather box; "
+            r".* weatherbox; largest cities.*; charmap; s-\w+; succession box; election box.*; "
+            r"football ?box.*; medal\w+; periodic table.*; spaceflight crew; letter other reps",
         ),
     )
 }
