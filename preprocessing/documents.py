@@ -59,13 +59,16 @@ class Outline:
 
     def text(self, text: str) -> None:
         """`* ` at the start of a line is a list item, a blank line the end of a paragraph."""
-        part = self.parts[-1]
-        (part.heading if self.in_heading else part.texts).append(text)
+        if text:
+            self.current().append(text)
+
+    def current(self) -> list[str]:
+        """The pieces of the heading or the text that is being read."""
+        return self.parts[-1].heading if self.in_heading else self.parts[-1].texts
 
     def raised_or_lowered(self, text: str, is_raised: bool) -> None:
         """A superscript or subscript: `10^23` is not 1023, `101_2` not 1012. 1st, H2O, word[1] stay what they are."""
-        part = self.parts[-1]
-        before = "".join((part.heading if self.in_heading else part.texts)[-3:])[-1:]
+        before = self.current()[-1][-1] if self.current() else ""
         if before.isalnum() or before in (")", "]", "}"):
             if is_raised and not NO_EXPONENT.fullmatch(text):
                 text = f"^{text}" if re.fullmatch(r"[-−–+]?\w+[-−–+]?|\(.*\)", text) else f"^({text})"
@@ -152,7 +155,7 @@ def read_html(text: str) -> Outline:
 def start_element(outline: Outline, element: "Element") -> bool:
     """Add the text at the start of an element; returns whether to read what is in it."""
     tag = element.tag
-    if tag in SKIPPED or (tag == "button" and not is_in(element, *HEADINGS, "dt", "summary")):
+    if tag in SKIPPED or (tag == "button" and not is_heading(element)):
         return False
     if tag == "title":
         outline.title = outline.title or flat("".join(element.itertext()))
@@ -172,6 +175,13 @@ def start_element(outline: Outline, element: "Element") -> bool:
     return True
 
 
+def is_heading(button: "Element") -> bool:
+    """Whether a button is all that there is in a heading, and not beside it: `Copy link`."""
+    heading = next(button.iterancestors(*HEADINGS, "dt", "summary"), None)
+    others = ".//text()[normalize-space() and not(ancestor::button or ancestor::svg or ancestor::style)]"
+    return heading is not None and not heading.xpath(others)
+
+
 def is_in(element: "Element", *tags: str) -> bool:
     return next(element.iterancestors(*tags), None) is not None
 
@@ -189,6 +199,12 @@ def on_one_line(text: str | None) -> str:
     return re.sub(r"\s+", " ", unwrapped(text or ""))
 
 
+def own_title(title: str) -> str:
+    """The title in a document's properties, unless a program made it up."""
+    title = flat(title)
+    return "" if re.fullmatch(r"untitled|word document|microsoft .* - .*|\S+\.\w{2,5}", title, re.I) else title
+
+
 def read_docx(data: bytes) -> Outline:
     """Word documents: headings, paragraphs, lists, tables, text boxes, and at the end the notes.
 
@@ -200,7 +216,7 @@ def read_docx(data: bytes) -> Outline:
     if data.startswith(b"\xd0\xcf\x11\xe0"):
         raise UnreadableFile("encrypted .docx files", "encrypted, or in the old format .doc; save it as .docx")
     document = docx.Document(BytesIO(data))
-    outline = Outline(document.core_properties.title)
+    outline = Outline(own_title(document.core_properties.title))
     styles = {style.style_id: style.element for style in document.styles}
     read_paragraphs(outline, document.element.body, styles)
     for relation in document.part.rels.values():
@@ -211,7 +227,7 @@ def read_docx(data: bytes) -> Outline:
 
 W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 MARKS = {"tab": " ", "br": "\n", "cr": "\n", "noBreakHyphen": "-"}
-BEFORE_FORMULA = {"sup": "^", "sub": "_", "den": "/"}
+IN_FORMULAS = {"sup": "^", "sub": "_", "num": "", "den": "/", "rad": "√", "d": ""}  # and then brackets if need be
 # Nested paragraphs are read by themselves; `Fallback` repeats what is beside it, for old programs.
 NOT_IN_RUNS = {"p", "pPr", "rPr", "del", "moveFrom", "Fallback"}
 
@@ -248,8 +264,20 @@ def runs_of(element: "Element") -> Iterator[tuple[str, str]]:
             yield "", MARKS[name]
         elif name not in NOT_IN_RUNS:
             runs = list(runs_of(child))
-            yield from [("", BEFORE_FORMULA[name])] if name in BEFORE_FORMULA and runs else []
-            yield from runs
+            yield from [("", formula(child, name, runs))] if name in IN_FORMULAS and runs else runs
+
+
+def formula(element: "Element", name: str, runs: list[tuple[str, str]]) -> str:
+    """A part of a formula on one line: `(a+b)^2`, `(a+b)/(c+d)`."""
+    text = "".join(text for _, text in runs)
+    if name != "d" and re.fullmatch(r"\w+", text):
+        return IN_FORMULAS[name] + text
+    marks = [element.find(f"{{*}}dPr/{{*}}{end}") for end in ("begChr", "endChr")]
+    opening, closing = (
+        default if mark is None else next(iter(mark.attrib.values()), "")
+        for mark, default in zip(marks, "()", strict=True)
+    )
+    return IN_FORMULAS[name] + opening + text + closing
 
 
 def style_of(paragraph: "Element", styles: dict[str, "Element"]) -> tuple[int | None, bool]:
@@ -278,32 +306,42 @@ def value(element: "Element", *path: str) -> str:
     return "" if found is None else found.get(f"{W}val", "")
 
 
+class Faults(logging.Handler):
+    """Keeps what pypdf reports as an error: text that it may have decoded wrongly. It repairs what it warns about."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.found: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(("unknown encodings (their text may be wrong)", record.getMessage().partition(",")[0][:80]))
+
+
 def read_pdf(data: bytes) -> Outline:
     """PDF: the text of all pages as one section, without what is repeated at their edges. Raises: UnreadableFile."""
     import pypdf
 
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns about what it can repair
-    reader = pypdf.PdfReader(BytesIO(data))
+    faults = Faults()
+    pypdf_log = logging.getLogger("pypdf")
+    pypdf_log.handlers, pypdf_log.propagate = [faults], False
     try:
+        reader = pypdf.PdfReader(BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
             raise UnreadableFile("encrypted .pdf files", "encrypted; save it without a password")
         pages = [[line for line in map(flat, page.extract_text().splitlines()) if line] for page in reader.pages]
-        title = flat(str((reader.metadata or {}).get("/Title") or ""))
+        title = own_title(str((reader.metadata or {}).get("/Title") or ""))
     except pypdf.errors.DependencyError as error:
-        raise UnreadableFile("encrypted .pdf files", "encrypted; save it without a password") from error
-    outline = Outline("" if FILE_NAME.fullmatch(title) else title)
+        raise UnreadableFile("encrypted .pdf files", f"encrypted ({error}); or save it without a password") from error
+    outline = Outline(title)
     empty = [("pages without text", f"page {number}") for number, lines in enumerate(pages, 1) if not any(lines)]
     if len(empty) == len(pages):
         raise UnreadableFile(
             "scanned .pdf files", "no page has text; if it was scanned, recognise its text (OCR) first"
         )
     lines, repeated = body_of(pages)
-    outline.left_out = empty + [("headers and footers", line) for line in repeated]
+    outline.left_out = empty + [("headers and footers", line) for line in repeated] + faults.found
     outline.text(joined_words("\n".join(lines)))
     return outline
-
-
-FILE_NAME = re.compile(r"untitled|microsoft .* - .*|\S+\.\w{2,5}", re.IGNORECASE)  # titles that programs make up
 
 
 def body_of(pages: list[list[str]]) -> tuple[list[str], list[str]]:
@@ -345,6 +383,7 @@ def joined_words(text: str) -> str:
         return compound if compound in compounds else found[1] + found[2]
 
     text = re.sub("[\ufb00-\ufb06]", lambda found: unicodedata.normalize("NFKC", found[0]), text)  # ligatures
+    text = re.sub(r"\.(?: ?\.){4,}", "…", text)  # the dotted lines of a table of contents
     return re.sub(r"([^\W\d_]+)[-‐]\n([^\W\d_]+)", lambda f: joined(f) if f[2][0].islower() else f"{f[1]}-{f[2]}", text)
 
 
@@ -372,10 +411,11 @@ def missing_packages(suffix: str) -> list[str]:
 def read_document(data: bytes, suffix: str) -> Outline:
     """Raises: UnreadableFile; ValueError with the reason if a file of text is not UTF-8."""
     read, _, is_text = FORMATS[suffix]
-    if is_text:
-        return read(decode_text(data).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
+    content = (
+        data if not is_text else decode_text(data).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    )
     try:
-        return read(data)
+        return read(content)
     except UnreadableFile:
         raise
     except Exception as error:  # for damaged files, the libraries raise what they happen to stumble over

@@ -218,16 +218,13 @@ def main() -> None:
         "--follow_links", action="store_true", help="follow symbolic links out of the folder, and to folders"
     )
     parser.add_argument(
-        "--list_left_out",
-        action="store_const",
-        const=None,
-        default=MOST_NAMES,
-        help=f"name all that was left out, not {MOST_NAMES} of each kind",
+        "--list_left_out", action="store_true", help=f"name all that was left out, not {MOST_NAMES} of each kind"
     )
     add_words_flag(parser)
     arguments = parser.parse_args()
     with exit_on_user_error(stopped="nothing was written"):
-        prepare(arguments.source, arguments.output, arguments.words, arguments.follow_links, arguments.list_left_out)
+        most_names = None if arguments.list_left_out else MOST_NAMES
+        prepare(arguments.source, arguments.output, arguments.words, arguments.follow_links, most_names)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ from io import BytesIO
 import docx
 import pypdf
 import pytest
+from docx.opc.constants import CONTENT_TYPE, RELATIONSHIP_TYPE
+from docx.opc.packuri import PackURI
+from docx.opc.part import Part
 from docx.oxml import parse_xml
 
 import documents
@@ -63,7 +66,6 @@ def encrypted(data, password):
 
 def write_docx(fill):
     document = docx.Document()
-    document.core_properties.title = ""
     fill(document)
     file = BytesIO()
     document.save(file)
@@ -116,6 +118,23 @@ def test_a_pdf_that_everybody_may_open():
     assert sections(read_pdf(encrypted(write_pdf("open"), ""))) == ("", [("", "open")])
 
 
+def test_a_pdf_that_another_package_would_decrypt(monkeypatch):
+    def decrypt(*_):
+        raise pypdf.errors.DependencyError("cryptography>=3.1 is required for AES algorithm")
+
+    monkeypatch.setattr(pypdf.PdfReader, "decrypt", decrypt)
+    with pytest.raises(UnreadableFile, match="cryptography>=3.1 is required .*; or save it without a password"):
+        read_pdf(encrypted(write_pdf("open"), ""))
+
+
+def test_a_pdf_whose_text_may_be_wrong_is_named(capfd):
+    outline = read_pdf(write_pdf("text").replace(b"/WinAnsiEncoding", b"/OtherAnsiEncode"))
+    assert outline.left_out == [
+        ("unknown encodings (their text may be wrong)", "Advanced encoding /OtherAnsiEncode not implemented yet")
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_docx():
     def fill(document):
         document.add_heading("The Title", 0)
@@ -156,6 +175,11 @@ def test_docx_superscripts_formulas_and_what_is_not_directly_in_a_paragraph():
             f"<w:p {W} {MATHS}><m:oMath><m:sSup><m:e><m:r><m:t>10</m:t></m:r></m:e>"
             "<m:sup><m:r><m:t>3</m:t></m:r></m:sup>"
             "</m:sSup></m:oMath></w:p>",
+            f"<w:p {W} {MATHS}><m:oMath><m:f><m:num><m:r><m:t>a+b</m:t></m:r></m:num>"
+            "<m:den><m:r><m:t>c</m:t></m:r></m:den>"
+            "</m:f><m:r><m:t>=</m:t></m:r>"
+            "<m:sSup><m:e><m:d><m:dPr><m:begChr m:val='['/><m:endChr m:val=']'/></m:dPr><m:e>"
+            "<m:r><m:t>x</m:t></m:r></m:e></m:d></m:e><m:sup><m:r><m:t>n+1</m:t></m:r></m:sup></m:sSup></m:oMath></w:p>",
             f'<w:p {W} xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"><w:r><w:t>out</w:t>'
             "<mc:AlternateContent><mc:Choice><w:txbxContent><w:p><w:r><w:t>in a box</w:t></w:r></w:p></w:txbxContent>"
             "</mc:Choice>"
@@ -163,10 +187,13 @@ def test_docx_superscripts_formulas_and_what_is_not_directly_in_a_paragraph():
             "</mc:AlternateContent></w:r></w:p>",
         ):
             document.element.body.append(parse_xml(xml))
+        notes = f"<w:footnotes {W}><w:footnote><w:p><w:r><w:t>A note.</w:t></w:r></w:p></w:footnote></w:footnotes>"
+        part = Part(PackURI("/word/footnotes.xml"), CONTENT_TYPE.WML_FOOTNOTES, notes.encode(), document.part.package)
+        document.part.relate_to(part, RELATIONSHIP_TYPE.FOOTNOTES)
 
     assert sections(read_docx(write_docx(fill))) == (
         "From the properties",
-        [("", "10^23|H2O|inserted a b|in a field|10^3|out|in a box")],
+        [("", "10^23|H2O|inserted a b|in a field|10^3|(a+b)/c=[x]^(n+1)|out|in a box|A note.")],
     )
 
 
@@ -209,6 +236,20 @@ def test_a_folder_goes_on_and_names_what_it_could_not_read(tmp_path, capsys):
     assert len(sentences) == 6 and all(line.startswith(f"left out: {folder}/") for line in sentences)
     prepare(folder, tmp_path / "x.jsonl", 100, most_names=None)
     assert "10.png, 11.png\n" in capsys.readouterr().out
+
+
+def test_whatever_a_library_raises_does_not_end_the_folder(tmp_path, monkeypatch, capsys):
+    def read(text):
+        raise RecursionError("too deep") if "deep" in text else AssertionError("unknown status keyword")
+
+    monkeypatch.setitem(documents.FORMATS, ".html", documents.Format(read))
+    for name, text in {"a.html": "deep", "b.html": "broken", "c.txt": "Text."}.items():
+        (tmp_path / name).write_text(text)
+    prepare(tmp_path, tmp_path.parent / "x.jsonl", 100)
+    assert [row["id"] for row in read_jsonl(tmp_path.parent / "x.jsonl")] == ["c.txt-0"]
+    said = capsys.readouterr()
+    assert said.out.endswith("left out: damaged files 2\n    damaged files: a.html, b.html\n")
+    assert "a.html: damaged (RecursionError: too deep)\n" in said.err
 
 
 def test_a_missing_package_is_said_before_anything_is_read(tmp_path, monkeypatch):

@@ -205,6 +205,8 @@ def test_markdown(text, expected):
         ("<h1></h1><h2>  </h2>x", ("name", [("", "x")])),
         ("<" * 1000 + "x", None),
         ("<h3><button>How do I pay?</button></h3>Cash.", ("How do I pay?", [("", "Cash.")])),
+        ("<h3><svg><title>i</title></svg> A <button>Copy</button></h3>x", ("A", [("", "x")])),
+        ("<h3><svg><title>i</title></svg> <button><b>A</b></button></h3>x", ("A", [("", "x")])),
         ("<dl><dt><button>Pay?</button><dd>Cash.</dl><button>Menu</button>", ("name", [("", "Pay?|Cash.")])),
         (
             "<title>information</title>in\xadfor&shy;mation x&#8203;y &#xfeff;z 1&nbsp;000",
@@ -243,7 +245,10 @@ def test_a_broken_declaration_is_no_reason_to_stop(declaration, text):
 @pytest.mark.parametrize(
     ("html", "text"),
     [
-        ("10<sup>23</sup>, 10<sup>−3</sup>, 2<sup>2n</sup>, 2<sup>n+1</sup>", "10^23, 10^−3, 2^2n, 2^(n+1)"),
+        (
+            "10<sup>23</sup>, 10<sup>−3</sup>, 2<sup>2n</sup>, 2<b></b><b><i><sup>n+1</sup></i></b>",
+            "10^23, 10^−3, 2^2n, 2^(n+1)",
+        ),
         ("x<sup>n</sup>, (a+b)<sup>2</sup>, x<sup>(n)</sup>, 10<sup><i>x</i></sup>", "x^n, (a+b)^2, x^(n), 10^x"),
         ("SO<sub>4</sub><sup>2−</sup>, in 2010<sup><a>1</a></sup>, m<sup>2</sup>", "SO4^2−, in 2010^1, m^2"),
         ("1<sup>st</sup>, XX<sup>e</sup>, 2<sup>o</sup>, M<sup>me</sup>", "1st, XXe, 2o, Mme"),
