@@ -121,13 +121,12 @@ def read_markdown(text: str) -> Outline:
 
 
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
-SKIPPED = {"script", "style", "noscript", "template", "nav", "svg", "select", "textarea", "iframe", "object"}
+SKIPPED = ("script", "style", "noscript", "template", "nav", "svg", "select", "textarea", "iframe", "object")
 INLINE = re.compile(
     "a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|ins|kbd|label|mark|q|rb|rp|rt|ruby|s|samp|small|"
     "span|strike|strong|sub|sup|time|tt|u|var|wbr"
 )
-BEFORE = {"br": "\n", "li": "\n* ", "td": " ", "th": " "}
-AFTER = {"br": "", "li": "\n", "td": " ", "th": " "}
+AROUND = {"br": ("\n", ""), "li": ("\n* ", "\n"), "td": (" ", " "), "th": (" ", " ")}
 BESIDE_HEADINGS = {"p", "ul", "ol", "dl", "table", "pre", "blockquote"}  # an unclosed heading ends there
 
 
@@ -142,37 +141,23 @@ def read_html(text: str) -> Outline:
         raise UnreadableFile("damaged files", f"line {parser.error_log[-1].line}: {parser.error_log[-1].message}")
     if root is None:
         return outline
-    walker = etree.iterwalk(root, ("start", "end"))
-    for event, element in walker:
-        if event == "start":
-            if not start_element(outline, element):
-                walker.skip_subtree()
-        else:
-            end_element(outline, element)
+    buttons = [button for button in root.iter("button") if not is_heading(button)]
+    for button in buttons:
+        button.tag = "nav"
+    etree.strip_elements(root, *SKIPPED, with_tail=False)
+    outline.title = flat(root.xpath("string(//title)"))
+    etree.strip_elements(root, "title", with_tail=False)
+    notes = set(root.xpath("//sup[.//a] | //a[count(node()) = 1]/sup"))  # a superscript that is a link to a note
+    for element in root.xpath("//sup | //sub"):
+        etree.strip_tags(element, "*")
+        if element in notes and re.search(r"\d", element.text or ""):
+            element.text = f"[{element.text.strip('[]() ')}]"
+    for formula in list(root.iter("math")):
+        formula.tag, formula.text = "span", formula.get("alttext") or " ".join(formula.itertext())
+        del formula[:]
+    for event, element in etree.iterwalk(root, ("start", "end")):
+        read_element(outline, element, event == "start")
     return outline
-
-
-def start_element(outline: Outline, element: "Element") -> bool:
-    """Add the text at the start of an element; returns whether to read what is in it."""
-    tag = element.tag
-    if tag in SKIPPED or (tag == "button" and not is_heading(element)):
-        return False
-    if tag == "title":
-        outline.title = outline.title or flat("".join(element.itertext()))
-        return False
-    if tag in ("sup", "sub"):
-        outline.raised_or_lowered(flat("".join(element.itertext())), is_raised=tag == "sup")
-        return False
-    if tag == "math":
-        outline.text(flat(element.get("alttext") or " ".join(element.itertext())))
-        return False
-    if tag in HEADINGS:
-        outline.start_heading(int(tag[1]))
-    elif tag in BESIDE_HEADINGS:
-        outline.end_heading()
-    outline.text(BEFORE.get(tag, "" if INLINE.fullmatch(tag) else "\n\n"))
-    outline.text(on_one_line(element.text))
-    return True
 
 
 def is_heading(button: "Element") -> bool:
@@ -182,21 +167,19 @@ def is_heading(button: "Element") -> bool:
     return heading is not None and not heading.xpath(others)
 
 
-def is_in(element: "Element", *tags: str) -> bool:
-    return next(element.iterancestors(*tags), None) is not None
-
-
-def end_element(outline: Outline, element: "Element") -> None:
-    if element.tag in HEADINGS:
+def read_element(outline: Outline, element: "Element", is_start: bool) -> None:
+    """Add the text at the start of an element, or that at its end."""
+    tag, text = element.tag, element.text if is_start else element.tail
+    if tag in HEADINGS or (tag in BESIDE_HEADINGS and is_start):
         outline.end_heading()
-    if element.tag not in ("button", "title", "math", *SKIPPED):
-        outline.text(AFTER.get(element.tag, "" if INLINE.fullmatch(element.tag) else "\n\n"))
-    outline.text(on_one_line(element.tail))
-
-
-def on_one_line(text: str | None) -> str:
-    """Line ends in HTML are spaces, except between Chinese characters."""
-    return re.sub(r"\s+", " ", unwrapped(text or ""))
+    if tag in HEADINGS and is_start:
+        outline.start_heading(int(tag[1]))
+    if tag in ("sup", "sub") and is_start:
+        outline.raised_or_lowered(flat(text or ""), is_raised=tag == "sup")
+        return
+    outline.text(AROUND.get(tag, ("", "") if INLINE.fullmatch(tag) else ("\n\n", "\n\n"))[not is_start])
+    # Line ends in HTML are spaces, except between Chinese characters.
+    outline.text(re.sub(r"\s+", " ", unwrapped(text or "")))
 
 
 def own_title(title: str) -> str:
@@ -298,6 +281,10 @@ def style_of(paragraph: "Element", styles: dict[str, "Element"]) -> tuple[int | 
     )
     numbering = next((number for source in sources if (number := value(source, "pPr", "numPr", "numId"))), "0")
     return next(itertools.chain(named, levels), None), numbering != "0"
+
+
+def is_in(element: "Element", *tags: str) -> bool:
+    return next(element.iterancestors(*tags), None) is not None
 
 
 def value(element: "Element", *path: str) -> str:
