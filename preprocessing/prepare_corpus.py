@@ -8,7 +8,7 @@ or a table (.csv, .tsv) with a header that names its columns: `text`, and option
 of the output have `id`, `title`, `section` and `text`. An id is the file's path in the folder (or the row's `id`, or
 its number, from 1), a hyphen, and the number of the passage in the document, from 0. The title is the first heading if
 all others are below it, else that of the page, the document's properties or the front matter, else the file's name.
-Other headings become sections. Hidden files and folders are ignored, and so are symbolic links that lead out of the
+Other headings become sections. Hidden files and folders are left out, and so are symbolic links that lead out of the
 folder, and links to folders; --follow_links reads what they lead to as well. Words are separated by spaces; in scripts
 without spaces (Chinese, Japanese, Thai, Khmer, Lao, Burmese) every character counts as a word. At the end stands what
 was left out, by kind and name.
@@ -60,7 +60,7 @@ class LeftOut(defaultdict[str, list[str]]):
             more = f" and {len(names) - len(shown):,} more (--list_left_out names all)"
             if names:
                 lines.append(f"    {kind}: {', '.join(shown)}{more if shown != names else ''}")
-        return "\n".join(lines)
+        return "\n".join(lines).encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
 
 
 def read_file(path: Path, identifier: str, left_out: LeftOut) -> Document:
@@ -129,7 +129,7 @@ def read_table(path: Path, left_out: LeftOut) -> Iterator[Document]:
                 )
             if twice := [name for name in COLUMNS if header.count(name) > 1]:
                 raise ValueError(f"two columns are called `{twice[0]}`; rename or remove one")
-            left_out["columns"] += [name for name in header if name not in COLUMNS]
+            left_out["columns"] += [name or "(without a name)" for name in header if name not in COLUMNS]
             for number, row in enumerate(filter(None, rows), 1):
                 if len(row) != len(header):
                     raise ValueError(f"{len(row)} fields, but the header has {len(header)} ({', '.join(header)})")

@@ -1,5 +1,6 @@
 """documents.py: Word and PDF files into text with headings. The tests write the files themselves."""
 
+import os
 import re
 from io import BytesIO
 
@@ -212,6 +213,7 @@ def test_a_folder_goes_on_and_names_what_it_could_not_read(tmp_path, capsys):
         "deep.html": b"<div>" * 5000 + b"deep",
         "slides.pptx": b"",
         "README": b"",
+        os.fsdecode(b"\xff.zip"): b"",
         "t.csv": b"text\nx\n",
         **{f"{i:02}.png": b"" for i in range(12)},
     }.items():
@@ -220,12 +222,13 @@ def test_a_folder_goes_on_and_names_what_it_could_not_read(tmp_path, capsys):
     assert [row["text"] for row in read_jsonl(tmp_path / "x.jsonl")] == ["Word.", "Text."]
     said = capsys.readouterr()
     assert said.out.split("left out: ")[1] == (
-        ".csv files (give a table by itself) 1, .png files 12, .pptx files 1, damaged files 3, "
+        ".csv files (give a table by itself) 1, .png files 12, .pptx files 1, .zip files 1, damaged files 3, "
         "encrypted .docx files 1, encrypted .pdf files 1, files without a suffix 1, scanned .pdf files 1\n"
         "    .csv files (give a table by itself): t.csv\n"
         "    .png files: 00.png, 01.png, 02.png, 03.png, 04.png, 05.png, 06.png, 07.png, 08.png, 09.png and 2 more "
         "(--list_left_out names all)\n"
         "    .pptx files: slides.pptx\n"
+        "    .zip files: \\udcff.zip\n"
         "    damaged files: cut.docx, cut.pdf, deep.html\n"
         "    encrypted .docx files: old.docx\n"
         "    encrypted .pdf files: encrypted.pdf\n"

@@ -98,10 +98,10 @@ def test_links_out_of_the_folder_are_followed_only_when_asked(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
 def test_a_table(tmp_path, capsys, name):
     rows = [
-        ["Text", "title", "id", "section", "year"],
-        ['She said "yes",\nand\ttwo. ' + "word " * 200_000, "Quoted", "q1", "S", "1"],
-        ["short\r\n\r\n* item", "", "", "", ""],
-        ["", "Empty", "e", "", ""],
+        ["Text", "title", "id", "section", "year", ""],
+        ['She said "yes",\nand\ttwo. ' + "word " * 200_000, "Quoted", "q1", "S", "1", ""],
+        ["short\r\n\r\n* item", "", "", "", "", ""],
+        ["", "Empty", "e", "", "", ""],
     ]
     with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t" if name.endswith("tsv") else ",").writerows(rows)
@@ -111,7 +111,7 @@ def test_a_table(tmp_path, capsys, name):
     assert {(row["title"], row["section"]) for row in made[:-1]} == {("Quoted", "S")}
     assert made[-1] == {"id": "2-0", "title": "", "section": "", "text": "short item"} and len(made) > 2000
     assert capsys.readouterr().out.endswith(
-        "left out: columns 1, empty documents 1\n    columns: year\n    empty documents: e\n"
+        "left out: columns 2, empty documents 1\n    columns: year, (without a name)\n    empty documents: e\n"
     )
 
 
