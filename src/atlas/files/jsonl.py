@@ -61,7 +61,7 @@ class JsonlCorpus(Sequence[dict]):
     Raises:
         FileNotFoundError: a file does not exist.
         DataError: a row that is read is not UTF-8, not a JSON object, or refused by `parse`; a file is refused by
-            `choose_format`; a `.gz` is damaged.
+            `choose_format`; a file is JSON, but not with one object per line; a `.gz` is damaged.
     """
 
     def __init__(
@@ -140,11 +140,13 @@ class JsonlCorpus(Sequence[dict]):
             raise DataError(f"{self.where(row)}: {error}") from error
 
     def _format_of(self, source: Path, text: mmap.mmap | bytes, offsets: np.ndarray) -> LineFormat:
-        if self.choose_format is None:
-            return JSON_LINES
         first_line = line_at(text, int(offsets[0])).removesuffix(b"\r") if len(offsets) else b""
+        unpacked = source.with_suffix("") if source.suffix == ".gz" else source
         try:
-            return self.choose_format(source.with_suffix("") if source.suffix == ".gz" else source, first_line)
+            chosen = JSON_LINES if self.choose_format is None else self.choose_format(unpacked, first_line)
+            if not chosen.has_header:
+                check_one_object_a_line(first_line)
+            return chosen
         except ValueError as error:
             raise DataError(f"{source}: {error}") from error
 
@@ -169,14 +171,25 @@ def decode_text(line: bytes) -> str:  # a ValueError gives the reason; the calle
         raise ValueError(f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})") from error
 
 
+def check_one_object_a_line(line: bytes) -> None:
+    """Raises: ValueError if the first line of a file shows that it is JSON in another form, as most tools write it."""
+    start = line.strip()
+    if start.startswith(b"["):
+        raise ValueError("a JSON list; write one object per line")
+    if start == b"{":
+        raise ValueError("a JSON object over several lines; write one object per line")
+
+
 def decode(line: bytes) -> dict:
     try:
         record = json.loads(decode_text(line))
     except json.JSONDecodeError as error:
+        check_one_object_a_line(line)
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(record, dict):
+        check_one_object_a_line(line)
         raise ValueError(f"expected a JSON object {{...}}, found {json.dumps(record)[:40]}")
     if b"\\ud" in line or b"\\uD" in line:  # half of an escaped surrogate pair is not text: tokenizers refuse it
         try:

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ def passage_format(path: Path, first_line: bytes) -> LineFormat:
 
     Raises: ValueError if a file called `.tsv` has no header.
     """
-    columns = first_line.decode("utf-8", errors="replace").split("\t")
+    columns = tsv_fields(first_line.decode("utf-8", errors="replace"))
     if {"id", "text"} <= set(columns):
         return LineFormat(partial(decode_tsv, columns=columns), has_header=True)
     if first_line and path.suffix == ".tsv":
@@ -75,11 +76,17 @@ def passage_format(path: Path, first_line: bytes) -> LineFormat:
     return LineFormat(decode_beir) if "_id" in record and "id" not in record else JSON_LINES
 
 
-def decode_tsv(line: bytes, columns: Sequence[str]) -> dict:
+def tsv_fields(line: str) -> list[str]:
+    """The fields of a line, unquoted if the quotes are those of a csv writer; other quotes belong to the text."""
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's limit of 128 KiB
     try:
-        fields = next(csv.reader([decode_text(line)], delimiter="\t"))
-    except csv.Error as error:
-        raise ValueError(f"not tsv ({error})") from error
+        return next(csv.reader([line], delimiter="\t", strict=True), [])
+    except csv.Error:  # as in `"Hello" he said`
+        return line.split("\t")
+
+
+def decode_tsv(line: bytes, columns: Sequence[str]) -> dict:
+    fields = tsv_fields(decode_text(line))
     if len(fields) != len(columns):
         raise ValueError(f"expected {len(columns)} fields ({', '.join(columns)}) on one line, found {len(fields)}")
     return dict(zip(columns, fields, strict=True))
