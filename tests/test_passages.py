@@ -201,6 +201,49 @@ def test_columns_of_a_tsv_go_by_their_names(tmp_path):
     assert list(open_passages(path)) == [{"id": "1", "text": "x", "title": ""}]
 
 
+TEVATRON = [{"docid": "t1", "title": "T", "text": "x"}, {"docid": 2, "text": "y", "url": "u"}]
+FLASHRAG = [
+    {"id": "0", "contents": "Evan Morris\nEvan L. Morris\nwas a lobbyist."},
+    {"id": 1, "contents": "only a text", "source": "s"},
+    {"id": "2", "title": "T", "contents": "a\nb"},
+]
+
+
+@pytest.mark.parametrize(
+    ("records", "passages"),
+    [
+        (TEVATRON, [{"id": "t1", "title": "T", "text": "x"}, {"id": "2", "title": "", "text": "y", "url": "u"}]),
+        (
+            FLASHRAG,
+            [
+                {"id": "0", "title": "Evan Morris", "text": "Evan L. Morris\nwas a lobbyist."},
+                {"id": "1", "title": "", "text": "only a text", "source": "s"},
+                {"id": "2", "title": "T", "text": "a\nb"},
+            ],
+        ),
+    ],
+)
+def test_corpora_of_other_tools(tmp_path, records, passages):
+    corpus = open_passages(write(tmp_path / "corpus.jsonl", records))
+    assert list(corpus) == passages and not is_verbatim(corpus)
+    (tmp_path / "saved.jsonl").write_bytes(b"\n".join(saved_lines(corpus, range(len(corpus)))))
+    assert list(open_passages(tmp_path / "saved.jsonl")) == passages
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        (TEVATRON[0], {"id": "1", "text": "x"}, "a passage of a Tevatron corpus needs a `docid`, found only id, text"),
+        (FLASHRAG[0], {"id": "1", "text": "x"}, r"a passage of a FlashRAG corpus needs `contents` \(.*found None"),
+        (FLASHRAG[0], {"contents": "a\nb"}, "a passage needs an `id`"),
+    ],
+)
+def test_a_line_of_another_format_in_those_corpora(tmp_path, first, second, reason):
+    path = write(tmp_path / "corpus.jsonl", [first, second])
+    with pytest.raises(DataError, match=f"^{path}, line 2: {reason}"):
+        open_passages(path)[1]
+
+
 @pytest.mark.parametrize("content", ["", "\n", "id\ttext\ttitle\n"])
 def test_a_tsv_without_passages(tmp_path, content):
     path = tmp_path / "a.tsv"

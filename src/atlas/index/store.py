@@ -387,10 +387,10 @@ def _write_lines(corpus: JsonlCorpus, path: Path) -> Blocks:
 
 
 def _fingerprint_of_copy(passages: JsonlCorpus) -> str:
-    """Changes with the files of a corpus, their order, and how many of their passages are taken."""
+    """Changes with the files of a corpus, their order, and which of their passages are taken."""
     stats = [(str(path.resolve()), path.stat()) for path in passages.paths]
     facts = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    return hashlib.sha256(repr([facts, len(passages)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([facts, len(passages), *passages.dropped.tolist()]).encode()).hexdigest()[:16]
 
 
 def _copy_there(directory: Path, fingerprint: str) -> Passages | None:
