@@ -95,8 +95,8 @@ class Run:
     )
     metric_unicode: str = flag(
         "off",
-        "nfc: let accuracy, exact match, F1 and ROUGE take the spellings of a character in Unicode (NFC, NFD) for one; "
-        "off: as published. recall@k and MRR always do",
+        "nfc: accuracy, exact match, F1 and ROUGE take the spellings of a character in Unicode (NFC, NFD) for one, as "
+        "recall@k by answers always does; off: as published",
         choices=("off", "nfc"),
     )
     write_results: bool = flag(False, "write queries, generations and passages of every evaluation to jsonl files")
@@ -128,7 +128,7 @@ class Index:
     """Index"""
 
     passages: tuple[str, ...] = flag(
-        (), "corpus: Atlas or BEIR jsonl, DPR tsv, also .gz; unused with --load_index_path"
+        (), "corpus: Atlas, BEIR, Tevatron or FlashRAG jsonl, DPR tsv, also .gz; unused with --load_index_path"
     )
     max_passages: int = flag(-1, "index this many passages at most; -1: all", least=-1)
     index_mode: str = flag("flat", "exact search, or Faiss", choices=("flat", "faiss"))
