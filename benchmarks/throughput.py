@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import BertConfig, T5Config
@@ -116,7 +117,11 @@ class Bench:
         @torch.no_grad()
         def fast() -> None:
             self.retrieval._embed_rows(
-                rows, embed, lambda first, vectors: into[first : first + len(vectors)].copy_(vectors)
+                rows,
+                embed,
+                lambda first, vectors: into[first : first + len(vectors)].copy_(vectors),
+                lambda: False,
+                np.zeros(len(rows), bool),
             )
 
         @torch.no_grad()

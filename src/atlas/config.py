@@ -136,7 +136,9 @@ class Index:
     faiss_code_size: int | None = flag(None, "bytes per passage of pq and ivfpq; must divide the dimension", least=1)
     load_index_path: str | None = flag(None, "open this saved index, ours or published, instead of building one")
     allow_other_index: bool = flag(False, "search a saved index although another passage encoder made it")
-    save_index_path: str | None = flag(None, "save the index here after every build")
+    save_index_path: str | None = flag(
+        None, "save the index here after every build; what a killed embedding of the corpus has done is kept here too"
+    )
     save_index_n_shards: int = flag(128, "accepted for compatibility: our format has no shards", least=1)
     faiss_nlist: int | None = flag(None, "lists of an ivf index (square root of the number of passages)", least=1)
     faiss_nprobe: int | None = flag(

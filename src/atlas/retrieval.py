@@ -1,10 +1,13 @@
 """The text half: embed the corpus, search it for queries, return passages. No gradient anywhere."""
 
+import contextlib
 import copy
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from atlas import config
 from atlas.checkpoint import Checkpoint, check_tensors
 from atlas.files.jsonl import BadLine, JsonlCorpus
+from atlas.index.arrays import FP16, Layout
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
 from atlas.index.directory import locked
-from atlas.index.passages import check_passages, count_duplicates, open_passages
+from atlas.index.journal import EmbeddingJournal, open_journal
+from atlas.index.passages import check_passages, count_duplicates, fingerprint_of, open_passages
 from atlas.index.sharded import ShardedIndex
 from atlas.index.store import open_index, save_index
 from atlas.model.inputs import Inputs
@@ -62,17 +67,23 @@ class _Window(NamedTuple):
 
 
 class _Windows(Dataset):
-    """Tokenized passages, window by window."""
+    """Tokenized passages, window by window.
 
-    def __init__(self, passages: JsonlCorpus, rows: range, inputs: Inputs, max_tokens: int) -> None:
+    Args:
+        done: which rows need no window, (n,) bool; a window is left out if all of it is done.
+    """
+
+    def __init__(self, passages: JsonlCorpus, rows: range, inputs: Inputs, max_tokens: int, done: np.ndarray) -> None:
         self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
         self.size = WINDOW  # goes with the object to the processes that read it
+        self.starts = [start for start in range(0, len(rows), WINDOW) if not done[start : start + WINDOW].all()]
+        self.passages_left = sum(min(WINDOW, len(rows) - start) for start in self.starts)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.size)
+        return len(self.starts)
 
     def __getitem__(self, i: int) -> _Window:
-        rows = self.rows[i * self.size : (i + 1) * self.size]
+        rows = self.rows[self.starts[i] : self.starts[i] + self.size]
         tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop])
         lengths = np.array([len(row) for row in tokens], np.int32)
         batches = list(batches_by_length(lengths.tolist(), self.max_tokens))
@@ -240,7 +251,8 @@ class Retrieval:
         self.index = None  # the builder keeps what it needs of the previous one
         was_training = self.retriever.training
         self.retriever.eval()
-        self._embed_share(builder, asked_to_stop)
+        with self._journal() if saves_embeddings else contextlib.nullcontext() as journal:
+            self._embed_share(builder, journal, asked_to_stop)
         self.retriever.train(was_training)
         self.index = builder.finish()
         if self._keeps_encoder:
@@ -251,14 +263,36 @@ class Retrieval:
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
 
-    def _embed_share(self, builder: IndexBuilder, asked_to_stop: Callable[[], bool] | None) -> None:
+    def _journal(self) -> AbstractContextManager[EmbeddingJournal]:
+        """Takes the embeddings of the current encoder, where the index is to be saved. Collective."""
+        n = len(self.passages)
+        some = self.passages[sorted({i * (n - 1) // 99 for i in range(100)})]  # as tokens: formats and vocabulary
+        facts = (
+            fingerprint(self.retriever.passage_encoder),
+            self.embedder_precision,
+            fingerprint_of(self.passages),
+            self.inputs.passage_tokens(some),
+        )
+        identity = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        return open_journal(Path(self.settings.save_index_path), identity, Layout(n, self.retriever.dim, FP16))
+
+    def _embed_share(
+        self, builder: IndexBuilder, journal: EmbeddingJournal | None, asked_to_stop: Callable[[], bool] | None
+    ) -> None:
         """Embed this rank's share of the corpus; an error or a stop of one rank is one of all. Collective."""
-        error, stopped = None, False
+        error, stopped, rows = None, False, builder.rows
+
+        def store(start: int, embeddings: torch.Tensor) -> None:
+            builder.add(start, embeddings)
+            if journal is not None:
+                journal.add(rows.start + start, embeddings)
+
         try:
+            done = journal.restore(rows, builder.add) if journal is not None else np.zeros(len(rows), bool)
             embed = passage_embedder(self.retriever.passage_encoder, self.device, self.embedder_precision)
-            self._embed_rows(builder.rows, embed, builder.add, asked_to_stop or (lambda: False))
-        except ValueError as not_finite:
-            error = not_finite
+            self._embed_rows(rows, embed, store, asked_to_stop or (lambda: False), done)
+        except (ValueError, OSError) as failed:  # not finite; no space
+            error = failed
         except Stopped:
             stopped = True
         distributed.wait_for_all("embedding the corpus")
@@ -293,15 +327,17 @@ class Retrieval:
         embed: Embedder,
         store: Callable[[int, torch.Tensor], None],
         asked_to_stop: Callable[[], bool],
+        done: np.ndarray,
     ) -> None:
         """Give the rows' embeddings to `store`, window by window: `store(first row of the window, (n, D) fp16)`.
 
-        Ranks may have different numbers of batches: nothing here waits for another rank.
+        Windows of which all rows are `done`, (n,) bool, are left out. Ranks may have different numbers of batches:
+        nothing here waits for another rank.
 
         Raises:
             Stopped: this rank was asked to stop.
         """
-        windows = _Windows(self.passages, rows, self.inputs, self.max_tokens)
+        windows = _Windows(self.passages, rows, self.inputs, self.max_tokens, done)
         processes = devices.tokenizer_processes(distributed.local_world_size()) if len(windows) > 1 else 0
         loader = DataLoader(
             windows,
@@ -312,7 +348,9 @@ class Retrieval:
             prefetch_factor=2 if processes else None,
         )
         share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
-        log.info("Embedding %d passages%s", len(rows), share)
+        left = windows.passages_left
+        there = f", {len(rows) - left} are there" if left < len(rows) else ""
+        log.info("Embedding %d passages%s%s", left, share, there)
         started = time.monotonic()
         stored: deque[Future] = deque()
 
@@ -322,17 +360,17 @@ class Retrieval:
                 raise Stopped
 
         # Another thread stores, because encoding a window can take as long as embedding the next one.
-        with progress_bar("embedding", len(rows), "passages") as bar, ThreadPoolExecutor(1) as thread:
-            for number, window in enumerate(loader):
+        with progress_bar("embedding", left, "passages") as bar, ThreadPoolExecutor(1) as thread:
+            for start, window in zip(windows.starts, loader, strict=True):
                 embeddings = self._embed_window(window, embed, embedded)
-                stored.append(thread.submit(store, number * windows.size, embeddings))
+                stored.append(thread.submit(store, start, embeddings))
                 if len(stored) > MOST_WAITING:
                     stored.popleft().result()
             for last in stored:
                 last.result()
         devices.synchronize(self.device)
         seconds = time.monotonic() - started
-        log.info("Embedded %d passages%s in %.1f s: %.0f a second", len(rows), share, seconds, len(rows) / seconds)
+        log.info("Embedded %d passages%s in %.1f s: %.0f a second", left, share, seconds, left / seconds)
 
     def _embed_window(self, window: _Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
         """Embeddings of a window's passages in their order, (n, D) fp16. Does not wait for the device."""

@@ -65,8 +65,12 @@ class Array:
     blocks: str | None  # CRC-32 of every block, eight hexadecimal digits each
 
 
-def create(path: Path, layout: Layout) -> None:
-    """Make the file, full of zeros."""
+def create(path: Path, layout: Layout, same: Path | None = None) -> None:
+    """Make the file, full of zeros, or a second name of a file `same` that holds what is to be written over it."""
+    if same is not None and same.is_file() and same.stat().st_size == layout.offset(layout.size):
+        with contextlib.suppress(OSError):  # on a file system without links
+            os.link(same, path)
+            return
     with writing(path, layout.offset(layout.size)), open(path, "xb") as file:
         file.write(layout.header())
         file.truncate(layout.offset(layout.size))
@@ -156,22 +160,35 @@ class BlockWriter:
         while len(content):
             part, content = np.split(content, [BLOCK_BYTES - self.position % BLOCK_BYTES])
             extend(self.checksums, self.position, memoryview(part), BLOCK_BYTES)
-            while len(part):  # a full disk or a signal may let only some bytes through
-                written = os.pwrite(file, part, self.position)
-                self.position, part = self.position + written, part[written:]
+            write_at(file, part, self.position)
+            self.position += len(part)
 
 
-def write_array(path: Path, layout: Layout, first_row: int, parts: Iterable[tuple[np.ndarray, float]]) -> Array:
+def write_at(file: int, content: np.ndarray, position: int) -> None:
+    """Write all bytes `(n,)` uint8 at a place of the file."""
+    while len(content):  # a full disk or a signal may let only some bytes through
+        written = os.pwrite(file, content, position)
+        position, content = position + written, content[written:]
+
+
+def write_array(
+    path: Path,
+    layout: Layout,
+    first_row: int,
+    parts: Iterable[tuple[np.ndarray, float]],
+    same: Path | None = None,
+) -> Array:
     """Make the file of an array; each rank writes the rows that it has. Collective.
 
     Args:
         first_row: of this rank.
         parts: this rank's rows, as `BlockWriter.write` takes them.
+        same: a file that holds these rows already, if there is one: both names share its space.
 
     Raises:
         ValueError, OSError: on every rank when `parts` raises it on any, or a file cannot be written.
     """
-    distributed.on_main(f"making {path}", partial(create, path, layout))
+    distributed.on_main(f"making {path}", partial(create, path, layout, same))
     before = header_checksum(layout) if distributed.is_main() else ()
     writer = BlockWriter(path, layout.offset(first_row), before)
     norms = distributed.gather_objects(distributed.on_every_rank(f"writing {path}", partial(writer.write, parts)))

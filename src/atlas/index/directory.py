@@ -30,6 +30,8 @@ from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, Array, Layout
 VERSION = 2
 CONVERTING = "converting.json"
 LOCK = "write.lock"
+EMBEDDING, EMBEDDING_OF = "embedding.npy", "embedding.json"  # of an index whose corpus is being embedded (journal.py)
+_EMBEDDING_NOTES = re.compile(r"embedding\.\d+\.log")
 _HEADER_BYTES = {1: 128, 2: HEADER_BYTES}  # of arrays, by version
 _OURS = re.compile(r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes)\.\d+\.npy|trained\.\d+\.faiss)")
 _MOST, _MOST_IN_BLOCK, _LARGEST_DIMENSION, _LONGEST_TYPE = 2**53, 2**30, 2**16, 200  # in index.json
@@ -243,6 +245,7 @@ def commit(directory: Path, description: Description) -> None:
     fields = asdict(description)
     del fields["version"]
     write_fields(directory / "index.json", fields)
+    remove_embedding(directory)
     tidy(directory)
 
 
@@ -266,16 +269,29 @@ def _leftovers(directory: Path) -> list[Path]:
     return [path for path in paths if path.name not in kept and is_leftover(path.name)]
 
 
+def embedding_notes(directory: Path) -> list[Path]:
+    """What each rank noted of the embeddings that it has made so far."""
+    return sorted(path for path in directory.iterdir() if _EMBEDDING_NOTES.fullmatch(path.name))
+
+
+def remove_embedding(directory: Path) -> None:
+    """Remove the embeddings of an index that is not finished."""
+    for path in (directory / EMBEDDING_OF, *embedding_notes(directory), directory / EMBEDDING):
+        path.unlink(missing_ok=True)
+
+
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name was written on the way to an index."""
+    """Whether a file of this name was written on the way to an index, and is of no use to another start."""
     half_written = _HALF_WRITTEN.fullmatch(name)
     name = half_written[1] if half_written else name
-    return bool(_OURS.fullmatch(name)) or name == CONVERTING or (half_written is not None and name == "index.json")
+    named_last = half_written is not None and name in ("index.json", EMBEDDING_OF)
+    return bool(_OURS.fullmatch(name)) or name == CONVERTING or named_last
 
 
 def is_ours(name: str) -> bool:
     """Whether a file or folder of this name is no reason to leave a directory alone in which an index is made."""
-    return is_leftover(name) or name in (LOCK, cache.FOLDER)
+    of_embedding = name in (EMBEDDING, EMBEDDING_OF) or _EMBEDDING_NOTES.fullmatch(name) is not None
+    return is_leftover(name) or of_embedding or name in (LOCK, cache.FOLDER)
 
 
 def own_passages(path: Path) -> Passages | None:
@@ -295,6 +311,8 @@ def own_passages(path: Path) -> Passages | None:
 def remove_index(directory: Path) -> None:
     """Remove an index or what there is of one, and the directory, unless it holds other files as well."""
     (directory / "index.json").unlink(missing_ok=True)
+    if directory.is_dir():
+        remove_embedding(directory)
     tidy(directory)
     with contextlib.suppress(OSError):
         directory.rmdir()

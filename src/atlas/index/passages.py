@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from atlas.files.cache import fingerprint
 from atlas.files.jsonl import JSON_LINES, BadLine, DataError, JsonlCorpus, LineFormat, decode, decode_text
 
 # What other formats call the `id`.
@@ -141,6 +142,18 @@ def saved_lines(corpus: JsonlCorpus, rows: Iterable[int]) -> Iterator[bytes]:
 def titles_joined(corpus: JsonlCorpus) -> bool:
     """What `open_passages` was told: whether the titles in the files already hold the section."""
     return not corpus.parse.keywords["join_titles"]
+
+
+def fingerprint_of(corpus: JsonlCorpus) -> str:
+    """Changes with the files of a corpus, their order, and which of their passages are taken.
+
+    Of large files only a sample is read, so the time of their last change counts as well.
+    """
+    facts = []
+    for path in corpus.paths:
+        with open(path, "rb") as file:
+            facts.append((fingerprint(file), path.stat().st_mtime_ns))
+    return hashlib.sha256(repr([facts, len(corpus), *corpus.dropped.tolist()]).encode()).hexdigest()[:16]
 
 
 def check_passages(

@@ -1,7 +1,6 @@
 """Save an index and open it again, at any number of ranks: each writes, and later maps, its range of rows."""
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from atlas.index.codec import FLAT, Codec, Compression
 from atlas.index.compressed import CompressedIndex, explain_probes
 from atlas.index.directory import Description, Passages, Segment
 from atlas.index.flat import FlatIndex
-from atlas.index.passages import is_verbatim, open_passages, saved_lines, titles_joined
+from atlas.index.passages import fingerprint_of, is_verbatim, open_passages, saved_lines, titles_joined
 from atlas.index.published import convert_published, is_converted, is_published
 from atlas.index.sharded import LocalIndex, ShardedIndex, Stored
 from atlas.runtime import distributed
@@ -118,7 +117,8 @@ def _write(directory: Path, content: Content, origin: Origin) -> None:
         path = directory / f"embeddings.{generation}.npy"
         with progress_bar("writing embeddings", len(content.rows), "passages") as bar:
             parts = fp16_parts(content.embeddings, first_row, bar.update)
-            segment = replace(segment, embeddings=write_array(path, description.embeddings_layout, first_row, parts))
+            layout, same = description.embeddings_layout, directory / files.EMBEDDING
+            segment = replace(segment, embeddings=write_array(path, layout, first_row, parts, same))
     if content.codec:
         path = directory / f"codes.{generation}.npy"
         segment = replace(segment, codes=write_array(path, description.codes_layout, first_row, content.codes))
@@ -345,7 +345,7 @@ def _keep_passages(directory: Path, name: str, corpus: JsonlCorpus) -> Passages:
     path, whole = directory / name, len(corpus.paths) == 1 and corpus.max_rows < 0 and is_verbatim(corpus)
     if whole and (text := _text_of_an_index(directory, name, corpus.paths[0].resolve())):
         return text
-    fingerprint = _fingerprint_of_copy(corpus)
+    fingerprint = fingerprint_of(corpus)
     if copy := _copy_there(directory, fingerprint):
         return copy
     content = _copy_file(corpus.paths[0], path) if whole else _write_lines(corpus, path)
@@ -384,13 +384,6 @@ def _write_lines(corpus: JsonlCorpus, path: Path) -> Blocks:
         starts = range(0, len(corpus), 1000)
         parts = (range(start, min(start + 1000, len(corpus))) for start in starts)
         return write_file(beside, (b"".join(line + b"\n" for line in saved_lines(corpus, rows)) for rows in parts))
-
-
-def _fingerprint_of_copy(passages: JsonlCorpus) -> str:
-    """Changes with the files of a corpus, their order, and which of their passages are taken."""
-    stats = [(str(path.resolve()), path.stat()) for path in passages.paths]
-    facts = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    return hashlib.sha256(repr([facts, len(passages), *passages.dropped.tolist()]).encode()).hexdigest()[:16]
 
 
 def _copy_there(directory: Path, fingerprint: str) -> Passages | None:
