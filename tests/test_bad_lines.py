@@ -12,7 +12,7 @@ from atlas.index.passages import check_passages, count_duplicates, is_verbatim, 
 from atlas.retrieval import open_corpus
 from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
 from atlas.tasks.data import Data
-from tests.kit import make_task, read_jsonl, run, world
+from tests.kit import make_task, read_jsonl, run, run_on, world
 from tests.test_training import losses_of
 
 
@@ -157,3 +157,22 @@ def test_a_run_over_bad_lines_is_the_run_over_the_others(tmp_path):
     saved, original = tmp_path / "index/passages.1.jsonl", world() / "passages.jsonl"
     assert saved.read_bytes() == original.read_bytes()
     assert np.array_equal(*(np.load(tmp_path / index / "embeddings.1.npy") for index in ("index", "clean-index")))
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_two_ranks_leave_out_the_same_lines(tmp_path):
+    files = {}
+    for name in ("passages", "dev"):
+        lines = (world() / f"{name}.jsonl").read_bytes().splitlines()
+        files[name] = write_lines(tmp_path / f"{name}.jsonl", [b"{}", *lines[:5], b"[", *lines[5:], b"\xff"])
+    flags = {"train_data": None, "reader_model_type": None, "retrieve_only": True, "bad_lines": "skip"}
+    flags |= {"eval_data": files["dev"], "passages": files["passages"]}
+    one = run(tmp_path / "one", "evaluate", **flags)
+    run_on(2, tmp_path / "two", "evaluate", **flags)
+    for name in ("bad_lines.eval_data.dev.jsonl", "bad_lines.passages.jsonl", "dev-step-0.jsonl"):
+        assert (one / name).read_bytes() == (tmp_path / "two/run" / name).read_bytes()
+    assert [row["line"] for row in read_jsonl(one / "bad_lines.passages.jsonl")] == [1, 7, 303]
+    assert [row["id"] for row in read_jsonl(one / "dev-step-0.jsonl")] == [
+        row["id"] for row in read_jsonl(world() / "dev.jsonl")
+    ]
