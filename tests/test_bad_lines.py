@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from atlas.config import Run
+from atlas.config import Index, Run
 from atlas.files.jsonl import BadLine, DataError, JsonlCorpus
 from atlas.index.passages import check_passages, count_duplicates, is_verbatim, open_passages, saved_lines
 from atlas.retrieval import open_corpus
@@ -122,13 +122,13 @@ def test_bad_passages_are_left_out(tmp_path):
     bad = []
     hashes = check_passages(open_passages(path), range(6), bad=bad)
     assert [line.row for line in bad] == [1, 4] and len(hashes) == 4 and count_duplicates(hashes) == 1
-    passages = open_corpus((str(path),), -1, file)
+    passages = open_corpus(Index(passages=(str(path),)), file)
     assert [passage["id"] for passage in passages] == ["0", "1", "1", "2"] and not is_verbatim(passages)
     assert list(saved_lines(passages, range(4))) == good
     assert [row["line"] for row in read_jsonl(file)] == [2, 6]
     write_lines(path, [b"{}"])
     with pytest.raises(ValueError, match="no passage is left, all lines are bad; see .*bad_lines.passages.jsonl"):
-        open_corpus((str(path),), -1, file)
+        open_corpus(Index(passages=(str(path),)), file)
 
 
 def test_long_lines_are_cut_in_the_file(tmp_path):

@@ -112,6 +112,22 @@ def test_metrics_by_judgements():
     assert _by_judgements(passages, Judged({"a": 0})) == {}
 
 
+def test_judgements_of_a_field_that_no_passage_has_are_reported(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("atlas.runtime.tracking.log.propagate", True)
+    config = parse_config(command_line(tmp_path, **SEARCH), program="evaluate")
+    session = SimpleNamespace(directory=tmp_path)
+    evaluator = Evaluator(config, SimpleNamespace(reader=None, inputs=None), None, {}, session)
+    evaluator._passages = lambda examples, *rest: ([[{"id": "5", "text": "x"}]] * len(examples), None)
+    examples, totals = [Example("q", "", [], judged=Judged({"5": 1}, "wikipedia_id"))] * 2, {}
+    evaluator._evaluate_batch(examples, SimpleNamespace(task=make_task("kilt")), totals)
+    for _ in range(2):
+        evaluator._report_unmeasured("dev")
+    assert (
+        caplog.text.count("dev: judgements are not measured where no passage that was found has a `wikipedia_id`") == 1
+    )
+    assert not any(name.startswith("judged") for name in totals)
+
+
 def judged_data(tmp_path, rows, qrels):
     (tmp_path / "qrels").write_text(qrels)
     arguments = command_line(

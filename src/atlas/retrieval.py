@@ -194,11 +194,7 @@ class Retrieval:
             kind = index.type
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_against_kind(settings, kind)
-        passages = (
-            index.passages
-            if index is not None
-            else open_corpus(settings.passages, settings.max_passages, bad_lines_file(run, "passages"))
-        )
+        passages = index.passages if index is not None else open_corpus(settings, bad_lines_file(run, "passages"))
         compression.factory(len(passages), model.retriever.dim)  # the same for their number
         encoder = resumed.index_encoder() if resumed is not None else None
         if encoder is not None:
@@ -494,8 +490,8 @@ def compression_of(settings: config.Index, seed: int) -> Compression:
     )
 
 
-def open_corpus(paths: tuple[str, ...], max_passages: int, bad_lines: Path | None = None) -> JsonlCorpus:
-    """The passages in some files, every line of which has been read once: each rank reads its share. Collective.
+def open_corpus(settings: config.Index, bad_lines: Path | None = None) -> JsonlCorpus:
+    """The passages of `--passages`, every line of which has been read once: each rank reads its share. Collective.
 
     Args:
         bad_lines: leave out lines that are no passage, and write them to this file.
@@ -504,8 +500,9 @@ def open_corpus(paths: tuple[str, ...], max_passages: int, bad_lines: Path | Non
         DataError: a line that is no passage.
         ValueError: there is no passage.
     """
+    paths = settings.passages
     with distributed.main_first(f"opening {', '.join(paths)}"):
-        passages = open_passages(paths, max_passages)
+        passages = open_passages(paths, settings.max_passages)
     if len(passages) == 0:
         raise ValueError(f"--passages {' '.join(paths)}: there is no passage in it")
     bad: list[BadLine] | None = None if bad_lines is None else []

@@ -98,11 +98,14 @@ class Evaluator:
         log.info(
             "Evaluated %d examples in %.1f s%s", n_examples, time.monotonic() - started, f": {path}" if path else ""
         )
-        if self._unmeasured:
-            log.info("%s: the judgements are not measured where no passage has a `%s`", name, *self._unmeasured)
-            self._unmeasured.clear()
+        self._report_unmeasured(name)
         self.session.tensorboard.add({f"{name}/{key}": value for key, value in metrics.items()}, step)
         return metrics
+
+    def _report_unmeasured(self, name: str) -> None:
+        for field in sorted(self._unmeasured):
+            log.info("%s: judgements are not measured where no passage that was found has a `%s`", name, field)
+        self._unmeasured.clear()
 
     def _evaluate_batch(
         self, examples: list[Example], data: Data, totals: dict[str, tuple[float, float]]
