@@ -3,34 +3,37 @@
     python preprocessing/prepare_corpus.py my_documents --output my_corpus.jsonl
     python preprocessing/prepare_corpus.py articles.csv --output my_corpus.jsonl
 
-A source is a folder, which is searched recursively for .txt, .md and .html files; or a single such file; or a table
-(.csv, .tsv) with a header that names its columns: `text`, and optionally `id`, `title` and `section`. Lines of the
-output have `id`, `title`, `section` and `text`. An id is the file's path in the folder (or the row's `id`, or its
-number, from 1), a hyphen, and the number of the passage in the document, from 0. The title is the first heading if all
-others are below it, else that of the HTML page or the front matter, else the file's name. Other headings become
-sections. Hidden files and folders are ignored, and so are symbolic links that lead out of the folder, and links to
-folders; --follow_links reads what they lead to as well. Words are separated by spaces.
+A source is a folder, which is searched recursively for .txt, .md, .html, .docx and .pdf files; or a single such file;
+or a table (.csv, .tsv) with a header that names its columns: `text`, and optionally `id`, `title` and `section`. Lines
+of the output have `id`, `title`, `section` and `text`. An id is the file's path in the folder (or the row's `id`, or
+its number, from 1), a hyphen, and the number of the passage in the document, from 0. The title is the first heading if
+all others are below it, else that of the page, the document's properties or the front matter, else the file's name.
+Other headings become sections. Hidden files and folders are left out, and so are symbolic links that lead out of the
+folder, and links to folders; --follow_links reads what they lead to as well. Words are separated by spaces; in scripts
+without spaces (Chinese, Japanese, Thai, Khmer, Lao, Burmese) every character counts as a word. At the end stands what
+was left out, by kind and name.
 """
 
 import argparse
 import csv
 import os
-import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-from markdown_it import MarkdownIt
 from tqdm import tqdm
 
-from atlas.files.jsonl import DataError, decode_text, open_existing
+from atlas.files.jsonl import DataError, open_existing
+from documents import FORMATS, UnreadableFile, missing_packages, read_document
 from flags import exit_on_user_error
-from splitting import Section, add_words_flag, blocks_of, heading_path, passages_of, writing
+from splitting import Section, add_words_flag, blocks_of, passages_of, writing
 
-FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|$)", re.DOTALL)
+COLUMNS = ("id", "title", "section", "text")
+TABLES = {".csv": ",", ".tsv": "\t"}
+SUPPORTED = ", ".join([*FORMATS, *TABLES])
+MOST_NAMES = 10  # of each kind in the report
 
 
 class Document(NamedTuple):
@@ -39,170 +42,80 @@ class Document(NamedTuple):
     sections: list[Section]
 
 
-class Outline:
-    """A document while it is read: headings, and the text below each."""
+class LeftOut(defaultdict[str, list[str]]):
+    """What does not get into the corpus: names by kind."""
 
     def __init__(self) -> None:
-        self.title = ""
-        self.parts: list[tuple[int, str, list[str]]] = [(0, "", [])]  # level and text of a heading, text below it
+        super().__init__(list)
 
-    def heading(self, level: int, text: str) -> None:
-        if text := " ".join(text.split()):
-            self.parts.append((level, text, []))
+    def summary(self) -> str:
+        numbers = ", ".join(f"{kind} {len(names):,}" for kind, names in sorted(self.items()) if names)
+        return f"left out: {numbers or 'nothing'}"
 
-    def text(self, text: str) -> None:
-        self.parts[-1][2].append(text)
-
-    def document(self, identifier: str, name: str) -> Document:
-        """The finished document; `name` is its title if it has no other."""
-        parts = [(level, heading, blocks_of("".join(texts))) for level, heading, texts in self.parts]
-        if len(parts) > 1 and all(parts[1][0] < level for level, _, _ in parts[2:]):
-            self.title = parts[1][1]
-        above: list[tuple[int, str]] = []
-        sections = []
-        for level, heading, blocks in parts:
-            # A heading that repeats the title is not a section.
-            path = heading_path(above, level, "" if heading == self.title else heading)
-            if blocks:
-                sections.append(Section(path, blocks))
-        return Document(identifier, self.title or name, sections)
+    def report(self, most_names: int | None) -> str:
+        """The summary, and below it the names of each kind, at most this many."""
+        lines = [self.summary()]
+        for kind, names in sorted(self.items()):
+            shown = names[:most_names]
+            more = f" and {len(names) - len(shown):,} more (--list_left_out names all)"
+            if names:
+                lines.append(f"    {kind}: {', '.join(shown)}{more if shown != names else ''}")
+        return "\n".join(lines).encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
 
 
-class Page(HTMLParser):
-    """Fills an outline from HTML, without scripts, styles and navigation; every block element starts a paragraph."""
-
-    SKIPPED = re.compile("script|style|noscript|template|nav|svg|button|select|textarea|iframe|object")
-    INLINE = re.compile(
-        "a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|ins|kbd|label|mark|q|s|samp|small|span|strike|"
-        "strong|sub|sup|time|tt|u|var|wbr"
-    )
-    OPENING = {"br": "\n", "li": "\n* ", "td": " ", "th": " "}
-    CLOSING = {"li": "\n", "td": " ", "th": " "}
-    BESIDE_HEADINGS = re.compile("p|ul|ol|dl|table|pre|blockquote")  # an unclosed heading ends there
-
-    def __init__(self, outline: Outline):
-        super().__init__()
-        self.outline = outline
-        self.skipped: list[str] = []  # the open elements that are skipped
-        self.captured: tuple[str, list[str]] | None = None  # the open title or heading, and its text
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if self.SKIPPED.fullmatch(tag):
-            self.skipped.append(tag)
-        elif self.skipped:
-            return
-        elif re.fullmatch("title|h[1-6]", tag):
-            self._end_capture()
-            self.captured = (tag, [])
-        elif not self.INLINE.fullmatch(tag):
-            if self.BESIDE_HEADINGS.fullmatch(tag):
-                self._end_capture()
-            self._text(" " if self.captured else self.OPENING.get(tag, "\n\n"))
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if not self.SKIPPED.fullmatch(tag):  # `<svg/>` is empty, but in `<div/>` HTML ignores the slash
-            self.handle_starttag(tag, attributes)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.skipped:
-            del self.skipped[len(self.skipped) - 1 - self.skipped[::-1].index(tag) :]
-        elif self.skipped:
-            return
-        elif self.captured and tag == self.captured[0]:
-            self._end_capture()
-        elif not self.INLINE.fullmatch(tag):
-            self._text(" " if self.captured else self.CLOSING.get(tag, "\n\n"))
-
-    def handle_data(self, data: str) -> None:
-        if not self.skipped:
-            self._text(re.sub(r"\s+", " ", data))  # line ends in HTML are spaces
-
-    def close(self) -> None:
-        super().close()
-        self._end_capture()
-
-    def _text(self, text: str) -> None:
-        (self.captured[1].append if self.captured else self.outline.text)(text)
-
-    def _end_capture(self) -> None:
-        if self.captured:
-            (tag, texts), self.captured = self.captured, None
-            if tag == "title":
-                self.outline.title = self.outline.title or " ".join("".join(texts).split())
-            else:
-                self.outline.heading(int(tag[1]), "".join(texts))
-
-
-def read_markdown(text: str) -> Outline:
-    """CommonMark with tables; `title:` in the front matter (between two lines `---` at the start) is the title."""
-    title = ""
-    if front := FRONT_MATTER.match(text):
-        title = next((line[6:].strip(" \"'") for line in (front[1] or "").split("\n") if line.startswith("title:")), "")
-        text = text[front.end() :]
-    outline = read_html(MarkdownIt().enable("table").render(text))
-    outline.title = outline.title or title
-    return outline
-
-
-def read_html(text: str) -> Outline:
-    page = Page(Outline())
-    page.feed(text)
-    page.close()
-    return page.outline
-
-
-def read_text(text: str) -> Outline:
-    outline = Outline()
-    outline.text(text)
-    return outline
-
-
-READERS = {
-    **dict.fromkeys((".txt", ".text"), read_text),
-    **dict.fromkeys((".md", ".markdown"), read_markdown),
-    **dict.fromkeys((".html", ".htm", ".xhtml"), read_html),
-}
-TABLES = {".csv": ",", ".tsv": "\t"}
-
-
-def read_file(path: Path, identifier: str) -> Document:
-    """Raises: DataError if the file is not UTF-8."""
+def read_file(path: Path, identifier: str, left_out: LeftOut) -> Document:
+    """Raises: DataError if the file is not UTF-8; UnreadableFile if its library cannot read it."""
     try:
-        text = decode_text(path.read_bytes()).removeprefix("\ufeff")
+        outline = read_document(path.read_bytes(), path.suffix.lower())
+    except UnreadableFile:
+        raise
     except ValueError as error:
         raise DataError(f"{path}: {error}; save it as UTF-8") from error
-    outline = READERS[path.suffix.lower()](text.replace("\r\n", "\n").replace("\r", "\n"))
-    return outline.document(identifier, path.stem)
+    for kind, detail in outline.left_out:
+        left_out[kind].append(f"{identifier}: {detail}")
+    sections = outline.sections()
+    return Document(identifier, outline.title or path.stem, sections)
 
 
-def find_files(folder: Path, follow_links: bool, counts: Counter[str]) -> list[Path]:
-    """All files in the folder and its subfolders that are not hidden, sorted by path; links left out are counted."""
+def find_files(folder: Path, follow_links: bool, left_out: LeftOut) -> list[Path]:
+    """All files of known kinds in the folder and its subfolders, sorted by path."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    def is_left_out(path: Path) -> bool:
-        left_out = path.is_symlink() and not (
-            follow_links or (path.is_file() and path.resolve().is_relative_to(inside))
-        )
-        if left_out or (path.is_symlink() and not path.exists()):
-            counts["symbolic links"] += 1
-            return True
-        return False
+    def kind_left_out(path: Path, is_folder: bool) -> str:
+        if path.name.startswith("."):
+            return "hidden files and folders"
+        if path.is_symlink():
+            is_inside = path.is_file() and path.resolve().is_relative_to(inside)
+            if not path.exists() or not (follow_links or is_inside):
+                return "symbolic links"
+        if is_folder or (path.suffix.lower() in FORMATS and path.is_file()):
+            return ""
+        hint = " (give a table by itself)" if path.suffix.lower() in TABLES else ""
+        return f"{path.suffix.lower()} files{hint}" if path.suffix else "files without a suffix"
+
+    def kept(place: Path, names: list[str], is_folder: bool) -> list[str]:
+        kinds = {name: kind_left_out(place / name, is_folder) for name in sorted(names)}
+        for name, kind in kinds.items():
+            if kind:
+                left_out[kind].append((place / name).relative_to(folder).as_posix() + "/" * is_folder)
+        return [name for name, kind in kinds.items() if not kind]
 
     inside, seen, files = folder.resolve(), set(), []
     for directory, folders, names in os.walk(folder, onerror=fail, followlinks=follow_links):
         place = Path(directory)
         if place.resolve() in seen:  # a link to a folder that it is in, or that has been read
+            left_out["folders read under another name"].append(f"{place.relative_to(folder).as_posix()}/")
             folders.clear()
             continue
         seen.add(place.resolve())
-        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and not is_left_out(place / name)]
-        files += [place / name for name in names if not name.startswith(".") and not is_left_out(place / name)]
+        folders[:] = kept(place, folders, is_folder=True)
+        files += [place / name for name in kept(place, names, is_folder=False)]
     return sorted(files)
 
 
-def read_table(path: Path) -> Iterator[Document]:
+def read_table(path: Path, left_out: LeftOut) -> Iterator[Document]:
     """A document per row. Raises: DataError with file and line."""
     limit = csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's limit of 128 KiB
     seen = set()
@@ -214,6 +127,9 @@ def read_table(path: Path) -> Iterator[Document]:
                 raise ValueError(
                     f"the first line must name the columns, including `text`; found {', '.join(header)!r:.90}"
                 )
+            if twice := [name for name in COLUMNS if header.count(name) > 1]:
+                raise ValueError(f"two columns are called `{twice[0]}`; rename or remove one")
+            left_out["columns"] += [name or "(without a name)" for name in header if name not in COLUMNS]
             for number, row in enumerate(filter(None, rows), 1):
                 if len(row) != len(header):
                     raise ValueError(f"{len(row)} fields, but the header has {len(header)} ({', '.join(header)})")
@@ -234,39 +150,60 @@ def read_table(path: Path) -> Iterator[Document]:
             csv.field_size_limit(limit)
 
 
-def read_source(source: Path, counts: Counter[str], follow_links: bool = False) -> Iterator[Document]:
-    """All documents; files of unknown kinds and links left out are counted. Raises: FileNotFoundError, DataError."""
+def check_packages(paths: list[Path]) -> None:
+    """Raises: DataError if the package for a kind of file is not installed."""
+    for suffix, number in Counter(path.suffix.lower() for path in paths).items():
+        if missing := missing_packages(suffix):
+            first = next(path for path in paths if path.suffix.lower() == suffix)
+            names = " ".join(missing)
+            raise DataError(f"{first}: reading {suffix} files ({number:,} here) needs {names}; pip install {names}")
+
+
+def read_source(source: Path, left_out: LeftOut, follow_links: bool = False) -> Iterator[Document]:
+    """All documents. Raises: FileNotFoundError, DataError."""
     if source.is_dir():
-        files = find_files(source, follow_links, counts)
-        readable = [path for path in files if path.suffix.lower() in READERS]
-        counts["files of other kinds"] += len(files) - len(readable)
-        for path in tqdm(readable, "Documents", unit=" files", disable=None):
-            yield read_file(path, path.relative_to(source).as_posix())
+        files = find_files(source, follow_links, left_out)
+        check_packages(files)
+        for path in tqdm(files, "Documents", unit=" files", disable=None):
+            identifier = path.relative_to(source).as_posix()
+            try:
+                yield read_file(path, identifier, left_out)
+            except UnreadableFile as error:
+                tqdm.write(f"left out: {path}: {error}", file=sys.stderr)
+                left_out[error.kind].append(identifier)
         return
     open_existing(source).close()
     if source.suffix.lower() in TABLES:
-        yield from tqdm(read_table(source), "Documents", unit=" rows", disable=None)
-    elif source.suffix.lower() in READERS:
-        yield read_file(source, source.name)
+        yield from tqdm(read_table(source, left_out), "Documents", unit=" rows", disable=None)
+    elif source.suffix.lower() in FORMATS:
+        check_packages([source])
+        try:
+            yield read_file(source, source.name, left_out)
+        except UnreadableFile as error:
+            raise DataError(f"{source}: {error}") from error
     else:
-        raise DataError(f"{source}: neither a folder nor one of {', '.join([*READERS, *TABLES])}")
+        raise DataError(f"{source}: neither a folder nor one of {SUPPORTED}")
 
 
-def prepare(source: Path, output: Path, words: int, follow_links: bool = False) -> None:
+def prepare(
+    source: Path, output: Path, words: int, follow_links: bool = False, most_names: int | None = MOST_NAMES
+) -> None:
     """Write the passages and print how many there are. Raises: FileNotFoundError, DataError."""
-    counts: Counter[str] = Counter()
+    left_out = LeftOut()
+    documents = total = 0
     with writing(output) as write:
-        for document in read_source(source, counts, follow_links):
+        for document in read_source(source, left_out, follow_links):
             passages = passages_of(document.id, document.title, document.sections, words)
-            counts["documents" if passages else "empty documents"] += 1
-            counts["passages"] += len(passages)
+            if not passages:
+                left_out["empty documents"].append(document.id)
+            documents += bool(passages)
+            total += len(passages)
             for passage in passages:
                 write(passage)
-        if not counts["passages"]:
-            raise DataError(f"{source}: contains no text (supported: {', '.join([*READERS, *TABLES])})")
-    print(f"{output}: {counts.pop('passages'):,} passages of {counts.pop('documents'):,} documents")
-    left_out = ", ".join(f"{what} {number:,}" for what, number in sorted(counts.items()) if number)
-    print(f"left out: {left_out or 'nothing'}")
+        if not total:
+            raise DataError(f"{source}: contains no text (supported: {SUPPORTED}); {left_out.summary()}")
+    print(f"{output}: {total:,} passages of {documents:,} documents")
+    print(left_out.report(most_names))
 
 
 def main() -> None:
@@ -280,10 +217,14 @@ def main() -> None:
     parser.add_argument(
         "--follow_links", action="store_true", help="follow symbolic links out of the folder, and to folders"
     )
+    parser.add_argument(
+        "--list_left_out", action="store_true", help=f"name all that was left out, not {MOST_NAMES} of each kind"
+    )
     add_words_flag(parser)
     arguments = parser.parse_args()
     with exit_on_user_error(stopped="nothing was written"):
-        prepare(arguments.source, arguments.output, arguments.words, arguments.follow_links)
+        most_names = None if arguments.list_left_out else MOST_NAMES
+        prepare(arguments.source, arguments.output, arguments.words, arguments.follow_links, most_names)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ import csv
 import pytest
 
 from atlas.files.jsonl import DataError
-from prepare_corpus import Outline, prepare, read_html, read_markdown, read_text
+from documents import Outline, read_html, read_markdown, read_text
+from prepare_corpus import prepare
 from tests.kit import read_jsonl
 from tests.origin import one_sentence, run_script
 
 
 def sections(outline: Outline, name="name"):
-    document = outline.document("id", name)
-    return document.title, [(section.heading, "|".join(section.blocks)) for section in document.sections]
+    found = outline.sections()
+    return outline.title or name, [(section.heading, "|".join(section.blocks)) for section in found]
 
 
 def write(folder, **files):
@@ -30,7 +31,7 @@ def folder(tmp_path):
         **{
             "notes.txt": "First paragraph,\r\ngoes on.\r\n\r\n"
             + "Second sentence of ten words, which is repeated here. " * 30,
-            "deep__er__guide.md": "# The guide\n\nIntro.\n\n## Setup\n\n- one\n- two\n",
+            "deep__er__guide.md": "# The gu\xadide\n\nIntro.\n\n## Set&shy;up\n\n- one\n- two\n",
             "page.HTML": "<html><head><title>Site</title></head><body><h1>Page</h1><p>Text.</p></body></html>",
             "empty.txt": " \n\n",
             "only_markup.html": "<script>x()</script>",
@@ -49,7 +50,10 @@ def test_a_folder(folder, tmp_path):
     rows = read_jsonl(tmp_path / "corpus.jsonl")
     assert done.stdout.splitlines() == [
         f"{tmp_path}/corpus.jsonl: {len(rows)} passages of 4 documents",
-        "left out: empty documents 2, files of other kinds 1",
+        "left out: .png files 1, empty documents 2, hidden files and folders 2",
+        "    .png files: picture.png",
+        "    empty documents: empty.txt, only_markup.html",
+        "    hidden files and folders: .git/, .hidden.txt",
     ]
     assert rows[:4] == [
         {"id": "bom.txt-0", "title": "bom", "section": "", "text": "With a mark."},
@@ -80,20 +84,24 @@ def test_links_out_of_the_folder_are_followed_only_when_asked(tmp_path, capsys):
         (folder / link).symlink_to(target)
     prepare(folder, tmp_path / "x.jsonl", 100)
     assert [row["id"] for row in read_jsonl(tmp_path / "x.jsonl")] == ["a.txt-0", "again.txt-0", "sub/b.txt-0"]
-    assert capsys.readouterr().out.endswith("left out: symbolic links 4\n")
+    links = "loop/, out/, nowhere.txt, out.txt"
+    assert capsys.readouterr().out.endswith(f"left out: symbolic links 4\n    symbolic links: {links}\n")
     prepare(folder, tmp_path / "x.jsonl", 100, follow_links=True)
     names = [row["id"] for row in read_jsonl(tmp_path / "x.jsonl")]
     assert names == [f"{n}.txt-0" for n in ("a", "again", "out/key", "out/more/x", "out", "sub/b")]
-    assert capsys.readouterr().out.endswith("left out: symbolic links 1\n")
+    assert capsys.readouterr().out.endswith(
+        "left out: folders read under another name 1, symbolic links 1\n"
+        "    folders read under another name: loop/\n    symbolic links: nowhere.txt\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
-def test_a_table(tmp_path, name):
+def test_a_table(tmp_path, capsys, name):
     rows = [
-        ["Text", "title", "id", "section", "year"],
-        ['She said "yes",\nand\ttwo. ' + "word " * 200_000, "Quoted", "q1", "S", "1"],
-        ["short\r\n\r\n* item", "", "", "", ""],
-        ["", "Empty", "e", "", ""],
+        ["Text", "title", "id", "section", "year", ""],
+        ['She said "yes",\nand\ttwo. ' + "word " * 200_000, "Quoted", "q1", "S", "1", ""],
+        ["short\r\n\r\n* item", "", "", "", "", ""],
+        ["", "Empty", "e", "", "", ""],
     ]
     with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter="\t" if name.endswith("tsv") else ",").writerows(rows)
@@ -102,6 +110,9 @@ def test_a_table(tmp_path, name):
     assert made[0]["text"].startswith('She said "yes", and two. word')
     assert {(row["title"], row["section"]) for row in made[:-1]} == {("Quoted", "S")}
     assert made[-1] == {"id": "2-0", "title": "", "section": "", "text": "short item"} and len(made) > 2000
+    assert capsys.readouterr().out.endswith(
+        "left out: columns 2, empty documents 1\n    columns: year, (without a name)\n    empty documents: e\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,10 +121,12 @@ def test_a_table(tmp_path, name):
         ("d/latin.txt", "Größe".encode("latin-1"), r"d/latin.txt: not UTF-8 \(byte 0xf6 at position 3\); save it as"),
         ("d/wide.md", "x".encode("utf-16"), "d/wide.md: not UTF-8"),
         ("d/empty.txt", b"", "contains no text"),
-        ("d/x.pdf", b"%PDF", "contains no text"),
-        ("x.pdf", b"%PDF", "x.pdf: neither a folder nor one of .txt"),
+        ("d/x.pdf", b"%PDF", "contains no text .*; left out: damaged files 1$"),
+        ("x.pdf", b"%PDF", "x.pdf: damaged .PdfStreamError: "),
+        ("x.doc", b"", "x.doc: neither a folder nor one of .txt, .text, .md, .*, .docx, .pdf, .csv, .tsv"),
         ("t.csv", b"", "line 0: the first line must name the columns, including `text`"),
         ("t.csv", b"title,body\na,b\n", "line 1: the first line must name .* found 'title, body'"),
+        ("t.csv", b"text,title,Text \na,b,c\n", "line 1: two columns are called `text`; rename or remove one"),
         ("t.csv", b"title,text\na,b\nc\n", "line 3: 1 fields, but the header has 2"),
         ("t.csv", b"id,text\n1,b\n1,c\n", "line 3: an earlier row has the same id, 1"),
         ("t.csv", b'id,text\n1,"b\n', "line 2: not csv .unexpected end"),
@@ -157,12 +170,15 @@ def test_the_script_says_it_in_one_sentence(tmp_path):
         ("```python\n# no heading\n* x\n~~~\n```\n# T\ny", ("T", [("", "# no heading * x ~~~"), ("", "y")])),
         ("| a | b |\n|---|:-:|\n| 1 | 2 |", ("name", [("", "a b|1 2")])),
         ("#hashtag is text\n#\ny", ("name", [("", "#hashtag is text|y")])),
+        ("about 10<sup>23</sup> H<sub>2</sub>O", ("name", [("", "about 10^23 H2O")])),
+        ("# Information\nso\xadft, a\u200bb, 中文\n换行", ("Information", [("", "soft, ab, 中文换行")])),
+        ("x\n\n<!DOCTYPE html [ <!ELEMENT\n\n# T\ny", None),
         ("", ("name", [])),
     ],
 )
 def test_markdown(text, expected):
-    title, found = sections(read_markdown(text))
-    assert (title, found) == expected
+    found = sections(read_markdown(text))
+    assert expected is None or found == expected
 
 
 @pytest.mark.parametrize(
@@ -188,12 +204,64 @@ def test_markdown(text, expected):
         ("<svg/>a<h2>not <i>closed<p>b</p><h3><div>C</div></h3>d", ("not closed", [("", "a"), ("", "b"), ("C", "d")])),
         ("<h1></h1><h2>  </h2>x", ("name", [("", "x")])),
         ("<" * 1000 + "x", None),
+        ("<h3><button>How do I pay?</button></h3>Cash.", ("How do I pay?", [("", "Cash.")])),
+        ("<h3><svg><title>i</title></svg> A <button>Copy</button></h3>x", ("A", [("", "x")])),
+        ("<h3><svg><title>i</title></svg> <button><b>A</b></button></h3>x", ("A", [("", "x")])),
+        ("<dl><dt><button>Pay?</button><dd>Cash.</dl><button>Menu</button>", ("name", [("", "Pay?|Cash.")])),
+        (
+            "<title>information</title>in\xadfor&shy;mation x&#8203;y &#xfeff;z 1&nbsp;000",
+            ("information", [("", "information xy z 1 000")]),
+        ),
+        ("<p>中文\n  换行</p>a\nb", ("name", [("", "中文换行|a b")])),
+        ("<ruby>漢<rp>(</rp><rt>kan</rt><rp>)</rp></ruby>字", ("name", [("", "漢(kan)字")])),
+        ("a <math alttext='x^{2}'><mi>x</mi><mn>2</mn></math> b", ("name", [("", "a x^{2} b")])),
+        ("<?xml version='1.0' encoding='latin-1'?><html><body>é</body></html>", ("name", [("", "é")])),
+        ("&#xD800;a&#0;b", ("name", [("", "�a�b")])),
+        ("<!-- only this -->", ("name", [])),
     ],
 )
 def test_html(text, expected):
     found = sections(read_html(text))
     if expected:
         assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("declaration", "text"),
+    [
+        ("<!DOCTYPE html [ <!ELEMENT x (y)> ]>", "]>|End."),
+        ("<!DOCTYPE html [ <!ENTITY x 'y'>", "End."),
+        ("<![if !IE]>", "End."),
+        ("<![CDATA[x]]>", "End."),
+        ("<!foo bar>", "End."),
+        ("<?php echo 1 ?>", "End."),
+        ("<!", "End."),
+    ],
+)
+def test_a_broken_declaration_is_no_reason_to_stop(declaration, text):
+    assert sections(read_html(f"{declaration}<p>End.</p>")) == ("name", [("", text)])
+
+
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        (
+            "10<sup>23</sup>, 10<sup>−3</sup>, 2<sup>2n</sup>, 2<b></b><b><i><sup>n+1</sup></i></b>",
+            "10^23, 10^−3, 2^2n, 2^(n+1)",
+        ),
+        ("x<sup>n</sup>, (a+b)<sup>2</sup>, x<sup>(n)</sup>, 10<sup><i>x</i></sup>", "x^n, (a+b)^2, x^(n), 10^x"),
+        ("SO<sub>4</sub><sup>2−</sup>, m<sup>2</sup>, <a>10<sup>3</sup></a>", "SO4^2−, m^2, 10^3"),
+        ("2010<sup><a>1</a></sup>, x<a><sup>2</sup></a>, y<sup><a>[3]</a></sup>", "2010[1], x[2], y[3]"),
+        ("1<sup>st</sup>, XX<sup>e</sup>, 2<sup>o</sup>, M<sup>me</sup>", "1st, XXe, 2o, Mme"),
+        ("so<sup>[1]</sup>, Fan<sup>®</sup>, so<sup>citation needed</sup>", "so[1], Fan®, socitation needed"),
+        ("<sup>14</sup>C, end.<sup>1</sup>, a<sup></sup>b", "14C, end.1, ab"),
+        ("H<sub>2</sub>O, C<sub>6</sub>H<sub>12</sub>, v<sub>max</sub>, 101<sub>2</sub>", "H2O, C6H12, vmax, 101_2"),
+        ("<sub>small print</sub>, log<sub>10</sub>", "small print, log10"),
+    ],
+)
+def test_raised_and_lowered(html, text):
+    assert sections(read_html(html)) == ("name", [("", text)])
+    assert sections(read_markdown(html)) == ("name", [("", text)])
 
 
 def test_plain_text():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from atlas.files.jsonl import DataError
-from splitting import Section, blocks_of, ends_here, heading_path, passages_of, split, writing
+from splitting import Section, blocks_of, ends_here, heading_path, passages_of, split, words_of, writing
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -53,6 +53,52 @@ def test_cuts_are_at_the_ends_of_sentences_and_blocks():
 )
 def test_ends_of_sentences(word, following, ends):
     assert ends_here(word, following) is ends
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("我用Python写了「很多」代码。2023年 10.5%", "我|用|Python|写|了|「很|多」|代|码。|2023|年 |10.5%"),
+        ("(北京) (Beijing), café", "(北|京) |(Beijing), |café"),
+        ("コーヒーが、が", "コ|ー|ヒ|ー|が、|が"),  # the last one is decomposed
+        ("葛\U000e0100城", "葛\U000e0100|城"),
+        ("ｶﾞｯ。\u0301", "ｶﾞ|ｯ。\u0301"),
+        ("ที่นี่ เก่ามาก และ", "ที่|นี่ |เก่า|มา|ก |และ"),
+        ("ເຂົ້າ", "ເຂົ້າ"),
+        ("ស្រ្តីខ្ញុំ។", "ស្រ្តី|ខ្ញុំ។"),
+        ("သတ္တဝါ", "သ|တ္တ|ဝါ"),
+        ("བོད་ཡིག", "བོད་|ཡིག"),
+        ("한국어 는", "한국어 |는"),
+        ("e\u0301tude na\u00efve", "e\u0301tude |na\u00efve"),
+    ],
+)
+def test_characters_are_words_where_a_script_has_no_spaces(text, words):
+    assert "|".join(words_of(text)).rstrip() == words
+    assert split([text], 3) and " ".join(split([text], 1000)) == text
+    assert "".join(split([text], 1)).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize("text", ["汉字" * 2550, "ภา" * 5100, "ខ្ញុំ" * 5100, "ກິ" * 5100, "မြ" * 5100])
+def test_text_without_spaces_is_cut(text):
+    passages = split([text])
+    assert "".join(passages) == text and len(passages) == 51
+    assert max(map(len, passages)) <= 100 * len("ខ្ញុំ")
+
+
+def test_passages_without_spaces_end_with_sentences():
+    chinese = "这是一个句子。他说：「好的。」"
+    assert split([chinese * 20], 45) == [chinese * 4] * 5
+    thai = "ภาษาไทย และ "
+    assert all(passage.endswith(("ไทย", "และ")) for passage in split([thai * 50], 20))
+
+
+def test_what_is_not_to_be_seen():
+    assert blocks_of("so\xadft hy\xad\nphen \ufeffa\u2060b\u200bc ក\u200bក p\u200cq") == [
+        "soft hyphen abc ក\u200bក p\u200cq"
+    ]
+    assert blocks_of("中文\n换行，\n好\nend\n한\n글") == ["中文换行，好 end 한 글"]
+    rows = passages_of("1", "Ti\xadtle", [Section("Sec\xadtion", ["x"])])
+    assert (rows[0]["title"], rows[0]["section"]) == ("Title", "Section")
 
 
 def test_blocks():
