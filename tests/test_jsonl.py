@@ -119,7 +119,8 @@ def test_max_rows_counts_over_all_files(tmp_path, monkeypatch, max_rows, cached)
     "line, reason",
     [
         (b'{"row": 1', r"not JSON \(Expecting ',' delimiter at character 10\)"),
-        (b"[1, 2]", r"expected a JSON object .*found \[1, 2\]"),
+        (b"[1, 2]", "a JSON list; write one object per line"),
+        (b'  [{"row": 1},', "a JSON list; write one object per line"),
         (b'"text"', r"expected a JSON object"),
         (b'{"row": "\xff"}', r"not UTF-8 \(byte 0xff at position 10\)"),
         (b"\xff\xfe{\x00}\x00", r"not UTF-8"),
@@ -137,6 +138,21 @@ def test_bad_line_is_named(tmp_path, line, reason):
     assert len(corpus[0:2]) == 2
     with pytest.raises(DataError, match="line 4"):
         corpus[0:4]
+
+
+@pytest.mark.parametrize("rows", [[{"row": 1}, {"row": 2}], [], {"data": [{"row": 1}]}])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_in_another_form_is_refused_when_a_file_is_opened(tmp_path, rows, indent):
+    """Whatever part of it is read; a file with one object on one line is jsonl."""
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n" + json.dumps(rows, indent=indent))
+    what = "list" if isinstance(rows, list) else "object over several lines"
+    if isinstance(rows, dict) and indent is None:
+        assert JsonlCorpus(path)[0] == rows
+        return
+    for choose_format in (None, lambda path, line: LineFormat(jsonl.decode)):
+        with pytest.raises(DataError, match=f"^{path}: a JSON {what}; write one object per line$"):
+            JsonlCorpus([write_rows(tmp_path / "good.jsonl", [{}]), path], max_rows=1, choose_format=choose_format)
 
 
 def test_whole_surrogate_pairs_are_text(tmp_path):

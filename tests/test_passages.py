@@ -174,12 +174,74 @@ def test_the_released_tsv_as_it_stands(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "text", "title"),
+    [
+        ('1\t"Hello" he said\tT', '"Hello" he said', "T"),
+        ('1\the said "Hello"\t"Weird Al" Yankovic', 'he said "Hello"', '"Weird Al" Yankovic'),
+        ('1\t"He left\tan "open" quote', '"He left', 'an "open" quote'),
+        ('1\t"""Hello"" he said"\t"T"', '"Hello" he said', "T"),
+        ('"1"\t"a\tb"\t""', "a\tb", ""),
+        ("1\t" + "x" * 200_000 + "\tT", "x" * 200_000, "T"),
+        ('1\t"' + 'x""' * 100_000 + '"\tT', 'x"' * 100_000, "T"),
+    ],
+)
+@pytest.mark.parametrize("header", ["id\ttext\ttitle", '"id"\t"text"\t"title"'])
+def test_quotes_are_lost_only_where_a_csv_writer_put_them(tmp_path, line, text, title, header):
+    path = tmp_path / "a.tsv"
+    path.write_text(f"{header}\n{line}\n")
+    assert list(open_passages(path)) == [{"id": "1", "text": text, "title": title}]
+
+
 def test_columns_of_a_tsv_go_by_their_names(tmp_path):
     rows = [["T", "x", "S", "1"]]
     path = write_tsv(tmp_path / "corpus.txt", rows, ("title", "text", "section", "id"))
     assert list(open_passages(path)) == [{"id": "1", "text": "x", "title": "T: S", "section": "S"}]
     path = write_tsv(tmp_path / "two.tsv", [["1", "x"]], ("id", "text"))
     assert list(open_passages(path)) == [{"id": "1", "text": "x", "title": ""}]
+
+
+TEVATRON = [{"docid": "t1", "title": "T", "text": "x"}, {"docid": 2, "text": "y", "url": "u"}]
+FLASHRAG = [
+    {"id": "0", "contents": "Evan Morris\nEvan L. Morris\nwas a lobbyist."},
+    {"id": 1, "contents": "only a text", "source": "s"},
+    {"id": "2", "title": "T", "contents": "a\nb"},
+]
+
+
+@pytest.mark.parametrize(
+    ("records", "passages"),
+    [
+        (TEVATRON, [{"id": "t1", "title": "T", "text": "x"}, {"id": "2", "title": "", "text": "y", "url": "u"}]),
+        (
+            FLASHRAG,
+            [
+                {"id": "0", "title": "Evan Morris", "text": "Evan L. Morris\nwas a lobbyist."},
+                {"id": "1", "title": "", "text": "only a text", "source": "s"},
+                {"id": "2", "title": "T", "text": "a\nb"},
+            ],
+        ),
+    ],
+)
+def test_corpora_of_other_tools(tmp_path, records, passages):
+    corpus = open_passages(write(tmp_path / "corpus.jsonl", records))
+    assert list(corpus) == passages and not is_verbatim(corpus)
+    (tmp_path / "saved.jsonl").write_bytes(b"\n".join(saved_lines(corpus, range(len(corpus)))))
+    assert list(open_passages(tmp_path / "saved.jsonl")) == passages
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        (TEVATRON[0], {"id": "1", "text": "x"}, "a passage of a Tevatron corpus needs a `docid`, found only id, text"),
+        (FLASHRAG[0], {"id": "1", "text": "x"}, r"a passage of a FlashRAG corpus needs `contents` \(.*found None"),
+        (FLASHRAG[0], {"contents": "a\nb"}, "a passage needs an `id`"),
+    ],
+)
+def test_a_line_of_another_format_in_those_corpora(tmp_path, first, second, reason):
+    path = write(tmp_path / "corpus.jsonl", [first, second])
+    with pytest.raises(DataError, match=f"^{path}, line 2: {reason}"):
+        open_passages(path)[1]
 
 
 @pytest.mark.parametrize("content", ["", "\n", "id\ttext\ttitle\n"])
@@ -195,9 +257,9 @@ def test_a_tsv_without_passages(tmp_path, content):
         (b"3\tx", r"expected 3 fields \(id, text, title\) on one line, found 2"),
         (b"3\tx\ty\tz", "expected 3 fields .* found 4"),
         (b'3\t"the text goes on', "expected 3 fields .* found 2"),
+        (b'3\t"a ""b"" c\td"\t"e" f', "expected 3 fields .* found 4"),
         (b"\tx\ty", "a passage needs an `id`"),
         (b"3\t\xff\ty", r"not UTF-8 \(byte 0xff at position 3\)"),
-        (b"3\t" + b"x" * 200_000 + b"\ty", r"not tsv \(field larger than field limit"),
     ],
 )
 def test_a_bad_line_of_a_tsv_is_named(tmp_path, line, reason):

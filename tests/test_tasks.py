@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from atlas.tasks import Example, Task, example_rng
+from atlas.tasks import Example, Judged, Task, example_rng
 from tests.kit import make_task
 
 PROMPT = "question: {question} answer: <extra_id_0>"
@@ -56,6 +56,48 @@ def test_qa_target_alone_is_its_own_answer():
     assert (example.target, example.answers) == ("<extra_id_0> Ada", ["Ada"])
 
 
+@pytest.mark.parametrize(
+    ("record", "question", "answers", "identifier", "unread"),
+    [
+        # NQ-open
+        ({"question": "who?", "answer": ["Ada", "A."]}, "who?", ["Ada", "A."], None, set()),
+        ({"question": "who?", "answer": "Ada"}, "who?", ["Ada"], None, set()),
+        # FlashRAG
+        (
+            {"id": "test_0", "question": "who?", "golden_answers": ["Ada"], "metadata": {}, "choices": ["x"]},
+            *("who?", ["Ada"], "test_0", {"choices"}),
+        ),
+        ({"question": "who?", "answers": ["Ada"], "answer": ["A."], "x": None}, "who?", ["Ada"], None, {"answer"}),
+        ({"question": "who?", "answers": None, "answer": ["A."]}, "who?", ["A."], None, set()),
+        # BEIR
+        ({"_id": 7, "text": "who?", "metadata": {}}, "who?", [], 7, set()),
+        ({"_id": "7", "text": "t", "question": "who?", "id": "8"}, "who?", [], "8", {"_id", "text"}),
+    ],
+)
+def test_questions_of_other_formats(record, question, answers, identifier, unread):
+    task = make_task("qa", answers_needed=False, qa_prompt_format="{question}")
+    example = task.process(record, random.Random(0))
+    assert (example.query, example.answers, example.id) == (question, answers, identifier)
+    assert set(task.unread(record)) == unread
+
+
+def test_provenance_of_kilt_is_a_judgement_of_pages():
+    pages = [{"wikipedia_id": "5", "title": "T"}, {"wikipedia_id": 7}, {"title": "of no page"}]
+    output = [
+        {"answer": "a", "provenance": pages[:1]},
+        {"provenance": pages[1:]},
+        {"answer": "b", "meta": {"score": 1}},
+    ]
+    record = {"id": "x", "input": "q", "output": output, "meta": {}}
+    task = make_task("kilt")
+    example = task.process(record, random.Random(0))
+    assert example.judged == Judged({"5": 1, "7": 1}, "wikipedia_id") and example.answers == ["a", "b"]
+    assert set(task.unread(record)) == {"meta", "output.meta", "output.provenance.title"}
+    assert task.process({"input": "q", "output": [{"answer": "a"}]}, random.Random(0)).judged is None
+    with pytest.raises(ValueError, match="`provenance` must be a list of objects, found 'page 5'"):
+        task.check({"input": "q", "output": [{"answer": "a", "provenance": "page 5"}]})
+
+
 @pytest.mark.processes
 def test_example_rng_is_the_same_in_every_process():
     values = [example_rng(*key).random() for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 2, 3), (12, 3, 0))]
@@ -91,7 +133,10 @@ def test_bad_lines_of_base(record, reason):
         ({"question": "", "answers": ["a"]}, "`question` is empty"),
         ({"question": None, "answers": ["a"]}, "no `question`"),
         ({"question": "q"}, "no `answers`.*found question"),
-        ({"question": "q", "answer": ["a"]}, "no `answers`.*found question, answer$"),
+        ({"question": "q", "reply": ["a"]}, "no `answers`.*found question, reply$"),
+        ({"question": "q", "golden_answers": "a"}, "`golden_answers` must be a list of strings, found 'a'"),
+        ({"question": "q", "answer": {"value": "a"}}, "`answer` must be a list of strings, found {'value'"),
+        ({"_id": "1", "text": ""}, "`text` is empty"),
         ({"question": "q", "answers": []}, "no `answers`"),
         ({"question": "q", "answers": "a"}, "`answers` must be a list of strings, found 'a'"),
         ({"question": "q", "answers": ["a", 1999]}, r"`answers` must be a list of strings, found \['a', 1999\]"),

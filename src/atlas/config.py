@@ -86,6 +86,19 @@ class Run:
     save_freq: int = flag(5000, "steps between checkpoints", least=1)
     train_data: tuple[str, ...] = flag((), "jsonl files to train on")
     eval_data: tuple[str, ...] = flag((), "jsonl files to evaluate on")
+    qrels: tuple[str, ...] = flag((), "relevance judgements as TREC's or BEIR's, a file for each one of --eval_data")
+    bad_lines: str = flag(
+        "error",
+        "what to do with lines of data and corpus that cannot be read. skip: leave them out, count them, and write "
+        "them to bad_lines.*.jsonl beside run.log",
+        choices=("error", "skip"),
+    )
+    metric_unicode: str = flag(
+        "off",
+        "nfc: accuracy, exact match, F1 and ROUGE take the spellings of a character in Unicode (NFC, NFD) for one, as "
+        "recall@k by answers always does; off: as published",
+        choices=("off", "nfc"),
+    )
     write_results: bool = flag(False, "write queries, generations and passages of every evaluation to jsonl files")
     dont_write_passages: bool = flag(False, "leave the passages out of the result files")
     device: str = flag(
@@ -115,7 +128,7 @@ class Index:
     """Index"""
 
     passages: tuple[str, ...] = flag(
-        (), "corpus: Atlas or BEIR jsonl, DPR tsv, also .gz; unused with --load_index_path"
+        (), "corpus: Atlas, BEIR, Tevatron or FlashRAG jsonl, DPR tsv, also .gz; unused with --load_index_path"
     )
     max_passages: int = flag(-1, "index this many passages at most; -1: all", least=-1)
     index_mode: str = flag("flat", "exact search, or Faiss", choices=("flat", "faiss"))
@@ -242,6 +255,10 @@ class Tasks:
     min_words_per_lm_instance: int | None = flag(None, "skip shorter texts in mlm, lm and section", least=0)
     min_lm_context_ratio: float = flag(0.5, "least share of a text that lm gives as the query", least=0)
     max_lm_context_ratio: float = flag(0.5, "largest share of a text that lm gives as the query", above=0, most=1)
+    leave_out_own_passage: bool = flag(
+        False,
+        "do not retrieve the passage whose id is that of the question (ArguAna, Quora; cloze, mlm, lm, section do)",
+    )
     multiple_choice_num_options: int = flag(4, "most options of a question", least=2, most=26)
     multiple_choice_train_permutations: str = flag("single", "orders of the options to train on", choices=PERMUTATIONS)
     multiple_choice_eval_permutations: str = flag("single", "orders to evaluate and average over", choices=PERMUTATIONS)
@@ -621,6 +638,10 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
     if model.reader_model_type is None and task in TOKENIZING_TASKS:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
+    if config.run.qrels and not model.retrieves:
+        raise ValueError(
+            "--qrels judges what is retrieved: leave out --closed_book and --use_file_passages, or --qrels"
+        )
     if model.retrieves and not config.index.passages and config.index.load_index_path is None:
         raise ValueError("give the corpus with --passages, or a saved index with --load_index_path")
 
@@ -631,7 +652,8 @@ def _check_files(config: Config, training: bool) -> None:
         if needed and not getattr(run, name):
             raise ValueError(f"--{name} is missing: give at least one jsonl file")
     passages = index.passages if index.load_index_path is None else ()
-    for name, paths in (("train_data", run.train_data), ("eval_data", run.eval_data), ("passages", passages)):
+    files = {"train_data": run.train_data, "eval_data": run.eval_data, "qrels": run.qrels, "passages": passages}
+    for name, paths in files.items():
         for path in paths:
             if not os.path.isfile(path):  # Path.is_file raises an error for names that are too long
                 raise ValueError(f"--{name}: there is no file {path}")
@@ -641,6 +663,11 @@ def _check_files(config: Config, training: bool) -> None:
     _check_directory(run)
     if index.save_index_path is not None and os.path.isfile(index.save_index_path):
         raise ValueError(f"--save_index_path {index.save_index_path} is a file: give a directory, new or of an index")
+    if run.qrels and len(run.qrels) != len(run.eval_data):
+        raise ValueError(
+            f"--qrels has {len(run.qrels)} files and --eval_data {len(run.eval_data)}: give one of judgements for each "
+            "one of data, in the same order"
+        )
     names = [evaluation_name(path) for path in run.eval_data]
     for name in set(names):
         if names.count(name) > 1:

@@ -1,11 +1,12 @@
 """Metrics of one example, from 0 to 1. Averages and percentages are up to the caller."""
 
+import math
 import re
 import string
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import regex  # knows Unicode categories, which `re` does not
 
@@ -88,3 +89,46 @@ def retrieval_metrics(passages: Sequence[dict], answers: Sequence[str]) -> dict[
     first = next(ranks, None)
     metrics = {f"recall@{k}": float(first is not None and first <= k) for k in RECALL_AT if k <= len(passages)}
     return metrics | {"mrr": 1 / first if first else 0.0}
+
+
+def ndcg(relevances: Sequence[int], ideal: Sequence[int], k: int) -> float:
+    """nDCG@k (Järvelin and Kekäläinen 2002) with trec_eval's gain and discount; 0 if nothing in `ideal` is relevant.
+
+    `relevances` are those of the retrieved passages by rank; `ideal` are those of all passages that could be retrieved.
+    """
+
+    def dcg(gains: Sequence[int]) -> float:
+        return sum(max(gain, 0) / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], 1))
+
+    best = dcg(sorted(ideal, reverse=True))
+    return dcg(relevances) / best if best else 0.0
+
+
+def ranking_metrics(
+    relevances: Sequence[int], ideal: Sequence[int], to_find: int, at: Sequence[int]
+) -> dict[str, float]:
+    """`recall@k` and `ndcg@k` for each k of `at`, and `mrr`, with `relevances` and `ideal` as for `ndcg`.
+
+    recall@k is the share of `to_find` relevant passages; if more are retrieved, it is 1.
+    """
+    first = next((rank for rank, relevance in enumerate(relevances, 1) if relevance > 0), None)
+    relevant = {k: sum(relevance > 0 for relevance in relevances[:k]) for k in at}
+    return (
+        {f"recall@{k}": min(relevant[k], to_find) / to_find for k in at}
+        | {f"ndcg@{k}": ndcg(relevances, ideal, k) for k in at}
+        | {"mrr": 1 / first if first else 0.0}
+    )
+
+
+def judged_metrics(identifiers: Sequence[str], judged: Mapping[str, int], at: Sequence[int]) -> dict[str, float]:
+    """The `ranking_metrics` of one ranked list by judgements, as trec_eval has them; none without a relevant passage.
+
+    Args:
+        identifiers: what was retrieved, best first; what is there twice counts where it is first.
+        judged: identifier -> relevance, relevant above 0; what is not in it is not relevant.
+    """
+    to_find = sum(relevance > 0 for relevance in judged.values())
+    if not to_find:
+        return {}
+    relevances = [judged.get(identifier, 0) for identifier in dict.fromkeys(identifiers)]
+    return ranking_metrics(relevances, list(judged.values()), to_find, at)

@@ -121,6 +121,8 @@ def _report_without_effect(config: Config) -> None:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
     for name, has_effect, without in (
         ("dont_write_passages", config.run.write_results, "without --write_results"),
+        ("metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"),
+        ("leave_out_own_passage", model.retrieves, "where nothing is retrieved"),
         ("max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"),
         ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
         ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),

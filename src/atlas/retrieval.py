@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from atlas import config
 from atlas.checkpoint import Checkpoint, check_tensors
-from atlas.files.jsonl import JsonlCorpus
+from atlas.files.jsonl import BadLine, JsonlCorpus
 from atlas.index.arrays import FP16, Layout
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
@@ -32,6 +32,7 @@ from atlas.model.load import Model
 from atlas.model.retriever import Contriever, DualEncoder, fingerprint
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
+from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
 from atlas.runtime.session import Session, Stopped
 from atlas.runtime.tracking import log, progress_bar, read_shares
 
@@ -193,7 +194,7 @@ class Retrieval:
             kind = index.type
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_against_kind(settings, kind)
-        passages = index.passages if index is not None else open_corpus(settings.passages, settings.max_passages)
+        passages = index.passages if index is not None else open_corpus(settings, bad_lines_file(run, "passages"))
         compression.factory(len(passages), model.retriever.dim)  # the same for their number
         encoder = resumed.index_encoder() if resumed is not None else None
         if encoder is not None:
@@ -489,18 +490,28 @@ def compression_of(settings: config.Index, seed: int) -> Compression:
     )
 
 
-def open_corpus(paths: tuple[str, ...], max_passages: int) -> JsonlCorpus:
-    """The passages in some files, every line of which has been read once: each rank reads its share. Collective.
+def open_corpus(settings: config.Index, bad_lines: Path | None = None) -> JsonlCorpus:
+    """The passages of `--passages`, every line of which has been read once: each rank reads its share. Collective.
+
+    Args:
+        bad_lines: leave out lines that are no passage, and write them to this file.
 
     Raises:
         DataError: a line that is no passage.
         ValueError: there is no passage.
     """
+    paths = settings.passages
     with distributed.main_first(f"opening {', '.join(paths)}"):
-        passages = open_passages(paths, max_passages)
+        passages = open_passages(paths, settings.max_passages)
     if len(passages) == 0:
         raise ValueError(f"--passages {' '.join(paths)}: there is no passage in it")
-    hashes = read_shares("reading the corpus", len(passages), "passages", partial(check_passages, passages))
+    bad: list[BadLine] | None = None if bad_lines is None else []
+    check = partial(check_passages, passages, bad=bad)
+    hashes = read_shares("reading the corpus", len(passages), "passages", check)
+    if bad is not None and (rows := report_bad_lines(passages, bad, bad_lines)):
+        passages.drop(rows)
+        if len(passages) == 0:
+            raise ValueError(f"--passages {' '.join(paths)}: no passage is left, all lines are bad; see {bad_lines}")
     if of_ranks := distributed.gather_on_main(hashes):
         duplicates = count_duplicates(np.concatenate(of_ranks))
         if duplicates:

@@ -1,8 +1,10 @@
 """Evaluation: every example of a file once, on all ranks together, results in the order of the file."""
 
 import time
+import unicodedata
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ import torch
 
 from atlas.config import Config
 from atlas.evaluation.results import result_row, results_writer
-from atlas.metrics import retrieval_metrics
+from atlas.metrics import RECALL_AT, judged_metrics, retrieval_metrics
 from atlas.model.inputs import Targets
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
@@ -20,8 +22,10 @@ from atlas.runtime import distributed
 from atlas.runtime.parallel import gathered_weights
 from atlas.runtime.session import Session, Stopped
 from atlas.runtime.tracking import log, with_progress
-from atlas.tasks import Example, Task
+from atlas.tasks import Example, Judged, Task
 from atlas.tasks.data import Data
+
+NO_PERCENTAGES = ("eval_loss", "mrr", "judged_mrr")
 
 
 class Evaluator:
@@ -39,6 +43,8 @@ class Evaluator:
         self.reader, self.inputs, self.retrieval, self.files = model.reader, model.inputs, retrieval, files
         self.settings, self.session, self.precision = settings.model, session, settings.optimisation.precision
         self.results_directory = session.directory if settings.run.write_results else None
+        self._unmeasured: set[str] = set()  # fields of passages that are judged, and which no passage has
+        self.in_nfc = settings.run.metric_unicode == "nfc"
         self.write_passages = self.results_directory is not None and not settings.run.dont_write_passages
 
     def evaluate_all(self, step: int, asked_to_stop: Callable[[], bool] | None = None) -> None:
@@ -56,7 +62,7 @@ class Evaluator:
             asked_to_stop: whether this rank is to stop; asked before every batch.
 
         Returns:
-            The means over all examples: percentages, except eval_loss and mrr.
+            The means over all examples: percentages, except eval_loss and the mrr's.
 
         Raises:
             Stopped: on every rank, if one was asked to stop; no results are written.
@@ -87,13 +93,19 @@ class Evaluator:
             self.reader.train(was_training)
         n_examples = sum(distributed.gather_objects(n_examples))  # a task may skip lines
         means = {key: value / weight for key, (value, weight) in distributed.sum_statistics(totals).items()}
-        metrics = {key: value if key in ("eval_loss", "mrr") else 100 * value for key, value in means.items()}
+        metrics = {key: value if key in NO_PERCENTAGES else 100 * value for key, value in means.items()}
         log.info("Dataset: %s | %s", f"{name}.jsonl", " | ".join(f"{v:.6g} {k}" for k, v in metrics.items()))
         log.info(
             "Evaluated %d examples in %.1f s%s", n_examples, time.monotonic() - started, f": {path}" if path else ""
         )
+        self._report_unmeasured(name)
         self.session.tensorboard.add({f"{name}/{key}": value for key, value in metrics.items()}, step)
         return metrics
+
+    def _report_unmeasured(self, name: str) -> None:
+        for field in sorted(self._unmeasured):
+            log.info("%s: judgements are not measured where no passage that was found has a `%s`", name, field)
+        self._unmeasured.clear()
 
     def _evaluate_batch(
         self, examples: list[Example], data: Data, totals: dict[str, tuple[float, float]]
@@ -104,11 +116,17 @@ class Evaluator:
         for example, of_query in zip(examples, passages or [], strict=bool(passages)):
             if answers := data.task.retrieval_answers(example):
                 _add(totals, retrieval_metrics(of_query, answers))
+            if example.judged is not None:
+                judged = _by_judgements(of_query, example.judged)
+                _add(totals, judged)
+                if not judged and any(relevance > 0 for relevance in example.judged.relevance.values()):
+                    self._unmeasured.add(example.judged.field)
         readings = [_Reading()] * len(examples)
         if self.reader is not None and examples:
             readings = self._read(examples, queries, passages)
             for example, reading in zip(examples, readings, strict=True):
-                _add(totals, data.task.score(reading.generation, example) | {"eval_loss": reading.loss})
+                compared = _in_nfc(reading.generation, example) if self.in_nfc else (reading.generation, example)
+                _add(totals, data.task.score(*compared) | {"eval_loss": reading.loss})
         return [
             result_row(
                 example,
@@ -169,6 +187,21 @@ class Evaluator:
             {choice: row[tokens.index(token)] for choice, token in example.choices.items()}
             for example, row in zip(examples, of_tokens, strict=True)
         ]
+
+
+def _by_judgements(passages: list[dict], judged: Judged) -> dict[str, float]:
+    """`judged_recall@k`, `judged_ndcg@k` and `judged_mrr`; none if no passage has the field that is judged."""
+    if not any(judged.field in passage for passage in passages):
+        return {}
+    values = [str(passage.get(judged.field)) for passage in passages]
+    at = [k for k in RECALL_AT if k <= len(passages)]
+    return {f"judged_{name}": value for name, value in judged_metrics(values, judged.relevance, at).items()}
+
+
+def _in_nfc(generation: str, example: Example) -> tuple[str, Example]:
+    """Both with the characters composed that Unicode can spell in several ways."""
+    answers = [unicodedata.normalize("NFC", answer) for answer in example.answers]
+    return unicodedata.normalize("NFC", generation), replace(example, answers=answers)
 
 
 class _Reading(NamedTuple):

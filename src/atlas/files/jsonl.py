@@ -10,7 +10,7 @@ import operator
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,13 @@ LINE_END = ord("\n")
 
 class DataError(ValueError):
     """A data file is wrong. The message is one sentence that names the file and, if there is one, the line."""
+
+
+class BadLine(NamedTuple):
+    """A row that cannot be read, and why."""
+
+    row: int
+    reason: str
 
 
 class LineFormat(NamedTuple):
@@ -61,7 +68,7 @@ class JsonlCorpus(Sequence[dict]):
     Raises:
         FileNotFoundError: a file does not exist.
         DataError: a row that is read is not UTF-8, not a JSON object, or refused by `parse`; a file is refused by
-            `choose_format`; a `.gz` is damaged.
+            `choose_format`; a file is JSON, but not with one object per line; a `.gz` is damaged.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class JsonlCorpus(Sequence[dict]):
         self.parse = parse
         self.max_rows = max_rows
         self.choose_format = choose_format
+        self.dropped = np.empty(0, np.int64)  # rows that are left out, counted with them
         self.formats: list[LineFormat] = []  # one per file
         self._maps: list[mmap.mmap | bytes] = []
         self._offsets: list[np.ndarray] = []
@@ -93,10 +101,19 @@ class JsonlCorpus(Sequence[dict]):
             self._first_rows.append(min(total, max_rows) if max_rows >= 0 else total)
 
     def __reduce__(self):
-        return JsonlCorpus, (self.sources, self.parse, self.max_rows, self.choose_format)
+        arguments = (self.sources, self.parse, self.max_rows, self.choose_format)
+        return JsonlCorpus, arguments, self.dropped if len(self.dropped) else None
+
+    def __setstate__(self, dropped: np.ndarray) -> None:
+        self.dropped = dropped
 
     def __len__(self) -> int:
-        return self._first_rows[-1]
+        return self._first_rows[-1] - len(self.dropped)
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Leave out these rows, in ascending order: those behind them move up. Only once."""
+        assert not len(self.dropped)
+        self.dropped = np.array(rows, np.int64)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> dict | list[dict]:
         if isinstance(rows, slice):
@@ -109,13 +126,17 @@ class JsonlCorpus(Sequence[dict]):
         """A row without `parse` applied. Raises: DataError."""
         return self._read(row, None)
 
+    def parsed(self, row: int) -> dict:
+        """As `self[row]`, but of a bad row the ValueError has the reason alone, which is found at once."""
+        return self._parsed(row, self.parse)
+
     def format_of(self, row: int) -> LineFormat:
         """The format of the file that contains the row."""
         return self.formats[self._locate(row)[0]]
 
     def rows_of_files(self) -> list[range]:
         """The rows of each file, in the order of `paths`."""
-        return [range(*ends) for ends in pairwise(self._first_rows)]
+        return [range(*ends) for ends in pairwise(self._first_rows - np.searchsorted(self.dropped, self._first_rows))]
 
     def raw(self, row: int) -> bytes:
         """The line of a row as it is in the file, without its line end."""
@@ -124,27 +145,42 @@ class JsonlCorpus(Sequence[dict]):
 
     def where(self, row: int) -> str:
         """`{file}, line {n}`, counted from 1 and including blank lines. Reads the file up to that line."""
-        file, start = self._locate(row)
-        text = self._maps[file]
-        line_ends = sum(text[begin : min(begin + CHUNK, start)].count(b"\n") for begin in range(0, start, CHUNK))
-        return f"{self.sources[file]}, line {line_ends + 1}"
+        ((source, line),) = self.places([row])
+        return f"{source}, line {line}"
+
+    def places(self, rows: Iterable[int]) -> Iterator[tuple[Path, int]]:
+        """The file and the line of each row, as `where` says them, of rows in ascending order. Reads each file once."""
+        read, behind, line = None, 0, 1
+        for row in rows:
+            file, start = self._locate(row)
+            if file != read:
+                read, behind, line = file, 0, 1
+            text = self._maps[file]
+            line += sum(text[i : min(i + CHUNK, start)].count(b"\n") for i in range(behind, start, CHUNK))
+            behind = start
+            yield self.sources[file], line
 
     def _row(self, row: int) -> dict:
         return self._read(row, self.parse)
 
     def _read(self, row: int, parse: Callable[[dict], dict] | None) -> dict:
         try:
-            record = self.format_of(row).decode(self.raw(row))
-            return record if parse is None else parse(record)
+            return self._parsed(row, parse)
         except ValueError as error:
             raise DataError(f"{self.where(row)}: {error}") from error
 
+    def _parsed(self, row: int, parse: Callable[[dict], dict] | None) -> dict:
+        record = self.format_of(row).decode(self.raw(row))
+        return record if parse is None else parse(record)
+
     def _format_of(self, source: Path, text: mmap.mmap | bytes, offsets: np.ndarray) -> LineFormat:
-        if self.choose_format is None:
-            return JSON_LINES
         first_line = line_at(text, int(offsets[0])).removesuffix(b"\r") if len(offsets) else b""
+        unpacked = source.with_suffix("") if source.suffix == ".gz" else source
         try:
-            return self.choose_format(source.with_suffix("") if source.suffix == ".gz" else source, first_line)
+            chosen = JSON_LINES if self.choose_format is None else self.choose_format(unpacked, first_line)
+            if not chosen.has_header:
+                check_one_object_a_line(first_line)
+            return chosen
         except ValueError as error:
             raise DataError(f"{source}: {error}") from error
 
@@ -152,6 +188,8 @@ class JsonlCorpus(Sequence[dict]):
         index = operator.index(row) + (len(self) if row < 0 else 0)
         if not 0 <= index < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} rows")
+        if len(self.dropped):  # by each dropped row, how many rows are left before it
+            index += int(np.searchsorted(self.dropped - np.arange(len(self.dropped)), index, side="right"))
         file = bisect.bisect_right(self._first_rows, index) - 1
         start, text = int(self._offsets[file][index - self._first_rows[file]]), self._maps[file]
         follows_a_line = 0 < start < len(text) and text[start - 1] == LINE_END
@@ -169,14 +207,25 @@ def decode_text(line: bytes) -> str:  # a ValueError gives the reason; the calle
         raise ValueError(f"not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start + 1})") from error
 
 
+def check_one_object_a_line(line: bytes) -> None:
+    """Raises: ValueError if the first line of a file shows that it is JSON in another form, as most tools write it."""
+    start = line.strip()
+    if start.startswith(b"["):
+        raise ValueError("a JSON list; write one object per line")
+    if start == b"{":
+        raise ValueError("a JSON object over several lines; write one object per line")
+
+
 def decode(line: bytes) -> dict:
     try:
         record = json.loads(decode_text(line))
     except json.JSONDecodeError as error:
+        check_one_object_a_line(line)
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
     if not isinstance(record, dict):
+        check_one_object_a_line(line)
         raise ValueError(f"expected a JSON object {{...}}, found {json.dumps(record)[:40]}")
     if b"\\ud" in line or b"\\uD" in line:  # half of an escaped surrogate pair is not text: tokenizers refuse it
         try:

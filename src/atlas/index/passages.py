@@ -1,13 +1,15 @@
 """Passages of a corpus: the formats it may be in, which records are passages, and what an index needs to know of them.
 
-Formats are Atlas jsonl (`id`, `title`, `text`, `section`), BEIR's `corpus.jsonl` (`_id`, `title`, `text`, `metadata`)
-and DPR's tsv (`psgs_w100.tsv`: a header `id text title`, then one passage a line, quoted as in csv).
+Formats are Atlas jsonl (`id`, `title`, `text`, `section`), BEIR's `corpus.jsonl` (`_id`, `title`, `text`, `metadata`),
+Tevatron's (`docid`, `title`, `text`), FlashRAG's (`id`, `contents`: the title, a line end, the text) and DPR's tsv
+(`psgs_w100.tsv`: a header `id text title`, then one passage a line, quoted as in csv).
 """
 
 import csv
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from atlas.files.cache import fingerprint
-from atlas.files.jsonl import JSON_LINES, JsonlCorpus, LineFormat, decode, decode_text
+from atlas.files.jsonl import JSON_LINES, BadLine, DataError, JsonlCorpus, LineFormat, decode, decode_text
+
+# What other formats call the `id`.
+IDENTIFIERS = {"_id": "a BEIR corpus needs an `_id`", "docid": "a Tevatron corpus needs a `docid`"}
 
 
 def parse_passage(record: dict, join_titles: bool = True) -> dict:
@@ -60,11 +65,11 @@ def open_passages(
 
 
 def passage_format(path: Path, first_line: bytes) -> LineFormat:
-    """The format of a file: tsv by its header, BEIR by the `_id` of its first passage, else Atlas jsonl.
+    """The format of a file: tsv by its header, others by the fields of its first passage, else Atlas jsonl.
 
     Raises: ValueError if a file called `.tsv` has no header.
     """
-    columns = first_line.decode("utf-8", errors="replace").split("\t")
+    columns = tsv_fields(first_line.decode("utf-8", errors="replace"))
     if {"id", "text"} <= set(columns):
         return LineFormat(partial(decode_tsv, columns=columns), has_header=True)
     if first_line and path.suffix == ".tsv":
@@ -73,29 +78,51 @@ def passage_format(path: Path, first_line: bytes) -> LineFormat:
         record = decode(first_line)
     except ValueError:
         return JSON_LINES  # whoever reads the line is told what is wrong with it
-    return LineFormat(decode_beir) if "_id" in record and "id" not in record else JSON_LINES
+    if "id" in record:
+        return LineFormat(decode_contents) if "contents" in record and "text" not in record else JSON_LINES
+    name = next((name for name in IDENTIFIERS if name in record), None)
+    return LineFormat(partial(decode_identified, name=name)) if name else JSON_LINES
+
+
+def tsv_fields(line: str) -> list[str]:
+    """The fields of a line, unquoted if the quotes are those of a csv writer; other quotes belong to the text."""
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than csv's limit of 128 KiB
+    try:
+        return next(csv.reader([line], delimiter="\t", strict=True), [])
+    except csv.Error:  # as in `"Hello" he said`
+        return line.split("\t")
 
 
 def decode_tsv(line: bytes, columns: Sequence[str]) -> dict:
-    try:
-        fields = next(csv.reader([decode_text(line)], delimiter="\t"))
-    except csv.Error as error:
-        raise ValueError(f"not tsv ({error})") from error
+    fields = tsv_fields(decode_text(line))
     if len(fields) != len(columns):
         raise ValueError(f"expected {len(columns)} fields ({', '.join(columns)}) on one line, found {len(fields)}")
     return dict(zip(columns, fields, strict=True))
 
 
-def decode_beir(line: bytes) -> dict:
+def decode_identified(line: bytes, name: str) -> dict:
+    """A passage whose identifier is called `name`. Raises: ValueError."""
     record = decode(line)
-    if "_id" not in record:
-        raise ValueError(f"a passage of a BEIR corpus needs an `_id`, found {found(record, '_id')}")
-    return {"id": record.pop("_id"), **record}
+    if name not in record:
+        raise ValueError(f"a passage of {IDENTIFIERS[name]}, found {found(record, name)}")
+    return {"id": record.pop(name), **record}
+
+
+def decode_contents(line: bytes) -> dict:
+    """A passage of FlashRAG: the first line of `contents` is its title, unless it has one. Raises: ValueError."""
+    record = decode(line)
+    contents = record.pop("contents", None)
+    if not isinstance(contents, str):
+        raise ValueError(f"a passage of a FlashRAG corpus needs `contents` (a string), found {contents!r:.40}")
+    if "title" in record or "\n" not in contents:
+        return {**record, "text": contents}
+    title, _, text = contents.partition("\n")
+    return {**record, "title": title, "text": text}
 
 
 def is_verbatim(corpus: JsonlCorpus) -> bool:
-    """Whether every file is Atlas jsonl, so that it may be linked or copied as it is."""
-    return all(form is JSON_LINES for form in corpus.formats)
+    """Whether every file is Atlas jsonl and all of it is read, so that it may be linked or copied as it is."""
+    return all(form is JSON_LINES for form in corpus.formats) and not len(corpus.dropped)
 
 
 def saved_lines(corpus: JsonlCorpus, rows: Iterable[int]) -> Iterator[bytes]:
@@ -118,7 +145,7 @@ def titles_joined(corpus: JsonlCorpus) -> bool:
 
 
 def fingerprint_of(corpus: JsonlCorpus) -> str:
-    """Changes with the files of a corpus, their order, and how many of their passages are taken.
+    """Changes with the files of a corpus, their order, and which of their passages are taken.
 
     Of large files only a sample is read, so the time of their last change counts as well.
     """
@@ -126,23 +153,35 @@ def fingerprint_of(corpus: JsonlCorpus) -> str:
     for path in corpus.paths:
         with open(path, "rb") as file:
             facts.append((fingerprint(file), path.stat().st_mtime_ns))
-    return hashlib.sha256(repr([facts, len(corpus)]).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr([facts, len(corpus), *corpus.dropped.tolist()]).encode()).hexdigest()[:16]
 
 
-def check_passages(corpus: JsonlCorpus, rows: range, progress: Callable[[int], object] | None = None) -> np.ndarray:
-    """Read every passage of the range once and return a 64-bit hash of each id, (rows,) int64.
+def check_passages(
+    corpus: JsonlCorpus,
+    rows: range,
+    progress: Callable[[int], object] | None = None,
+    bad: list[BadLine] | None = None,
+) -> np.ndarray:
+    """Read every passage of the range once and return a 64-bit hash of each id, (passages,) int64.
 
-    `progress` is told every thousand rows how many more have been read, and the rest at the end.
+    `progress` is told every thousand rows how many more have been read, and the rest at the end. Rows that are no
+    passage are added to `bad`, if that is given.
 
     Raises: DataError at the first row that is not a passage.
     """
-    hashes = np.empty(len(rows), np.int64)
+    hashes, n = np.empty(len(rows), np.int64), 0
     for start in range(0, len(rows), 1000):
-        for i, row in enumerate(rows[start : start + 1000], start):
-            hashes[i] = hash_id(corpus[row]["id"])
+        for row in rows[start : start + 1000]:
+            try:
+                hashes[n] = hash_id((corpus[row] if bad is None else corpus.parsed(row))["id"])
+                n += 1
+            except DataError:
+                raise
+            except ValueError as error:
+                bad.append(BadLine(row, str(error)))
         if progress is not None:
-            progress(i + 1 - start)
-    return hashes
+            progress(len(rows[start : start + 1000]))
+    return hashes[:n]
 
 
 def hash_id(identifier: str) -> int:

@@ -3,7 +3,7 @@
 May import: config, files, metrics, model, runtime.
 """
 
-from atlas.tasks.base import Example, Task, TaskSetup, example_rng
+from atlas.tasks.base import Example, Judged, Task, TaskSetup, example_rng
 from atlas.tasks.cloze import Cloze
 from atlas.tasks.fever import Fever
 from atlas.tasks.kilt import KILT
@@ -13,7 +13,7 @@ from atlas.tasks.multiple_choice import MultipleChoice
 from atlas.tasks.qa import QuestionAnswering
 from atlas.tasks.section import Section
 
-__all__ = ["TASKS", "Example", "Task", "TaskSetup", "example_rng"]
+__all__ = ["TASKS", "Example", "Judged", "Task", "TaskSetup", "example_rng"]
 
 TASKS: dict[str, type[Task]] = {
     "base": Task,

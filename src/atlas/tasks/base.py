@@ -1,7 +1,7 @@
 """The base class of all tasks, which is also the simplest task: a query and the text to generate for it."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,14 @@ from atlas.model.tokenization import LONGEST_TEXT
 
 if TYPE_CHECKING:
     from atlas.model.tokenization import ReaderTokenizer
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Relevance judgements for one query."""
+
+    relevance: Mapping[str, int]  # relevant above 0
+    field: str = "id"  # of the passages: whose values, as strings, are judged
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class Example:
     passages: list[dict] | None = None  # the example's own, for --use_file_passages
     choices: dict[str, int] | None = None  # what may follow `<extra_id_0>`, and its token
     first_of_line: bool = True  # False for the further examples of a line that has several
+    judged: Judged | None = None  # which passages are relevant, where that is known
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Task:
 
     Attributes:
         fields: the fields of a line; skips: the lines that have no example. Both for messages.
-        filters_by_id: whether a line may be a passage of the corpus, which must not be retrieved for it.
+        filters_by_id: whether a line may be a passage of the corpus, which must not be retrieved for it. With
+            --leave_out_own_passage that is so for every task.
         examples_per_line: the most examples that `example` makes from a line.
         joins: whether the examples of a line are scored together, by `join`.
         cuts: how often `cut` has cut a text.
@@ -60,6 +70,7 @@ class Task:
 
     def __init__(self, setup: TaskSetup) -> None:
         self.answers_needed, self.passages_needed = setup.answers_needed, setup.passages_needed
+        self.filters_by_id = self.filters_by_id or setup.flags.leave_out_own_passage
 
     def process(self, record: Mapping, rng: random.Random) -> Example | None:
         """The example of a line, or None to skip the line. All randomness comes from `rng` (see `example_rng`).
@@ -88,6 +99,10 @@ class Task:
     def check(self, record: Mapping) -> bool:
         """Whether a line has an example; used to check a whole file before a run. Raises: ValueError, as `process`."""
         return self.process(record, random.Random(0)) is not None
+
+    def unread(self, record: Mapping) -> Iterable[str]:
+        """The fields of a line that the task does not read, for a message. Unknown here, so that none is named."""
+        return ()
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
         """The values of `metrics`, each from 0 to 1."""

@@ -22,8 +22,11 @@ class Cloze(QuestionAnswering):
         super().__init__(setup)
         self.prompt_format = "{question}"  # the line is the query
 
+    def question_field(self, record: Mapping) -> str:
+        return "query"
+
     def question(self, record: Mapping) -> str:
-        query = self.text(record, "query")
+        query = super().question(record)
         if "<extra_id_0>" not in query:
             raise ValueError(f"`query` has no <extra_id_0> in place of the answer: {query!r:.60}")
         return query

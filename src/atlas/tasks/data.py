@@ -1,22 +1,26 @@
 """Batches of examples from a data file: the same examples at every number of ranks."""
 
+import random
 from collections.abc import Callable, Iterator
-from typing import Self, TypeVar
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 
 from atlas.config import Config, evaluation_name
 from atlas.config import Model as ModelSettings
-from atlas.files.jsonl import DataError, JsonlCorpus
+from atlas.files.jsonl import BadLine, DataError, JsonlCorpus
+from atlas.files.qrels import Judgements, read_judgements
 from atlas.model.inputs import count_filling
 from atlas.model.tokenization import LONGEST_TEXT, ReaderTokenizer
 from atlas.runtime import distributed
+from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
 from atlas.runtime.device import evaluation_batch_size
 from atlas.runtime.tracking import log, read_shares
-from atlas.tasks import TASKS, Example, Task, TaskSetup, example_rng
+from atlas.tasks import TASKS, Example, Judged, Task, TaskSetup, example_rng
 
-T = TypeVar("T")
 MOST_LOOKED_AT = 20_000  # questions of a file whose length in tokens is looked at: a second or two
 
 
@@ -39,7 +43,11 @@ class Data:
             if not lines:
                 raise ValueError(f"{path}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
+        self.judgements: Judgements | None = None  # by the queries' ids
         self._cut_lines = 0  # lines with a text that was cut when they were checked
+        self._unread: set[str] = set()  # fields that the task does not read
+        self._judged_lines = 0  # lines with an id that is in the judgements
+        self._bad: list[BadLine] | None = None  # lines that cannot be read; None: the first one is an error
         self._kept: np.ndarray | None = None  # the lines that the task does not skip; None: all of them
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self._resumed = (0, 0)  # a step, and the examples that had been seen after it
@@ -54,12 +62,14 @@ class Data:
         *,
         training: bool = False,
         batch_size: int | None = None,
+        qrels: str | None = None,
     ) -> Self:
         """The data in some files for this rank, every line of which has been read once. Collective.
 
         Args:
             tokenizer: the reader's, for tasks that build queries with it.
             batch_size: by default `--per_gpu_batch_size`.
+            qrels: the file of judgements.
 
         Raises:
             DataError: a bad line, before anything expensive starts.
@@ -83,7 +93,12 @@ class Data:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
-        data._check_all()
+        if qrels is not None:
+            data.judgements = read_judgements(Path(qrels))
+        what = "train_data" if training else f"eval_data.{evaluation_name(paths[0])}"
+        data._check_all(bad_lines_file(config.run, what))
+        if qrels is not None:
+            data._report_judgements(qrels)
         if tokenizer is not None and not (config.model.closed_book or config.model.retrieve_only):
             data._report_long_questions(config.model, tokenizer)
         return data
@@ -93,17 +108,42 @@ class Data:
         """The evaluation data: name of the file without its ending -> data. Collective. Raises: as `open`."""
         run, tokens = config.run, config.model.n_context * config.model.text_maxlength
         rows = run.per_gpu_eval_batch_size or evaluation_batch_size(device, run.per_gpu_batch_size, tokens)
-        files = {evaluation_name(path): path for path in run.eval_data}
-        return {name: cls.open((path,), config, tokenizer, batch_size=rows) for name, path in files.items()}
+        files = zip(run.eval_data, run.qrels or [None] * len(run.eval_data), strict=True)
+        return {
+            evaluation_name(path): cls.open((path,), config, tokenizer, batch_size=rows, qrels=qrels)
+            for path, qrels in files
+        }
 
-    def _check_all(self) -> None:
-        """Each rank checks its share of the lines, and all of them keep the same ones. Collective."""
+    def _check_all(self, bad_lines: Path | None = None) -> None:
+        """Each rank checks its share of the lines, and all of them keep the same ones. Collective.
+
+        Args:
+            bad_lines: leave out lines that cannot be read, and write them to this file.
+        """
+        self._bad = None if bad_lines is None else []
         share = read_shares("reading the data", len(self.corpus), "lines", self.check)
-        of_ranks = distributed.gather_objects((np.packbits(share), len(share), self._cut_lines))
-        if cut := sum(lines for _, _, lines in of_ranks):
+        of_ranks = distributed.gather_objects(
+            (np.packbits(share), len(share), self._cut_lines, sorted(self._unread), self._judged_lines)
+        )
+        shares, sizes, cuts, unread, judged = zip(*of_ranks, strict=True)
+        if sum(cuts):
             long = f"a text of more than {LONGEST_TEXT} characters"
-            log.warning("%s: %d of %d lines have %s, which is cut", self.name, cut, len(self.corpus), long)
-        self.keep(np.concatenate([np.unpackbits(bits, count=n).view(bool) for bits, n, _ in of_ranks]))
+            log.warning("%s: %d of %d lines have %s, which is cut", self.name, sum(cuts), len(self.corpus), long)
+        if fields := sorted(set().union(*unread)):
+            more = f" and {len(fields) - 20} more" if len(fields) > 20 else ""
+            log.info("%s: fields that are not read: %s%s", self.name, ", ".join(fields[:20]), more)
+        self._judged_lines = sum(judged)
+        bad = [] if bad_lines is None else report_bad_lines(self.corpus, self._bad, bad_lines)
+        counts = [np.unpackbits(bits, count=n).view(bool) for bits, n in zip(shares, sizes, strict=True)]
+        self.keep(np.concatenate(counts), len(bad))
+
+    def _report_judgements(self, qrels: str) -> None:
+        """Say how many lines are judged. Raises: ValueError if none is."""
+        if not self._judged_lines:
+            raise ValueError(
+                f"--qrels {qrels}: none of its {len(self.judgements)} queries is the id of a line of {self.name}"
+            )
+        log.info("%s: %s judges %d of the %d lines", self.name, qrels, self._judged_lines, len(self))
 
     def _report_long_questions(self, settings: ModelSettings, tokenizer: ReaderTokenizer) -> None:
         """Warn of questions that leave no room for a passage. Of many lines only a part is looked at. Collective."""
@@ -161,27 +201,51 @@ class Data:
             chunk = lines[start : start + 1000]
             for i, line in enumerate(chunk, start):
                 cuts = self.task.cuts
-                counts[i] = self._of_line(line, self.task.check)
+                try:
+                    counts[i] = self._counts(self.corpus.parsed(line))
+                except DataError:  # the file is damaged
+                    raise
+                except ValueError as error:
+                    if self._bad is None:
+                        raise DataError(f"{self.corpus.where(line)}: {error}") from error
+                    self._bad.append(BadLine(line, str(error)))
+                    counts[i] = False
                 self._cut_lines += self.task.cuts > cuts
             read(len(chunk))
         return counts
 
-    def keep(self, counts: np.ndarray) -> None:
+    def _counts(self, record: dict) -> bool:
+        """Whether a line has an example that can be scored. Raises: ValueError, as `Task.process`."""
+        counts = self.task.check(record)
+        self._unread.update(self.task.unread(record))
+        if self.judgements is None or not counts:
+            return counts
+        example = self.task.example(record, random.Random(0), 0)
+        judged = str(example.id) in self.judgements
+        self._judged_lines += judged
+        return judged or bool(example.answers)
+
+    def keep(self, counts: np.ndarray, bad: int = 0) -> None:
         """Leave out the lines that the task skips, so that batches are full.
 
         Args:
             counts: what `check` returns for all lines, (lines of all files,) bool.
+            bad: how many of them cannot be read, which has been said.
 
         Raises:
-            ValueError: the task skips all lines of a file.
+            ValueError: no line of a file is left.
         """
+        skips = self.task.skips
+        if self.judgements is not None:
+            skips = f"{skips}, and lines without answers that --qrels does not judge"
         for path, lines in zip(self.corpus.sources, self.corpus.rows_of_files(), strict=True):
             if not counts[lines.start : lines.stop].any():
-                raise ValueError(f"{path}: no line is left, because the task skips {self.task.skips}")
+                also = " and bad lines are left out" if bad else ""
+                raise ValueError(f"{path}: no line is left, because the task skips {skips}{also}")
         if not counts.all():
             self._kept = np.flatnonzero(counts).astype(_smallest_type(len(counts)))
-            skipped = len(counts) - len(self._kept)
-            log.info("%s: %d of %d lines are skipped (%s)", self.name, skipped, len(counts), self.task.skips)
+            if skipped := len(counts) - len(self._kept) - bad:
+                log.info("%s: %d of %d lines are skipped (%s)", self.name, skipped, len(counts), skips)
 
     def line(self, place: int) -> int:
         """The line of a place, counted from 0 over all files, with those that the task skips."""
@@ -191,16 +255,16 @@ class Data:
     def example(self, place: int, epoch: int) -> Example | None:
         """The example at a place; None if the task makes fewer of this line. Raises: DataError."""
         line, number = self.line(place), place % self.task.examples_per_line
-        rng = example_rng(self.seed, epoch, line)
-        return self._of_line(line, lambda record: self.task.example(record, rng, number))
-
-    def _of_line(self, line: int, function: Callable[[dict], T]) -> T:
         try:
-            return function(self.corpus[line])
+            example = self.task.example(self.corpus.parsed(line), example_rng(self.seed, epoch, line), number)
         except DataError:
             raise
         except ValueError as error:
             raise DataError(f"{self.corpus.where(line)}: {error}") from error
+        if self.judgements is None or example is None:
+            return example
+        relevance = self.judgements.get(str(example.id))
+        return replace(example, judged=Judged(relevance) if relevance else None)
 
     def resume(self, step: int, examples: int, places: int | None) -> None:
         """Continue after so many examples, which a run on perhaps another number of ranks has seen in `step` steps.

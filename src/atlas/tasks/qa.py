@@ -1,15 +1,20 @@
 """Question answering with short answers."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from atlas.metrics import exact_match, f1
 from atlas.model.tokenization import LONGEST_TEXT, fill_in
 from atlas.tasks.base import Example, Task, TaskSetup
 
+ANSWERS = ("answers", "golden_answers", "answer")  # as Atlas, FlashRAG and NQ-open call them: the first that is there
+
 
 class QuestionAnswering(Task):
-    """Lines `{"question": ..., "answers": [...]}`, optionally with the `target` to train on."""
+    """Lines `{"question": ..., "answers": [...]}`, optionally with the `target` to train on.
+
+    FlashRAG's `golden_answers` and NQ-open's `answer` are read as well, and BEIR's queries `{"_id": ..., "text": ...}`.
+    """
 
     metrics = ("exact_match", "f1")
     fields = "`question` (a string), `answers` (a list of strings), optionally `target` (a string)"
@@ -37,15 +42,29 @@ class QuestionAnswering(Task):
 
     def question(self, record: Mapping) -> str:
         """The question to put into `prompt_format`. Raises: ValueError."""
-        return self.text(record, "question")
+        return self.text(record, self.question_field(record))
+
+    def question_field(self, record: Mapping) -> str:
+        return "text" if "_id" in record and record.get("question") is None and "text" in record else "question"
 
     def answers(self, record: Mapping) -> list[str]:
-        answers = record.get("answers")
+        field = first_given(record, ANSWERS)
+        answers = record.get(field)
         if answers is None:
             return []
+        if isinstance(answers, str) and field == "answer":
+            answers = [answers]
         if not isinstance(answers, list):
-            raise ValueError(f"`answers` must be a list of strings, found {answers!r:.60}")
-        return self.texts(answers, "answers")
+            raise ValueError(f"`{field}` must be a list of strings, found {answers!r:.60}")
+        return self.texts(answers, field)
+
+    def identifier(self, record: Mapping) -> str | int | None:
+        return record.get(first_given(record, ("id", "_id")))
+
+    def unread(self, record: Mapping) -> Iterable[str]:
+        chosen = first_given(record, ANSWERS), first_given(record, ("id", "_id")), self.question_field(record)
+        given = {name for name, value in record.items() if value is not None}
+        return given - {*chosen, "target", "metadata", "passages"}
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
         return {
@@ -55,3 +74,8 @@ class QuestionAnswering(Task):
 
     def retrieval_answers(self, example: Example) -> list[str] | None:
         return example.answers or None
+
+
+def first_given(record: Mapping, names: Sequence[str]) -> str:
+    """The first of the names under which the record has something, or the first of all."""
+    return next((name for name in names if record.get(name) is not None), names[0])
