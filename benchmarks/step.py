@@ -24,6 +24,7 @@ from transformers import BertConfig, T5Config
 
 from atlas.config import Optimisation
 from atlas.model.atlas import Atlas, TrainingTensors
+from atlas.model.grouping import fuse
 from atlas.model.inputs import Targets
 from atlas.model.reader import FusionInDecoder
 from atlas.model.retriever import Contriever, DualEncoder
@@ -154,9 +155,10 @@ class Step:
 
     def read(self, batch: TrainingTensors) -> None:
         """The reader's forward and backward pass alone."""
-        ids, mask = batch.reader_ids, batch.reader_mask
+        rows = batch.read(0, batch.reader_ids.shape[1])
         with devices.autocast(CPU, PRECISION):
-            logits = self.reader.logits(self.reader.encode(ids, mask), mask.flatten(1), batch.targets.decoder_ids)
+            fused = fuse(self.reader.encode(*rows), rows.mask, rows.lengths)
+            logits = self.reader.logits(fused.hidden, fused.mask, batch.targets.decoder_ids)
         logits.float().mean().backward()
 
 
