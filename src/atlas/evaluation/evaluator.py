@@ -139,7 +139,7 @@ class Evaluator:
         """What the reader makes of each example, from one pass of the encoder."""
         ids, mask, lengths = self.inputs.reader(queries, passages)
         targets = self.inputs.targets(queries, [example.target for example in examples])
-        with devices.autocast(self.session.device, self.precision):
+        with devices.autocast(self.session.device, self.precision), self.reader.reading_twice():
             hidden = self.reader.encode(ids, mask, lengths)  # (B, K, L) -> (B, K·L, d)
             fused = fuse(hidden, mask, lengths)  # (B, S, d)
             logits = self.reader.logits(fused.hidden, fused.mask, targets.decoder_ids)

@@ -120,6 +120,21 @@ class FusionInDecoder(T5ForConditionalGeneration):
         return cache
 
     @contextmanager
+    def reading_twice(self) -> Iterator[None]:
+        """Inside the block, keys and values of the same hidden states are projected once for two uses of the decoder.
+
+        They are let go layer by layer as the second use takes them, so that none exists twice for long.
+        """
+        projections = [getattr(block.layer[1].EncDecAttention, name) for block in self.decoder.block for name in "kv"]
+        for projection in projections:
+            projection.forward = _once_for_two(projection.forward)
+        try:
+            yield
+        finally:
+            for projection in projections:
+                del projection.forward
+
+    @contextmanager
     def observing_cross_attention(self, watch: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
         """Call `watch` with the projections of the decoder's cross-attention whenever it runs inside the block.
 
@@ -325,6 +340,21 @@ FASTER = {
 
 def _broadcastable(mask: Tensor) -> Tensor:  # (n, L) -> (n, 1, 1, L), or (n, T, L) -> (n, 1, T, L)
     return mask.bool()[:, None, None] if mask.dim() == 2 else mask.bool()[:, None]
+
+
+def _once_for_two(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    kept: list[Tensor] = []  # hidden states, and what became of them
+
+    def projected(hidden: Tensor) -> Tensor:
+        if kept and kept[0] is hidden:
+            result = kept[1]
+            kept.clear()
+        else:
+            result = project(hidden)
+            kept[:] = hidden, result
+        return result
+
+    return projected
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
