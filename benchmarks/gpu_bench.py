@@ -131,6 +131,7 @@ class Limits(NamedTuple):
 
     flops: float  # per second, of a large matrix product in the precision of training
     bytes: float  # per second, read and written by a large copy
+    library: str  # of the matrix product
 
 
 class World:

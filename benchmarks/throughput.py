@@ -22,6 +22,7 @@ from transformers import BertConfig, T5Config
 
 from atlas import config
 from atlas.model.atlas import Atlas, TrainingTensors
+from atlas.model.grouping import fuse
 from atlas.model.inputs import Inputs, Targets
 from atlas.model.load import Model
 from atlas.model.reader import FusionInDecoder, token_log_probabilities
@@ -166,24 +167,24 @@ class Bench:
         self.reader.eval()
 
         def read(hidden: torch.Tensor, mask: torch.Tensor) -> None:
-            logits = self.reader.logits(hidden, mask.flatten(1), targets.decoder_ids)
+            logits = self.reader.logits(hidden, mask, targets.decoder_ids)
             token_log_probabilities(logits, targets.labels)
 
         def write(hidden: torch.Tensor, mask: torch.Tensor) -> None:
-            self.reader.write(hidden, mask.flatten(1), max_length=16)
+            self.reader.write(hidden, mask, max_length=16)
 
         @torch.no_grad()
         def fast() -> None:
             ids, mask, lengths = self.inputs.reader(queries, passages)
-            hidden = self.reader.encode(ids, mask, lengths)
-            read(hidden, mask)
-            write(hidden, mask)
+            fused = fuse(self.reader.encode(ids, mask, lengths), mask, lengths)
+            read(fused.hidden, fused.mask)
+            write(fused.hidden, fused.mask)
 
         @torch.no_grad()
         def plain() -> None:
             ids, mask = widen(*self.inputs.reader(queries, passages)[:2])
-            read(self.reader.encode(ids, mask), mask)
-            write(self.reader.encode(ids, mask), mask)
+            read(self.reader.encode(ids, mask), mask.flatten(1))
+            write(self.reader.encode(ids, mask), mask.flatten(1))
 
         return median_ratio(fast, plain, repeats)
 

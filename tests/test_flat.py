@@ -39,7 +39,8 @@ def test_fixed_inner_products_are_inner_products(dimension):
 @pytest.fixture(params=["fp32 first", "16 bits first", "as on a GPU"], autouse=True)
 def way(request, monkeypatch):
     """Every test with the first passes of every device, and with few queries enough for bf16."""
-    monkeypatch.setattr("atlas.runtime.device.cpu_prefers_bf16", lambda device: request.param == "16 bits first")
+    for choice in ("cpu_prefers_bf16", "cpu_multiplies_fp16"):
+        monkeypatch.setattr(f"atlas.runtime.device.{choice}", lambda device: request.param == "16 bits first")
     monkeypatch.setattr("atlas.index.flat._MANY_QUERIES", 3)
     if request.param == "as on a GPU":
         monkeypatch.setattr("atlas.runtime.device.waits_cost_much", lambda device: True)

@@ -25,7 +25,7 @@ runpy.run_module("benchmarks.gpu_check", run_name="__main__", alter_sys=True)
 
 @pytest.fixture
 def bench(tmp_path):
-    return Bench(CPU, SHORT, Limits(1e9, 1e9), World(MODELS, tmp_path, SHORT), tmp_path / "no demo")
+    return Bench(CPU, SHORT, Limits(1e9, 1e9, "torch"), World(MODELS, tmp_path, SHORT), tmp_path / "no demo")
 
 
 @pytest.mark.processes

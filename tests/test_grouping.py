@@ -1,4 +1,4 @@
-"""Rows of similar length in one call: the same encodings, from fewer tokens."""
+"""Rows of similar length in one call, and passages fused without padding: the same results from fewer tokens."""
 
 from itertools import combinations_with_replacement, pairwise
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from atlas.model.grouping import encode_by_length, length_groups
+from atlas.model.grouping import encode_by_length, fuse, length_groups
 
 
 def padded_tokens(lengths, groups, overhead):
@@ -66,3 +67,46 @@ def test_equals_one_call_for_all(pools, lengths):
     assert torch.allclose(*gradients)
     encoder.calls.clear()
     assert torch.equal(encode_by_length(encoder, ids, mask, None), one) and len(encoder.calls) == 1
+
+
+@pytest.mark.parametrize("lengths", [[[3, 0, 7], [2, 5, 1]], [[4, 1, 2]], [[0, 3, 3]], [[6, 6], [1, 6]]])
+def test_fused_passages_are_their_real_states_in_order(lengths):
+    lengths, longest = np.array(lengths), 7
+    mask = torch.arange(longest) < torch.from_numpy(lengths)[..., None]  # (B, K, L)
+    hidden = torch.randn(len(lengths), mask[0].numel(), 5, requires_grad=True)
+    fused = fuse(hidden, mask, lengths)
+    assert fused.hidden.shape[:2] == fused.passage.shape == (len(lengths), lengths.sum(1).max())
+    for b, own in enumerate(lengths):
+        real = fused.mask[b]
+        assert real[: own.sum()].all() and not real[own.sum() :].any()
+        assert torch.equal(fused.hidden[b][real], hidden[b][mask[b].flatten()])
+        assert fused.passage[b][real].tolist() == np.repeat(np.arange(len(own)), own).tolist()
+    (gradient,) = torch.autograd.grad((fused.hidden * fused.mask[..., None]).sum(), hidden)
+    assert torch.equal(gradient, mask.flatten(1)[..., None].expand_as(hidden).float())
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_where_nothing_is_known_or_nothing_is_padding_states_are_not_copied(known):
+    mask = torch.ones(2, 3, 4, dtype=torch.bool)
+    lengths = mask.sum(-1).numpy() if known else None
+    mask[0, 1, 2:] = known
+    hidden = torch.randn(2, 12, 5)
+    fused = fuse(hidden, mask, lengths)
+    assert fused.hidden is hidden and torch.equal(fused.mask, mask.flatten(1))
+    assert torch.equal(fused.passage[1], torch.arange(3).repeat_interleave(4))
+
+
+class NoWait(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert not waits, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_fusing_never_waits_for_the_device():
+    lengths = np.array([[3, 0, 7], [2, 5, 1]])
+    mask = torch.arange(7) < torch.from_numpy(lengths)[..., None]
+    hidden = torch.randn(2, 21, 5, requires_grad=True)
+    with NoWait():
+        fused = fuse(hidden, mask, lengths)
+        (fused.hidden * fused.mask[..., None]).sum().backward()

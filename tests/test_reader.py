@@ -190,6 +190,47 @@ def test_writing_equals_stock_generation(pair, beams, min_length):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+def test_beams_share_keys_and_values(pair, beams):
+    """Those of the hidden states are computed once, whatever the number of tokens and beams, and never copied."""
+    reader, projected, kept = pair[0], [], []
+    ids, mask, _ = batch(queries=2)
+
+    def note(attention, inputs, named, output) -> None:
+        cache = named["cache"] if "cache" in named else named["past_key_values"]  # by version of transformers
+        kept.append(cache.cross_attention_cache.layers[attention.layer_idx].keys.data_ptr())
+
+    for block in reader.decoder.block:
+        attention = block.layer[1].EncDecAttention
+        attention.k.register_forward_hook(lambda _, inputs, __: projected.append(inputs[0].shape[:2]))
+        attention.register_forward_hook(note, with_kwargs=True)
+    reader.write(reader.encode(ids, mask), mask.flatten(1), max_length=9, min_length=9, num_beams=beams)
+    assert projected == [(2, mask[0].numel())] * len(reader.decoder.block)
+    assert len(kept) == 8 * len(reader.decoder.block) and len(set(kept)) == len(reader.decoder.block)
+
+
+@torch.no_grad()
+def test_what_is_read_twice_is_projected_once(pair, monkeypatch):
+    reader, projected = pair[0], []
+    ids, mask, labels = batch()
+    hidden, mask = reader.encode(ids, mask), mask.flatten(1)
+
+    def both():
+        decoder_ids = reader._shift_right(labels)
+        return reader.logits(hidden, mask, decoder_ids), reader.write(hidden, mask, max_length=9, num_beams=2)
+
+    expected, of_values, project = both(), reader.decoder.block[0].layer[1].EncDecAttention.v, nn.Linear.forward
+    note = lambda module, states: projected.extend([states] * (module is of_values))  # noqa: E731
+    monkeypatch.setattr(nn.Linear, "forward", lambda module, states: note(module, states) or project(module, states))
+    with reader.reading_twice():
+        for _ in range(2):
+            logits, rows = both()
+            assert torch.equal(logits, expected[0]) and rows == expected[1]
+    assert len(projected) == 2
+    both()
+    assert len(projected) == 4
+
+
+@pytest.mark.parametrize("beams", [1, 3])
 def test_prompts_of_different_lengths(pair, beams):
     """Every row equals generation of that row alone, behind its own prompt given as decoder input."""
     reader, _ = pair

@@ -54,7 +54,7 @@ class Case:
 
     def reading(self, temperature_gold=1.0):
         hidden = self.reader.encode(self.ids, self.mask, self.lengths).unflatten(1, self.ids.shape[1:])
-        return Reading(self.reader, hidden, self.mask, self.targets, temperature_gold)
+        return Reading(self.reader, hidden, self.mask, self.targets, temperature_gold, self.lengths)
 
     def encoded(self, i, which):
         """Encodings (1, n, d) of some of the passages of example i, each encoded alone."""

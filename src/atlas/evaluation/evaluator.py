@@ -13,6 +13,7 @@ import torch
 from atlas.config import Config
 from atlas.evaluation.results import result_row, results_writer
 from atlas.metrics import RECALL_AT, judged_metrics, retrieval_metrics
+from atlas.model.grouping import fuse
 from atlas.model.inputs import Targets
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
@@ -156,10 +157,12 @@ class Evaluator:
         """What the reader makes of each example, from one pass of the encoder."""
         ids, mask, lengths = self.inputs.reader(queries, passages)
         targets = self.inputs.targets(queries, [example.target for example in examples])
-        with devices.autocast(self.session.device, self.precision):
+        with devices.autocast(self.session.device, self.precision), self.reader.reading_twice():
             hidden = self.reader.encode(ids, mask, lengths)  # (B, K, L) -> (B, K·L, d)
-            logits = self.reader.logits(hidden, mask.flatten(1), targets.decoder_ids)
-            rows = self.reader.write(hidden, mask.flatten(1), prompt=self.inputs.prompts(queries), **self._generation())
+            fused = fuse(hidden, mask, lengths)  # (B, S, d)
+            logits = self.reader.logits(fused.hidden, fused.mask, targets.decoder_ids)
+            prompts = self.inputs.prompts(queries)
+            rows = self.reader.write(fused.hidden, fused.mask, prompt=prompts, **self._generation())
         losses = (-token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths).tolist()
         choices = self._choice_logits(examples, logits, targets)
         return list(map(_Reading, self.inputs.reader_tokenizer.decode(rows), losses, choices))

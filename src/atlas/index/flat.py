@@ -25,8 +25,9 @@ _FEWEST_SCORES = 2**16  # below, a chunk's fixed cost is more than that of its p
 _TILE = 64  # neighbouring scores that are compared by their largest first
 _MOST_PAIRS = 2**18  # pairs merged at a time: only many near-ties are more
 _SPARE = 64  # rows kept beyond the k best, at least
-# Where bf16 is fast: up to _FEW queries, products with fp16 rows as they are take less time than converting the rows;
-# from _MANY on, products in bf16 save more time than converting to bf16 takes. (Measured with D = 768 on AVX512-BF16.)
+# On CPUs: up to _FEW queries, products with fp16 rows as they are take less time than converting the rows; from _MANY
+# on, where bf16 is fast, products in bf16 save more time than converting to bf16 takes. (Measured with D = 768 on
+# AVX512-BF16, and the first on AVX2.)
 _FEW_QUERIES, _MANY_QUERIES = 2, 16
 _LARGEST_FP16_SCORE = 2.0**15  # half of what fp16 can hold
 
@@ -98,11 +99,12 @@ class FlatIndex:
         stored = self.embeddings.dtype
         if device_choices.sums_half_products_in_fp32(self.embeddings.device):
             return stored if stored != torch.float32 else None
-        if not device_choices.cpu_prefers_bf16(self.embeddings.device):
-            return None
-        if stored == torch.float16 and len(queries) <= _FEW_QUERIES:
+        few = stored == torch.float16 and len(queries) <= _FEW_QUERIES
+        if few and device_choices.cpu_multiplies_fp16(self.embeddings.device):
             small = (queries.norm(dim=1) * self.largest_norm < _LARGEST_FP16_SCORE).all()
             return torch.float16 if small else None
+        if not device_choices.cpu_prefers_bf16(self.embeddings.device):
+            return None
         return torch.bfloat16 if stored == torch.bfloat16 or len(queries) >= _MANY_QUERIES else None
 
     def _half_pass(self, queries: torch.Tensor, dtype: torch.dtype) -> FirstPass:

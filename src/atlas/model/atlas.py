@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from atlas.model.grouping import fuse
 from atlas.model.inputs import ReaderRows, Targets
 from atlas.model.losses import retriever_scores
 from atlas.model.reader import IGNORE, FusionInDecoder
@@ -23,7 +24,7 @@ class TrainingTensors:
 
     reader_ids: torch.Tensor  # (B, K, L): all retrieved passages; the reader reads the first n_context of them
     reader_mask: torch.Tensor  # (B, K, L) bool
-    reader_lengths: np.ndarray | None  # (B, K) tokens, on the CPU; None: all are encoded in one call
+    reader_lengths: np.ndarray | None  # (B, K) tokens, on the CPU; None: unknown, so that padding is computed too
     targets: Targets
     query_ids: torch.Tensor | None = None  # (B, Lq)
     query_mask: torch.Tensor | None = None
@@ -74,6 +75,8 @@ class Atlas(nn.Module):
         mode: how the reader scores passages (`atlas.model.signals`); None when the retriever is not trained.
         n_context: number of passages that the reader reads; the retriever learns from all retrieved passages.
         correlate: whether to correlate the gold scores with the decoder's attention.
+        group_by_length: whether the reader may encode passages of similar length together. Ranks that share its weights
+            must call it equally often.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Atlas(nn.Module):
         temperature_gold: float = 0.01,
         temperature_score: float = 0.01,
         correlate: bool = False,
+        group_by_length: bool = True,
     ) -> None:
         super().__init__()
         self.reader = reader
@@ -95,12 +99,14 @@ class Atlas(nn.Module):
         self.temperature_gold = temperature_gold
         self.temperature_score = temperature_score
         self.correlate = correlate
+        self.group_by_length = group_by_length
 
     def forward(self, batch: TrainingTensors) -> Losses:
         """The losses of one batch. The retriever has one only if the batch contains its tensors."""
-        ids, mask, lengths = batch.read(0, self.n_context)
-        hidden = self.reader.encode(ids, mask, lengths)  # (B, K, L) -> (B, K·L, d)
-        logits = self.reader.logits(hidden, mask.flatten(1), batch.targets.decoder_ids)  # (B, T, V)
+        rows = batch.read(0, self.n_context)
+        hidden = self._encode(rows)  # (B, K, L) -> (B, K·L, d)
+        fused = fuse(hidden, rows.mask, rows.lengths)  # (B, S, d)
+        logits = self.reader.logits(fused.hidden, fused.mask, batch.targets.decoder_ids)  # (B, T, V)
         labels = batch.targets.labels
         reader_loss = F.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
@@ -120,14 +126,18 @@ class Atlas(nn.Module):
         Args:
             hidden: (B, n_context·L, d): the encodings that the reader's loss was computed from.
         """
-        ids, mask = batch.reader_ids, batch.reader_mask  # (B, K, L)
+        k = batch.reader_ids.shape[1]
+        rows = batch.read(0, k)
         if self.reader.has_dropout:
-            hidden = self.reader.encode(ids, mask, batch.reader_lengths)
-        elif ids.shape[1] > self.n_context:
-            rest = self.reader.encode(*batch.read(self.n_context, ids.shape[1]))
+            hidden = self._encode(rows)
+        elif k > self.n_context:
+            rest = self._encode(batch.read(self.n_context, k))
             hidden = torch.cat([hidden, rest], dim=1)
-        hidden = hidden.detach().unflatten(1, ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
-        return Reading(self.reader, hidden, mask, batch.targets, self.temperature_gold)
+        hidden = hidden.detach().unflatten(1, rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
+        return Reading(self.reader, hidden, rows.mask, batch.targets, self.temperature_gold, rows.lengths)
+
+    def _encode(self, rows: ReaderRows) -> torch.Tensor:  # (B, K, L) -> (B, K·L, d)
+        return self.reader.encode(rows.ids, rows.mask, rows.lengths if self.group_by_length else None)
 
     def _retriever_scores(self, batch: TrainingTensors) -> torch.Tensor:
         """(B, K). Gradients flow into the query encoder, and into the passage encoder if it is the same module."""

@@ -1,7 +1,8 @@
-"""Rows of similar length are encoded together, so that less of what is computed is padding."""
+"""Less of what is computed is padding: rows of similar length are encoded together, and passages fused without any."""
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,41 @@ import torch.nn.functional as F
 from atlas.runtime import device as devices
 
 _MOST_CUTS = 128  # places tried for a cut, however many rows there are
+
+
+class Fused(NamedTuple):
+    """The hidden states of each query's passages, one after the other: what the decoder attends to."""
+
+    hidden: torch.Tensor  # (B, S, d)
+    passage: torch.Tensor  # (B, S) int64: the number of each state's passage; -1 is padding
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, S) bool, false for padding."""
+        return self.passage >= 0
+
+
+def fuse(hidden: torch.Tensor, mask: torch.Tensor, lengths: np.ndarray | None) -> Fused:
+    """Put the passages of each query together. S is the number of tokens of the query that has the most.
+
+    Args:
+        hidden: (B, K·L, d).
+        mask: (B, K, L) bool, true for a passage's first tokens.
+        lengths: (B, K) tokens of each passage, on the CPU so that nobody waits for the device. None: the padding stays.
+    """
+    (b, k, longest), device = mask.shape, mask.device
+    if lengths is not None:
+        totals, multiple = lengths.sum(1), devices.pad_multiple(device)
+        width = -(-max(1, totals.max()) // multiple) * multiple
+    if lengths is None or width >= k * longest:
+        number = torch.arange(k, device=device)[:, None]
+        return Fused(hidden, torch.where(mask, number, -1).flatten(1))
+    query, passage, token = (np.arange(longest) < lengths[..., None]).nonzero()
+    column = np.arange(len(query)) - np.repeat(totals.cumsum() - totals, totals)
+    rows, passages = np.zeros((b, width), np.int64), np.full((b, width), -1)  # padding repeats the first state
+    rows[query, column], passages[query, column] = (query * k + passage) * longest + token, passage
+    rows, passages = (devices.move(torch.from_numpy(part), device) for part in (rows, passages))
+    return Fused(hidden.flatten(0, 1).index_select(0, rows.flatten()).view(b, width, -1), passages)
 
 
 def encode_by_length(

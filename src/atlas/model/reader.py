@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, LogitsProcessor, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, EncoderDecoderCache, LogitsProcessor, T5Config, T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5 import modeling_t5 as t5
@@ -107,6 +107,32 @@ class FusionInDecoder(T5ForConditionalGeneration):
         ).tolist()
         lengths = [len(tokens) for tokens in prompt] if prompt else [0] * len(rows)
         return [self._answer(row[1 + length :]) for row, length in zip(rows, lengths, strict=True)]
+
+    def _expand_inputs_for_generation(
+        self, *, encoder_outputs: BaseModelOutput, attention_mask: Tensor, is_encoder_decoder: bool = True, **inputs
+    ):
+        """As in transformers, but the beams of an example share its hidden states: `SharedBiasAttention`."""
+        input_ids, expanded = super()._expand_inputs_for_generation(is_encoder_decoder=False, **inputs)
+        return input_ids, expanded | {"encoder_outputs": encoder_outputs, "attention_mask": attention_mask}
+
+    def _reorder_cache(self, cache: EncoderDecoderCache, beams: Tensor) -> EncoderDecoderCache:
+        cache.self_attention_cache.reorder_cache(beams)
+        return cache
+
+    @contextmanager
+    def reading_twice(self) -> Iterator[None]:
+        """Inside the block, keys and values of the same hidden states are projected once for two uses of the decoder.
+
+        They are let go layer by layer as the second use takes them, so that none exists twice for long.
+        """
+        projections = [getattr(block.layer[1].EncDecAttention, name) for block in self.decoder.block for name in "kv"]
+        for projection in projections:
+            projection.forward = _once_for_two(projection.forward)
+        try:
+            yield
+        finally:
+            for projection in projections:
+                del projection.forward
 
     @contextmanager
     def observing_cross_attention(self, watch: Callable[[Tensor, Tensor, Tensor], None]) -> Iterator[None]:
@@ -263,6 +289,8 @@ class SharedBiasAttention(t5.T5Attention):
 
     transformers passes the first layer's bias on to the others, so it is enough to put the mask into it. At XL size,
     with 40 passages of 384 tokens, each such tensor takes 377 MB. The decoder's causal attention is unchanged.
+
+    In cross-attention, the beams of an example are queries to the same keys and values, which exist once.
     """
 
     def forward(self, hidden_states: Tensor, mask=None, key_value_states=None, position_bias=None, **kwargs):
@@ -277,7 +305,11 @@ class SharedBiasAttention(t5.T5Attention):
                     bias = bias.to(dtype).contiguous()
                 position_bias = torch.where(mask, bias, torch.finfo(dtype).min)
             mask = None
-        return super().forward(hidden_states, mask, key_value_states, position_bias, **kwargs)
+        shape = hidden_states.shape
+        if key_value_states is not None:  # (B·beams, T, d) -> (B, beams·T, d)
+            hidden_states = hidden_states.view(len(key_value_states), -1, shape[-1])
+        output, *rest = super().forward(hidden_states, mask, key_value_states, position_bias, **kwargs)
+        return output.view(shape), *rest
 
 
 class ForcedPrompt(LogitsProcessor):
@@ -308,6 +340,21 @@ FASTER = {
 
 def _broadcastable(mask: Tensor) -> Tensor:  # (n, L) -> (n, 1, 1, L), or (n, T, L) -> (n, 1, T, L)
     return mask.bool()[:, None, None] if mask.dim() == 2 else mask.bool()[:, None]
+
+
+def _once_for_two(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    kept: list[Tensor] = []  # hidden states, and what became of them
+
+    def projected(hidden: Tensor) -> Tensor:
+        if kept and kept[0] is hidden:
+            result = kept[1]
+            kept.clear()
+        else:
+            result = project(hidden)
+            kept[:] = hidden, result
+        return result
+
+    return projected
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:

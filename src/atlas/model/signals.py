@@ -9,8 +9,10 @@ over the passages.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import Targets
 from atlas.model.losses import distillation_loss, emdr_loss
 from atlas.model.reader import FusionInDecoder, token_log_probabilities
@@ -32,11 +34,16 @@ class Reading(NamedTuple):
     mask: torch.Tensor  # (B, K, L) bool; a row without any token is not a passage
     targets: Targets
     temperature_gold: float = 1.0
+    lengths: np.ndarray | None = None  # (B, K) tokens, on the CPU; None: unknown
 
     @property
     def counts(self) -> torch.Tensor:
         """(B, K): where there is a passage, and a target to score it by."""
         return self.mask.any(-1) & (self.targets.lengths > 0)[:, None]
+
+    def fused(self) -> Fused:
+        """All passages of a query together: (B, S, d)."""
+        return fuse(self.hidden.flatten(1, 2), self.mask, self.lengths)
 
 
 Signal = Callable[[Reading], torch.Tensor]
@@ -89,19 +96,17 @@ def leave_one_out(reading: Reading) -> torch.Tensor:
         (B, K): minus the mean over the target's tokens of log P(token | query, all passages but k). 0 if the query has
         only one passage, because nothing is left to read; its score does not matter in a distribution over one passage.
     """
-    mask, targets = reading.mask, reading.targets
+    mask, targets, fused = reading.mask, reading.targets, reading.fused()
     k, t = mask.shape[1], targets.labels.shape[1]
-    hidden = reading.hidden.flatten(1, 2)  # (B, K·L, d)
-    others = ~torch.eye(k, dtype=torch.bool, device=mask.device)
-    seen = (mask[:, None] & others[:, :, None]).flatten(2)  # (B, K, K·L): row k sees all passages but k
+    left_out = torch.arange(k, device=mask.device)[:, None] == fused.passage[:, None]  # (B, K, S)
+    seen = fused.mask[:, None] & ~left_out  # row k sees all passages but k
     scores = []
-    for of_some in seen.split(LEFT_OUT_AT_ONCE, dim=1):  # (B, n, K·L)
+    for of_some in seen.split(LEFT_OUT_AT_ONCE, dim=1):  # (B, n, S)
         n = of_some.shape[1]
         position = torch.arange(n * t, device=mask.device)
         before = (position[:, None] >= position) & (position[:, None] // t == position // t)  # (n·T, n·T)
-        logits = reading.reader.logits(
-            hidden, of_some.repeat_interleave(t, dim=1), targets.decoder_ids.repeat(1, n), decoder_mask=before[None]
-        )  # (B, n·T, V)
+        of_some, decoder_ids = of_some.repeat_interleave(t, dim=1), targets.decoder_ids.repeat(1, n)
+        logits = reading.reader.logits(fused.hidden, of_some, decoder_ids, decoder_mask=before[None])  # (B, n·T, V)
         log_likelihoods = token_log_probabilities(logits, targets.labels.repeat(1, n)).unflatten(1, (n, t))
         scores.append(-_mean_over_tokens(log_likelihoods, targets))
     alone = mask.any(-1).sum(-1, keepdim=True) <= 1  # (B, 1)
@@ -117,22 +122,24 @@ def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
         `value_norm`: L2 norm of the value vectors, averaged over the passage's tokens, heads and layers;
         `adist`: probability times norm, summed and averaged as `attention`, divided by 256.
     """
-    targets, mask = reading.targets, reading.mask.flatten(1)  # (B, K·L)
+    targets, fused = reading.targets, reading.fused()
+    mask = fused.mask  # (B, S)
     has_label = (targets.labels != -100).float()  # (B, T)
     sums = torch.zeros(3, *mask.shape, device=mask.device)
 
-    def watch(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:  # (B, heads, T or K·L, d_kv)
+    def watch(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:  # (B, heads, T or S, d_kv)
         with torch.autocast(mask.device.type, enabled=False):
-            scores = queries.float() @ keys.float().transpose(2, 3)  # (B, heads, T, K·L); T5 does not scale them
+            scores = queries.float() @ keys.float().transpose(2, 3)  # (B, heads, T, S); T5 does not scale them
             scores = scores.masked_fill_(~mask[:, None, None], torch.finfo(scores.dtype).min)
             probability = torch.einsum("bhts,bt->bhs", scores.softmax(-1), has_label)
-            norm = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)  # (B, heads, K·L)
+            norm = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)  # (B, heads, S)
             sums.add_(torch.stack([probability, norm, probability * norm]).mean(2))  # mean over the heads
 
     with reading.reader.observing_cross_attention(watch):
-        reading.reader.logits(reading.hidden.flatten(1, 2), mask, targets.decoder_ids)
+        reading.reader.logits(fused.hidden, mask, targets.decoder_ids)
     layers = reading.reader.config.num_decoder_layers
-    sums = sums.masked_fill(~mask, 0.0).unflatten(2, reading.mask.shape[1:]).sum(-1) / layers  # (3, B, K)
+    of_passage = fused.passage[..., None] == torch.arange(reading.mask.shape[1], device=mask.device)  # (B, S, K)
+    sums = torch.where(of_passage, sums[..., None], 0.0).sum(2) / layers  # (3, B, S) -> (3, B, K)
     tokens = targets.lengths.clamp(min=1)[:, None]
     passage_tokens = reading.mask.sum(-1).clamp(min=1)
     return {

@@ -162,6 +162,11 @@ def cpu_prefers_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def cpu_multiplies_fp16(device: torch.device) -> bool:
+    """Whether this is a CPU on which torch multiplies a vector with fp16 rows as they are (AVX2 or more)."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
 def cpu_precision() -> str:
     """The precision in which this CPU computes fastest: bf16 is many times slower if it is only emulated."""
     return "bf16" if cpu_prefers_bf16(torch.device("cpu")) else "fp32"

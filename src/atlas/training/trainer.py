@@ -50,7 +50,7 @@ class Trainer:
         self.settings, self.plan, self.session = settings, Plan.of(settings), session
         self.model, self.optimizers, self.retrieval = model, optimizers, retrieval
         self.data, self.evaluator = data, evaluator
-        self.atlas = _joint_model(model, settings.model, settings.retriever_training)
+        self.atlas = _joint_model(model, settings)
         # some weights have no gradient while the retriever is frozen
         some_unused = bool(self.plan.retriever_starts_after)
         self.parallel = data_parallel(self.atlas, session.device, some_unused=some_unused)
@@ -268,8 +268,6 @@ class Trainer:
         if settings.use_file_passages:
             passages = [example.passages[:k] for example in examples]
         reading = inputs.reader(queries, passages)
-        if self.settings.optimisation.shard_grads and distributed.world_size() > 1:
-            reading = reading._replace(lengths=None)  # ranks that share weights need them equally often
         targets = inputs.targets(queries, [example.target for example in examples])
         if not learns:
             return TrainingTensors(*reading, targets)
@@ -292,16 +290,18 @@ class Trainer:
         self._means.add("runtime/train_step", time.monotonic() - self._started)
 
 
-def _joint_model(model: Model, settings: config.Model, learning: config.RetrieverTraining) -> Atlas:
+def _joint_model(model: Model, settings: config.Config) -> Atlas:
     """Reader and retriever as one module that computes both losses."""
+    learning, shares_weights = settings.retriever_training, settings.optimisation.shard_grads
     return Atlas(
         model.reader,
         model.retriever,
-        n_context=1 if settings.closed_book else settings.n_context,
+        n_context=1 if settings.model.closed_book else settings.model.n_context,
         mode=MODES[learning.gold_score_mode] if learning.train_retriever else None,
         temperature_gold=learning.temperature_gold,
         temperature_score=learning.temperature_score,
         correlate=learning.compute_crossattention_stats,
+        group_by_length=not (shares_weights and distributed.world_size() > 1),
     )
 
 
