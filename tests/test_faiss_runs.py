@@ -15,7 +15,7 @@ from tests.test_retrieval import make
 
 pytestmark = pytest.mark.processes
 
-D = make(world()).retriever.dim
+D = 64  # dimensions of the retriever of the world
 PQ = {"index_mode": "faiss", "faiss_index_type": "pq", "faiss_code_size": 8}
 EVALUATE = {"train_data": None, "total_steps": None}
 

@@ -32,6 +32,7 @@ def flags(name: str, directory: Path, steps: int = 1) -> dict[str, object]:
         "reader_model_type": ROOT / "models/tiny/reader",
         "retriever_model_path": ROOT / "models/tiny/retriever",
         "target_maxlength": 3,
+        "generation_max_length": 12,
         "lr": 1e-4,
         "lr_retriever": 1e-4,
     } | RUNS[name]
