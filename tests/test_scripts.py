@@ -123,17 +123,18 @@ def test_the_announced_compressed_commands(wide, tmp_path, code_size):
     """
     home, directory = wide
     command = announced(ANNOUNCED_PQ.format(code_size=code_size), directory, home)
-    command += ["--checkpoint_dir", str(tmp_path), "--save_index_path", str(tmp_path / "pq"), "--total_steps", "2"]
+    command += ["--checkpoint_dir", str(tmp_path), "--save_index_path", str(tmp_path / "pq")]
+    command += ["--total_steps", "6", "--eval_freq", "5"]
     done = start(*TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "my_finetuning_experiment_pq_64_xl"
     log = (directory / "run.log").read_text()
     assert f"Training the quantizer PQ{code_size} on 300 of 300 passages" in log
-    rows = read_jsonl(directory / "test-step-2.jsonl")
+    rows = read_jsonl(directory / "test-step-6.jsonl")
     assert all(len(row["passages"]) == 40 for row in rows) and len(rows) == 4
     assert np.load(tmp_path / "pq/codes.1.npy").shape == (300, code_size)
     line = ["--index_mode", "flat", "--load_index_path", str(tmp_path / "pq"), "--name", "next", "--restart"]
-    again = start(sys.executable, *command, *line, "--total_steps", 1)
+    again = start(sys.executable, *command, *line)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"is a compressed index: PQ{code_size}, {code_size} bytes a passage" in again.stdout
     assert "Training the quantizer" not in again.stdout
