@@ -3,10 +3,13 @@
 import gc
 import logging
 import multiprocessing.process
+import multiprocessing.util
 import os
+import shutil
 import signal
 import socketserver
 import subprocess
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +34,20 @@ STARTERS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="record tests/trajectories again instead of comparing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What tests and the programs they start leave behind goes with the last test, but for pytest's own directories."""
+    if not hasattr(config, "workerinput"):  # the processes of xdist share what this one made
+        multiprocessing.util.get_temp_dir()  # removed when this process ends, which is later than the tests
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+        tempfile.tempdir = os.environ["TMPDIR"] = os.environ[ranks.SHARED] = tempfile.mkdtemp(prefix="atlas-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    ranks.close_all()
+    if not hasattr(config, "workerinput") and ranks.SHARED in os.environ:
+        shutil.rmtree(os.environ[ranks.SHARED], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

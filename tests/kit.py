@@ -1,8 +1,13 @@
 """A made-up world for the tests: passages, questions, tiny untrained models, and command lines over them."""
 
+import contextlib
+import fcntl
+import gc
 import json
+import os
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -14,7 +19,7 @@ import torch
 from atlas.config import Tasks, parse_config
 from atlas.tasks import TASKS, Task, TaskSetup
 from evaluate import evaluate
-from tests.ranks import run_on_ranks, scratch_directory
+from tests.ranks import SHARED, run_on_ranks
 from train import train
 
 SYLLABLES = ["ba", "ko", "ri", "nu", "sel", "tam", "vor", "eth", "lin", "gra", "dus", "mon", "pel", "zor", "qua", "fim"]
@@ -30,13 +35,32 @@ def _name(rng: random.Random) -> str:
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice([2, 3]))).capitalize()
 
 
+@contextlib.contextmanager
+def made_once(name: str) -> Iterator[tuple[Path, bool]]:
+    """A directory that all processes of these tests share, and whether it is to be made: only one of them makes it."""
+    directory = Path(os.environ.get(SHARED) or tempfile.mkdtemp(prefix="atlas-test-")) / name
+    directory.parent.mkdir(exist_ok=True)
+    with open(f"{directory}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ready = Path(f"{directory}.ready")
+        yield directory, not ready.exists()
+        ready.touch()
+
+
 @cache
-def world(n_towns: int = 60) -> Path:
-    """A directory with passages.jsonl, train.jsonl, dev.jsonl, models/reader and models/retriever."""
+def world() -> Path:
+    """A directory with passages.jsonl, train.jsonl, dev.jsonl, models/reader, models/retriever; not to be changed."""
+    with made_once("world") as (directory, missing):
+        if missing:
+            directory.mkdir(exist_ok=True)
+            _make_world(directory)
+    return directory
+
+
+def _make_world(directory: Path, n_towns: int = 60) -> None:
     from make_tiny_models import build_tiny_models
 
     rng = random.Random(0)
-    directory = Path(scratch_directory())
     towns = sorted({_name(rng) for _ in range(2 * n_towns)})[:n_towns]
     facts = {town: {place: _name(rng) for place in PLACES} for town in towns}
     passages = [
@@ -57,7 +81,6 @@ def world(n_towns: int = 60) -> Path:
     write_jsonl(directory / "dev.jsonl", questions[40:51])
     texts = [f"{p['title']} {p['text']}" for p in passages] + [q["question"] for q in questions]
     build_tiny_models(texts, directory / "models", vocabulary_size=400, seed=0)
-    return directory
 
 
 @cache
@@ -67,8 +90,10 @@ def lettered_models() -> Path:
 
     rows = read_jsonl(world() / "passages.jsonl") + read_jsonl(world() / "train.jsonl")
     texts = [" ".join(str(value) for value in row.values()) for row in rows]
-    build_tiny_models([*texts, *["A B C D E F G true false maybe"] * 500], world() / "lettered", vocabulary_size=400)
-    return world() / "lettered"
+    with made_once("lettered") as (directory, missing):
+        if missing:
+            build_tiny_models([*texts, *["A B C D E F G true false maybe"] * 500], directory, vocabulary_size=400)
+    return directory
 
 
 def choice_questions(n: int, n_options: Callable[[int], int] = lambda i: 4) -> list[dict[str, Any]]:
@@ -116,7 +141,7 @@ def command_line(output: str | Path, **changes: Any) -> list[str]:
         "retriever_model_path": home / "models/retriever",
         "text_maxlength": 64,
         "target_maxlength": 16,
-        "generation_max_length": 12,
+        "generation_max_length": 6,
         "n_context": 4,
         "retriever_n_context": 4,
         "per_gpu_batch_size": 2,
@@ -144,7 +169,15 @@ def run(output: str | Path, program: str = "train", preset: dict[str, Any] | Non
     """Do in this process (or rank) what the script would do; the run's directory."""
     config = parse_config(command_line(output, **changes), program=program, **(preset or {}))
     evaluate(config) if program == "evaluate" else train(config)
+    _freeze_what_runs_import()
     return Path(output) / config.run.name
+
+
+@cache
+def _freeze_what_runs_import() -> None:
+    """A run collects garbage at its end: the modules that the first one loaded need not be searched by all others."""
+    gc.collect()
+    gc.freeze()
 
 
 def run_on(world_size: int, output: str | Path, program: str = "train", **changes: Any) -> Path:
@@ -165,6 +198,7 @@ def _run_as_rank(arguments: list[str], program: str) -> None:
         raise AssertionError(f"the run ended with status {error.code}") from error
     finally:
         distributed.stop = stop
+    _freeze_what_runs_import()
 
 
 def logged(directory: Path, statistic: str) -> list[float]:

@@ -4,7 +4,6 @@ Starting a process group costs a second, so the pools are shared by the whole te
 transformers costs five, so every process of the tests is forked from one that has done it (and nothing else).
 """
 
-import atexit
 import gc
 import os
 import tempfile
@@ -15,6 +14,8 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from tests.patience import HANG_SECONDS, free_port
+
+SHARED = "ATLAS_TESTS_SHARED"  # the environment's name of a directory that all processes of these tests share
 
 warm = ForkServerContext()  # its processes start with what is imported here
 warm.set_forkserver_preload(["atlas.training.trainer", "atlas.evaluation.evaluator", "atlas.retrieval"])
@@ -111,12 +112,12 @@ class _Pool:
             process.join(10)
 
 
-@atexit.register
-def _close_all() -> None:
-    for pool in _pools.values():
-        pool.close()
+def close_all() -> None:
+    """End all ranks."""
+    while _pools:
+        _pools.popitem()[1].close()
 
 
 def scratch_directory() -> str:
-    """A directory that all ranks of one call can share."""
+    """A directory that all ranks of one call can share; it goes with the last test (tests/conftest.py)."""
     return tempfile.mkdtemp(prefix="atlas-test-")

@@ -48,6 +48,7 @@ from tests.indices import (
     publish,
     saved,
 )
+from tests.kit import slow
 from tests.locks import held_elsewhere
 from tests.parity import parity_kit
 from tests.ranks import run_on_ranks, scratch_directory
@@ -460,7 +461,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 # Compressed
 
 
-@pytest.mark.parametrize("kind", ["pq", "ivfpq", "ivfsq", "ivfflat", "OPQ3_6,PQ3"])
+@pytest.mark.parametrize("kind", ["pq", "ivfpq", "ivfsq", "ivfflat", slow("OPQ3_6,PQ3")])
 def test_compressed_as_a_run_would_do_it(tmp_path, kind):
     flat, embeddings, _ = saved(tmp_path, n=300)
     words = ["--faiss_index_type", kind] + (["--faiss_code_size", "4"] if kind in ("pq", "ivfpq") else [])
@@ -543,7 +544,7 @@ def test_memory_does_not_grow_with_the_rows_that_are_compressed(tmp_path):
 
 
 @pytest.mark.parametrize("codes_only", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow(kind) if "OPQ" in kind else kind for kind in KINDS])
 def test_an_exported_index_finds_the_same(tmp_path, kind, codes_only):
     if kind == "flat":
         directory, embeddings, queries = saved(tmp_path, n=300)

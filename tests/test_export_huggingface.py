@@ -102,7 +102,7 @@ def trained(tmp_path_factory):
     """A run whose two encoders have parted, and its export."""
     directory = tmp_path_factory.mktemp("trained")
     flags = {"train_retriever": True, "query_side_retriever_training": True, "eval_data": None}
-    run(directory, total_steps=3, **flags)
+    run(directory, total_steps=3, generation_max_length=12, **flags)
     return directory / "run", export(directory / "run", directory / "export")
 
 
@@ -367,4 +367,4 @@ def test_the_card_generates_as_the_run_did(tmp_path):
     beams = {"generation_num_beams": 2, "generation_min_length": 3, "generation_length_penalty": 0.5}
     directory = run(tmp_path, total_steps=1, eval_data=None, closed_book=True, passages=None, **beams)
     card = (export(directory, tmp_path / "export") / "reader/README.md").read_text()
-    assert "mask, max_length=12, min_length=3, num_beams=2, length_penalty=0.5)" in card
+    assert "mask, max_length=6, min_length=3, num_beams=2, length_penalty=0.5)" in card

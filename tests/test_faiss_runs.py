@@ -15,9 +15,9 @@ from tests.test_retrieval import make
 
 pytestmark = pytest.mark.processes
 
-D = make(world()).retriever.dim
+D = 64  # dimensions of the retriever of the world
 PQ = {"index_mode": "faiss", "faiss_index_type": "pq", "faiss_code_size": 8}
-EVALUATE = {"train_data": None, "total_steps": None}
+EVALUATE = {"train_data": None, "total_steps": None, "retrieve_only": True, "reader_model_type": None}
 
 
 def found(directory, step=0):
@@ -214,7 +214,7 @@ def test_mistakes_get_one_sentence(home, tmp_path, monkeypatch, capfd, changes, 
 
 
 def test_flags_without_effect_say_so(home, tmp_path):
-    flat = {"load_index_path": home[0] / "flat", "retrieve_only": True, "reader_model_type": None} | EVALUATE
+    flat = {"load_index_path": home[0] / "flat"} | EVALUATE
     log = (run(tmp_path, "evaluate", faiss_code_size=8, faiss_nlist=3, **flat) / "run.log").read_text()
     assert "Without --index_mode faiss there is no effect of --faiss_code_size, --faiss_nlist" in log
     log = (run(tmp_path, "evaluate", name="b", refine_factor=2, faiss_nprobe=2, **flat) / "run.log").read_text()

@@ -106,7 +106,7 @@ def train_in(school, name, program="train", **flags):
         per_gpu_batch_size=8,
         n_context=4,
         retriever_n_context=N_TOWNS,
-        total_steps=STEPS,
+        total_steps=flags.pop("total_steps", STEPS),
         lr=1e-4,
         lr_retriever=1e-3,
         write_results=False,
@@ -138,6 +138,6 @@ def test_a_frozen_retriever_does_not_learn(school):
     """It finds hardly more than chance (4 %) at the start, and that does not change unless it is trained."""
     start = train_in(school, "start", program="evaluate", model_path="none")  # any reader will do
     assert start <= 10
-    assert train_in(school, "untrained") == start
-    waiting = {"train_retriever": True, "freeze_retriever_steps": STEPS, "weight_decay": 0}
-    assert train_in(school, "waiting", **waiting) == start
+    assert train_in(school, "untrained", total_steps=20) == start
+    waiting = {"train_retriever": True, "freeze_retriever_steps": 20, "weight_decay": 0}
+    assert train_in(school, "waiting", total_steps=20, **waiting) == start

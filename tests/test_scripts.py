@@ -1,5 +1,6 @@
 """The scripts as a user starts them: plain, under torchrun, and with something wrong."""
 
+import json
 import os
 import shlex
 import shutil
@@ -17,9 +18,10 @@ from atlas.model.reader import load_reader
 from atlas.model.retriever import load_retriever
 from atlas.retrieval import Retrieval
 from make_tiny_models import build_tiny_models
-from tests.kit import command_line, read_jsonl, run, world, write_jsonl
+from tests.kit import command_line, read_jsonl, run, run_on, world, write_jsonl
 from tests.patience import HANG_SECONDS, free_port
 from tests.test_checkpoint import published
+from tests.test_interruptions import losses_by_step
 from tests.test_retrieval import make
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +61,7 @@ def download(home, directory):
     """What the download scripts would have brought, small: questions, a published checkpoint, an index, a corpus."""
     (directory / "nq_data").mkdir()
     shutil.copy(world() / "train.jsonl", directory / "nq_data/train.100-shot.jsonl")
-    shutil.copy(world() / "dev.jsonl", directory / "nq_data/test.jsonl")
+    write_jsonl(directory / "nq_data/test.jsonl", read_jsonl(world() / "dev.jsonl")[:4])
     reader = load_reader(str(home / "models/reader"), dropout=None)
     retriever = load_retriever(str(home / "models/retriever"), query_side=False, dropout=None)
     state = {f"reader.{name}": tensor for name, tensor in reader.state_dict().items()}
@@ -104,7 +106,7 @@ def test_the_announced_command(data_directory):
     log = (directory / "run.log").read_text()
     assert "Each of 2 ranks keeps its part of the reader" in log  # --shard_grads is among the script's defaults
     rows = read_jsonl(directory / "test-step-31.jsonl")
-    assert [row["id"] for row in rows] == [row["id"] for row in read_jsonl(world() / "dev.jsonl")]
+    assert [row["id"] for row in rows] == [row["id"] for row in read_jsonl(data_directory / "nq_data/test.jsonl")]
     assert all(len(row["passages"]) == 40 for row in rows)
     assert (directory / "checkpoint/latest").resolve().name == "step-31"
     assert (directory / "run.rank-1.log").exists()
@@ -115,31 +117,37 @@ def test_the_announced_command(data_directory):
 @pytest.mark.slow
 @pytest.mark.parametrize("code_size", [192, 64])
 def test_the_announced_compressed_commands(wide, tmp_path, code_size):
-    """A flat index is loaded and compressed; kept with --save_index_path, it is opened as it is by the next run."""
+    """A flat index is loaded and compressed; kept with --save_index_path, it is opened as it is by the next run.
+
+    Its 31 steps are those of the first command, so they are cut short here.
+    """
     home, directory = wide
     command = announced(ANNOUNCED_PQ.format(code_size=code_size), directory, home)
     command += ["--checkpoint_dir", str(tmp_path), "--save_index_path", str(tmp_path / "pq")]
+    command += ["--total_steps", "6", "--eval_freq", "5"]
     done = start(*TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2, *command)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "my_finetuning_experiment_pq_64_xl"
     log = (directory / "run.log").read_text()
     assert f"Training the quantizer PQ{code_size} on 300 of 300 passages" in log
-    rows = read_jsonl(directory / "test-step-31.jsonl")
-    assert all(len(row["passages"]) == 40 for row in rows) and len(rows) == 11
+    rows = read_jsonl(directory / "test-step-6.jsonl")
+    assert all(len(row["passages"]) == 40 for row in rows) and len(rows) == 4
     assert np.load(tmp_path / "pq/codes.1.npy").shape == (300, code_size)
     line = ["--index_mode", "flat", "--load_index_path", str(tmp_path / "pq"), "--name", "next", "--restart"]
-    again = start(sys.executable, *command, *line, "--total_steps", 6, "--eval_freq", 3)
+    again = start(sys.executable, *command, *line)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"is a compressed index: PQ{code_size}, {code_size} bytes a passage" in again.stdout
     assert "Training the quantizer" not in again.stdout
 
 
-@pytest.mark.processes
-def test_a_code_size_that_does_not_divide_stops_with_a_sentence(data_directory):
-    done = start(sys.executable, *announced(ANNOUNCED_PQ.format(code_size=192), data_directory))
-    assert done.returncode == 1
-    assert "--faiss_code_size 192 does not divide the embedding size 64; try 64" in done.stderr
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+def test_a_code_size_that_does_not_divide_stops_with_a_sentence(data_directory, capfd):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        finetune_qa.main(announced(ANNOUNCED_PQ.format(code_size=192), data_directory)[1:])
+    said = capfd.readouterr().err
+    assert ended.value.code == 1
+    assert "--faiss_code_size 192 does not divide the embedding size 64; try 64" in said
+    assert said.count("\n") == 1 and "Traceback" not in said
 
 
 @pytest.mark.processes
@@ -160,8 +168,11 @@ def test_one_process_two_processes_the_same(tmp_path):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_launchers_as_on_two_machines(tmp_path):
-    """`torchrun --nnodes 2`, both on loopback: rank 0 of the whole job writes."""
-    line = command_line(tmp_path, total_steps=2, train_retriever=True)
+    """`torchrun --nnodes 2`, both on loopback: one job, the numbers of two ranks; rank 0 of the whole job writes."""
+    flags = {"total_steps": 5, "train_retriever": True, "query_side_retriever_training": True}
+    flags |= {"dropout": 0.1, "shuffle": True}
+    expected = run_on(2, tmp_path, name="expected", **flags)
+    line = command_line(tmp_path, **flags)
     launch = [
         *TORCHRUN,
         "--nnodes",
@@ -186,7 +197,10 @@ def test_two_launchers_as_on_two_machines(tmp_path):
     ]
     outputs = [launcher.communicate(timeout=HANG_SECONDS)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
-    assert len(read_jsonl(tmp_path / "run/dev-step-2.jsonl")) == 11
+    results = read_jsonl(tmp_path / "run/dev-step-5.jsonl")
+    assert len(results) == 11 and results == read_jsonl(expected / "dev-step-5.jsonl")
+    assert losses_by_step(tmp_path / "run") == losses_by_step(expected)
+    assert json.loads((tmp_path / "run/checkpoint/latest/state.json").read_text())["examples"] == 5 * 2 * 2
     assert "Done: " in outputs[0] and "Done: " not in outputs[1]
 
 
@@ -245,8 +259,9 @@ def test_the_preset_trains_query_side_and_writes(tmp_path):
         total_steps=12,
         warmup_steps=None,
         scheduler=None,
-        n_context=6,
-        retriever_n_context=6,
+        n_context=2,
+        retriever_n_context=2,
+        eval_data=write_jsonl(tmp_path / "dev.jsonl", read_jsonl(world() / "dev.jsonl")[:2]),
         task=None,
         write_results=None,
     )

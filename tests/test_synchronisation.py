@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atlas.model.signals import MODES
 from atlas.training.trainer import Trainer
-from tests.kit import read_jsonl, run, world, write_jsonl
+from tests.kit import read_jsonl, run, slow, world, write_jsonl
 
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 READS = ("tolist", "cpu", "numpy", "__array__")  # on a CPU they pass no dispatcher
@@ -62,8 +62,14 @@ def waits_of_steps(monkeypatch):
     return steps
 
 
-@pytest.mark.parametrize(("precision", "dropout", "query_side"), [("fp32", 0.1, True), ("bf16", 0.0, False)])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "precision", "dropout", "query_side"),
+    [
+        *((mode, "fp32", 0.1, True) for mode in MODES),
+        ("ppmean", "bf16", 0.0, False),
+        *(slow(mode, "bf16", 0.0, False) for mode in MODES if mode != "ppmean"),
+    ],
+)
 def test_a_step_waits_once(tmp_path, waits_of_steps, mode, precision, dropout, query_side):
     few = read_jsonl(world() / "passages.jsonl")[:12]  # embedding is not what is watched, and in bf16 it is slow here
     run(

@@ -24,7 +24,7 @@ def losses_of(directory):
     return {name: logged(directory, f"loss/{name}_loss") for name in ("train", "reader", "retriever")}
 
 
-@pytest.mark.parametrize("query_side", [True, False])
+@pytest.mark.parametrize("query_side", [slow(True), False])
 def test_two_ranks_equal_accumulation(tmp_path, query_side):
     """2 ranks with batch 2 see in one step what 1 rank sees in two accumulated ones."""
     flags = {"train_retriever": True, "query_side_retriever_training": query_side}
@@ -86,8 +86,9 @@ def test_result_files_are_the_same_to_the_byte(tmp_path):
 
 
 def test_query_side_training_moves_the_query_encoder_only(tmp_path):
-    run(tmp_path, name="start", total_steps=1, train_retriever=True, lr=0, lr_retriever=0, weight_decay=0)
-    directory = run(tmp_path, total_steps=3, **RETRIEVER)
+    unmoved = {"lr": 0, "lr_retriever": 0, "weight_decay": 0}
+    run(tmp_path, name="start", total_steps=1, train_retriever=True, eval_data=None, **unmoved)
+    directory = run(tmp_path, total_steps=3, eval_data=None, **RETRIEVER)
     start = load_checkpoint(tmp_path / "start").retriever
     end = load_checkpoint(directory).retriever
     assert {name.split(".")[0] for name in end} == {"query_contriever", "passage_contriever"}
@@ -98,15 +99,15 @@ def test_query_side_training_moves_the_query_encoder_only(tmp_path):
 
 
 def test_without_retriever_training_only_the_reader_moves(tmp_path):
-    run(tmp_path, name="start", total_steps=1, lr=0, weight_decay=0)
-    run(tmp_path, total_steps=2)
+    run(tmp_path, name="start", total_steps=1, lr=0, weight_decay=0, eval_data=None)
+    run(tmp_path, total_steps=2, eval_data=None)
     start, end = load_checkpoint(tmp_path / "start"), load_checkpoint(tmp_path / "run")
     assert all(torch.equal(end.retriever[name], tensor) for name, tensor in start.retriever.items())
     assert not any(torch.equal(end.reader[name], tensor) for name, tensor in start.reader.items())
 
 
 def test_tied_training_moves_everything_and_refreshes(tmp_path):
-    directory = run(tmp_path, total_steps=4, train_retriever=True, refresh_index=2)
+    directory = run(tmp_path, total_steps=4, train_retriever=True, refresh_index=2, eval_data=None)
     log = (directory / "run.log").read_text()
     assert log.count("Embedding 300 passages") == 2 and "Refreshing the index after step 2" in log
     retriever = load_checkpoint(directory).retriever
@@ -114,7 +115,7 @@ def test_tied_training_moves_everything_and_refreshes(tmp_path):
 
 
 def test_freezing_the_retriever_at_first(tmp_path):
-    directory = run(tmp_path, total_steps=4, freeze_retriever_steps=2, **RETRIEVER)
+    directory = run(tmp_path, total_steps=4, freeze_retriever_steps=2, eval_data=None, **RETRIEVER)
     assert len(logged(directory, "loss/reader_loss")) == 4
     assert len(logged(directory, "loss/retriever_loss")) == 2
 
@@ -183,7 +184,7 @@ def test_passages_of_the_file(tmp_path):
     assert [row["generation"] for row in again] == [
         row["generation"] for row in read_jsonl(searched / "dev-step-0.jsonl")
     ]
-    flags = {"passages": None, "use_file_passages": True, "eval_data": file}
+    flags = {"passages": None, "use_file_passages": True, "eval_data": None}
     trained = run(tmp_path, name="train", train_data=file, total_steps=2, **flags)
     assert len(logged(trained, "loss/reader_loss")) == 2
 
@@ -228,7 +229,7 @@ def test_reranking_with_an_unchanged_encoder_changes_nothing(tmp_path):
 
 def test_decoder_prompt(tmp_path):
     """The prompt is no part of the loss nor of the answers, and the decoder is led by it."""
-    plain = run(tmp_path, name="plain", total_steps=1)
+    plain = run(tmp_path, name="plain", total_steps=1, eval_data=None)
     prompted = run(tmp_path, name="prompted", total_steps=1, decoder_prompt_format="{query} ", generation_max_length=64)
     assert losses_of(plain)["reader"] != losses_of(prompted)["reader"]
     assert not any(row["query"] in row["generation"] for row in read_jsonl(prompted / "dev-step-1.jsonl"))

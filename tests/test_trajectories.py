@@ -32,6 +32,7 @@ def flags(name: str, directory: Path, steps: int = 1) -> dict[str, object]:
         "reader_model_type": ROOT / "models/tiny/reader",
         "retriever_model_path": ROOT / "models/tiny/retriever",
         "target_maxlength": 3,
+        "generation_max_length": 12,
         "lr": 1e-4,
         "lr_retriever": 1e-4,
     } | RUNS[name]
@@ -83,6 +84,7 @@ def test_as_recorded(one, pytestconfig):
     assert len(set(recorded["answers"])) > 3 and len({tuple(ids) for ids in recorded["passages"]}) > 3
 
 
+@pytest.mark.parametrize("one", ["qa", slow("mlm"), slow("pq")], indirect=True)
 def test_resumed_is_straight_to_the_bit(one, tmp_path):
     name, directory = one
     line = {"name": "resumed", "per_gpu_batch_size": BATCH}
@@ -113,6 +115,7 @@ def test_two_ranks_are_two_accumulated_steps_with_dropout_too(one, tmp_path):
     assert losses != pytest.approx(without, abs=1e-3)  # there was dropout
 
 
+@pytest.mark.parametrize("one", ["qa", "mlm", slow("pq")], indirect=True)
 def test_two_ranks_are_one(one, tmp_path):
     name, directory = one
     two = run_on(2, tmp_path, per_gpu_batch_size=BATCH // 2, **flags(name, tmp_path))
