@@ -115,7 +115,7 @@ def test_sentences(tmp_path, rows, sentence):
 def test_sentences_about_paths(tmp_path):
     assert "there is no file or directory" in evaluate(tmp_path / "nowhere")
     assert "no result files NAME-step-N.jsonl in it" in evaluate(tmp_path)
-    (tmp_path / "a-step-1.jsonl").write_text("{\n")
+    (tmp_path / "a-step-1.jsonl").write_text('{"question": \n')
     assert "a-step-1.jsonl, line 1: not JSON" in evaluate(tmp_path)
 
 
