@@ -29,7 +29,6 @@ def bench(tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 def test_the_short_form_on_a_bare_machine():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", BARE, "--short"]
