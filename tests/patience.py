@@ -5,8 +5,8 @@ import socket
 import time
 from collections.abc import Callable
 
-# Long enough for anything that these tests start, on a machine that does ten other things.
-HANG_SECONDS = 300
+# Long enough for anything that these tests start, on a machine that does ten other things: some are whole runs of minutes.
+HANG_SECONDS = 1200
 
 
 def wait_until(happened: Callable[[], object], what: str, alive: Callable[[], bool] = lambda: True) -> None:
