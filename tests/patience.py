@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 
-# Long enough for anything that these tests start, on a machine that does ten other things: some are whole runs of minutes.
+# Long enough for anything that these tests start, also for whole runs on a machine that does ten other things.
 HANG_SECONDS = 1200
 
 
