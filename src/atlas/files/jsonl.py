@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from atlas.files.cache import cached
 from atlas.files.disk import writing
 from atlas.files.lock import temporary
 
+T = TypeVar("T")
 log = logging.getLogger("atlas")
 CHUNK = 1 << 20  # bytes: small enough that the comparison's result stays in the processor's cache
 CACHE_FROM = 1 << 24  # bytes: in smaller files the lines are found within milliseconds, so nothing is cached
@@ -84,7 +85,7 @@ class JsonlCorpus(Sequence[dict]):
         self.parse = parse
         self.max_rows = max_rows
         self.choose_format = choose_format
-        self.dropped = np.empty(0, np.int64)  # rows that are left out, counted with them
+        self.dropped = self._left_before = np.empty(0, np.int64)  # see `drop`
         self.formats: list[LineFormat] = []  # one per file
         self._maps: list[mmap.mmap | bytes] = []
         self._offsets: list[np.ndarray] = []
@@ -105,7 +106,7 @@ class JsonlCorpus(Sequence[dict]):
         return JsonlCorpus, arguments, self.dropped if len(self.dropped) else None
 
     def __setstate__(self, dropped: np.ndarray) -> None:
-        self.dropped = dropped
+        self.drop(dropped)
 
     def __len__(self) -> int:
         return self._first_rows[-1] - len(self.dropped)
@@ -113,7 +114,8 @@ class JsonlCorpus(Sequence[dict]):
     def drop(self, rows: Sequence[int]) -> None:
         """Leave out these rows, in ascending order: those behind them move up. Only once."""
         assert not len(self.dropped)
-        self.dropped = np.array(rows, np.int64)
+        self.dropped = np.array(rows, np.int64)  # counted with them
+        self._left_before = self.dropped - np.arange(len(self.dropped))  # by each, how many are left before it
 
     def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> dict | list[dict]:
         if isinstance(rows, slice):
@@ -124,11 +126,14 @@ class JsonlCorpus(Sequence[dict]):
 
     def record(self, row: int) -> dict:
         """A row without `parse` applied. Raises: DataError."""
-        return self._read(row, None)
+        return self._read(row, lambda record: record)
 
-    def parsed(self, row: int) -> dict:
-        """As `self[row]`, but of a bad row the ValueError has the reason alone, which is found at once."""
-        return self._parsed(row, self.parse)
+    def read(self, row: int, function: Callable[[dict], T], bad: list[BadLine] | None = None) -> T | None:
+        """What `function` makes of a row. A row that cannot be read, or that it refuses, goes to `bad`: None then.
+
+        Raises: DataError with file and line, without `bad`; in any case if the file was changed or damaged.
+        """
+        return self._read(row, lambda record: function(self._parsed(record)), bad)
 
     def format_of(self, row: int) -> LineFormat:
         """The format of the file that contains the row."""
@@ -161,17 +166,21 @@ class JsonlCorpus(Sequence[dict]):
             yield self.sources[file], line
 
     def _row(self, row: int) -> dict:
-        return self._read(row, self.parse)
+        return self._read(row, self._parsed)
 
-    def _read(self, row: int, parse: Callable[[dict], dict] | None) -> dict:
+    def _parsed(self, record: dict) -> dict:
+        return record if self.parse is None else self.parse(record)
+
+    def _read(self, row: int, function: Callable[[dict], T], bad: list[BadLine] | None = None) -> T | None:
         try:
-            return self._parsed(row, parse)
+            return function(self.format_of(row).decode(self.raw(row)))
+        except DataError:  # not of this row alone
+            raise
         except ValueError as error:
-            raise DataError(f"{self.where(row)}: {error}") from error
-
-    def _parsed(self, row: int, parse: Callable[[dict], dict] | None) -> dict:
-        record = self.format_of(row).decode(self.raw(row))
-        return record if parse is None else parse(record)
+            if bad is None:
+                raise DataError(f"{self.where(row)}: {error}") from error
+            bad.append(BadLine(row, str(error)))
+            return None
 
     def _format_of(self, source: Path, text: mmap.mmap | bytes, offsets: np.ndarray) -> LineFormat:
         first_line = line_at(text, int(offsets[0])).removesuffix(b"\r") if len(offsets) else b""
@@ -188,8 +197,8 @@ class JsonlCorpus(Sequence[dict]):
         index = operator.index(row) + (len(self) if row < 0 else 0)
         if not 0 <= index < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} rows")
-        if len(self.dropped):  # by each dropped row, how many rows are left before it
-            index += int(np.searchsorted(self.dropped - np.arange(len(self.dropped)), index, side="right"))
+        if len(self.dropped):
+            index += int(np.searchsorted(self._left_before, index, side="right"))
         file = bisect.bisect_right(self._first_rows, index) - 1
         start, text = int(self._offsets[file][index - self._first_rows[file]]), self._maps[file]
         follows_a_line = 0 < start < len(text) and text[start - 1] == LINE_END

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from atlas.files.cache import fingerprint
-from atlas.files.jsonl import JSON_LINES, BadLine, DataError, JsonlCorpus, LineFormat, decode, decode_text
+from atlas.files.jsonl import JSON_LINES, BadLine, JsonlCorpus, LineFormat, decode, decode_text
 
 # What other formats call the `id`.
 IDENTIFIERS = {"_id": "a BEIR corpus needs an `_id`", "docid": "a Tevatron corpus needs a `docid`"}
@@ -172,13 +172,10 @@ def check_passages(
     hashes, n = np.empty(len(rows), np.int64), 0
     for start in range(0, len(rows), 1000):
         for row in rows[start : start + 1000]:
-            try:
-                hashes[n] = hash_id((corpus[row] if bad is None else corpus.parsed(row))["id"])
+            found = corpus.read(row, lambda passage: hash_id(passage["id"]), bad)
+            if found is not None:
+                hashes[n] = found
                 n += 1
-            except DataError:
-                raise
-            except ValueError as error:
-                bad.append(BadLine(row, str(error)))
         if progress is not None:
             progress(len(rows[start : start + 1000]))
     return hashes[:n]

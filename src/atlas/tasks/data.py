@@ -201,15 +201,7 @@ class Data:
             chunk = lines[start : start + 1000]
             for i, line in enumerate(chunk, start):
                 cuts = self.task.cuts
-                try:
-                    counts[i] = self._counts(self.corpus.parsed(line))
-                except DataError:  # the file is damaged
-                    raise
-                except ValueError as error:
-                    if self._bad is None:
-                        raise DataError(f"{self.corpus.where(line)}: {error}") from error
-                    self._bad.append(BadLine(line, str(error)))
-                    counts[i] = False
+                counts[i] = self.corpus.read(line, self._counts, self._bad) or False
                 self._cut_lines += self.task.cuts > cuts
             read(len(chunk))
         return counts
@@ -255,12 +247,8 @@ class Data:
     def example(self, place: int, epoch: int) -> Example | None:
         """The example at a place; None if the task makes fewer of this line. Raises: DataError."""
         line, number = self.line(place), place % self.task.examples_per_line
-        try:
-            example = self.task.example(self.corpus.parsed(line), example_rng(self.seed, epoch, line), number)
-        except DataError:
-            raise
-        except ValueError as error:
-            raise DataError(f"{self.corpus.where(line)}: {error}") from error
+        rng = example_rng(self.seed, epoch, line)
+        example = self.corpus.read(line, lambda record: self.task.example(record, rng, number))
         if self.judgements is None or example is None:
             return example
         relevance = self.judgements.get(str(example.id))
