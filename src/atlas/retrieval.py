@@ -247,7 +247,8 @@ class Retrieval:
         self.index = None  # the builder keeps what it needs of the previous one
         was_training = self.retriever.training
         self.retriever.eval()
-        with self._journal() if saves_embeddings else contextlib.nullcontext() as journal:
+        encoder = fingerprint(self.retriever.passage_encoder) if self.settings.save_index_path is not None else None
+        with self._journal(encoder) if saves_embeddings else contextlib.nullcontext() as journal:
             self._embed_share(builder, journal, asked_to_stop)
         self.retriever.train(was_training)
         self.index = builder.finish()
@@ -255,16 +256,16 @@ class Retrieval:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         if self.settings.save_index_path is not None:
-            self._save(fingerprint(self.retriever.passage_encoder), self.embedder_precision)
+            self._save(encoder, self.embedder_precision)
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
 
-    def _journal(self) -> AbstractContextManager[EmbeddingJournal]:
-        """Takes the embeddings of the current encoder, where the index is to be saved. Collective."""
+    def _journal(self, encoder: str) -> AbstractContextManager[EmbeddingJournal]:
+        """Takes the embeddings by the encoder of this fingerprint, where the index is to be saved. Collective."""
         n = len(self.passages)
         some = self.passages[sorted({i * (n - 1) // 99 for i in range(100)})]  # as tokens: formats and vocabulary
         facts = (
-            fingerprint(self.retriever.passage_encoder),
+            encoder,
             self.embedder_precision,
             fingerprint_of(self.passages),
             self.inputs.passage_tokens(some),

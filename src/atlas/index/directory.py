@@ -271,7 +271,7 @@ def _leftovers(directory: Path) -> list[Path]:
 
 def embedding_notes(directory: Path) -> list[Path]:
     """What each rank noted of the embeddings that it has made so far."""
-    return sorted(path for path in directory.iterdir() if _EMBEDDING_NOTES.fullmatch(path.name))
+    return sorted(path for path in directory.glob("embedding.*.log") if _EMBEDDING_NOTES.fullmatch(path.name))
 
 
 def remove_embedding(directory: Path) -> None:
@@ -311,8 +311,7 @@ def own_passages(path: Path) -> Passages | None:
 def remove_index(directory: Path) -> None:
     """Remove an index or what there is of one, and the directory, unless it holds other files as well."""
     (directory / "index.json").unlink(missing_ok=True)
-    if directory.is_dir():
-        remove_embedding(directory)
+    remove_embedding(directory)
     tidy(directory)
     with contextlib.suppress(OSError):
         directory.rmdir()
