@@ -1,4 +1,4 @@
-"""Token ids that are kept beside a corpus: embeddings are the same with them, whoever wrote them and whatever happened."""
+"""Token ids that are kept beside a corpus: embeddings are the same, whoever wrote them and whatever happened."""
 
 import errno
 import os
@@ -11,14 +11,12 @@ import torch
 
 from atlas import config, embedding
 from atlas.files import tokens
-from atlas.files.cache import FOLDER
+from atlas.files.cache import FOLDER, forget
 from atlas.files.lock import open_locked
 from atlas.files.tokens import TokenCache
 from atlas.index.passages import open_passages
 from atlas.model.inputs import Inputs
-from atlas.model.retriever import DualEncoder
 from atlas.retrieval import _use_of_tokens
-from atlas.runtime import distributed
 from tests.kit import logged, run, world
 from tests.ranks import run_on_ranks
 from tests.test_retrieval import make
@@ -237,7 +235,14 @@ def test_no_room_is_said_once_and_the_run_goes_on(corpus, tmp_path, monkeypatch,
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith("The token ids of the passages are not kept, so they are tokenized at every refresh: ")
     assert ("bytes, and 20,000 are free" if when == "before" else "No space left on device") in warning
-    assert entries(corpus.parent / FOLDER) == []
+    assert not (corpus.parent / FOLDER).exists()
+
+
+def test_token_ids_go_with_their_corpus(corpus):
+    """As the text of an index that a newer one replaces."""
+    build(corpus)
+    forget(corpus)
+    assert not (corpus.parent / FOLDER).exists()
 
 
 def test_what_another_run_writes_is_left_alone(corpus, caplog):
@@ -263,7 +268,6 @@ def test_when_they_are_kept(monkeypatch):
     trained = type("Retriever", (), {"passage_encoder": encoder})
     frozen = type("Retriever", (), {"passage_encoder": torch.nn.Identity()})
     passages = open_passages([world() / "passages.jsonl"])
-    assert issubclass(DualEncoder, torch.nn.Module) and distributed.world_size() == 1
 
     def use(retriever, **flags):
         return _use_of_tokens(config.Index(**flags), passages, retriever)

@@ -40,7 +40,7 @@ def never() -> bool:
     return False
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """Padded batches of the passages of a window, one after the other, so that all go to the device in one copy."""
 
     shapes: list[tuple[int, int]]  # (n, L) of each batch
@@ -58,7 +58,7 @@ class _Window(NamedTuple):
         return lengths, self.ids[np.repeat(starts, lengths) + within]
 
 
-class _Windows(Dataset):
+class Windows(Dataset):
     """Tokenized passages, window by window.
 
     Args:
@@ -72,8 +72,8 @@ class _Windows(Dataset):
         rows: range,
         inputs: Inputs,
         max_tokens: int,
-        done: np.ndarray | None,
-        cache: TokenCache | None,
+        done: np.ndarray | None = None,
+        cache: TokenCache | None = None,
     ) -> None:
         done = np.zeros(len(rows), bool) if done is None else done
         self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
@@ -85,7 +85,7 @@ class _Windows(Dataset):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, i: int) -> _Window:
+    def __getitem__(self, i: int) -> Window:
         rows = self.rows[self.starts[i] : self.starts[i] + self.size]
         kept = self.cache.read(rows) if self.cache is not None else None
         tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop]) if kept is None else kept
@@ -94,7 +94,7 @@ class _Windows(Dataset):
         padded = [self.inputs.pad_passages([tokens[place] for place in batch])[0].int().numpy() for batch in batches]
         places = np.concatenate(batches)
         ids = np.concatenate([ids.ravel() for ids in padded])
-        return _Window([ids.shape for ids in padded], ids, lengths[places], places, kept is not None)
+        return Window([ids.shape for ids in padded], ids, lengths[places], places, kept is not None)
 
     def read_ahead(self) -> DataLoader:
         """All windows in their order, made by other processes where there are cores for them."""
@@ -250,7 +250,7 @@ class CorpusEmbedder:
             Stopped: this rank was asked to stop.
         """
         cache, writer = self._open_tokens(passages, rows)
-        windows = _Windows(passages, rows, self.inputs, self.max_tokens, done, cache)
+        windows = Windows(passages, rows, self.inputs, self.max_tokens, done, cache)
         left = windows.passages_left
         self._say_what_is_left(len(rows), left, cache.missing(rows) if cache else len(rows))
         started = time.monotonic()
@@ -262,7 +262,7 @@ class CorpusEmbedder:
             if asked_to_stop():
                 raise Stopped
 
-        def keep(start: int, embeddings: torch.Tensor, window: _Window) -> None:
+        def keep(start: int, embeddings: torch.Tensor, window: Window) -> None:
             store(start, embeddings)
             if writer is not None and not window.cached:
                 writer.add(rows.start + start, *window.tokens())
@@ -281,23 +281,22 @@ class CorpusEmbedder:
             for last in stored:
                 last.result()
         devices.synchronize(self.device)
-        seconds = time.monotonic() - started
-        log.info("Embedded %d passages%s in %.1f s: %.0f a second", left, _share(), seconds, left / seconds)
-        self._report(writer)
+        self._report(left, time.monotonic() - started, writer)
 
     def _say_what_is_left(self, rows: int, left: int, untokenized: int) -> None:
         there = f", {rows - left} are there" if left < rows else ""
         kept = f", {rows - untokenized} are kept as token ids" if untokenized < rows else ""
         log.info("Embedding %d passages%s%s%s", left, _share(), there, kept)
 
-    def _report(self, writer: TokenWriter | None) -> None:
-        """Say where token ids were written, or why they were not."""
+    def _report(self, passages: int, seconds: float, writer: TokenWriter | None) -> None:
+        """Say how long it took, and where token ids were written, or why they were not."""
+        log.info("Embedded %d passages%s in %.1f s: %.0f a second", passages, _share(), seconds, passages / seconds)
         if writer is not None and writer.failure is not None:
             self._keep_no_more(writer.failure)
         elif writer is not None and writer.path is not None:
             log.info("Token ids are kept for the next time in %s (%.1f MB)", writer.path, writer.size / 1e6)
 
-    def _embed_window(self, window: _Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
+    def _embed_window(self, window: Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
         """Embeddings of a window's passages in their order, (n, D) fp16. Does not wait for the device."""
         ids, lengths, places = (
             devices.move(torch.from_numpy(array), self.device) for array in (window.ids, window.lengths, window.places)

@@ -167,6 +167,7 @@ class TokenWriter:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.path.unlink()  # makes room for what is needed more
+                self.path.parent.rmdir()  # if nothing else is in it
             self.failure = f"{self.path}: {error.strerror}"
 
     def __enter__(self) -> Self:
