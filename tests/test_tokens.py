@@ -172,6 +172,13 @@ def test_an_edited_corpus_is_tokenized_anew(corpus, tokenized):
     assert len(before) == len(after) == 1 and before != after  # the old ones are gone
 
 
+def test_a_corpus_takes_them_along(corpus, tmp_path, tokenized):
+    plain = build(corpus)
+    tokenized.clear()
+    corpus.parent.rename(tmp_path / "elsewhere")
+    assert torch.equal(build(tmp_path / "elsewhere/passages.jsonl"), plain) and not tokenized
+
+
 def test_a_corpus_without_some_rows_is_another_one(corpus):
     build(corpus)
     assert torch.equal(build(corpus, drop=[3, 17]), build(corpus, "off", drop=[3, 17]))
@@ -233,7 +240,7 @@ def test_no_room_is_said_once_and_the_run_goes_on(corpus, tmp_path, monkeypatch,
         made.build()
         assert torch.equal(made.index.embeddings, plain)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith("The token ids of the passages are not kept, so they are tokenized at every refresh: ")
+    assert warning.startswith("The token ids of the passages are not kept, so every refresh makes them again: ")
     assert ("bytes, and 20,000 are free" if when == "before" else "No space left on device") in warning
     assert not (corpus.parent / FOLDER).exists()
 

@@ -179,7 +179,7 @@ class CorpusEmbedder:
         except OSError as error:  # a file was removed while it is mapped
             self._keep_no_more(str(error))
             return None, None
-        files = [str(path.absolute()) for path in passages.sources]
+        files = [path.name for path in passages.sources]
         reading = _hash(files, passages.max_rows, self.inputs.passage_reading())
         cache = TokenCache(passages.sources[0], content, reading, len(self.inputs.retriever_tokenizer))
         if self.cache_tokens == "read":
@@ -188,8 +188,9 @@ class CorpusEmbedder:
         return cache, cache.writer(rows, corpus_rows=len(passages), mean_tokens=mean)
 
     def _keep_no_more(self, reason: str) -> None:
-        self.cache_tokens = "read"
-        log.warning("The token ids of the passages are not kept, so they are tokenized at every refresh: %s", reason)
+        if self.cache_tokens == "keep":
+            self.cache_tokens = "read"
+            log.warning("The token ids of the passages are not kept, so every refresh makes them again: %s", reason)
 
     def embed_share(
         self,
