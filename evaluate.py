@@ -50,7 +50,7 @@ def measure(config: Config, run: "Session") -> None:
     learning = config.retriever_training
     model = Model.load(config.model, learning, config.optimisation, checkpoint, tokenizer, run.device, training=False)
     retrieval = Retrieval.open(config.index, config.run, learning, model, run)
-    if retrieval is not None:
+    if retrieval is not None and config.index.evaluates_by_embeddings:
         retrieval.refresh()  # builds one if none was opened
 
     Evaluator(config, model, retrieval, data, run).evaluate_all(step)

@@ -59,6 +59,11 @@ DEFAULTS = {
         "save_index_codes_only": False,
         "refresh_index": "-1",
         "cache_passage_tokens": "auto",
+        "bm25_weight": 0.0,
+        "bm25_steps": None,
+        "bm25_k1": 0.9,
+        "bm25_b": 0.4,
+        "bm25_stopwords": "en",
     },
     "model": {
         "reader_model_type": None,
@@ -330,6 +335,10 @@ REFUSED = [
     ("train", {"mlm_mean_noise_span_length": 0.5}, "--mlm_mean_noise_span_length 0.5 is too small"),
     ("train", {"min_words_per_lm_instance": -1}, "--min_words_per_lm_instance -1 is too small"),
     ("train", {"min_lm_context_ratio": 0.6}, "--min_lm_context_ratio 0.6 is above --max_lm_context_ratio 0.5"),
+    ("train", {"bm25_weight": 1.5}, "--bm25_weight 1.5 is too large: it must be at most 1"),
+    ("train", {"bm25_steps": -1}, "--bm25_steps -1 is too small: it must be at least 0"),
+    ("train", {"bm25_b": -0.1}, "--bm25_b -0.1 is too small: it must be at least 0"),
+    ("evaluate", {"bm25_k1": "inf"}, "--bm25_k1 inf is too large: it must be at most 1000"),
     ("train", {"max_lm_context_ratio": 1.5}, "--max_lm_context_ratio 1.5 is too large: it must be at most 1"),
     (
         "evaluate",

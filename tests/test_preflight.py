@@ -53,12 +53,15 @@ def test_what_never_comes_is_said_once(tmp_path):
 
 def test_what_has_no_effect_is_said_once(tmp_path):
     flags = {"dont_write_passages": True, "save_index_codes_only": True, "generation_length_penalty": 0.5}
+    flags |= {"bm25_k1": 1.2, "bm25_stopwords": "none"}
     search = {"total_steps": 1, "train_data": None, "retrieve_only": True}
     log = (run(tmp_path, "evaluate", write_results=False, **search, **flags) / "run.log").read_text()
     for name, without in (
         ("dont_write_passages", "--write_results"),
         ("save_index_codes_only", "--save_index_path"),
         ("generation_length_penalty", "more --generation_num_beams"),
+        ("bm25_k1", "--bm25_weight"),
+        ("bm25_stopwords", "--bm25_weight"),
     ):
         assert log.count(f"--{name} has no effect without {without}\n") == 1, log
     with_effect = {"generation_num_beams": 2, "dont_write_passages": True, "generation_length_penalty": 0.5}

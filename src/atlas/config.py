@@ -157,6 +157,30 @@ class Index:
         "them; off: neither; auto: read them, and keep them where the index of a large corpus is refreshed",
         choices=("auto", "on", "off"),
     )
+    bm25_weight: float = flag(
+        0.0,
+        "rank passages by BM25 as well, with this weight against the embeddings; 0: not at all, 1: by BM25 alone",
+        least=0,
+        most=1,
+    )
+    bm25_steps: int | None = flag(
+        None, "training steps that search with BM25, from the first on; evaluations always do (all)", least=0
+    )
+    bm25_k1: float = flag(
+        0.9, "BM25: how much a word counts that a passage repeats; 0: as if it were there once", least=0, most=1000
+    )
+    bm25_b: float = flag(0.4, "BM25: how much a word counts less in a long passage; 0: not at all", least=0, most=1)
+    bm25_stopwords: str = flag("en", "BM25: en leaves out the commonest English words", choices=("en", "none"))
+
+    @property
+    def evaluates_by_embeddings(self) -> bool:
+        """Whether an evaluation needs an index of embeddings, or is to save one."""
+        return self.bm25_weight < 1 or self.save_index_path is not None
+
+    def bm25_weight_at(self, step: int | None) -> float:
+        """The weight of BM25 in a step of training; None: in an evaluation."""
+        over = step is not None and self.bm25_steps is not None and step > self.bm25_steps
+        return 0.0 if over else self.bm25_weight
 
 
 @dataclass(frozen=True)

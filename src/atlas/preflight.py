@@ -6,6 +6,7 @@ line is read. `retrieval.py` adds what depends on the kind of an index that was 
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,8 @@ def check(config: Config, device: torch.device) -> None:
         log.warning("--precision bf16: this CPU only emulates it; --precision fp32 is many times as fast here")
     if config.tasks.task not in TASKS:
         raise ValueError(f"--task {config.tasks.task} is unknown: give one of {', '.join(TASKS)}")
+    if config.model.retrieves and config.index.bm25_weight and find_spec("bm25s") is None:
+        raise ValueError(f"--bm25_weight {config.index.bm25_weight:g} needs bm25s: pip install atlas-retrieval[bm25]")
     for line in config.origins():
         log.info("%s", line)
     _report_without_effect(config)
@@ -115,6 +118,7 @@ def _check_prompts_of(
 
 def _report_without_effect(config: Config) -> None:
     training, index, model = config.retriever_training, config.index, config.model
+    bm25 = index.bm25_weight > 0
     if training.compute_crossattention_stats and not training.train_retriever:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if index.save_index_n_shards != Index.save_index_n_shards:
@@ -126,11 +130,16 @@ def _report_without_effect(config: Config) -> None:
         ("leave_out_own_passage", model.retrieves, "where nothing is retrieved"),
         ("max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"),
         ("cache_passage_tokens", embeds, "where no corpus is embedded"),
+        ("bm25_weight", model.retrieves, "where nothing is retrieved"),
+        ("bm25_steps", bm25 and bool(config.run.train_data), "without --bm25_weight, nor in evaluate.py"),
+        *((f"bm25_{name}", bm25, "without --bm25_weight") for name in ("k1", "b", "stopwords")),
         ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
         ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
     ):
         if config.flags()[name] != FIELDS[name].default and not has_effect:
             log.info("--%s has no effect %s", name, without)
+    if model.retrieves and not config.run.train_data and not index.evaluates_by_embeddings:
+        log.info("--bm25_weight 1: BM25 alone ranks the passages, nothing is embedded to be compared")
     ways = ("faiss_index_type", "faiss_code_size", "faiss_nlist", "faiss_train_size")
     unused = [f"--{name}" for name in ways if getattr(index, name) != getattr(Index, name)]
     if unused and index.index_mode == "flat":

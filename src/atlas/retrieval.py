@@ -13,12 +13,14 @@ from atlas import config
 from atlas.checkpoint import Checkpoint, check_tensors
 from atlas.embedding import CorpusEmbedder, batches_by_length, never
 from atlas.files.jsonl import CACHE_FROM, BadLine, JsonlCorpus
+from atlas.index.bm25 import FUSED, WordIndex, fuse, open_word_index
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
 from atlas.index.directory import locked
 from atlas.index.passages import check_passages, count_duplicates, open_passages
-from atlas.index.sharded import ShardedIndex
+from atlas.index.sharded import Hits, ShardedIndex, look_up
 from atlas.index.store import open_index, save_index
+from atlas.model.inputs import Inputs
 from atlas.model.load import Model
 from atlas.model.retriever import DualEncoder, fingerprint
 from atlas.runtime import device as devices
@@ -45,7 +47,7 @@ class Found(NamedTuple):
 
 
 class Retrieval:
-    """Finds passages for queries in an index that it builds and refreshes.
+    """Finds passages for queries in an index that it builds and refreshes. Collective where BM25 takes part.
 
     Args:
         model: its retriever embeds; the reader is not used.
@@ -69,6 +71,7 @@ class Retrieval:
     ) -> None:
         self.retriever, self.inputs, self.passages = model.retriever, model.inputs, passages
         self.settings, self.device, self.index = settings, device, index
+        self.words = _open_words(settings, passages, model.inputs)
         self.embedder = CorpusEmbedder(
             model.retriever,
             model.inputs,
@@ -214,36 +217,69 @@ class Retrieval:
             log.info("--save_index_path: a loaded index is saved only when it is built again")
 
     @torch.no_grad()
-    def search(self, queries: list[str], k: int, exclude: Sequence[str | int | None] | None = None) -> Found:
+    def search(
+        self,
+        queries: list[str],
+        k: int,
+        exclude: Sequence[str | int | None] | None = None,
+        *,
+        words: Sequence[str] | None = None,
+        step: int | None = None,
+    ) -> Found:
         """The best k passages (all, if there are fewer) of each query. Collective; a rank may have no query.
+
+        Their scores are those by embeddings, unless BM25 alone ranks them: then they are its own.
 
         Args:
             queries: formatted by the task.
             exclude: for each query the `id` of passages to exclude, as long as k others are found. None excludes
                 nothing; it must be None on all ranks or on none.
+            words: the text of each query for BM25; by default the query.
+            step: of the training, which `--bm25_steps` counts; None in an evaluation.
         """
         was_training = self.retriever.training
         self.retriever.eval()
-        with devices.autocast(self.device, self.embedder.precision):
-            if queries:
-                vectors = self.retriever.embed_queries(*self.inputs.queries(queries)).float()  # (B, D)
-            else:
-                vectors = torch.zeros(0, self.retriever.dim, device=self.device)
+        weight = self.settings.bm25_weight_at(step)
+        vectors = self._embed(queries) if weight < 1 or self.rerank else None
         wanted = max(k, self.rerank)
-        hits = self.index.search(vectors, wanted if exclude is None else wanted * self.overretrieve)
-        found = Found(self.index.passages_of(hits.ids), hits.ids, hits.scores)
+        n = wanted if exclude is None else wanted * self.overretrieve
+        hits = self._search(vectors, queries if words is None else words, n, weight)
+        found = Found(look_up(self.passages, hits.ids), hits.ids, hits.scores)
         if queries:
             own = _own_passages(found.passages, exclude or [None] * len(queries))  # (B, n)
             order = own.int().argsort(dim=1, stable=True)[:, :wanted]  # what is to be left out comes last
             found, own = found.select(order), own.gather(1, order)
-            if self.rerank:
+            if self.rerank or (0 < weight < 1 and not self.index.has_embeddings):
                 found = found._replace(scores=self._fresh_scores(vectors, found))
+            if self.rerank:
                 to_sort = found.scores.masked_fill(own.to(self.device), -torch.inf)
                 order = to_sort.argsort(dim=1, descending=True, stable=True)[:, :k].cpu()
                 found, own = found.select(order), own.gather(1, order)
             self._warn_of_own_passages(own)
         self.retriever.train(was_training)
         return found
+
+    def _embed(self, queries: list[str]) -> torch.Tensor:
+        """The embeddings of queries, (B, D) fp32."""
+        if not queries:
+            return torch.zeros(0, self.retriever.dim, device=self.device)
+        with devices.autocast(self.device, self.embedder.precision):
+            return self.retriever.embed_queries(*self.inputs.queries(queries)).float()
+
+    def _search(self, vectors: torch.Tensor | None, words: Sequence[str], k: int, weight: float) -> Hits:
+        """The best k by embeddings, by words, or by the ranks of both. Collective.
+
+        Fused hits have their scores by the embeddings of the index, and no scores (zeros) where it has none.
+        """
+        if weight == 0:
+            return self.index.search(vectors, k)
+        by_words = self.words.search(words, k if weight == 1 else max(k, FUSED))
+        if weight == 1:
+            return Hits(*(part.to(self.device) for part in by_words))
+        ids = fuse(self.index.search(vectors, max(k, FUSED)), by_words, weight, k)
+        if not self.index.has_embeddings:
+            return Hits(torch.zeros_like(ids, dtype=torch.float32), ids)
+        return Hits(self.index.scores_of(vectors, ids), ids)
 
     def _warn_of_own_passages(self, own: torch.Tensor) -> None:
         """Warn once if passages that were to be excluded are among those found, (B, k) bool."""
@@ -277,6 +313,13 @@ def _own_passages(passages: list[list[dict[str, Any]]], ids: Sequence[str | int 
             for of_query, identifier in zip(passages, ids, strict=True)
         ]
     )
+
+
+def _open_words(settings: config.Index, passages: JsonlCorpus, inputs: Inputs) -> WordIndex | None:
+    """What BM25 searches, if it takes part. Collective."""
+    if settings.bm25_weight == 0:
+        return None
+    return open_word_index(passages, settings, inputs.passage_text, inputs.settings.retriever_format)
 
 
 def _learns(retriever: DualEncoder) -> bool:

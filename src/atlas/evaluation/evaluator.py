@@ -146,7 +146,8 @@ class Evaluator:
         """What each query's reader is given, and the scores where it was searched for."""
         if self.retrieval is not None:
             exclude = [example.id for example in examples] if filters_by_id else None
-            found = self.retrieval.search(queries, self.settings.n_context, exclude)
+            words = [example.words or example.query for example in examples]
+            found = self.retrieval.search(queries, self.settings.n_context, exclude, words=words)
             return found.passages, found.scores.tolist()
         if self.settings.use_file_passages:
             return [example.passages[: self.settings.n_context] for example in examples], None

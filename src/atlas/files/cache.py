@@ -29,7 +29,17 @@ def fingerprint(file: BinaryIO) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached(source: Path, file: BinaryIO, kind: str, write: Callable[[Path], None]) -> Path:
+def kept(source: Path, file: BinaryIO, kind: str, facts: str = "") -> Path | None:
+    """The entry that `cached` would not have to make, if there is one. Arguments: as there."""
+    key = _key(file, facts)
+    for folder, name in folders_for(source):
+        for entry, of_file, of_entry in _entries(folder, name, kind):
+            if of_file == key and _fingerprint_at(entry) == of_entry:
+                return entry
+    return None
+
+
+def cached(source: Path, file: BinaryIO, kind: str, write: Callable[[Path], object], facts: str = "") -> Path:
     """The entry that `write(path)` makes of a file, unless it is there already; entries of other versions are removed.
 
     Several processes may do so at the same time: entries are renamed when they are whole, and never changed.
@@ -38,16 +48,15 @@ def cached(source: Path, file: BinaryIO, kind: str, write: Callable[[Path], None
         source: the path of the file, or of the one that it was unpacked from.
         file: the file itself, open.
         kind: what is derived, as the end of a name.
+        facts: what an entry depends on besides the file.
 
     Raises:
         OSError: an entry can be written neither beside the file nor in the user's cache; the message says why.
     """
-    key, failures = fingerprint(file), []
+    if entry := kept(source, file, kind, facts):
+        return entry
+    key, failures = _key(file, facts), []
     places = folders_for(source)
-    for folder, name in places:
-        for entry, of_file, of_entry in _entries(folder, name, kind):
-            if of_file == key and _fingerprint_at(entry) == of_entry:
-                return entry
     for folder, name in places:
         try:
             entry = _write(folder, name, key, kind, write)
@@ -67,6 +76,10 @@ def forget(source: Path) -> None:
             if re.fullmatch(rf"{name}\.[0-9a-f]{{16}}-[0-9a-f]{{16}}\..+|\.{name}\..+\.part", entry.name):
                 entry.unlink()
         folder.rmdir()
+
+
+def _key(file: BinaryIO, facts: str) -> str:
+    return hashlib.sha256((fingerprint(file) + facts).encode()).hexdigest()[:16] if facts else fingerprint(file)
 
 
 def folders_for(source: Path) -> list[tuple[Path, str]]:
@@ -97,7 +110,7 @@ def _fingerprint_at(path: Path) -> str | None:
         return None
 
 
-def _write(folder: Path, name: str, key: str, kind: str, write: Callable[[Path], None]) -> Path:
+def _write(folder: Path, name: str, key: str, kind: str, write: Callable[[Path], object]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with temporary(folder / f"{name}.{kind}") as beside:

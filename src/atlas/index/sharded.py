@@ -1,5 +1,6 @@
 """The index over all ranks: every rank holds and searches a range of its rows, everybody gets the same answers."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +10,7 @@ import torch
 from atlas.files.jsonl import JsonlCorpus
 from atlas.index.compressed import CompressedIndex
 from atlas.index.directory import Description
-from atlas.index.flat import FlatIndex, best_exact_scores, measure_largest_norm
+from atlas.index.flat import FlatIndex, best_exact_scores, exact_scores, measure_largest_norm
 from atlas.runtime import distributed
 from atlas.runtime.distributed import shard_rows
 
@@ -19,6 +20,36 @@ class Hits(NamedTuple):
 
     scores: torch.Tensor  # (b, k) fp32
     ids: torch.Tensor  # (b, k) int64: rows of the whole corpus
+
+
+def best_of_ranks(found: Hits, sizes: Sequence[int], k: int, size: int) -> Hits:
+    """The best k for the queries of this rank, of what every rank has found among its rows. Collective.
+
+    Args:
+        found: of this rank: scores and ids (B, at most k) for the queries of all ranks, best first, ties by id.
+        sizes: how many of the B queries each rank has, in rank order.
+        size: N, at least k.
+    """
+    if len(sizes) == 1:
+        return found
+    n, width = found.ids.shape  # fewer than k in a small shard
+    scores = found.scores.new_full((n, k), -torch.inf)
+    ids = torch.full_like(scores, size, dtype=torch.int64)
+    scores[:, :width], ids[:, :width] = found
+    pairs = torch.stack([scores.view(torch.int32).long(), ids], dim=-1)  # (B, k, 2): both in one message, exactly
+    pairs = distributed.all_gather_rows(pairs)[0].view(len(sizes), n, k, 2)
+    first, mine = sum(sizes[: distributed.rank()]), sizes[distributed.rank()]
+    pairs = pairs[:, first : first + mine].transpose(0, 1).reshape(mine, len(sizes) * k, 2)  # (b, W·k, 2)
+    # Ranks own ascending rows and sort their ties by row, so a stable sort leaves ties in ascending order.
+    best = pairs[..., 0].int().view(torch.float32).sort(dim=1, descending=True, stable=True)
+    return Hits(best.values[:, :k], pairs[..., 1].gather(1, best.indices[:, :k]))
+
+
+def look_up(passages: JsonlCorpus, ids: torch.Tensor) -> list[list[dict[str, Any]]]:
+    """The passages with these ids, `(b, k) -> b lists of k`; each is looked up once, and is the caller's own."""
+    unique = sorted(set(ids.flatten().tolist()))
+    rows = dict(zip(unique, passages[unique], strict=True))
+    return [[dict(rows[i]) for i in of_query] for of_query in ids.tolist()]
 
 
 class LocalIndex(Protocol):
@@ -124,36 +155,34 @@ class ShardedIndex:
         return self._refine(queries, self._search(queries, min(self.refine_factor * k, self.size)), k)
 
     def _search(self, queries: torch.Tensor, k: int) -> Hits:
-        mine = len(queries)
         all_queries, sizes = distributed.all_gather_rows(queries.float())  # (B, D), B = Σb
-        local_scores, local_rows = self.local.search(all_queries, k)
-        if len(sizes) == 1:
-            return Hits(local_scores.to(queries.device), local_rows.to(queries.device))
-        found = local_scores.shape[1]  # fewer than k in a small shard
-        scores = queries.new_full((len(all_queries), k), -torch.inf, dtype=torch.float32)
-        ids = torch.full_like(scores, self.size, dtype=torch.int64)
-        scores[:, :found] = local_scores
-        ids[:, :found] = local_rows + self.rows.start
-        pairs = torch.stack([scores.view(torch.int32).long(), ids], dim=-1)  # (B, k, 2): both in one message, exactly
-        pairs = distributed.all_gather_rows(pairs)[0].view(len(sizes), len(all_queries), k, 2)
-        first = sum(sizes[: distributed.rank()])
-        pairs = pairs[:, first : first + mine].transpose(0, 1).reshape(mine, len(sizes) * k, 2)  # (b, W·k, 2)
-        # Ranks own ascending rows and sort their ties by row, so a stable sort leaves ties in ascending order.
-        best = pairs[..., 0].int().view(torch.float32).sort(dim=1, descending=True, stable=True)
-        return Hits(best.values[:, :k], pairs[..., 1].gather(1, best.indices[:, :k]))
+        scores, rows = self.local.search(all_queries, k)
+        found = Hits(scores.to(queries.device), (rows + self.rows.start).to(queries.device))
+        return best_of_ranks(found, sizes, k, self.size)
 
     def _refine(self, queries: torch.Tensor, hits: Hits, k: int) -> Hits:
         """The best k of the hits by their embeddings: each rank scores those that it owns. Collective."""
         ids = hits.ids.sort(dim=1).values  # so that ties stay in ascending order
+        best = self._scores(queries, ids, partial(best_exact_scores, k=k)).sort(dim=1, descending=True, stable=True)
+        return Hits(best.values[:, :k], ids.gather(1, best.indices[:, :k]))
+
+    def scores_of(self, queries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The scores (b, k) fp32 of these passages (b, k) by their embeddings, bit for bit those of exact search.
+
+        Collective. Ranks may bring different b, but the same k.
+        """
+        return self._scores(queries, ids, exact_scores)
+
+    def _scores(self, queries: torch.Tensor, ids: torch.Tensor, score: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Scores (b, k) of passages (b, k): each rank scores those that it owns. Collective."""
         all_queries, sizes = distributed.all_gather_rows(queries.float())
-        all_ids, _ = distributed.all_gather_rows(ids)  # (B, r·k)
+        all_ids, _ = distributed.all_gather_rows(ids)  # (B, k)
         owned = self._owned(all_ids)
         query, rows = owned.nonzero()[:, 0], all_ids[owned] - self.rows.start
         scores = torch.zeros_like(all_ids, dtype=torch.float32)  # each id is on one rank: the sum adds zeros only
-        scores[owned] = best_exact_scores(all_queries, query, rows, partial(self._read, device=ids.device), k)
+        scores[owned] = score(all_queries, query, rows, partial(self._read, device=ids.device))
         first = sum(sizes[: distributed.rank()])
-        best = distributed.sum_over_ranks(scores)[first : first + len(ids)].sort(dim=1, descending=True, stable=True)
-        return Hits(best.values[:, :k], ids.gather(1, best.indices[:, :k]))
+        return distributed.sum_over_ranks(scores)[first : first + len(ids)]
 
     def _owned(self, ids: torch.Tensor) -> torch.Tensor:
         """Which of the ids are this rank's."""
@@ -164,10 +193,8 @@ class ShardedIndex:
         return self.embeddings.index_select(0, rows.to(self.embeddings.device)).to(device, torch.float32)
 
     def passages_of(self, ids: torch.Tensor) -> list[list[dict[str, Any]]]:
-        """The passages with these ids, `(b, k) -> b lists of k`; each is looked up once, and is the caller's own."""
-        unique = sorted(set(ids.flatten().tolist()))
-        passages = dict(zip(unique, self.passages[unique], strict=True))
-        return [[dict(passages[i]) for i in row] for row in ids.tolist()]
+        """The passages with these ids, `(b, k) -> b lists of k`, as `look_up` gives them."""
+        return look_up(self.passages, ids)
 
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """The embeddings of passages anywhere in the index, `(b, k) -> (b, k, D)` fp32, on the device of the ids.

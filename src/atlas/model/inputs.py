@@ -151,14 +151,17 @@ class Inputs:
 
     def passage_tokens(self, passages: Sequence[dict[str, Any]]) -> list[list[int]]:
         """The retriever's token ids of passages, not padded."""
-        template = self.settings.retriever_format
-        texts = [self.passage_prefix + self._of_passage(template, passage) for passage in passages]
+        texts = [self.passage_prefix + self.passage_text(passage) for passage in passages]
         return self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
 
     def passage_reading(self) -> str:
         """All that `passage_tokens` depends on but the passages and the version of the library."""
         how = (self.passage_prefix, self.settings.retriever_format, LONGEST_PASSAGE, self.retriever_maxlength)
         return repr((how, self.retriever_tokenizer.description()))
+
+    def passage_text(self, passage: dict[str, Any]) -> str:
+        """A passage as the retriever reads it, without its prefix."""
+        return self._of_passage(self.settings.retriever_format, passage)
 
     def pad_passages(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of `passage_tokens`, padded, on the CPU: ids and mask (n, L)."""

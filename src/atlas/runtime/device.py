@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from contextlib import AbstractContextManager
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -186,6 +187,14 @@ def single_threaded_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizers library also asks for this after a fork
     torch.set_num_threads(1)
+
+
+def import_bm25s() -> ModuleType:
+    """The library bm25s, an extra. It starts JAX where that is installed, which must not take the GPU's memory."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import bm25s  # slow, so not before it is used
+
+    return bm25s
 
 
 def seed_everything(seed: int) -> None:

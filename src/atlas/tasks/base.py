@@ -34,6 +34,7 @@ class Example:
     choices: dict[str, int] | None = None  # what may follow `<extra_id_0>`, and its token
     first_of_line: bool = True  # False for the further examples of a line that has several
     judged: Judged | None = None  # which passages are relevant, where that is known
+    words: str = ""  # the query without the words of its prompt, for BM25; empty: the query has no others
 
 
 @dataclass(frozen=True)

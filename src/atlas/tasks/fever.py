@@ -21,6 +21,7 @@ class Fever(Task):
         answers = [] if label is None else [ANSWERS[label]]
         return Example(
             query=short_answer_prompt(claim),
+            words=claim,
             target=f"<extra_id_0> {answers[0]}" if answers else "",
             answers=answers,
             metadata=self.metadata(record) | {"clean_target": answers[0] if answers else None},

@@ -25,6 +25,7 @@ class KILT(Task):
         target = rng.choice(answers) if answers else None
         return Example(
             query=short_answer_prompt(question),
+            words=question,
             target="" if target is None else f"<extra_id_0> {target}",
             answers=answers,
             metadata=self.metadata(record) | {"clean_target": target},

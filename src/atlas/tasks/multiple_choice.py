@@ -68,6 +68,7 @@ class MultipleChoice(Task):
         changed = {"question": question, "options": options, "answer": answer, "is_original": number == 0, "uid": uid}
         return Example(
             query=self._query(question, options),
+            words=" ".join([question, *texts]),
             target="" if answer is None else f"<extra_id_0> {answer}",
             answers=[] if answer is None else [answer],
             metadata=line | changed,

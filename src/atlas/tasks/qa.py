@@ -33,6 +33,7 @@ class QuestionAnswering(Task):
             target = rng.choice(answers)
         return Example(
             query=self.cut(fill_in(self.prompt_format, LONGEST_TEXT + 1, question=question)),
+            words=question,
             target="" if target is None else f"<extra_id_0> {target}",
             answers=answers,
             metadata=self.metadata(record),
