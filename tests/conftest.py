@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import ranks
+from tests import programs, ranks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
         multiprocessing.util.get_temp_dir()  # removed when this process ends, which is later than the tests
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
         tempfile.tempdir = os.environ["TMPDIR"] = os.environ[ranks.SHARED] = tempfile.mkdtemp(prefix="atlas-tests-")
+    else:
+        programs.start_server_here()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

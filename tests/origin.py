@@ -7,13 +7,12 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.patience import HANG_SECONDS
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -142,15 +141,8 @@ ENVIRONMENT = {**os.environ, "no_proxy": "127.0.0.1"}
 
 
 def run_script(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """`python preprocessing/{name}.py ...`, as a user types it."""
-    return subprocess.run(
-        [sys.executable, f"preprocessing/{name}.py", *map(str, words)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
+    """`python preprocessing/{name}.py ...`; tests/test_docs.py starts each as a user does."""
+    return run_program([f"preprocessing/{name}.py", *words], env=ENVIRONMENT)
 
 
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
