@@ -1,7 +1,7 @@
 """Processes that start with everything imported: ranks, functions, and scripts as programs.
 
 Importing torch and transformers costs ten seconds of a core, so the processes of the tests are forked from one that has
-done it (and nothing else). `run_program` and `start_program` stand in for `subprocess.run` and `subprocess.Popen` where
+done it (and nothing else). `run_program` and `Program` stand in for `subprocess.run` and `subprocess.Popen` where
 how python itself starts is not what is tested; a few tests of every script start it as users do.
 """
 
