@@ -37,13 +37,13 @@ def assert_found_alike(one, other):
 
 @pytest.fixture(scope="module")
 def home():
-    """Indices saved by runs: `flat`, `pq` with embeddings, and its `codes` alone; what was found with the first two."""
+    """Indices saved by runs: `flat`, `pq` with embeddings, and `codes` alone; what was found with the first two."""
     directory = Path(scratch_directory())
     flat = run(directory, "evaluate", name="a", save_index_path=directory / "flat", **EVALUATE)
     pq = run(directory, "evaluate", name="b", save_index_path=directory / "pq", **PQ, **EVALUATE)
     assert found(flat) != found(pq)
-    codes = {"load_index_path": directory / "pq", "save_index_path": directory / "codes", "write_results": False}
-    run(directory, "evaluate", name="c", save_index_codes_only=True, **codes, **EVALUATE)
+    codes = {"load_index_path": directory / "flat", "save_index_path": directory / "codes", "write_results": False}
+    run(directory, "evaluate", name="c", save_index_codes_only=True, **codes, **PQ, **EVALUATE)
     assert not opened(directory / "codes").has_embeddings
     return directory, found(flat), found(pq)
 
