@@ -23,8 +23,10 @@ demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions in 2
 demo-pretrain: $(READY) ## pretrain these tiny models from scratch (half an hour)
 	$(BIN)/python -m example_scripts.demo_pretrain $(DEMO_FLAGS)
 
-# Three files at a time, because tests that start programs wait a lot; a file shares what takes long to make.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Three files at a time, because tests that start programs wait a lot; a file shares what takes long to make. All the
+# processes of the tests import the same files, so their bytecode is kept, also where python is told not to.
+XDIST := -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(XDIST)
 
 test: $(READY)   ## run the quick tests
 	$(PYTEST) -m "not slow"
@@ -49,7 +51,7 @@ test-all: $(READY) ## all tests
 	@touch $@
 
 test-oldest test-newest: test-%: .venv-%/.ready
-	.venv-$*/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
+	PYTHONDONTWRITEBYTECODE= .venv-$*/bin/python -m pytest $(XDIST) -m "not slow"
 
 test-range: test-oldest test-newest ## the quick tests with the oldest and the newest torch and transformers (two installations)
 

@@ -311,7 +311,8 @@ def working(reader: Size, retriever: BertConfig, settings: Settings, world_size:
     Raises:
         RuntimeError: that process crashed.
     """
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.memory"])  # imported once for the processes of all steps
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send_working, args=(theirs, reader, retriever, settings, world_size, cuda))
     process.start()

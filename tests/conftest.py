@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import ranks
+from tests import programs, ranks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where Faiss takes more, they do not spin beside other tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -42,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
         multiprocessing.util.get_temp_dir()  # removed when this process ends, which is later than the tests
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
         tempfile.tempdir = os.environ["TMPDIR"] = os.environ[ranks.SHARED] = tempfile.mkdtemp(prefix="atlas-tests-")
+    else:
+        programs.start_server_here()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

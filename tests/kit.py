@@ -145,6 +145,7 @@ def command_line(output: str | Path, **changes: Any) -> list[str]:
         "n_context": 4,
         "retriever_n_context": 4,
         "per_gpu_batch_size": 2,
+        "per_gpu_eval_batch_size": 4,
         "total_steps": 5,
         "warmup_steps": 0,
         "scheduler": "fixed",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.patience import HANG_SECONDS
+from tests.programs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,16 +142,13 @@ def running() -> Iterator[Origin]:
 ENVIRONMENT = {**os.environ, "no_proxy": "127.0.0.1"}
 
 
-def run_script(name: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """`python preprocessing/{name}.py ...`, as a user types it."""
-    return subprocess.run(
-        [sys.executable, f"preprocessing/{name}.py", *map(str, words)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
+def run_script(name: str, *words: str | Path, real: bool = False) -> subprocess.CompletedProcess[str]:
+    """`python preprocessing/{name}.py ...`, in a python of its own where the script itself starts processes."""
+    script = [f"preprocessing/{name}.py", *map(str, words)]
+    if not real:
+        return run_program(script, env=ENVIRONMENT)
+    settings = {"cwd": ROOT, "env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": HANG_SECONDS}
+    return subprocess.run([sys.executable, *script], check=False, **settings)
 
 
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:

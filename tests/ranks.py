@@ -1,7 +1,6 @@
 """Pools of real gloo ranks for the tests: started once, they take any picklable function again and again.
 
-Starting a process group costs a second, so the pools are shared by the whole test run. Importing torch and
-transformers costs five, so every process of the tests is forked from one that has done it (and nothing else).
+Starting a process group costs a second, so the pools are shared by the whole test run.
 """
 
 import gc
@@ -10,15 +9,12 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from tests.patience import HANG_SECONDS, free_port
+from tests.programs import warm
 
 SHARED = "ATLAS_TESTS_SHARED"  # the environment's name of a directory that all processes of these tests share
-
-warm = ForkServerContext()  # its processes start with what is imported here
-warm.set_forkserver_preload(["atlas.training.trainer", "atlas.evaluation.evaluator", "atlas.retrieval"])
 
 _pools: dict[int, "_Pool"] = {}
 

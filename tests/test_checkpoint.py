@@ -119,7 +119,13 @@ def test_runs_start_from_published_checkpoints(tmp_path):
         state |= {f"retriever.{k}": v for k, v in retriever.state_dict().items()}
         model = published(tmp_path / f"published-{saved_query_side}", state)
         directory = run(
-            tmp_path, name=f"run-{saved_query_side}", model_path=model, total_steps=1, train_retriever=True, lr=0
+            tmp_path,
+            name=f"run-{saved_query_side}",
+            model_path=model,
+            total_steps=1,
+            train_retriever=True,
+            lr=0,
+            eval_data=None,
         )
         after = load_checkpoint(directory)
         assert any(name.startswith("query_contriever") for name in after.retriever) == saved_query_side
@@ -341,13 +347,20 @@ def test_killed_in_the_first_save_a_run_starts_again(tmp_path):
 
 
 def test_the_names_in_a_checkpoint_are_the_published_ones(tmp_path):
-    directory = run(tmp_path, total_steps=1, train_retriever=True, query_side_retriever_training=True)
+    flags = {"train_retriever": True, "query_side_retriever_training": True, "eval_data": None}
+    directory = run(tmp_path, total_steps=1, **flags)
     loaded = load_checkpoint(directory)
     assert {"shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"} <= loaded.reader.keys()
     for side in ("query_contriever", "passage_contriever"):
         assert f"{side}.embeddings.word_embeddings.weight" in loaded.retriever
         assert f"{side}.encoder.layer.0.attention.self.query.weight" in loaded.retriever
     assert checkpoints.FORMAT == 1
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """The directory of a run of one step, to be copied."""
+    return run(tmp_path_factory.mktemp("one"), total_steps=1, eval_data=None, train_retriever=True)
 
 
 @pytest.mark.parametrize(
@@ -371,8 +384,8 @@ def test_the_names_in_a_checkpoint_are_the_published_ones(tmp_path):
         ("optimizer", lambda tensor: tensor[:1].clone(), r"optimizer\.safetensors does not fit .* is \(1,.*not \("),
     ],
 )
-def test_tensors_that_do_not_fit_end_the_run_with_a_sentence(tmp_path, capsys, name, change, sentence):
-    directory = run(tmp_path, total_steps=1, eval_data=None, train_retriever=True)
+def test_tensors_that_do_not_fit_end_the_run_with_a_sentence(tmp_path, one_step, capsys, name, change, sentence):
+    directory = shutil.copytree(one_step, tmp_path / "run", symlinks=True)
     file = directory / f"checkpoint/step-1/{name}.safetensors"
     tensors = load_file(file)
     first = next(name for name in sorted(tensors) if tensors[name].dim() == 2)
@@ -382,8 +395,8 @@ def test_tensors_that_do_not_fit_end_the_run_with_a_sentence(tmp_path, capsys, n
     assert ended.value.code == 1 and re.search(sentence, capsys.readouterr().err)
 
 
-def test_weights_in_other_number_formats_are_converted_and_the_log_says_so(tmp_path):
-    directory = run(tmp_path, name="start", total_steps=1, eval_data=None)
+def test_weights_in_other_number_formats_are_converted_and_the_log_says_so(tmp_path, one_step):
+    directory = shutil.copytree(one_step, tmp_path / "start", symlinks=True)
     file = directory / "checkpoint/step-1/model.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
     later = run(tmp_path, name="later", model_path=directory, total_steps=1, eval_data=None, verify="off")

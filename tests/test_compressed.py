@@ -30,6 +30,14 @@ TYPES += ["PQ8x4", "IVF3,PQ8x4", *FAST]
 SMALL = [kind for kind in TYPES if "OPQ" not in kind]  # which takes a second to train
 
 
+@pytest.fixture(autouse=True)
+def the_same_threads():
+    """Beside a GPU, Faiss takes all cores of this process for good: also for torch, and for the tests that follow."""
+    threads = faiss.omp_get_max_threads()
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
 def ask(kind, **settings):
     return Compression(kind, code_size=8 if kind in ("pq", "ivfpq") else None, **settings)
 

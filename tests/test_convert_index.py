@@ -51,12 +51,13 @@ from tests.indices import (
 from tests.kit import slow
 from tests.locks import held_elsewhere
 from tests.parity import parity_kit
+from tests.programs import Program, run_program
 from tests.ranks import run_on_ranks, scratch_directory
 from tests.test_docs import COMMANDS
 from tests.test_flat import assert_same, brute_force, made_up
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = [sys.executable, ROOT / "preprocessing/convert_index.py"]
+SCRIPT = ROOT / "preprocessing/convert_index.py"
 FLAT = Compression()
 
 
@@ -82,12 +83,12 @@ def assert_converted(source, target):
 
 @pytest.mark.processes
 def test_an_index_of_the_published_system_end_to_end(tmp_path, capsys):
-    """Converted by the script as users start it, on a terminal that shows a bar; then compressed and exported."""
+    """Converted by the script, on a terminal that shows a bar; then compressed and exported."""
     source, flat = parity_kit() / "published_index", tmp_path / "flat"
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    done = subprocess.run([*map(str, [*SCRIPT, source, flat])], stdout=subprocess.PIPE, stderr=terminal, text=True)
-    assert done.returncode == 0 and "flat holds an index of 406 passages, of type flat" in done.stdout
+    script = Program([SCRIPT, source, flat], stderr=os.ttyname(terminal))
+    assert script.wait() == 0 and "flat holds an index of 406 passages, of type flat" in script.stdout.read()
     shown = os.read(screen, 100_000).decode()
     assert "converting: 100%" in shown and "406/406" in shown
     os.close(screen), os.close(terminal)
@@ -234,14 +235,14 @@ def test_a_conversion_killed_again_and_again_gets_there(tmp_path):
 def test_the_script_killed_goes_on(tmp_path):
     source, output = tmp_path / "published", tmp_path / "ours"
     publish(source, sizes=(5,) * 300)
-    process = subprocess.Popen([*map(str, [*SCRIPT, source, output])], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, SCRIPT, source, output], stdout=subprocess.DEVNULL)
     while process.poll() is None and not shards_done(output):
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     done = shards_done(output)
     assert 0 < done < 300
-    told = subprocess.run([*map(str, [*SCRIPT, source, output])], capture_output=True, text=True)
+    told = run_program([SCRIPT, source, output])
     assert told.returncode == 0 and f"Resuming after the first {done} of 300 shards" in told.stdout
     assert told.stderr == ""
     assert_converted(source, output)

@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -15,6 +13,7 @@ from atlas.runtime import distributed
 from atlas.runtime.device import cpu_precision, pick_device
 from tests.kit import command_line
 from tests.patience import free_port
+from tests.programs import run_program
 from tests.ranks import rank_environment
 from train import train
 
@@ -122,8 +121,7 @@ def test_what_goes_wrong_before_there_is_a_log_is_one_sentence(
 def test_a_port_that_is_in_use_is_one_sentence(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        words = [sys.executable, "train.py", *command_line(tmp_path)]
-        done = subprocess.run(words, env=os.environ | RANKS | {"MASTER_PORT": port}, capture_output=True, text=True)
+        done = run_program(["train.py", *command_line(tmp_path)], env=os.environ | RANKS | {"MASTER_PORT": port})
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert f"at 127.0.0.1:{port} (" in done.stderr and "address already in use" in done.stderr
 

@@ -1,10 +1,7 @@
 """The collectives on real groups of 2 and 3 ranks, and as the identity in one process."""
 
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +9,10 @@ import torch
 
 from atlas.runtime import distributed
 from tests.patience import HANG_SECONDS, free_port, wait_until
+from tests.programs import Program
 from tests.ranks import rank_environment, run_on_ranks
 
 pytestmark = pytest.mark.processes
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _gather_uneven(sizes):
@@ -193,20 +189,12 @@ with session(config.run, "train"):
 """
 
 
-def _two_ranks(code, *words):
-    """Two ranks that run this code, each in a Python of its own."""
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, words)],
-            env={**os.environ, **rank_environment(rank, 2, port), "ATLAS_TIMEOUT_SECONDS": str(HANG_SECONDS)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def _two_ranks(directory, code, *words):
+    """Two ranks that run this code, each as a program of its own."""
+    script, port = directory / "script.py", free_port()
+    script.write_text(code)
+    patient = {"ATLAS_TIMEOUT_SECONDS": str(HANG_SECONDS)}
+    return [Program([script, *words], env=os.environ | rank_environment(rank, 2, port) | patient) for rank in range(2)]
 
 
 @pytest.mark.slow
@@ -219,7 +207,7 @@ def _two_ranks(code, *words):
     ],
 )
 def test_an_error_is_told_once_and_logged_where_it_happened(tmp_path, ranks, error, said):
-    processes = _two_ranks(_FAILS, tmp_path, ranks, error)
+    processes = _two_ranks(tmp_path, _FAILS, tmp_path, ranks, error)
     outputs = [processes[1].communicate(timeout=HANG_SECONDS)]
     (tmp_path / "rank 1 has ended").touch()
     outputs = [processes[0].communicate(timeout=HANG_SECONDS), *outputs]
@@ -246,14 +234,14 @@ try:
     else:
         distributed.wait_for_all("embedding the corpus")
 except distributed.LostRankError as error:
-    print(error)
+    print(error, flush=True)
     os._exit(3)
 """
 
 
 @pytest.mark.parametrize("where", ["collective", "wait"])
-def test_a_dead_rank_takes_the_others_down_with_a_message(where):
-    processes = _two_ranks(_DIES, where)
+def test_a_dead_rank_takes_the_others_down_with_a_message(tmp_path, where):
+    processes = _two_ranks(tmp_path, _DIES, where)
     output, _ = processes[0].communicate(timeout=HANG_SECONDS)
     processes[1].communicate(timeout=HANG_SECONDS)
     assert [process.returncode for process in processes] == [3, 9]

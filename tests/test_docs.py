@@ -111,6 +111,22 @@ def test_flags_of_other_scripts(command):
     assert words and all(re.search(rf"{flag}(?![\w-])", help_of(script)) for flag in flags), flags
 
 
+STARTED = [
+    str(path.relative_to(ROOT))
+    for folder in ("preprocessing", "evaluation_scripts")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text(encoding="utf-8")
+    and path.name != "make_tiny_models.py"  # which imports torch at once, and which no test starts otherwise
+]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("script", STARTED)
+def test_every_script_starts(script):
+    """In a python of its own, where other tests fork a process that has imported everything (tests/programs.py)."""
+    assert help_of(script).startswith(f"usage: {script.rpartition('/')[2]}")
+
+
 def test_commands_between_the_lines():
     """Flags, installations and modules that are named in running text."""
     scripts = [*ROOT.glob("preprocessing/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("example_scripts/*.py")]

@@ -37,11 +37,14 @@ def assert_found_alike(one, other):
 
 @pytest.fixture(scope="module")
 def home():
-    """Indices saved by runs that build them: `flat`, and `pq` with embeddings; what was found with each."""
+    """Indices saved by runs: `flat`, `pq` with embeddings, and `codes` alone; what was found with the first two."""
     directory = Path(scratch_directory())
     flat = run(directory, "evaluate", name="a", save_index_path=directory / "flat", **EVALUATE)
     pq = run(directory, "evaluate", name="b", save_index_path=directory / "pq", **PQ, **EVALUATE)
     assert found(flat) != found(pq)
+    codes = {"load_index_path": directory / "flat", "save_index_path": directory / "codes", "write_results": False}
+    run(directory, "evaluate", name="c", save_index_codes_only=True, **codes, **PQ, **EVALUATE)
+    assert not opened(directory / "codes").has_embeddings
     return directory, found(flat), found(pq)
 
 
@@ -108,24 +111,14 @@ def test_refinement_brings_the_exact_order_back(home, tmp_path):
     assert found(refined) == exact != rough
 
 
-TRAIN = {"train_retriever": True, "query_side_retriever_training": True, "total_steps": 4, "save_freq": 100}
+TRAIN = {"train_retriever": True, "query_side_retriever_training": True, "total_steps": 4, "eval_data": None}
 
 
 def test_codes_alone_train_the_query_side_too(home, tmp_path):
     """Without embeddings the frozen encoder says again what they were, but for their rounding to fp16."""
     directory, *_ = home
-    run(
-        tmp_path,
-        "evaluate",
-        name="save",
-        load_index_path=directory / "flat",
-        save_index_path=tmp_path / "codes",
-        save_index_codes_only=True,
-        **PQ,
-        **EVALUATE,
-    )
     with_embeddings = run(tmp_path, name="with", load_index_path=directory / "pq", **TRAIN)
-    without = run(tmp_path, name="without", load_index_path=tmp_path / "codes", **TRAIN)
+    without = run(tmp_path, name="without", load_index_path=directory / "codes", **TRAIN)
     for statistic in ("loss/reader_loss", "loss/retriever_loss"):
         assert len(logged(without, statistic)) == 4
         np.testing.assert_allclose(logged(without, statistic), logged(with_embeddings, statistic), rtol=2e-2)
@@ -138,6 +131,7 @@ def test_a_refresh_encodes_with_the_quantizer_that_is_there(home, tmp_path, worl
         "load_index_path": home[0] / "pq",
         "train_retriever": True,
         "total_steps": 4,
+        "eval_data": None,
         "refresh_index": "2",
         "save_index_path": tmp_path / "index",
         "save_index_codes_only": codes_only,
@@ -160,6 +154,7 @@ def test_a_refresh_can_train_the_quantizer_again(home, tmp_path, loaded):
     settings = {
         "train_retriever": True,
         "total_steps": 3,
+        "eval_data": None,
         "refresh_index": "2",
         "faiss_retrain": True,
         "load_index_path": directory / "pq" if loaded else None,
@@ -203,9 +198,7 @@ def test_mistakes_get_one_sentence(home, tmp_path, monkeypatch, capfd, changes, 
     directory, *_ = home
     monkeypatch.chdir(tmp_path)
     if changes.get("load_index_path"):
-        settings = EVALUATE | {"save_index_path": "codes", "save_index_codes_only": True, "write_results": False}
-        run(tmp_path, "evaluate", name="save", load_index_path=directory / "flat", **PQ, **settings)
-        capfd.readouterr()
+        changes = changes | {"load_index_path": directory / changes["load_index_path"]}
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, "evaluate", **EVALUATE, **changes)
     assert ended.value.code == 1

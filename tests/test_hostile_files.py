@@ -29,7 +29,7 @@ from tests.test_checkpoint import published
 DEEP = json.loads("[" * 900 + "]" * 900)
 ODD = (None, True, -1, 0, 10**18, 10**400, 1.5, float("inf"), float("nan"), "", "\ud800", "../../x", [], {}, [[]], DEEP)
 MOST_MEMORY = 2**31  # bytes more than before; what is read here takes a few thousand
-FEW, MANY = 60, 1500
+FEW, MANY = 60, 500
 
 
 def places(value, path=()):

@@ -26,13 +26,13 @@ from atlas.tasks.data import Data
 from atlas.training.trainer import Trainer
 from tests.kit import command_line, logged, make_task, read_jsonl, run, run_on, slow, write_jsonl
 from tests.patience import HANG_SECONDS, wait_until
+from tests.programs import TORCHRUN, Program
 from tests.ranks import run_on_ranks, warm
 from train import train
 
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 FLAGS = {"train_retriever": True, "query_side_retriever_training": True, "dropout": 0.1, "shuffle": True}
 STEP = re.compile(r"\] (\d+) / \d+ \| (.*?) \| runtime/")
 
@@ -63,7 +63,7 @@ def ask_to_stop(monkeypatch):
     return after
 
 
-SIX_STEPS = {"total_steps": 6, "eval_freq": 4, "save_freq": 100, **FLAGS}
+SIX_STEPS = {"total_steps": 6, "eval_freq": 4, "save_freq": 100, "per_gpu_eval_batch_size": 2, **FLAGS}
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def test_going_on_with_another_number_of_ranks(tmp_path):
 
 
 def start(*words):
-    """A run in the background; its output goes to where nobody waits for it."""
+    """A run in the background, as a user starts it; its output goes to where nobody waits for it."""
     return subprocess.Popen(
         [*map(str, words)],
         cwd=ROOT,
@@ -389,7 +389,7 @@ def test_killed_at_random_moments(tmp_path):
 def test_torchrun_starts_a_run_again_whose_rank_was_killed(tmp_path):
     flags = {"total_steps": 30, "save_freq": 2, **FLAGS}
     straight = run_on(2, tmp_path, name="straight", **flags)
-    launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", 2, "--max-restarts", 1]
+    launcher = [sys.executable, *TORCHRUN, "--standalone", "--nproc_per_node", 2, "--max-restarts", 1]
     for attempt in count():
         directory = tmp_path / f"killed-{attempt}"
         process = start(*launcher, "train.py", *command_line(tmp_path, name=directory.name, **flags))
@@ -410,7 +410,8 @@ def test_sigterm_to_torchrun(tmp_path):
     flags = {"save_freq": 10**6, "eval_data": None, **FLAGS}
     launcher = [*TORCHRUN, "--standalone", "--nproc_per_node", 2, "--signals-to-handle", "SIGTERM,SIGUSR1"]
     launcher += ["--shutdown-timeout", HANG_SECONDS]
-    endless = start(*launcher, "train.py", *command_line(tmp_path, total_steps=10**6, **flags))
+    line = command_line(tmp_path, total_steps=10**6, **flags)
+    endless = Program([*launcher, "train.py", *line], env=os.environ | {"ATLAS_TIMEOUT_SECONDS": str(HANG_SECONDS)})
     wait_for_step(endless, tmp_path / "run", 3)
     endless.terminate()
     assert endless.wait(HANG_SECONDS) != 0

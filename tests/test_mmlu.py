@@ -2,27 +2,22 @@
 
 import itertools
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import prepare_mmlu
 from evaluation_scripts.evaluate_mmlu_predictions import CATEGORIES, SUBCATEGORY, SUBJECTS, result_files
 from tests.kit import lettered_models, read_jsonl, run, slow, write_jsonl
+from tests.programs import run_program
 from tests.test_prepare_scripts import mmlu_archive, mmlu_files
 from tests.test_pretraining import last_metrics
 
 pytestmark = pytest.mark.processes
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def evaluate(*words):
     """What the script prints, or its sentence."""
-    command = [sys.executable, "evaluation_scripts/evaluate_mmlu_predictions.py", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_program(["evaluation_scripts/evaluate_mmlu_predictions.py", *words])
     if done.returncode:
         assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
         return done.stderr

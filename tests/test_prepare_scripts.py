@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -561,8 +562,8 @@ def test_nothing_is_left_behind_by_a_refusal(origin, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def hostile() -> dict[str, tuple[bytes, str]]:
-    """Archives by what is wrong with them, and a word of the sentence."""
+def hostile() -> dict[str, tuple[Callable[[], bytes], str]]:
+    """What makes an archive, by what is wrong with it, and a word of the sentence."""
 
     def member(name, content=b"import os\n", **changes):
         entry = tarfile.TarInfo(name)
@@ -593,32 +594,38 @@ def hostile() -> dict[str, tuple[bytes, str]]:
     whole = archive(member("data/dev/anatomy_dev.csv", b"q,a,b,c,d,A\n" * 5000))
     packed = gzip.compress(whole)
     return {
-        "a name that climbs": (archive(member("../../escaped.py")), "points outside"),
-        "an absolute name": (archive(member("/tmp/escaped.py")), "points outside"),
+        "a name that climbs": (lambda: archive(member("../../escaped.py")), "points outside"),
+        "an absolute name": (lambda: archive(member("/tmp/escaped.py")), "points outside"),
         "a symbolic link": (
-            archive(link("data", "/tmp", tarfile.SYMTYPE), member("data/escaped.py")),
+            lambda: archive(link("data", "/tmp", tarfile.SYMTYPE), member("data/escaped.py")),
             "not a plain file",
         ),
-        "a hard link": (archive(link("data/x", "/etc/passwd", tarfile.LNKTYPE)), "not a plain file"),
-        "a device": (archive(link("data/null", "", tarfile.CHRTYPE)), "not a plain file"),
-        "a pipe": (archive(link("data/pipe", "", tarfile.FIFOTYPE)), "not a plain file"),
-        "too many files": (archive(*(member(f"data/{i}", b"") for i in range(10_001))), "more than 10,000 files"),
+        "a hard link": (lambda: archive(link("data/x", "/etc/passwd", tarfile.LNKTYPE)), "not a plain file"),
+        "a device": (lambda: archive(link("data/null", "", tarfile.CHRTYPE)), "not a plain file"),
+        "a pipe": (lambda: archive(link("data/pipe", "", tarfile.FIFOTYPE)), "not a plain file"),
+        "too many files": (
+            lambda: archive(*(member(f"data/{i}", b"") for i in range(10_001))),
+            "more than 10,000 files",
+        ),
         "a file that is too large": (
-            bare_header(tarfile.TarInfo("data/big"), 1 << 40),
+            lambda: bare_header(tarfile.TarInfo("data/big"), 1 << 40),
             "more than 2,147,483,648 bytes",
         ),
         "a bomb": (
-            gzip.compress(bare_header(tarfile.TarInfo("data/big"), 3 << 30), 1),
+            lambda: gzip.compress(bare_header(tarfile.TarInfo("data/big"), 3 << 30), 1),
             "more than 2,147,483,648 bytes",
         ),
-        "an endless header": (gzip.compress(bare_header(pax, 1 << 30) + bytes(64 << 20), 1), "more data than"),
-        "a chain of long names": (b"".join([bare_header(long_name, 1) + bytes(512)] * 900), "damaged"),
-        "the same name twice": (archive(member("data/x"), member("./data/x")), "contains it twice"),
-        "half of an archive": (packed[: len(packed) // 2], "damaged"),
-        "half of a plain archive": (whole[:3000], "damaged"),
-        "no archive": (b"<html>Not here any more</html>" * 100, "damaged"),
-        "nothing": (b"", "damaged"),
-        "an empty archive": (archive(), "must contain auxiliary_train"),
+        "an endless header": (
+            lambda: gzip.compress(bare_header(pax, 1 << 30) + bytes(64 << 20), 1),
+            "more data than",
+        ),
+        "a chain of long names": (lambda: b"".join([bare_header(long_name, 1) + bytes(512)] * 900), "damaged"),
+        "the same name twice": (lambda: archive(member("data/x"), member("./data/x")), "contains it twice"),
+        "half of an archive": (lambda: packed[: len(packed) // 2], "damaged"),
+        "half of a plain archive": (lambda: whole[:3000], "damaged"),
+        "no archive": (lambda: b"<html>Not here any more</html>" * 100, "damaged"),
+        "nothing": (lambda: b"", "damaged"),
+        "an empty archive": (lambda: archive(), "must contain auxiliary_train"),
     }
 
 
@@ -628,8 +635,8 @@ OUTSIDE = (Path("/tmp/escaped.py"), ROOT.parent.parent / "escaped.py")  # where 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_archives(origin, tmp_path, kind):
-    content, words = HOSTILE[kind]
-    origin.files["/data.tar"] = content
+    made, words = HOSTILE[kind]
+    origin.files["/data.tar"] = made()
     home = tmp_path / "a/b/home"
     before = [path.exists() for path in OUTSIDE]
     message = one_sentence(prepare("mmlu", origin, home))

@@ -87,7 +87,7 @@ def dump(tmp_path_factory):
 
 
 def test_the_script(dump, tmp_path):
-    done = run_script("prepare_wikipedia", dump, "--output_directory", tmp_path, "--processes", "2")
+    done = run_script("prepare_wikipedia", dump, "--output_directory", tmp_path, "--processes", "2", real=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     texts, boxes = read_jsonl(tmp_path / "text-list-100-sec.jsonl"), read_jsonl(tmp_path / "infobox.jsonl")
     assert f"{len(texts)} passages of 40 articles" in done.stdout and f"{len(boxes)} passages" in done.stdout
@@ -218,7 +218,7 @@ def test_a_bad_dump_leaves_nothing_behind(dump, tmp_path, name, change, words):
 def test_mistakes_get_one_sentence(dump, tmp_path, monkeypatch):
     cut = tmp_path / "cut.xml.bz2"
     cut.write_bytes(dump.read_bytes()[:-100])
-    said = one_sentence(run_script("prepare_wikipedia", cut, "--output_directory", tmp_path / "made"))
+    said = one_sentence(run_script("prepare_wikipedia", cut, "--output_directory", tmp_path / "made", real=True))
     assert f"{cut}: truncated" in said and not list((tmp_path / "made").iterdir())
     absent = run_script("prepare_wikipedia", dump, tmp_path / "absent", "--output_directory", tmp_path / "made")
     assert "absent does not exist" in one_sentence(absent)

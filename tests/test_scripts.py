@@ -20,12 +20,12 @@ from atlas.retrieval import Retrieval
 from make_tiny_models import build_tiny_models
 from tests.kit import command_line, read_jsonl, run, run_on, world, write_jsonl
 from tests.patience import HANG_SECONDS, free_port
+from tests.programs import TORCHRUN, Program, run_program
 from tests.test_checkpoint import published
 from tests.test_interruptions import losses_by_step
 from tests.test_retrieval import make
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 # The walk-through of the announcement; the second command breaks off there before its last value.
 ANNOUNCED = """
@@ -45,7 +45,7 @@ $DATA_DIR/nq_data/train.100-shot.jsonl --eval_data $DATA_DIR/nq_data/test.jsonl 
 
 
 def start(*words, **environment):
-    """Run a command in the repository's root."""
+    """Run a command in the repository's root, as a user does."""
     return subprocess.run(
         [*map(str, words)],
         cwd=ROOT,
@@ -100,7 +100,8 @@ def announced(command, directory, home=None):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_the_announced_command(data_directory):
-    done = start(*TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2, *announced(ANNOUNCED, data_directory))
+    launcher = [sys.executable, *TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2]
+    done = start(*launcher, *announced(ANNOUNCED, data_directory))
     assert done.returncode == 0, done.stdout + done.stderr
     directory = data_directory / "experiments/my_finetuning_experiment_baseline_xl"
     log = (directory / "run.log").read_text()
@@ -125,7 +126,7 @@ def test_the_announced_compressed_commands(wide, tmp_path, code_size):
     command = announced(ANNOUNCED_PQ.format(code_size=code_size), directory, home)
     command += ["--checkpoint_dir", str(tmp_path), "--save_index_path", str(tmp_path / "pq")]
     command += ["--total_steps", "6", "--eval_freq", "5"]
-    done = start(*TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2, *command)
+    done = run_program([*TORCHRUN, "--standalone", "--nnodes", 1, "--nproc_per_node", 2, *command])
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "my_finetuning_experiment_pq_64_xl"
     log = (directory / "run.log").read_text()
@@ -134,7 +135,7 @@ def test_the_announced_compressed_commands(wide, tmp_path, code_size):
     assert all(len(row["passages"]) == 40 for row in rows) and len(rows) == 4
     assert np.load(tmp_path / "pq/codes.1.npy").shape == (300, code_size)
     line = ["--index_mode", "flat", "--load_index_path", str(tmp_path / "pq"), "--name", "next", "--restart"]
-    again = start(sys.executable, *command, *line)
+    again = run_program([*command, *line])
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"is a compressed index: PQ{code_size}, {code_size} bytes a passage" in again.stdout
     assert "Training the quantizer" not in again.stdout
@@ -155,7 +156,7 @@ def test_a_code_size_that_does_not_divide_stops_with_a_sentence(data_directory, 
 def test_one_process_two_processes_the_same(tmp_path):
     alone = start(sys.executable, "evaluate.py", *command_line(tmp_path, name="alone", train_data=None))
     line = command_line(tmp_path, name="together", train_data=None)
-    together = start(*TORCHRUN, "--standalone", "--nproc_per_node", 2, "evaluate.py", *line)
+    together = run_program([*TORCHRUN, "--standalone", "--nproc_per_node", 2, "evaluate.py", *line])
     assert (alone.returncode, together.returncode) == (0, 0), together.stderr
     a, b = (read_jsonl(tmp_path / name / "dev-step-0.jsonl") for name in ("alone", "together"))
     for x, y in zip(a, b, strict=True):
@@ -184,24 +185,14 @@ def test_two_launchers_as_on_two_machines(tmp_path):
         "--master_port",
         str(free_port()),
     ]
-    launchers = [
-        subprocess.Popen(
-            [*launch, "--node_rank", str(node), "train.py", *line],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in range(2)
-    ]
-    outputs = [launcher.communicate(timeout=HANG_SECONDS)[0] for launcher in launchers]
+    launchers = [Program([*launch, "--node_rank", node, "train.py", *line]) for node in range(2)]
+    outputs = [launcher.communicate() for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     results = read_jsonl(tmp_path / "run/dev-step-5.jsonl")
     assert len(results) == 11 and results == read_jsonl(expected / "dev-step-5.jsonl")
     assert losses_by_step(tmp_path / "run") == losses_by_step(expected)
     assert json.loads((tmp_path / "run/checkpoint/latest/state.json").read_text())["examples"] == 5 * 2 * 2
-    assert "Done: " in outputs[0] and "Done: " not in outputs[1]
+    assert "Done: " in outputs[0][0] and "Done: " not in outputs[1][0]
 
 
 BAD = [
@@ -245,7 +236,7 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capfd, changes, senten
 def test_a_mistake_on_two_processes_ends_both(tmp_path):
     write_jsonl(tmp_path / "bad.jsonl", [*read_jsonl(world() / "passages.jsonl"), {"id": "x"}])
     line = command_line(tmp_path, passages=tmp_path / "bad.jsonl")
-    done = start(*TORCHRUN, "--standalone", "--nproc_per_node", 2, "train.py", *line)
+    done = run_program([*TORCHRUN, "--standalone", "--nproc_per_node", 2, "train.py", *line])
     assert done.returncode == 1
     assert done.stderr.count("bad.jsonl, line 301: a passage needs a `text`") == 1
     assert not (tmp_path / "run/checkpoint").exists()

@@ -16,22 +16,12 @@ from atlas.runtime.parallel import data_parallel
 from atlas.training.trainer import Trainer
 from tests.kit import command_line, run
 from tests.patience import HANG_SECONDS, free_port, wait_until
+from tests.programs import Program
 from tests.ranks import rank_environment, warm
 
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def start(output, environment=None, **flags):
-    return subprocess.Popen(
-        [sys.executable, "train.py", *command_line(output, **flags)],
-        cwd=ROOT,
-        env=os.environ | {"ATLAS_TIMEOUT_SECONDS": str(HANG_SECONDS)} | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def log_of(directory):
@@ -106,7 +96,8 @@ def test_a_second_ctrl_c_after_a_while_ends_at_once_and_one_that_is_ignored_stay
 def test_ctrl_c_on_two_ranks(tmp_path):
     """As from a terminal: every process gets it; none shows a traceback, one says the two lines."""
     port, flags = free_port(), {"total_steps": 10**6, "save_freq": 2, "eval_data": None}
-    ranks = [start(tmp_path, rank_environment(rank, 2, port), **flags) for rank in range(2)]
+    line, environment = command_line(tmp_path, **flags), os.environ | {"ATLAS_TIMEOUT_SECONDS": str(HANG_SECONDS)}
+    ranks = [Program(["train.py", *line], env=environment | rank_environment(rank, 2, port)) for rank in range(2)]
     alive = lambda: all(rank.poll() is None for rank in ranks)  # noqa: E731
     wait_until(lambda: "] 3 / 1000000" in log_of(tmp_path / "run"), "the third step", alive)
     for rank in ranks:
@@ -119,7 +110,8 @@ def test_ctrl_c_on_two_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_while_everything_is_imported(tmp_path):
-    process = start(tmp_path)
+    words = [sys.executable, "train.py", *command_line(tmp_path)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), "torch", lambda: not process.poll())
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=HANG_SECONDS)

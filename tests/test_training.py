@@ -230,7 +230,9 @@ def test_reranking_with_an_unchanged_encoder_changes_nothing(tmp_path):
 def test_decoder_prompt(tmp_path):
     """The prompt is no part of the loss nor of the answers, and the decoder is led by it."""
     plain = run(tmp_path, name="plain", total_steps=1, eval_data=None)
-    prompted = run(tmp_path, name="prompted", total_steps=1, decoder_prompt_format="{query} ", generation_max_length=64)
+    flags = {"decoder_prompt_format": "{query} ", "generation_max_length": 64}
+    flags["eval_data"] = write_jsonl(tmp_path / "dev.jsonl", read_jsonl(world() / "dev.jsonl")[:4])
+    prompted = run(tmp_path, name="prompted", total_steps=1, **flags)
     assert losses_of(plain)["reader"] != losses_of(prompted)["reader"]
     assert not any(row["query"] in row["generation"] for row in read_jsonl(prompted / "dev-step-1.jsonl"))
 
