@@ -187,7 +187,7 @@ class Retrieval:
                 # The encoder of a resumed run has learned since, and its index is as old as it was before the stop.
                 allow_other=settings.allow_other_index or (resumed is not None and _learns(model.retriever)),
                 embedder_precision=devices.embedder_precision(device, run.embedder_precision),
-                converted=session.directory / "index",
+                converted=session.directory and session.directory / "index",
                 compression=compression,
                 verification=session.verification,
             )
@@ -399,16 +399,26 @@ class Retrieval:
         """
         was_training = self.retriever.training
         self.retriever.eval()
+        found = self.find(self.embed(queries), k, exclude)
+        self.retriever.train(was_training)
+        return found
+
+    @torch.no_grad()
+    def embed(self, queries: list[str]) -> torch.Tensor:
+        """The embeddings of B queries, (B, D) fp32, by the retriever in the mode that it is in."""
+        if not queries:
+            return torch.zeros(0, self.retriever.dim, device=self.device)
         with devices.autocast(self.device, self.embedder_precision):
-            if queries:
-                vectors = self.retriever.embed_queries(*self.inputs.queries(queries)).float()  # (B, D)
-            else:
-                vectors = torch.zeros(0, self.retriever.dim, device=self.device)
+            return self.retriever.embed_queries(*self.inputs.queries(queries)).float()
+
+    @torch.no_grad()
+    def find(self, vectors: torch.Tensor, k: int, exclude: Sequence[str | int | None] | None = None) -> Found:
+        """As `search`, for queries that are embedded already, (B, D)."""
         wanted = max(k, self.rerank)
         hits = self.index.search(vectors, wanted if exclude is None else wanted * self.overretrieve)
         found = Found(self.index.passages_of(hits.ids), hits.ids, hits.scores)
-        if queries:
-            own = _own_passages(found.passages, exclude or [None] * len(queries))  # (B, n)
+        if len(vectors):
+            own = _own_passages(found.passages, exclude or [None] * len(vectors))  # (B, n)
             order = own.int().argsort(dim=1, stable=True)[:, :wanted]  # what is to be left out comes last
             found, own = found.select(order), own.gather(1, order)
             if self.rerank:
@@ -417,7 +427,6 @@ class Retrieval:
                 order = to_sort.argsort(dim=1, descending=True, stable=True)[:, :k].cpu()
                 found, own = found.select(order), own.gather(1, order)
             self._warn_of_own_passages(own)
-        self.retriever.train(was_training)
         return found
 
     def _warn_of_own_passages(self, own: torch.Tensor) -> None:

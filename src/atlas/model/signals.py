@@ -182,6 +182,19 @@ MODES: dict[str, Mode] = {
 }
 
 
+def judgements(mode: Mode, reading: Reading) -> torch.Tensor:
+    """The reader's distribution over the passages: softmax of gold score / temperature, which `distillation_loss`
+    teaches the retriever. Likelihoods of single tokens (EMDR², with the temperature in them) are averaged first.
+
+    Returns:
+        (B, K) fp32; 0 where there is no passage. Rows sum to 1, or to 0 without a passage or a target.
+    """
+    gold = mode.signal(reading).float()
+    gold = gold / reading.temperature_gold if gold.dim() == 2 else _mean_over_tokens(gold, reading.targets)
+    counts = reading.counts
+    return gold.masked_fill(~counts, torch.finfo(gold.dtype).min).softmax(-1).masked_fill(~counts, 0.0)
+
+
 class Correlation(NamedTuple):
     """Scalars on the device: the mean over the examples for which it is defined, and the number of these examples."""
 

@@ -104,6 +104,10 @@ class Task:
         """The fields of a line that the task does not read, for a message. Unknown here, so that none is named."""
         return ()
 
+    def question_field(self, record: Mapping) -> str:
+        """The field of a line that has the question, or whatever is asked."""
+        return "query"
+
     def score(self, generation: str, example: Example) -> dict[str, float]:
         """The values of `metrics`, each from 0 to 1."""
         return {"accuracy": accuracy(generation, example.answers)}
