@@ -69,6 +69,11 @@ def forget(source: Path) -> None:
         folder.rmdir()
 
 
+def users_state(name: str) -> Path:
+    """Where a program keeps what its user would miss, such as a history. Raises: RuntimeError without a home."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "atlas" / name
+
+
 def _places(source: Path) -> list[tuple[Path, str]]:
     """The folders in which an entry may be, the best one first, each with how its name begins there."""
     source = source.absolute()
