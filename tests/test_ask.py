@@ -3,10 +3,14 @@
 import json
 import logging
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +19,10 @@ from torch.testing import assert_close
 import atlas
 import export_huggingface
 from atlas.asking.answers import Answer, Passage, marks
+from atlas.asking.command import parse
+from atlas.asking.model import Cancelled
 from atlas.asking.settings import config_for, find_saved
+from atlas.asking.terminal import prompt
 from atlas.evaluation.results import six_digits
 from atlas.model.inputs import Targets
 from atlas.model.signals import MODES, Mode, Reading, judgements
@@ -78,6 +85,15 @@ def test_answers_are_those_of_evaluate(trained, model, questions):
     assert [[p.id for p in of_one] for of_one in found] == [[p.id for p in answer.passages] for answer in answers]
     lines = model.ask(read_jsonl(world() / "dev.jsonl"))  # lines of data are asked as they are
     assert [line.to_dict() | {"seconds": {}} for line in lines] == [a.to_dict() | {"seconds": {}} for a in answers]
+
+
+@pytest.mark.processes
+def test_the_lines_of_the_readme(trained, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import atlas\n.*?)```", readme, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 5
+    exec(code.replace("demo/experiments/after", str(trained / "run")), {})
+    assert "judgement" in capsys.readouterr().out
 
 
 @pytest.mark.processes
@@ -303,27 +319,114 @@ def test_notebooks_get_texts_and_no_html():
 
 
 @pytest.mark.processes
+def test_an_answer_that_nobody_waits_for_is_given_up(model, questions, monkeypatch):
+    go, write = threading.Event(), model._answering.write
+
+    def late(*arguments):
+        assert go.wait(HANG_SECONDS)
+        return write(*arguments)
+
+    monkeypatch.setattr(model._answering, "write", late)
+    stream = model.ask(questions[0], stream=True)
+    stream.cancel()
+    go.set()
+    with pytest.raises(Cancelled):
+        list(stream)
+
+
+@pytest.fixture
+def type_lines(monkeypatch, tmp_path):
+    """Type into the prompt at a terminal; what is raised in place of a line is what a key does."""
+    import readline
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    readline.clear_history()
+
+    def typed(model, lines, **settings):
+        waiting = iter([*lines, EOFError])
+
+        def type_line(prompt):
+            line = next(waiting)
+            if not isinstance(line, str):
+                raise line
+            if line:
+                readline.add_history(line)
+            return line
+
+        monkeypatch.setattr("builtins.input", type_line)
+        prompt(model, **settings)
+        return tmp_path / "state/atlas/questions"
+
+    return typed
+
+
+@pytest.mark.processes
+def test_the_prompt(model, questions, type_lines, capsys):
+    """Ctrl-C takes back a line, Ctrl-D ends; what was typed is there again the next time."""
+    lines = ["/passages", "/k 3", "/help", KeyboardInterrupt, questions[0], "/passages", "/nothing", "", "/k x", "/k 0"]
+    history = type_lines(model, lines)
+    answer, said = model.ask(questions[0], k=3), capsys.readouterr().out
+    assert f"{answer.text}   ({answer.score:.2f})" in said and said.count("judgement") == 3
+    assert "nothing was asked yet" in said and "/k N" in said and "there is no /nothing" in said
+    assert said.count("/k is followed by a number of passages, at least 1; it is 3") == 2
+    typed = [line for line in lines if isinstance(line, str) and line]
+    assert history.read_text().splitlines()[-len(typed) :] == typed and history.stat().st_mode & 0o077 == 0
+    type_lines(model, [questions[1]])
+    assert history.read_text().splitlines()[-1] == questions[1]
+    history.unlink()
+    history.mkdir()
+    type_lines(model, ["/k 2"])
+    assert "What is typed is not kept" in capsys.readouterr().err
+
+
+@pytest.mark.processes
+def test_the_prompt_answers_programs_with_json(model, questions, type_lines, capsys):
+    type_lines(model, [questions[0], " ", "/help", questions[1]], as_json=True)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["question"] for answer in answers] == questions[:2]
+    assert answers[0]["answer"] == model.ask(questions[0]).text
+
+
+@pytest.mark.processes
 def test_the_command(trained, tmp_path):
-    """One question as JSON and as text, with nothing in the run's directory; a mistake is one sentence."""
+    """One question as JSON, with nothing in the run's directory, nor in the one that it is started in."""
     question = read_jsonl(world() / "dev.jsonl")[0]["question"]
     before = snapshot(trained)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "XDG_STATE_HOME": str(tmp_path / "state")}
-
-    def ask(*words, **settings):
-        line = [sys.executable, ROOT / "ask.py", *words]
-        settings |= {"capture_output": True, "text": True, "timeout": HANG_SECONDS, "cwd": tmp_path}
-        return subprocess.run([*map(str, line)], env=environment, **settings)
-
-    done = ask(trained / "run", question, "--json", "--k", "2", "--device", "cpu")
+    words = [sys.executable, ROOT / "ask.py", trained / "run", question, "--json", "--k", "2", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    settings = {"capture_output": True, "text": True, "timeout": HANG_SECONDS, "cwd": tmp_path}
+    done = subprocess.run([*map(str, words)], env=environment, **settings)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["question"] == question and len(answer["passages"]) == 2 and answer["answer"]
-    typed = f"/k 3\n/help\n{question}\n/passages\n/nothing\n\n/k x\n"
-    done = ask(trained / "run", "--device", "cpu", input=typed)
-    assert done.returncode == 0, done.stderr
-    assert answer["answer"] in done.stdout and done.stdout.count("judgement") == 3
-    assert "there is no /nothing" in done.stdout and "/k is followed by a number" in done.stdout
-    assert (tmp_path / "state/atlas/questions").read_text().splitlines()[2] == question
-    wrong = ask(trained / "run", question, "--k", "0")
-    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
-    assert snapshot(trained) == before
+    assert snapshot(trained) == before and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--k", "0"], "argument --k: 0 is too small: it must be at least 1"),
+        (["--k", "x"], "argument --k: invalid number value: 'x'"),
+        (["--host", "::1"], "--host has no effect without --serve"),
+        (["--port", "80"], "--port has no effect without --serve"),
+        (["--serve", "--port", "65536"], "--port 65536 is too large"),
+        (["--serve", "--json"], "--json has no effect with --serve"),
+        (["what?", "--serve"], "QUESTION has no effect with --serve"),
+        (["--index", "i", "--passages", "p"], "--index has no effect with --passages"),
+        (["--index", "gone"], "--load_index_path: there is no directory gone"),
+        (["--text_maxlength", "1"], "--text_maxlength 1 is too small"),
+        (["what", "is"], "unrecognized arguments: is"),
+    ],
+)
+def test_wrong_words(tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        parse([str(saved_run(tmp_path, closed_book=True)), *words])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_words_become_flags(tmp_path):
+    options, flags = parse([str(saved_run(tmp_path, closed_book=True)), "--k", "9", "--device", "cpu", "--serve"])
+    assert flags == {"n_context": 9, "device": "cpu"} and (options.host, options.port) == ("127.0.0.1", 8000)

@@ -279,6 +279,13 @@ def test_it_stops_when_it_is_told_to(home, tmp_path, questions):
 
 
 @pytest.mark.processes
+def test_make_ask_says_what_is_missing(tmp_path):
+    done = subprocess.run(["make", "-f", ROOT / "Makefile", "ask"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "There is no demo to ask yet: make demo\n"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.processes
 @pytest.mark.skipif(find_browser() is None, reason="there is no Chromium in PATH")
 def test_the_page_in_a_browser(server, questions, tmp_path):
     """Asked with the keyboard and with the mouse, light and dark, wide and narrow; nothing of a text is run."""

@@ -63,12 +63,8 @@ def work(options: argparse.Namespace, model: Any) -> None:
         prompt(model, as_json=options.json)
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line: its own options, and the flags that replace those of the run.
-
-    Raises:
-        SystemExit: with status 2 and one sentence.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """All that can be said on the command line."""
     parser = flags_parser("ask.py", "%(prog)s RUN [QUESTION] [flags]", DESCRIPTION, INSTEAD)
     own = parser.add_argument_group("Asking")
     own.add_argument("run", metavar="RUN", help="a run, a checkpoint, or a directory of exported models")
@@ -81,6 +77,16 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     )
     own.add_argument("--host", default=None, help=f"address to serve at (default: {HOST}, this machine alone)")
     own.add_argument("--port", type=_from(0), default=None, help=f"port to serve at; 0: any (default: {PORT})")
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line: its own options, and the flags that replace those of the run.
+
+    Raises:
+        SystemExit: with status 2 and one sentence.
+    """
+    parser = make_parser()
     options = parser.parse_args(arguments)
     names = ("run", "question", "index", "k", "json", "serve", "host", "port")
     flags = {name: value for name, value in vars(options).items() if name not in names}

@@ -20,7 +20,7 @@ from atlas.evaluation.answering import Answering, Encoded
 from atlas.files.jsonl import decode
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
-from atlas.model.signals import MODES, Reading, attention_statistics, judgements
+from atlas.model.signals import MODES, Reading, judgements, watched_logits
 from atlas.model.tokenization import ReaderTokenizer
 from atlas.retrieval import Retrieval, passage_embedder
 from atlas.runtime import device as devices
@@ -254,16 +254,15 @@ class AnsweringModel:
         ended = [1 + len(prompt) + len(row) < longest for prompt, row in zip(prompts, rows, strict=True)]
         rows = [row + end if whole else row for row, whole in zip(rows, ended, strict=True)]
         targets = inputs.target_rows(encoded.queries, rows)
-        logits = reader.logits(encoded.fused.hidden, encoded.fused.mask, targets.decoder_ids)
-        certain = token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths.clamp(min=1)  # (B,)
         hidden = encoded.hidden.unflatten(1, encoded.rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
         temperature, lengths = learning.temperature_gold, encoded.rows.lengths
         reading = Reading(reader, hidden, encoded.rows.mask, targets, temperature, lengths)
-        judged = judgements(MODES[learning.gold_score_mode], reading).tolist()  # (B, K)
-        attended = attention_statistics(reading)["attention"].tolist()  # (B, K)
+        logits, attended = watched_logits(reading)
+        certain = token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths.clamp(min=1)  # (B,)
+        judged = judgements(MODES[learning.gold_score_mode], reading)  # (B, K)
         judged_passages = [
-            [Passage(p.fields, p.score, *pair) for p, *pair in zip(of_query, gold, attention, strict=False)]
-            for of_query, gold, attention in zip(passages, judged, attended, strict=True)
+            [Passage(p.fields, p.score, *pair) for p, *pair in zip(of_query, *both, strict=False)]
+            for of_query, *both in zip(passages, judged.tolist(), attended["attention"].tolist(), strict=True)
         ]
         return certain.exp().tolist(), judged_passages
 

@@ -122,6 +122,11 @@ def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
         `value_norm`: L2 norm of the value vectors, averaged over the passage's tokens, heads and layers;
         `adist`: probability times norm, summed and averaged as `attention`, divided by 256.
     """
+    return watched_logits(reading)[1]
+
+
+def watched_logits(reading: Reading) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the decoder makes of the target, (B, T, V), and where it looked: the `attention_statistics` of that pass."""
     targets, fused = reading.targets, reading.fused()
     mask = fused.mask  # (B, S)
     has_label = (targets.labels != -100).float()  # (B, T)
@@ -136,13 +141,13 @@ def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
             sums.add_(torch.stack([probability, norm, probability * norm]).mean(2))  # mean over the heads
 
     with reading.reader.observing_cross_attention(watch):
-        reading.reader.logits(fused.hidden, mask, targets.decoder_ids)
+        logits = reading.reader.logits(fused.hidden, mask, targets.decoder_ids)
     layers = reading.reader.config.num_decoder_layers
     of_passage = fused.passage[..., None] == torch.arange(reading.mask.shape[1], device=mask.device)  # (B, S, K)
     sums = torch.where(of_passage, sums[..., None], 0.0).sum(2) / layers  # (3, B, S) -> (3, B, K)
     tokens = targets.lengths.clamp(min=1)[:, None]
     passage_tokens = reading.mask.sum(-1).clamp(min=1)
-    return {
+    return logits, {
         "attention": sums[0] / tokens,
         "value_norm": sums[1] / passage_tokens,
         "adist": sums[2] / tokens / PUBLISHED_SCALE,
