@@ -9,12 +9,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from atlas.embedding import Embedder, passage_embedder
 from atlas.index.build import compress
 from atlas.index.codec import Compression
 from atlas.index.flat import FlatIndex
 from atlas.index.pq_search import ProductQuantizerSearch
 from atlas.index.sharded import LocalIndex, ShardedIndex
-from atlas.retrieval import Embedder, passage_embedder
 from atlas.runtime import device as devices
 from benchmarks.gpu_bench import FULL, ROOT, Bench, Limits, Row, Sizes, free, has_module, waits
 from benchmarks.gpu_search import NO_FAISS

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atlas.checkpoint import Contents, load_checkpoint, save_checkpoint
 from atlas.config import Optimisation
+from atlas.embedding import passage_embedder
 from atlas.model.atlas import Atlas, Losses
 from atlas.model.reader import IGNORE, FusionInDecoder, load_reader_state
 from atlas.model.retriever import load_retriever_state
 from atlas.model.signals import MODES
-from atlas.retrieval import passage_embedder
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import gathered_weights, shard_weights

@@ -15,21 +15,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import BertConfig, T5Config
 
 from atlas import config
+from atlas.embedding import CorpusEmbedder
 from atlas.model.atlas import Atlas, TrainingTensors
 from atlas.model.grouping import fuse
 from atlas.model.inputs import Inputs, Targets
-from atlas.model.load import Model
 from atlas.model.reader import FusionInDecoder, token_log_probabilities
 from atlas.model.retriever import Contriever, DualEncoder
 from atlas.model.signals import MODES
 from atlas.model.tokenization import RetrieverTokenizer, load_reader_tokenizer, load_retriever_tokenizer, pad_rows
-from atlas.retrieval import Retrieval, passage_embedder
 from atlas.training.optim import Optimizers
 
 MAXLENGTH = 384
@@ -92,14 +90,7 @@ class Bench:
             self.retriever_tokenizer,
             device=CPU,
         )
-        self.retrieval = Retrieval(
-            Model(self.reader, self.retriever, self.inputs),
-            self.passages,
-            config.Index(),
-            config.Run(embedder_precision="fp32", per_gpu_embedder_batch_size=64),
-            config.RetrieverTraining(),
-            CPU,
-        )
+        self.embedder = CorpusEmbedder(self.retriever, self.inputs, CPU, "fp32", batch_size=64)
 
     def _cut(self, text: str, rng: random.Random) -> str:
         """The beginning of the text, with 60 to 160 tokens of the retriever."""
@@ -113,16 +104,9 @@ class Bench:
         rows = range(len(self.passages))
         into = torch.zeros(len(rows), self.retriever.dim, dtype=torch.float16)
 
-        embed = passage_embedder(self.retriever.passage_encoder, CPU, "fp32")
-
-        @torch.no_grad()
         def fast() -> None:
-            self.retrieval._embed_rows(
-                rows,
-                embed,
-                lambda first, vectors: into[first : first + len(vectors)].copy_(vectors),
-                lambda: False,
-                np.zeros(len(rows), bool),
+            self.embedder.embed_rows(
+                self.passages, rows, lambda first, vectors: into[first : first + len(vectors)].copy_(vectors)
             )
 
         @torch.no_grad()

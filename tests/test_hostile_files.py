@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from atlas.checkpoint import PUBLISHED_FILE, load_checkpoint
+from atlas.embedding import CorpusEmbedder
 from atlas.index.codec import Codec, Compression, faiss, make_empty, train
 from atlas.index.convert import check_index
 from atlas.index.store import open_index
 from atlas.model.reader import load_reader
 from atlas.model.retriever import load_retriever
 from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer
-from atlas.retrieval import Retrieval
 from tests.indices import CPU, VERSION_1, compressed, contents, damaged, describe, described, saved
 from tests.kit import run, world
 from tests.patience import HANG_SECONDS
@@ -250,7 +250,7 @@ def test_a_factory_that_needs_more_passages_is_refused_before_it_is_trained():
 
 
 def test_nothing_is_embedded_for_a_factory_that_cannot_work(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(Retrieval, "_embed_rows", lambda *_: pytest.fail("embeds"))
+    monkeypatch.setattr(CorpusEmbedder, "embed_rows", lambda *_: pytest.fail("embeds"))
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, index_mode="faiss", faiss_index_type="PCA512,PQ4", total_steps=1)
     said = capfd.readouterr().err

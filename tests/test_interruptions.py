@@ -17,9 +17,9 @@ import torch
 
 from atlas.checkpoint import latest_checkpoint, load_checkpoint
 from atlas.config import parse_config
+from atlas.embedding import CorpusEmbedder
 from atlas.evaluation.evaluator import Evaluator
 from atlas.files.jsonl import JsonlCorpus
-from atlas.retrieval import Retrieval
 from atlas.runtime import distributed, session
 from atlas.runtime.session import StopSignals
 from atlas.tasks.data import Data
@@ -216,7 +216,7 @@ def crash():
 
 def test_a_signal_while_the_first_index_is_built(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        nth_call(patch, Retrieval, "_embed_window", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        nth_call(patch, CorpusEmbedder, "_embed_window", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
             run(tmp_path, total_steps=2, eval_data=None)
     assert ended.value.code == 143 and latest_checkpoint(tmp_path / "run") is None
@@ -237,7 +237,7 @@ def test_a_signal_while_the_index_is_refreshed(tmp_path, monkeypatch, accumulati
         def signal_in_the_refresh():
             refreshed.append(os.kill(os.getpid(), signal.SIGUSR1))
 
-        nth_call(patch, Retrieval, "_embed_window", 2, signal_in_the_refresh)
+        nth_call(patch, CorpusEmbedder, "_embed_window", 2, signal_in_the_refresh)
         with pytest.raises(SystemExit) as ended:
             run(tmp_path, name="stopped", **flags)
     assert ended.value.code == 143 and refreshed
@@ -266,7 +266,7 @@ def _run_with_a_signal_to_one_rank(arguments, owner, name, call):
         ({}, Evaluator, "_evaluate_batch", 2),
         # nothing that ranks do together is in a batch
         ({"closed_book": True, "passages": None, "write_results": False}, Evaluator, "_evaluate_batch", 2),
-        ({}, Retrieval, "_embed_window", None),
+        ({}, CorpusEmbedder, "_embed_window", None),
     ],
 )
 def test_a_signal_to_one_of_two_ranks_ends_both(tmp_path, changes, owner, name, saved):

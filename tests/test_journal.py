@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from atlas import retrieval
+from atlas import embedding
 from atlas.index.arrays import FP16, Layout
 from atlas.index.journal import open_journal
 from atlas.index.passages import open_passages
@@ -23,7 +23,7 @@ ROWS, WINDOW = 300, 30  # of the corpus of `world()`
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(retrieval, "WINDOW", WINDOW)
+    monkeypatch.setattr(embedding, "WINDOW", WINDOW)
     monkeypatch.setattr("atlas.runtime.device.tokenizer_processes", lambda ranks: 0)
 
 
@@ -31,7 +31,7 @@ def small_windows(monkeypatch):
 def whole():
     """The embeddings of a start that nobody stopped, without a journal."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "WINDOW", WINDOW)
+        patch.setattr(embedding, "WINDOW", WINDOW)
         patch.setattr("atlas.runtime.device.tokenizer_processes", lambda ranks: 0)
         plain = make(world())
         plain.build()
@@ -45,7 +45,7 @@ def build(index, directory=None, *, stop_after=None, kill_in=None, max_passages=
     made, embedded = make(directory, passages=passages, save_index_path=str(index)), 0
     if change is not None:
         change(made)
-    embed_window = made._embed_window
+    embed_window = made.embedder._embed_window
 
     def counted(window, *arguments):
         nonlocal embedded
@@ -54,10 +54,10 @@ def build(index, directory=None, *, stop_after=None, kill_in=None, max_passages=
         embedded += len(window.places)
         return embed_window(window, *arguments)
 
-    made._embed_window = counted
+    made.embedder._embed_window = counted
     asked = (lambda: embedded >= stop_after * WINDOW) if stop_after is not None else None
     try:
-        made.build(asked)
+        made.build(*([asked] if asked else []))
     except Stopped:
         assert made.index is None
     return embedded, made.index
@@ -96,13 +96,13 @@ def test_a_killed_embedding_goes_on(tmp_path, whole, windows):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     embedded, index = build(tmp_path / "index")
-    assert embedded <= ROWS - (windows - 1 - retrieval.MOST_WAITING) * WINDOW
+    assert embedded <= ROWS - (windows - 1 - embedding.MOST_WAITING) * WINDOW
     assert torch.equal(index.embeddings, whole)
 
 
 def _small_windows_build(index, directory, **options):
-    retrieval.WINDOW = WINDOW
-    retrieval.devices.tokenizer_processes = lambda ranks: 0
+    embedding.WINDOW = WINDOW
+    embedding.devices.tokenizer_processes = lambda ranks: 0
     return build(index, directory, **options)[0]
 
 
@@ -117,11 +117,11 @@ def test_another_number_of_ranks_goes_on(tmp_path, whole, before, after):
 
 
 def _build_on_rank(index, directory, stop_after):
-    size, processes = retrieval.WINDOW, retrieval.devices.tokenizer_processes
+    size, processes = embedding.WINDOW, embedding.devices.tokenizer_processes
     try:
         return _small_windows_build(index, directory, stop_after=stop_after)
     finally:
-        retrieval.WINDOW, retrieval.devices.tokenizer_processes = size, processes
+        embedding.WINDOW, embedding.devices.tokenizer_processes = size, processes
 
 
 def _other_weights(made):
@@ -129,7 +129,7 @@ def _other_weights(made):
 
 
 def _other_precision(made):
-    made.embedder_precision = "bf16"
+    made.embedder.precision = "bf16"
 
 
 def _other_format(made):
@@ -187,7 +187,7 @@ def test_without_links_the_index_is_written_as_a_whole(tmp_path, whole, monkeypa
 def test_codes_alone_need_no_journal(tmp_path):
     made = make(world(), save_index_path=str(tmp_path / "index"), save_index_codes_only=True, index_mode="faiss",
                 faiss_index_type="pq", faiss_code_size=4)  # fmt: skip
-    made.build(None)
+    made.build()
     assert left_over(tmp_path / "index") == []
 
 

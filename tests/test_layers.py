@@ -18,7 +18,8 @@ MODULES = {
     "metrics": set(),
     "checkpoint": {"files", "options", "runtime"},
     "preflight": {"config", "model", "runtime", "tasks"},
-    "retrieval": {"checkpoint", "config", "files", "index", "model", "runtime"},
+    "embedding": {"files", "index", "model", "runtime"},
+    "retrieval": {"checkpoint", "config", "embedding", "files", "index", "model", "runtime"},
 }
 
 

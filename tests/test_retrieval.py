@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from atlas import config, retrieval
+from atlas import config, embedding, retrieval
+from atlas.embedding import batches_by_length, passage_embedder
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
 from atlas.index.sharded import shard_rows
@@ -13,7 +14,7 @@ from atlas.model.inputs import Inputs
 from atlas.model.load import Model
 from atlas.model.retriever import load_retriever, use_uncentered_layer_norm
 from atlas.model.tokenization import load_retriever_tokenizer
-from atlas.retrieval import Retrieval, batches_by_length, passage_embedder
+from atlas.retrieval import Retrieval
 from atlas.runtime import distributed
 from tests.kit import read_jsonl, world, write_jsonl
 from tests.ranks import run_on_ranks
@@ -37,7 +38,7 @@ def make(directory, max_tokens=None, *, passages=None, rerank=0, overretrieve=2,
         training,
         torch.device("cpu"),
     )
-    found.max_tokens = max_tokens or found.max_tokens
+    found.embedder.max_tokens = max_tokens or found.embedder.max_tokens
     return found
 
 
@@ -53,20 +54,20 @@ def one_by_one():
 @pytest.mark.parametrize("windows_at_fault", [[0], [2, 3], [9]])
 def test_a_window_that_cannot_be_stored_ends_the_build(monkeypatch, windows_at_fault):
     """Windows are stored by another thread: its first error arrives, and little is embedded after it."""
-    monkeypatch.setattr(retrieval, "WINDOW", 30)
+    monkeypatch.setattr(embedding, "WINDOW", 30)
     monkeypatch.setattr("atlas.runtime.device.tokenizer_processes", lambda ranks: 0)
     broken, asked = make(world()), []  # 300 passages, 10 windows
-    embed_window = broken._embed_window
+    embed_window = broken.embedder._embed_window
 
     def at_fault(window, embed, embedded):
         asked.append(len(asked))
         return embed_window(window, embed, embedded).fill_(float("nan") if asked[-1] in windows_at_fault else 1.0)
 
-    monkeypatch.setattr(broken, "_embed_window", at_fault)
+    monkeypatch.setattr(broken.embedder, "_embed_window", at_fault)
     first = 30 * windows_at_fault[0]
     with pytest.raises(ValueError, match=f"the embedding of passage {first} is not finite"):
         broken.build()
-    assert broken.index is None and len(asked) <= windows_at_fault[0] + retrieval.MOST_WAITING + 1
+    assert broken.index is None and len(asked) <= windows_at_fault[0] + embedding.MOST_WAITING + 1
 
 
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
@@ -96,8 +97,8 @@ def test_embedders_of_every_precision(uncentered, precision, error):
 
 @pytest.mark.processes
 def test_worker_processes_change_nothing(monkeypatch, one_by_one):
-    monkeypatch.setattr(retrieval, "WINDOW", 64)  # so that there are several windows
-    monkeypatch.setattr(retrieval.devices, "tokenizer_processes", lambda local_world_size: 2)
+    monkeypatch.setattr(embedding, "WINDOW", 64)  # so that there are several windows
+    monkeypatch.setattr(embedding.devices, "tokenizer_processes", lambda local_world_size: 2)
     fast = make(world())
     fast.build()
     assert torch.allclose(fast.index.embeddings.float(), one_by_one.float(), atol=2e-3)
@@ -105,10 +106,10 @@ def test_worker_processes_change_nothing(monkeypatch, one_by_one):
 
 def _build_on_rank(directory, uneven):
     if uneven and distributed.rank() == 0:
-        retrieval.WINDOW = 7  # many more windows than the others
+        embedding.WINDOW = 7  # many more windows than the others
     found = make(directory)
     found.build()
-    retrieval.WINDOW = 4096
+    embedding.WINDOW = 4096
     queries = ["question: what is the bird of Bako? answer: <extra_id_0>"] * (2 * distributed.rank())
     hits = found.search(queries, 3)
     return found.index.embeddings, [[p["id"] for p in row] for row in hits.passages]

@@ -1,44 +1,31 @@
 """The text half: embed the corpus, search it for queries, return passages. No gradient anywhere."""
 
 import contextlib
-import copy
-import hashlib
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from atlas import config
 from atlas.checkpoint import Checkpoint, check_tensors
+from atlas.embedding import CorpusEmbedder, batches_by_length, never
 from atlas.files.jsonl import BadLine, JsonlCorpus
-from atlas.index.arrays import FP16, Layout
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
 from atlas.index.directory import locked
-from atlas.index.journal import EmbeddingJournal, open_journal
-from atlas.index.passages import check_passages, count_duplicates, fingerprint_of, open_passages
+from atlas.index.passages import check_passages, count_duplicates, open_passages
 from atlas.index.sharded import ShardedIndex
 from atlas.index.store import open_index, save_index
-from atlas.model.inputs import Inputs
 from atlas.model.load import Model
-from atlas.model.retriever import Contriever, DualEncoder, fingerprint
+from atlas.model.retriever import DualEncoder, fingerprint
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
-from atlas.runtime.session import Session, Stopped
-from atlas.runtime.tracking import log, progress_bar, read_shares
-
-WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
-MOST_WAITING = 2  # windows that are embedded and not yet stored
-Embedder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids (n, L), mask (n, L) -> embeddings (n, D) fp32
+from atlas.runtime.session import Session
+from atlas.runtime.tracking import log, read_shares
 
 
 class Found(NamedTuple):
@@ -55,62 +42,6 @@ class Found(NamedTuple):
         ]
         order = order.to(self.ids.device)
         return Found(passages, self.ids.gather(1, order), self.scores.gather(1, order))
-
-
-class _Window(NamedTuple):
-    """Padded batches of the passages of a window, one after the other, so that all go to the device in one copy."""
-
-    shapes: list[tuple[int, int]]  # (n, L) of each batch
-    ids: np.ndarray  # int32, the n·L token ids of each batch
-    lengths: np.ndarray  # int32, tokens of each passage
-    places: np.ndarray  # int64, where in the window each passage is
-
-
-class _Windows(Dataset):
-    """Tokenized passages, window by window.
-
-    Args:
-        done: which rows need no window, (n,) bool; a window is left out if all of it is done.
-    """
-
-    def __init__(self, passages: JsonlCorpus, rows: range, inputs: Inputs, max_tokens: int, done: np.ndarray) -> None:
-        self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
-        self.size = WINDOW  # goes with the object to the processes that read it
-        self.starts = [start for start in range(0, len(rows), WINDOW) if not done[start : start + WINDOW].all()]
-        self.passages_left = sum(min(WINDOW, len(rows) - start) for start in self.starts)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, i: int) -> _Window:
-        rows = self.rows[self.starts[i] : self.starts[i] + self.size]
-        tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop])
-        lengths = np.array([len(row) for row in tokens], np.int32)
-        batches = list(batches_by_length(lengths.tolist(), self.max_tokens))
-        padded = [self.inputs.pad_passages([tokens[place] for place in batch])[0].int().numpy() for batch in batches]
-        places = np.concatenate(batches)
-        return _Window(
-            [ids.shape for ids in padded], np.concatenate([ids.ravel() for ids in padded]), lengths[places], places
-        )
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def batches_by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group positions of similar lengths, so that a batch padded to its longest row has at most `max_tokens` tokens.
-
-    A single row that is longer makes a batch of its own.
-    """
-    batch: list[int] = []
-    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[position] > max_tokens:
-            yield batch
-            batch = []
-        batch.append(position)
-    if batch:
-        yield batch
 
 
 class Retrieval:
@@ -138,9 +69,9 @@ class Retrieval:
     ) -> None:
         self.retriever, self.inputs, self.passages = model.retriever, model.inputs, passages
         self.settings, self.device, self.index = settings, device, index
-        self.embedder_precision = devices.embedder_precision(device, run.embedder_precision)
-        batch_size = run.per_gpu_embedder_batch_size
-        self.max_tokens = devices.embedding_tokens(device, batch_size, self.inputs.retriever_maxlength)
+        self.embedder = CorpusEmbedder(
+            model.retriever, model.inputs, device, run.embedder_precision, run.per_gpu_embedder_batch_size
+        )
         self.rerank = learning.n_to_rerank_with_retrieve_with_rerank if learning.retrieve_with_rerank else 0
         self.overretrieve = learning.filtering_overretrieve_ratio
         self.compression = compression_of(settings, run.seed)
@@ -204,7 +135,7 @@ class Retrieval:
         retrieval._save_opened()
         return retrieval
 
-    def refresh(self, due: bool = False, asked_to_stop: Callable[[], bool] | None = None) -> None:
+    def refresh(self, due: bool = False, asked_to_stop: Callable[[], bool] = never) -> None:
         """Build an index if there is none, or if a new one with the current encoder is `due`. Collective.
 
         A resumed run first builds the index that the stopped run had, with the encoder of that time.
@@ -224,12 +155,11 @@ class Retrieval:
             self.build(asked_to_stop)
 
     @torch.no_grad()
-    def build(self, asked_to_stop: Callable[[], bool] | None = None) -> None:
+    def build(self, asked_to_stop: Callable[[], bool] = never) -> None:
         """Embed the corpus with the current encoder into a new index, and save it if that is asked for. Collective.
 
         Args:
-            asked_to_stop: whether this rank is to stop; asked after every batch. One that was asked waits for the
-                others, which embed their shares unless they were asked as well.
+            asked_to_stop: as in `CorpusEmbedder.embed_share`.
 
         Raises:
             Stopped: on every rank, if one was asked to stop; there is no index then.
@@ -245,57 +175,17 @@ class Retrieval:
             retrain=self.settings.faiss_retrain,
         )
         self.index = None  # the builder keeps what it needs of the previous one
-        was_training = self.retriever.training
-        self.retriever.eval()
-        encoder = fingerprint(self.retriever.passage_encoder) if self.settings.save_index_path is not None else None
-        with self._journal(encoder) if saves_embeddings else contextlib.nullcontext() as journal:
-            self._embed_share(builder, journal, asked_to_stop)
-        self.retriever.train(was_training)
+        directory = Path(self.settings.save_index_path) if saves_embeddings else None
+        with self.embedder.journal(directory, self.passages) if directory else contextlib.nullcontext() as journal:
+            self.embedder.embed_share(self.passages, builder.rows, builder.add, journal, asked_to_stop)
         self.index = builder.finish()
         if self._keeps_encoder:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         if self.settings.save_index_path is not None:
-            self._save(encoder, self.embedder_precision)
+            self._save(fingerprint(self.retriever.passage_encoder), self.embedder.precision)
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
-
-    def _journal(self, encoder: str) -> AbstractContextManager[EmbeddingJournal]:
-        """Takes the embeddings by the encoder of this fingerprint, where the index is to be saved. Collective."""
-        n = len(self.passages)
-        some = self.passages[sorted({i * (n - 1) // 99 for i in range(100)})]  # as tokens: formats and vocabulary
-        facts = (
-            encoder,
-            self.embedder_precision,
-            fingerprint_of(self.passages),
-            self.inputs.passage_tokens(some),
-        )
-        identity = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        return open_journal(Path(self.settings.save_index_path), identity, Layout(n, self.retriever.dim, FP16))
-
-    def _embed_share(
-        self, builder: IndexBuilder, journal: EmbeddingJournal | None, asked_to_stop: Callable[[], bool] | None
-    ) -> None:
-        """Embed this rank's share of the corpus; an error or a stop of one rank is one of all. Collective."""
-        error, stopped, rows = None, False, builder.rows
-
-        def store(start: int, embeddings: torch.Tensor) -> None:
-            builder.add(start, embeddings)
-            if journal is not None:
-                journal.add(rows.start + start, embeddings)
-
-        try:
-            done = journal.restore(rows, builder.add) if journal is not None else np.zeros(len(rows), bool)
-            embed = passage_embedder(self.retriever.passage_encoder, self.device, self.embedder_precision)
-            self._embed_rows(rows, embed, store, asked_to_stop or (lambda: False), done)
-        except (ValueError, OSError) as failed:  # not finite; no space
-            error = failed
-        except Stopped:
-            stopped = True
-        distributed.wait_for_all("embedding the corpus")
-        distributed.raise_on_all_ranks(error)
-        if distributed.any_rank(stopped or (asked_to_stop is not None and asked_to_stop())):
-            raise Stopped
 
     def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
         self._before_saving()
@@ -318,76 +208,6 @@ class Retrieval:
         else:
             log.info("--save_index_path: a loaded index is saved only when it is built again")
 
-    def _embed_rows(
-        self,
-        rows: range,
-        embed: Embedder,
-        store: Callable[[int, torch.Tensor], None],
-        asked_to_stop: Callable[[], bool],
-        done: np.ndarray,
-    ) -> None:
-        """Give the rows' embeddings to `store`, window by window: `store(first row of the window, (n, D) fp16)`.
-
-        Windows of which all rows are `done`, (n,) bool, are left out. Ranks may have different numbers of batches:
-        nothing here waits for another rank.
-
-        Raises:
-            Stopped: this rank was asked to stop.
-        """
-        windows = _Windows(self.passages, rows, self.inputs, self.max_tokens, done)
-        processes = devices.tokenizer_processes(distributed.local_world_size()) if len(windows) > 1 else 0
-        loader = DataLoader(
-            windows,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=processes,
-            worker_init_fn=devices.single_threaded_worker if processes else None,
-            prefetch_factor=2 if processes else None,
-        )
-        share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
-        left = windows.passages_left
-        there = f", {len(rows) - left} are there" if left < len(rows) else ""
-        log.info("Embedding %d passages%s%s", left, share, there)
-        started = time.monotonic()
-        stored: deque[Future] = deque()
-
-        def embedded(passages: int) -> None:
-            bar.update(passages)
-            if asked_to_stop():
-                raise Stopped
-
-        # Another thread stores, because encoding a window can take as long as embedding the next one.
-        with progress_bar("embedding", left, "passages") as bar, ThreadPoolExecutor(1) as thread:
-            for start, window in zip(windows.starts, loader, strict=True):
-                embeddings = self._embed_window(window, embed, embedded)
-                stored.append(thread.submit(store, start, embeddings))
-                if len(stored) > MOST_WAITING:
-                    stored.popleft().result()
-            for last in stored:
-                last.result()
-        devices.synchronize(self.device)
-        seconds = time.monotonic() - started
-        log.info("Embedded %d passages%s in %.1f s: %.0f a second", left, share, seconds, left / seconds)
-
-    def _embed_window(self, window: _Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
-        """Embeddings of a window's passages in their order, (n, D) fp16. Does not wait for the device."""
-        ids, lengths, places = (
-            devices.move(torch.from_numpy(array), self.device) for array in (window.ids, window.lengths, window.places)
-        )
-        parts = []
-        batches = zip(
-            window.shapes,
-            ids.split([n * longest for n, longest in window.shapes]),
-            lengths.split([n for n, _ in window.shapes]),
-            strict=True,
-        )
-        for (n, longest), of_batch, tokens in batches:
-            mask = torch.arange(longest, device=self.device) < tokens[:, None]  # (n, L)
-            parts.append(embed(of_batch.view(n, longest), mask).to(torch.float16))
-            embedded(n)
-        embeddings = torch.empty(len(places), self.retriever.dim, dtype=torch.float16, device=self.device)
-        return embeddings.index_copy_(0, places, torch.cat(parts))
-
     @torch.no_grad()
     def search(self, queries: list[str], k: int, exclude: Sequence[str | int | None] | None = None) -> Found:
         """The best k passages (all, if there are fewer) of each query. Collective; a rank may have no query.
@@ -408,7 +228,7 @@ class Retrieval:
         """The embeddings of B queries, (B, D) fp32, by the retriever in the mode that it is in."""
         if not queries:
             return torch.zeros(0, self.retriever.dim, device=self.device)
-        with devices.autocast(self.device, self.embedder_precision):
+        with devices.autocast(self.device, self.embedder.precision):
             return self.retriever.embed_queries(*self.inputs.queries(queries)).float()
 
     @torch.no_grad()
@@ -445,31 +265,12 @@ class Retrieval:
         """Scores by the current passage encoder, (B, K)."""
         tokens = self.inputs.passage_tokens([passage for of_query in found.passages for passage in of_query])
         vectors = torch.zeros(len(tokens), self.retriever.dim, device=self.device)
-        for rows in batches_by_length([len(row) for row in tokens], self.max_tokens):
+        for rows in batches_by_length([len(row) for row in tokens], self.embedder.max_tokens):
             batch = self.inputs.pad_passages([tokens[row] for row in rows])
             ids, mask, places = (devices.move(tensor, self.device) for tensor in (*batch, torch.tensor(rows)))
-            with devices.autocast(self.device, self.embedder_precision):
+            with devices.autocast(self.device, self.embedder.precision):
                 vectors.index_copy_(0, places, self.retriever.embed_passages(ids, mask).float())
         return torch.einsum("bd,bkd->bk", queries, vectors.view(len(queries), -1, vectors.shape[-1]))
-
-
-def passage_embedder(encoder: Contriever, device: torch.device, precision: str) -> Embedder:
-    """Embeds passages in this precision, with the weights that the encoder has now.
-
-    In fp16 a copy of the encoder does it, whose weights and hidden states are fp16: nothing is converted on the way,
-    and its errors are about those that rounding the embeddings to fp16 makes. In bf16 they would be several times as
-    large, so the hidden states stay fp32 there.
-    """
-    if precision == "fp16":
-        return copy.deepcopy(encoder).requires_grad_(False).half()
-    return partial(_embed_by_autocast, encoder, device, precision)
-
-
-def _embed_by_autocast(
-    encoder: Contriever, device: torch.device, precision: str, ids: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    with devices.autocast(device, precision):
-        return encoder(ids, mask)
 
 
 def _own_passages(passages: list[list[dict[str, Any]]], ids: Sequence[str | int | None]) -> torch.Tensor:

@@ -16,13 +16,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from atlas.asking.answers import Answer, Passage
 from atlas.config import Config
+from atlas.embedding import passage_embedder
 from atlas.evaluation.answering import Answering, Encoded
 from atlas.files.jsonl import decode
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
 from atlas.model.signals import MODES, Reading, judgements, watched_logits
 from atlas.model.tokenization import ReaderTokenizer
-from atlas.retrieval import Retrieval, passage_embedder
+from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.tasks import Example, Task
 
@@ -146,7 +147,7 @@ class AnsweringModel:
             ValueError: as `search`.
         """
         retrieval = self._searching()
-        embed = passage_embedder(retrieval.retriever.passage_encoder, self.device, retrieval.embedder_precision)
+        embed = passage_embedder(retrieval.retriever.passage_encoder, self.device, retrieval.embedder.precision)
         batches = [passages[i : i + self.batch_size] for i in range(0, len(passages), self.batch_size)]
         with self._one_at_a_time:
             rows = [self.model.inputs.passages([dict(passage) for passage in batch]) for batch in batches]
@@ -256,7 +257,7 @@ class AnsweringModel:
         targets = inputs.target_rows(encoded.queries, rows)
         hidden = encoded.hidden.unflatten(1, encoded.rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
         temperature, lengths = learning.temperature_gold, encoded.rows.lengths
-        reading = Reading(reader, hidden, encoded.rows.mask, targets, temperature, lengths)
+        reading = Reading(reader, hidden, encoded.rows.mask, targets, temperature, lengths, encoded.fused)
         logits, attended = watched_logits(reading)
         certain = token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths.clamp(min=1)  # (B,)
         judged = judgements(MODES[learning.gold_score_mode], reading)  # (B, K)

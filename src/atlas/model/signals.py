@@ -35,6 +35,7 @@ class Reading(NamedTuple):
     targets: Targets
     temperature_gold: float = 1.0
     lengths: np.ndarray | None = None  # (B, K) tokens, on the CPU; None: unknown
+    together: Fused | None = None  # what `fused` is, where that is there already
 
     @property
     def counts(self) -> torch.Tensor:
@@ -43,7 +44,7 @@ class Reading(NamedTuple):
 
     def fused(self) -> Fused:
         """All passages of a query together: (B, S, d)."""
-        return fuse(self.hidden.flatten(1, 2), self.mask, self.lengths)
+        return self.together or fuse(self.hidden.flatten(1, 2), self.mask, self.lengths)
 
 
 Signal = Callable[[Reading], torch.Tensor]

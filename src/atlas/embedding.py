@@ -1,0 +1,261 @@
+"""From the passages of a corpus to their embeddings: every rank its share, window by window, tokenized beside it."""
+
+import copy
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from atlas.files.jsonl import JsonlCorpus
+from atlas.index.arrays import FP16, Layout
+from atlas.index.journal import EmbeddingJournal, open_journal
+from atlas.index.passages import fingerprint_of
+from atlas.model.inputs import Inputs
+from atlas.model.retriever import Contriever, DualEncoder, fingerprint
+from atlas.runtime import device as devices
+from atlas.runtime import distributed
+from atlas.runtime.session import Stopped
+from atlas.runtime.tracking import log, progress_bar
+
+WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
+MOST_WAITING = 2  # windows that are embedded and not yet stored
+Embedder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids (n, L), mask (n, L) -> embeddings (n, D) fp32
+Store = Callable[[int, torch.Tensor], None]  # place of the first row in this rank's share, embeddings (n, D) fp16
+
+
+def never() -> bool:
+    """Nobody asks to stop."""
+    return False
+
+
+class _Window(NamedTuple):
+    """Padded batches of the passages of a window, one after the other, so that all go to the device in one copy."""
+
+    shapes: list[tuple[int, int]]  # (n, L) of each batch
+    ids: np.ndarray  # int32, the n·L token ids of each batch
+    lengths: np.ndarray  # int32, tokens of each passage
+    places: np.ndarray  # int64, where in the window each passage is
+
+
+class _Windows(Dataset):
+    """Tokenized passages, window by window.
+
+    Args:
+        done: which rows need no window, (n,) bool, by default none; a window is left out if all of it is done.
+    """
+
+    def __init__(
+        self, passages: JsonlCorpus, rows: range, inputs: Inputs, max_tokens: int, done: np.ndarray | None
+    ) -> None:
+        done = np.zeros(len(rows), bool) if done is None else done
+        self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
+        self.size = WINDOW  # goes with the object to the processes that read it
+        self.starts = [start for start in range(0, len(rows), WINDOW) if not done[start : start + WINDOW].all()]
+        self.passages_left = sum(min(WINDOW, len(rows) - start) for start in self.starts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int) -> _Window:
+        rows = self.rows[self.starts[i] : self.starts[i] + self.size]
+        tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop])
+        lengths = np.array([len(row) for row in tokens], np.int32)
+        batches = list(batches_by_length(lengths.tolist(), self.max_tokens))
+        padded = [self.inputs.pad_passages([tokens[place] for place in batch])[0].int().numpy() for batch in batches]
+        places = np.concatenate(batches)
+        return _Window(
+            [ids.shape for ids in padded], np.concatenate([ids.ravel() for ids in padded]), lengths[places], places
+        )
+
+    def read_ahead(self) -> DataLoader:
+        """All windows in their order, made by other processes where there are cores for them."""
+        processes = devices.tokenizer_processes(distributed.local_world_size()) if len(self) > 1 else 0
+        return DataLoader(
+            self,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=processes,
+            worker_init_fn=devices.single_threaded_worker if processes else None,
+            prefetch_factor=2 if processes else None,
+        )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def batches_by_length(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Group positions of similar lengths, so that a batch padded to its longest row has at most `max_tokens` tokens.
+
+    A single row that is longer makes a batch of its own.
+    """
+    batch: list[int] = []
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[position] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+class CorpusEmbedder:
+    """Embeds passages with the passage encoder of a retriever, with the weights that it has at that time.
+
+    Attributes:
+        precision: that the encoder computes in.
+        max_tokens: of a batch, with padding.
+    """
+
+    def __init__(
+        self, retriever: DualEncoder, inputs: Inputs, device: torch.device, precision: str, batch_size: int
+    ) -> None:
+        """`precision` and `batch_size` are the values of the flags that name them."""
+        self.retriever, self.inputs, self.device = retriever, inputs, device
+        self.precision = devices.embedder_precision(device, precision)
+        self.max_tokens = devices.embedding_tokens(device, batch_size, inputs.retriever_maxlength)
+
+    def journal(self, directory: Path, passages: JsonlCorpus) -> AbstractContextManager[EmbeddingJournal]:
+        """Takes the embeddings where an index of these passages is to be saved. Collective."""
+        n = len(passages)
+        some = passages[sorted({i * (n - 1) // 99 for i in range(100)})]  # as tokens: formats and vocabulary
+        facts = (
+            fingerprint(self.retriever.passage_encoder),
+            self.precision,
+            fingerprint_of(passages),
+            self.inputs.passage_tokens(some),
+        )
+        identity = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        return open_journal(directory, identity, Layout(n, self.retriever.dim, FP16))
+
+    def embed_share(
+        self,
+        passages: JsonlCorpus,
+        rows: range,
+        store: Store,
+        journal: EmbeddingJournal | None = None,
+        asked_to_stop: Callable[[], bool] = never,
+    ) -> None:
+        """Give the embeddings of this rank's rows of the corpus to `store`, and to the journal. Collective.
+
+        What the journal has already is stored without being made again.
+
+        Args:
+            asked_to_stop: whether this rank is to stop; asked after every batch. One that was asked waits for the
+                others, which embed their shares unless they were asked as well.
+
+        Raises:
+            Stopped: on every rank, if one was asked to stop.
+            ValueError, OSError: on every rank, if `store` or the journal raises it on one.
+        """
+        error, stopped, was_training = None, False, self.retriever.training
+
+        def store_and_note(start: int, embeddings: torch.Tensor) -> None:
+            store(start, embeddings)
+            if journal is not None:
+                journal.add(rows.start + start, embeddings)
+
+        self.retriever.eval()
+        try:
+            done = journal.restore(rows, store) if journal else None
+            self.embed_rows(passages, rows, store_and_note, asked_to_stop, done)
+        except (ValueError, OSError) as failed:  # not finite; no space
+            error = failed
+        except Stopped:
+            stopped = True
+        self.retriever.train(was_training)
+        distributed.wait_for_all("embedding the corpus")
+        distributed.raise_on_all_ranks(error)
+        if distributed.any_rank(stopped or asked_to_stop()):
+            raise Stopped
+
+    @torch.no_grad()
+    def embed_rows(
+        self,
+        passages: JsonlCorpus,
+        rows: range,
+        store: Store,
+        asked_to_stop: Callable[[], bool] = never,
+        done: np.ndarray | None = None,
+    ) -> None:
+        """Give the rows' embeddings to `store`, window by window.
+
+        Windows of which all rows are `done`, (n,) bool, are left out. Ranks may have different numbers of batches:
+        nothing here waits for another rank.
+
+        Raises:
+            Stopped: this rank was asked to stop.
+        """
+        windows = _Windows(passages, rows, self.inputs, self.max_tokens, done)
+        share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+        left = windows.passages_left
+        there = f", {len(rows) - left} are there" if left < len(rows) else ""
+        log.info("Embedding %d passages%s%s", left, share, there)
+        started = time.monotonic()
+        embed = passage_embedder(self.retriever.passage_encoder, self.device, self.precision)
+        stored: deque[Future] = deque()
+
+        def embedded(passages: int) -> None:
+            bar.update(passages)
+            if asked_to_stop():
+                raise Stopped
+
+        # Another thread stores, because encoding a window can take as long as embedding the next one.
+        with progress_bar("embedding", left, "passages") as bar, ThreadPoolExecutor(1) as thread:
+            for start, window in zip(windows.starts, windows.read_ahead(), strict=True):
+                embeddings = self._embed_window(window, embed, embedded)
+                stored.append(thread.submit(store, start, embeddings))
+                if len(stored) > MOST_WAITING:
+                    stored.popleft().result()
+            for last in stored:
+                last.result()
+        devices.synchronize(self.device)
+        seconds = time.monotonic() - started
+        log.info("Embedded %d passages%s in %.1f s: %.0f a second", left, share, seconds, left / seconds)
+
+    def _embed_window(self, window: _Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
+        """Embeddings of a window's passages in their order, (n, D) fp16. Does not wait for the device."""
+        ids, lengths, places = (
+            devices.move(torch.from_numpy(array), self.device) for array in (window.ids, window.lengths, window.places)
+        )
+        parts = []
+        batches = zip(
+            window.shapes,
+            ids.split([n * longest for n, longest in window.shapes]),
+            lengths.split([n for n, _ in window.shapes]),
+            strict=True,
+        )
+        for (n, longest), of_batch, tokens in batches:
+            mask = torch.arange(longest, device=self.device) < tokens[:, None]  # (n, L)
+            parts.append(embed(of_batch.view(n, longest), mask).to(torch.float16))
+            embedded(n)
+        embeddings = torch.empty(len(places), self.retriever.dim, dtype=torch.float16, device=self.device)
+        return embeddings.index_copy_(0, places, torch.cat(parts))
+
+
+def passage_embedder(encoder: Contriever, device: torch.device, precision: str) -> Embedder:
+    """Embeds passages in this precision, with the weights that the encoder has now.
+
+    In fp16 a copy of the encoder does it, whose weights and hidden states are fp16: nothing is converted on the way,
+    and its errors are about those that rounding the embeddings to fp16 makes. In bf16 they would be several times as
+    large, so the hidden states stay fp32 there.
+    """
+    if precision == "fp16":
+        return copy.deepcopy(encoder).requires_grad_(False).half()
+    return partial(_embed_by_autocast, encoder, device, precision)
+
+
+def _embed_by_autocast(
+    encoder: Contriever, device: torch.device, precision: str, ids: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    with devices.autocast(device, precision):
+        return encoder(ids, mask)
