@@ -22,7 +22,7 @@ demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions in 2
 
 ask:             ## ask the demo's model in a browser (prints the address)
 	@test -e demo/experiments/after/checkpoint/latest || { echo "There is no demo to ask yet: make demo"; exit 1; }
-	@$(MAKE) --no-print-directory $(READY)
+	@$(MAKE) --silent $(READY)
 	$(BIN)/python ask.py demo/experiments/after --serve $(ASK_FLAGS)
 
 demo-pretrain: $(READY) ## pretrain these tiny models from scratch (half an hour)

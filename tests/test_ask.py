@@ -1,5 +1,6 @@
 """A model that is asked in Python and in a terminal: the numbers of evaluate.py, pieces, lists, mistakes."""
 
+import argparse
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import atlas
@@ -28,6 +30,7 @@ from atlas.model.inputs import Targets
 from atlas.model.signals import MODES, Mode, Reading, judgements
 from tests.kit import read_jsonl, run, world, write_jsonl
 from tests.patience import HANG_SECONDS
+from tests.test_checkpoint import published
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = {"train_retriever": True, "query_side_retriever_training": True, "total_steps": 2, "per_gpu_batch_size": 3}
@@ -196,6 +199,23 @@ def test_exported_models_answer_the_same(trained, model, questions, tmp_path):
     assert exported.k == model.k and exported.name == "export"
     assert [a.text for a in exported.ask(questions)] == [a.text for a in model.ask(questions)]
     assert str(world()) not in (tmp_path / "export/options.json").read_text()
+
+
+@pytest.mark.processes
+def test_a_published_checkpoint_needs_an_index_and_may_need_names(trained, model, questions, tmp_path):
+    weights = load_file(trained / "run/checkpoint/latest/model.safetensors")
+    flags = {name: model.config.flags()[name] for name in ("n_context", "text_maxlength", "generation_max_length")}
+    options = argparse.Namespace(name="x", retriever_model_path="/there/is/none", **flags)
+    checkpoint = published(tmp_path / "published", weights, opt=options)
+    names = {"reader_model_type": world() / "models/reader", "retriever_model_path": world() / "models/retriever"}
+    names |= {"retriever_pooling": "average", "per_gpu_batch_size": 3}
+    loaded = atlas.load(checkpoint, trained / "index", allow_other_index=True, **names)
+    assert loaded.k == 4 and loaded.task.question_field({}) == "question"
+    assert len(loaded.ask(questions[0]).passages) == 4
+    with pytest.raises(ValueError, match="does not say what to search in"):
+        atlas.load(checkpoint, **names)
+    with pytest.raises(ValueError, match="--reader_model_type is missing"):
+        atlas.load(checkpoint, trained / "index")
 
 
 @pytest.mark.processes
