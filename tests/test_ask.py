@@ -330,6 +330,12 @@ def test_marks(text, answer, marked):
     assert [text[start:end] for start, end in marks(text, answer)] == marked
 
 
+def test_a_terminal_gets_texts_and_no_commands():
+    evil = "\x1b]0;title\x07"
+    shown = str(Answer(evil, evil, evil, 0.5, [Passage({"id": evil, "title": evil, "text": evil * 2}, 1.0)], {}))
+    assert not set(shown) & set("\x1b\x07") and shown.count("]0;title") == 5
+
+
 def test_notebooks_get_texts_and_no_html():
     evil = "<script>alert('&')</script>"
     passage = Passage({"id": evil, "title": evil, "text": f"{evil} {evil}"}, 1.0, 0.5, None)

@@ -173,7 +173,10 @@ def test_a_bug_is_an_answer_and_the_next_request_is_served(server, questions, mo
     with monkeypatch.context() as patch:
         patch.setattr(server.waiting, "work", lambda *_: 1 / 0)
         status, _, content = request(server, "POST", "/ask", {"question": questions[0]})
-        assert status == 500 and json.loads(content) == {"error": "division by zero"}
+        assert status == 500 and json.loads(content) == {"error": "ZeroDivisionError: division by zero"}
+        patch.setattr(server.waiting, "work", lambda *_: Path("/dev/null/x").read_text())
+        status, _, content = request(server, "POST", "/retrieve", {"queries": questions[:1]})
+        assert status == 500 and json.loads(content) == {"error": "/dev/null/x: Not a directory"}
     assert post(server, "/ask", {"question": questions[0]})["answer"]
 
 

@@ -67,7 +67,7 @@ class Answer:
 
     def __str__(self) -> str:
         certain = "" if self.score is None else f"   ({self.score:.2f})"
-        return "\n".join([f"{self.text}{certain}", *(f"{line}" for line in self.passage_lines())])
+        return "\n".join([f"{printable(self.text)}{certain}", *self.passage_lines()])
 
     def passage_lines(self) -> list[str]:
         """The passages as lines for a terminal."""
@@ -77,8 +77,8 @@ class Answer:
             values = (*values, ("attention", passage.attention, "{:.0%}"))
             said = ", ".join(f"{name} {form.format(value)}" for name, value, form in values if value is not None)
             identifier = "" if passage.id is None else f" [{passage.id}]"
-            lines.append(f"{number:3}  {passage.title or '(no title)'}{identifier}  {said}")
-            text = textwrap.shorten(passage.text, SHOWN, placeholder=" …")
+            lines.append(f"{number:3}  {printable((passage.title or '(no title)') + identifier)}  {said}")
+            text = printable(textwrap.shorten(passage.text, SHOWN, placeholder=" …"))
             lines += textwrap.wrap(text, WIDTH, initial_indent="     ", subsequent_indent="     ")
         return lines
 
@@ -102,6 +102,11 @@ class Answer:
             f"<style>{STYLE}</style><div class=atlas-answer><p>{html.escape(self.question)}</p>"
             f"<p><b>{html.escape(self.text)}</b>{certain}</p>{table}</div>"
         )
+
+
+def printable(text: str) -> str:
+    """A text on a terminal, which it cannot command: no escape sequence of a corpus gets there."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def marks(text: str, answer: str) -> list[list[int]]:

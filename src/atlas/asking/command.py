@@ -13,7 +13,10 @@ from atlas.config import OF_THE_MODEL, flags_parser, sentence
 HOST, PORT = "127.0.0.1", 8000
 INSTEAD = {
     "What it runs on": ("device", "precision", "embedder_precision", "verify"),
-    "What it searches": ("passages", "max_passages", "save_index_path", "allow_other_index"),
+    "What it searches": (
+        *("passages", "max_passages", "save_index_path", "allow_other_index", "faiss_nprobe", "refine_factor"),
+        *("retrieve_with_rerank", "n_to_rerank_with_retrieve_with_rerank"),
+    ),
     "What the run was trained with, and others to use instead": (
         *("task", "gold_score_mode", "temperature_gold", "closed_book"),
         *(name for name in OF_THE_MODEL if name != "n_context"),

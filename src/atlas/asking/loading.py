@@ -29,7 +29,8 @@ from atlas.tasks.text import TextTask
 def load(
     path: str | os.PathLike, index: str | os.PathLike | None = None, *, device: str = "auto", **flags: Any
 ) -> AnsweringModel:
-    """Load a model to ask. Nothing is written, no signal is handled, and no process group is needed.
+    """Load a model to ask. Nothing is written, no signal is handled, and no process group is needed. It sets how exact
+    this process multiplies fp32 matrices (`torch.set_float32_matmul_precision`), as exact search depends on it.
 
     What a run was trained with is what it answers with: reader, retriever, formats, lengths, number of passages, and
     the index. Where the index was not saved, or the passage encoder has learned since, the corpus is embedded first,

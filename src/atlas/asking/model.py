@@ -1,5 +1,6 @@
 """A loaded model that answers questions: it searches, reads, and says which passages it answered from."""
 
+import contextlib
 import json
 import queue
 import random
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -76,9 +77,15 @@ class AnsweringModel:
     @overload
     def ask(self, question: Question, k: int | None = None, *, judge: bool = True) -> Answer: ...
     @overload
+    def ask(
+        self, question: Question, k: int | None = None, *, stream: Literal[True], judge: bool = True
+    ) -> "AnswerStream": ...
+    @overload
     def ask(self, question: Sequence[Question], k: int | None = None, *, judge: bool = True) -> list[Answer]: ...
 
-    def ask(self, question, k=None, *, stream=False, judge=True):
+    def ask(
+        self, question: Question | Sequence[Question], k: int | None = None, *, stream: bool = False, judge: bool = True
+    ) -> "Answer | AnswerStream | list[Answer]":
         """Answer a question, or each of a list, in batches.
 
         Args:
@@ -106,7 +113,14 @@ class AnsweringModel:
         starts = range(0, len(examples), self.batch_size)
         return [answer for i in starts for answer in self._answer(examples[i : i + self.batch_size], k, judge)]
 
-    def search(self, question, k: int | None = None):
+    @overload
+    def search(self, question: Question, k: int | None = None) -> list[Passage]: ...
+    @overload
+    def search(self, question: Sequence[Question], k: int | None = None) -> list[list[Passage]]: ...
+
+    def search(
+        self, question: Question | Sequence[Question], k: int | None = None
+    ) -> list[Passage] | list[list[Passage]]:
         """The best k passages for a question, or for each of a list: a list of `Passage`, or a list of such lists.
 
         Raises:
@@ -124,7 +138,7 @@ class AnsweringModel:
             found += _passages(hits.passages, hits.scores.tolist())
         return found
 
-    def embed(self, question) -> torch.Tensor:
+    def embed(self, question: Question | Sequence[Question]) -> torch.Tensor:
         """The query encoder's embedding of a question, (D,), or of each of a list, (n, D): fp32 on the CPU.
 
         Raises:
@@ -164,13 +178,13 @@ class AnsweringModel:
                 continue
             fields = ((record, self.task.question_field(record)) for record in records)
             questions = list(dict.fromkeys(str(record[field]) for record, field in fields if record.get(field)))
-            if questions:
+            with contextlib.suppress(ValueError, IndexError):  # a text alone may be no question of the task
+                self.check(questions[0])
                 return questions[:: max(1, len(questions) // n)][:n]
         return []
 
-    def check(self, question: Question, k: int | None = None) -> None:
-        """Raises: ValueError where `ask` or `search` would."""
-        self._checked(k)
+    def check(self, question: Question) -> None:
+        """Raises: ValueError where `ask` or `search` would because of the question."""
         self._example(question)
 
     def _searching(self) -> Retrieval:

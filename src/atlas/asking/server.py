@@ -20,6 +20,8 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
+
 from atlas.asking.model import AnsweringModel
 from atlas.asking.waiting import Closed, Full, Waiting
 from atlas.runtime.session import sentence_of
@@ -185,6 +187,11 @@ class Server(ThreadingHTTPServer):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"{MOST_WAITING} requests wait already: try later") from None
         except Closed:
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping") from None
+        except Exception as error:
+            log.exception("A request failed")
+            understood = isinstance(error, ValueError | OSError | torch.OutOfMemoryError)
+            sentence = sentence_of(error) if understood else f"{type(error).__name__}: {error}"
+            raise Refused(HTTPStatus.INTERNAL_SERVER_ERROR, sentence) from error
 
     def _question(self, question: Any, field: str) -> str:
         if not isinstance(question, str):
@@ -234,11 +241,6 @@ class _Handler(BaseHTTPRequestHandler):
                 status, answer = HTTPStatus.OK, answers[path]()
             except Refused as refused:
                 status, answer = refused.status, {"error": str(refused)}
-            except OSError:  # the client has gone
-                raise
-            except Exception as error:
-                log.exception("A request failed")
-                status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, {"error": sentence_of(error)}
             self._send(status, answer, nonce)
 
     def _check_host(self) -> None:
@@ -297,7 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses, in the same form."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from atlas.asking.answers import Answer
+from atlas.asking.answers import Answer, printable
 from atlas.asking.model import AnsweringModel
 from atlas.files.cache import users_state
 
@@ -73,7 +73,7 @@ class _Lines:
         try:
             for piece in stream:
                 if not self.as_json:
-                    print(piece, end="", flush=True)
+                    print(printable(piece), end="", flush=True)
         finally:
             stream.cancel()  # of no effect on one that is whole
         self.last = stream.answer
