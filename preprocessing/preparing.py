@@ -5,19 +5,22 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import flags
+import packages
 from atlas.files.jsonl import DataError, decode, replacing
-from fetch import Download, digest
+from fetch import Download, digest, readable
+from sources import PackageFile
 
-Rows = Iterable[dict]
+Content = Iterable[dict | str] | Path  # rows of jsonl, lines of text, or a finished file that is moved
 
 
-def make_parser(document: str, originals: Sequence[str]) -> argparse.ArgumentParser:
-    """The flags of a script; `document` is its docstring, `originals` are the addresses of the files that it reads."""
+def make_parser(document: str, originals: Sequence[str | PackageFile]) -> argparse.ArgumentParser:
+    """The flags of a script; `document` is its docstring, `originals` are the files that it reads."""
     parser = argparse.ArgumentParser(description=document.split("\n")[0])
     names = ", ".join(map(file_name, originals))
     parser.add_argument("--base_url", type=flags.base_url, help=f"directory of a mirror with {names}")
@@ -29,13 +32,14 @@ def make_parser(document: str, originals: Sequence[str]) -> argparse.ArgumentPar
 def run(
     name: str,
     arguments: argparse.Namespace,
-    originals: Sequence[str],
-    prepare: Callable[[dict[str, Path]], Iterator[tuple[str, Rows]]],
+    originals: Sequence[str | PackageFile],
+    prepare: Callable[[dict[str, Path]], Iterator[tuple[str, Content]]],
     **settings: Any,
 ) -> None:
     """Write the files that `prepare` yields, unless all of them exist and are unchanged.
 
-    `prepare` is given the paths of the originals by name, and yields paths below the output directory with their rows.
+    `prepare` is given the paths of the originals by name, and yields paths below the output directory with what is to
+    be in them.
     The record `.{name}.json` has the `settings` and the SHA-256 of every file that was written.
     """
     output, record = arguments.output_directory, arguments.output_directory / f".{name}.json"
@@ -49,12 +53,12 @@ def run(
                 for file, sha256 in before["files"].items()
             )
         ):
-            print(f"{output}: the {len(before['files'])} files of {name}.py exist and are unchanged")
+            print(f"{output}: the {len(before['files'])} files of {name} exist and are unchanged")
             return
         downloads = fetch_originals(arguments, originals)
         written = {}
-        for file, rows in prepare({download.target.name: download.target for download in downloads}):
-            written[file] = write(output / file, rows, before["files"].get(file))
+        for file, content in prepare({download.target.name: download.target for download in downloads}):
+            written[file] = write(output / file, content, before["files"].get(file))
         with replacing(record) as beside:
             beside.write_text(json.dumps({"settings": settings, "files": written}, indent=1), encoding="utf-8")
         if not arguments.keep_downloads:
@@ -64,23 +68,27 @@ def run(
                 downloads[0].target.parent.rmdir()
 
 
-def fetch_originals(arguments: argparse.Namespace, originals: Sequence[str]) -> list[Download]:
+def fetch_originals(arguments: argparse.Namespace, originals: Sequence[str | PackageFile]) -> list[Download]:
     """Fetch the originals into `{output_directory}/downloads/`."""
-    checksums = flags.Checksums(arguments.checksums)
-    downloads = [
-        Download(
-            f"{arguments.base_url}/{file_name(url)}" if arguments.base_url else url,
-            arguments.output_directory / "downloads" / file_name(url),
-            checksums.of(file_name(url)),
-        )
-        for url in originals
-    ]
-    flags.fetcher(arguments).fetch(downloads)
+    checksums, fetcher = flags.Checksums(arguments.checksums), flags.fetcher(arguments)
+    downloads = []
+    for original in originals:
+        name = file_name(original)
+        target = arguments.output_directory / "downloads" / name
+        sha256, address = checksums.of(name), f"{arguments.base_url}/{name}"
+        if isinstance(original, PackageFile):
+            sha256 = sha256 or original.sha256
+            if not arguments.base_url and not (target.is_file() and digest(target) == sha256):
+                address = packages.find(original.package, name, sha256, fetcher)
+        elif not arguments.base_url:
+            address = original
+        downloads.append(Download(address, target, sha256))
+    fetcher.fetch(downloads)
     return downloads
 
 
-def file_name(url: str) -> str:
-    return url.rpartition("/")[2]
+def file_name(original: str | PackageFile) -> str:
+    return original.name if isinstance(original, PackageFile) else original.rpartition("/")[2]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -92,25 +100,40 @@ def read_record(path: Path) -> dict[str, Any]:
     return {"settings": None, "files": {}}
 
 
-def write(path: Path, rows: Rows, ours: str | None) -> str:
-    """Write rows as jsonl; returns the SHA-256. A file with another SHA-256 is renamed first, unless that is `ours`."""
+def write(path: Path, content: Content, ours: str | None) -> str:
+    """Write rows as jsonl, or lines as they are, or move a finished file to this path; returns the SHA-256.
+
+    A file with another SHA-256 is renamed first, unless that is `ours`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, Path):
+        sha256 = digest(content)
+        set_aside(path, (ours, sha256))
+        os.replace(content, path)
+        print(f"{path}: {readable(path.stat().st_size)}")
+        return sha256
     checksum, lines = hashlib.sha256(), 0
     with replacing(path) as beside, open(beside, "wb") as file:
-        for lines, row in enumerate(rows, 1):
+        for lines, row in enumerate(content, 1):
             try:
-                line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+                text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
+                line = (text + "\n").encode("utf-8")
             except UnicodeEncodeError as error:
                 raise DataError(f"{path}, line {lines}: half of a surrogate pair in a string") from error
             checksum.update(line)
             file.write(line)
-        if path.exists() and digest(path) not in (ours, checksum.hexdigest()):
-            names = (path.with_name(f"{path.name}.old-{i}") for i in itertools.count(1))
-            kept = next(name for name in names if not name.exists())
-            path.rename(kept)
-            print(f"{path} was not written by this script, or has changed since: it is kept as {kept.name}")
+        set_aside(path, (ours, checksum.hexdigest()))
     print(f"{path}: {lines} lines")
     return checksum.hexdigest()
+
+
+def set_aside(path: Path, known: tuple[str | None, str]) -> None:
+    """Rename a file whose SHA-256 is none of these."""
+    if path.exists() and digest(path) not in known:
+        names = (path.with_name(f"{path.name}.old-{i}") for i in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        path.rename(kept)
+        print(f"{path} was not written by this script, or has changed since: it is kept as {kept.name}")
 
 
 def read_jsonl(path: Path, parse: Callable[[dict], dict]) -> list[dict]:

