@@ -281,6 +281,7 @@ def test_the_flags_of_a_run_reach_its_files_from_anywhere(tmp_path):
         ({"closed_book": True}, {"n_context": 0}, "--n_context 0 is too small: it must be at least 1"),
         ({"closed_book": True}, {"n_context": "3"}, "what is given: --n_context is '3' there, and must be an integer"),
         ({"closed_book": True, "n_context": -1}, {}, "--n_context comes from the checkpoint"),
+        ({"load_index_path": 3, "passages": 4, "eval_data": 5}, {}, "--load_index_path is 3 there"),
     ],
 )
 def test_wrong_flags(tmp_path, options, flags, message):
@@ -441,7 +442,7 @@ def test_the_command(trained, tmp_path):
         (["--serve", "--json"], "--json has no effect with --serve"),
         (["what?", "--serve"], "QUESTION has no effect with --serve"),
         (["--index", "i", "--passages", "p"], "--index has no effect with --passages"),
-        (["--index", "gone"], "--load_index_path: there is no directory gone"),
+        (["--index", "gone"], "there is no index gone: give the directory of one that was saved"),
         (["--text_maxlength", "1"], "--text_maxlength 1 is too small"),
         (["what", "is"], "unrecognized arguments: is"),
     ],

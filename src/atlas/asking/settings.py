@@ -35,8 +35,7 @@ class Saved:
     @property
     def example_files(self) -> list[Path]:
         """The data that it was evaluated or trained on, as far as it is still there."""
-        paths = [Path(path) for name in DATA for path in self.options.get(name) or ()]
-        return [path for path in paths if path.is_file()]
+        return [Path(path) for name in DATA for path in _texts(self.options.get(name)) if os.path.isfile(path)]
 
 
 def find_saved(path: str | os.PathLike) -> Saved:
@@ -74,6 +73,8 @@ def config_for(saved: Saved, index: str | os.PathLike | None, given: Mapping[str
     given = {name: _plain(value) for name, value in given.items()}
     options = dict(saved.options)
     if index is not None:
+        if not os.path.isdir(index):
+            raise ValueError(f"there is no index {index}: give the directory of one that was saved")
         given |= {"load_index_path": str(index), "closed_book": False, "use_file_passages": False}
     elif "passages" in given:
         given |= {"load_index_path": None, "closed_book": False, "use_file_passages": False}
@@ -88,6 +89,11 @@ def config_for(saved: Saved, index: str | os.PathLike | None, given: Mapping[str
     # Nothing is written there but the bad lines of a corpus, if the run leaves such lines out.
     elsewhere = {"checkpoint_dir": tempfile.gettempdir(), "name": f"atlas-ask-{os.getpid()}"}
     return config_to_ask(options, saved.path, given | elsewhere)
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a list; none of anything else, as options are unchecked."""
+    return [item for item in value if isinstance(item, str)] if isinstance(value, tuple) else []
 
 
 def _plain(value: Any) -> Any:
@@ -123,7 +129,7 @@ def _own_index(saved: Saved) -> str | None:
     for place in (options.get("save_index_path"), loaded, run / "index" if loaded else None):
         if isinstance(place, str | Path) and os.path.isfile(Path(place) / "index.json"):
             return str(place)
-    passages = options.get("passages") or ()
+    passages = _texts(options.get("passages"))
     return None if passages and all(map(os.path.isfile, passages)) else loaded
 
 
