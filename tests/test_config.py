@@ -58,6 +58,7 @@ DEFAULTS = {
         "refine_factor": 1,
         "save_index_codes_only": False,
         "refresh_index": "-1",
+        "cache_passage_tokens": "auto",
     },
     "model": {
         "reader_model_type": None,

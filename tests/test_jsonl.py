@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -504,3 +505,24 @@ def test_small_files_are_not_cached(tmp_path, monkeypatch):
         (tmp_path / f"{size}.jsonl").write_text('{"a": 1}\n' * (size // 9 + 1))
         JsonlCorpus(tmp_path / f"{size}.jsonl")
     assert sorted(os.listdir(tmp_path)) == [FOLDER, "150.jsonl", "50.jsonl"] and len(entries(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="not on Linux")
+def test_nothing_is_read_ahead_of_scattered_rows(tmp_path):
+    """A row that is looked up takes a page of the disk, where in order megabytes are read at a time."""
+    path = write_rows(tmp_path / "a.jsonl", [{"row": i} for i in range(20)])
+    seen = []
+
+    def look(row):
+        mappings = Path("/proc/self/smaps").read_text().split(f"{path}\n")[1:]
+        flags = [line for text in mappings for line in text.splitlines() if line.startswith("VmFlags")][0].split()
+        seen.append("rr" in flags)  # random reads
+        return row
+
+    corpus = JsonlCorpus([path, write_rows(tmp_path / "empty.jsonl", [])], parse=look)
+    assert [row["row"] for row in corpus[[7, 3]]] == [7, 3] and seen == [True, True]
+    seen.clear()
+    assert len(corpus[:5]) == 5 and corpus[19] == {"row": 19} and not any(seen)
+    with pytest.raises(IndexError):
+        corpus[[20]]
+    assert corpus[0] and not seen[-1]

@@ -65,5 +65,7 @@ def test_what_has_no_effect_is_said_once(tmp_path):
     again = run(tmp_path, "evaluate", name="again", save_index_path=tmp_path / "index", **search, **with_effect)
     assert "no effect" not in (again / "run.log").read_text()
     opened = {"load_index_path": tmp_path / "index", "passages": None, "max_passages": 5}
+    opened |= {"cache_passage_tokens": "on"}
     log = (run(tmp_path, "evaluate", name="opened", **search, **opened) / "run.log").read_text()
     assert "--max_passages has no effect with --load_index_path: all of the saved passages are used\n" in log
+    assert "--cache_passage_tokens has no effect where no corpus is embedded\n" in log

@@ -151,6 +151,12 @@ class Index:
     )
     save_index_codes_only: bool = flag(False, "save a compressed index without its embeddings")
     refresh_index: str = flag("-1", "-1: only at the start; N: every N steps; a-b:r,...: every r steps in [a, b)")
+    cache_passage_tokens: str = flag(
+        "auto",
+        "token ids of the corpus, kept beside it in .atlas-cache, so that it is tokenized only once. on: read and keep "
+        "them; off: neither; auto: read them, and keep them where the index of a large corpus is refreshed",
+        choices=("auto", "on", "off"),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From the passages of a corpus to their embeddings: every rank its share, window by window, tokenized beside it."""
 
+import contextlib
 import copy
 import hashlib
 import time
@@ -16,11 +17,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from atlas.files.jsonl import JsonlCorpus
+from atlas.files.tokens import TokenCache, TokenWriter
 from atlas.index.arrays import FP16, Layout
 from atlas.index.journal import EmbeddingJournal, open_journal
-from atlas.index.passages import fingerprint_of
+from atlas.index.passages import fingerprint_of, titles_joined
 from atlas.model.inputs import Inputs
 from atlas.model.retriever import Contriever, DualEncoder, fingerprint
+from atlas.model.tokenization import LIBRARY
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.session import Stopped
@@ -37,27 +40,44 @@ def never() -> bool:
     return False
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
     """Padded batches of the passages of a window, one after the other, so that all go to the device in one copy."""
 
     shapes: list[tuple[int, int]]  # (n, L) of each batch
     ids: np.ndarray  # int32, the n·L token ids of each batch
     lengths: np.ndarray  # int32, tokens of each passage
     places: np.ndarray  # int64, where in the window each passage is
+    cached: bool  # whether the token ids were read
+
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each passage, and the token ids of all, one after the other, in the order of the corpus."""
+        widths = np.concatenate([np.full(n, longest) for n, longest in self.shapes])  # of the padded rows
+        order = np.argsort(self.places)
+        lengths, starts = self.lengths[order], (np.cumsum(widths) - widths)[order]
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return lengths, self.ids[np.repeat(starts, lengths) + within]
 
 
-class _Windows(Dataset):
+class Windows(Dataset):
     """Tokenized passages, window by window.
 
     Args:
         done: which rows need no window, (n,) bool, by default none; a window is left out if all of it is done.
+        cache: of token ids; what is not there is tokenized.
     """
 
     def __init__(
-        self, passages: JsonlCorpus, rows: range, inputs: Inputs, max_tokens: int, done: np.ndarray | None
+        self,
+        passages: JsonlCorpus,
+        rows: range,
+        inputs: Inputs,
+        max_tokens: int,
+        done: np.ndarray | None = None,
+        cache: TokenCache | None = None,
     ) -> None:
         done = np.zeros(len(rows), bool) if done is None else done
         self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
+        self.cache = cache
         self.size = WINDOW  # goes with the object to the processes that read it
         self.starts = [start for start in range(0, len(rows), WINDOW) if not done[start : start + WINDOW].all()]
         self.passages_left = sum(min(WINDOW, len(rows) - start) for start in self.starts)
@@ -65,16 +85,16 @@ class _Windows(Dataset):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, i: int) -> _Window:
+    def __getitem__(self, i: int) -> Window:
         rows = self.rows[self.starts[i] : self.starts[i] + self.size]
-        tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop])
+        kept = self.cache.read(rows) if self.cache is not None else None
+        tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop]) if kept is None else kept
         lengths = np.array([len(row) for row in tokens], np.int32)
         batches = list(batches_by_length(lengths.tolist(), self.max_tokens))
         padded = [self.inputs.pad_passages([tokens[place] for place in batch])[0].int().numpy() for batch in batches]
         places = np.concatenate(batches)
-        return _Window(
-            [ids.shape for ids in padded], np.concatenate([ids.ravel() for ids in padded]), lengths[places], places
-        )
+        ids = np.concatenate([ids.ravel() for ids in padded])
+        return Window([ids.shape for ids in padded], ids, lengths[places], places, kept is not None)
 
     def read_ahead(self) -> DataLoader:
         """All windows in their order, made by other processes where there are cores for them."""
@@ -117,25 +137,60 @@ class CorpusEmbedder:
     """
 
     def __init__(
-        self, retriever: DualEncoder, inputs: Inputs, device: torch.device, precision: str, batch_size: int
+        self,
+        retriever: DualEncoder,
+        inputs: Inputs,
+        device: torch.device,
+        precision: str,
+        batch_size: int,
+        cache_tokens: str = "off",
     ) -> None:
-        """`precision` and `batch_size` are the values of the flags that name them."""
-        self.retriever, self.inputs, self.device = retriever, inputs, device
+        """`precision` and `batch_size` are the values of the flags that name them.
+
+        cache_tokens: "read" those that are kept beside the corpus; "keep" them there as well; "off": neither.
+        """
+        self.retriever, self.inputs, self.device, self.cache_tokens = retriever, inputs, device, cache_tokens
         self.precision = devices.embedder_precision(device, precision)
         self.max_tokens = devices.embedding_tokens(device, batch_size, inputs.retriever_maxlength)
 
     def journal(self, directory: Path, passages: JsonlCorpus) -> AbstractContextManager[EmbeddingJournal]:
         """Takes the embeddings where an index of these passages is to be saved. Collective."""
         n = len(passages)
-        some = passages[sorted({i * (n - 1) // 99 for i in range(100)})]  # as tokens: formats and vocabulary
-        facts = (
+        identity = _hash(
             fingerprint(self.retriever.passage_encoder),
             self.precision,
             fingerprint_of(passages),
-            self.inputs.passage_tokens(some),
+            self._sample(passages),  # formats and vocabulary
         )
-        identity = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         return open_journal(directory, identity, Layout(n, self.retriever.dim, FP16))
+
+    def _sample(self, passages: JsonlCorpus) -> list[list[int]]:
+        """The token ids of up to a hundred passages from all over the corpus."""
+        last = len(passages) - 1
+        return self.inputs.passage_tokens(passages[sorted({i * last // 99 for i in range(100)})])
+
+    def _open_tokens(self, passages: JsonlCorpus, rows: range) -> tuple[TokenCache | None, TokenWriter | None]:
+        """What is kept of the corpus's token ids, and where those of this rank's rows are added, as far as is asked."""
+        if self.cache_tokens == "off":
+            return None, None
+        sample = self._sample(passages)  # another version of this program may read passages in another way
+        try:
+            content = _hash(fingerprint_of(passages), titles_joined(passages), LIBRARY, sample)
+        except OSError as error:  # a file was removed while it is mapped
+            self._keep_no_more(str(error))
+            return None, None
+        files = [path.name for path in passages.sources]
+        reading = _hash(files, passages.max_rows, self.inputs.passage_reading())
+        cache = TokenCache(passages.sources[0], content, reading, len(self.inputs.retriever_tokenizer))
+        if self.cache_tokens == "read":
+            return cache, None
+        mean = sum(map(len, sample)) / len(sample)
+        return cache, cache.writer(rows, corpus_rows=len(passages), mean_tokens=mean)
+
+    def _keep_no_more(self, reason: str) -> None:
+        if self.cache_tokens == "keep":
+            self.cache_tokens = "read"
+            log.warning("The token ids of the passages are not kept, so every refresh makes them again: %s", reason)
 
     def embed_share(
         self,
@@ -195,11 +250,10 @@ class CorpusEmbedder:
         Raises:
             Stopped: this rank was asked to stop.
         """
-        windows = _Windows(passages, rows, self.inputs, self.max_tokens, done)
-        share = f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+        cache, writer = self._open_tokens(passages, rows)
+        windows = Windows(passages, rows, self.inputs, self.max_tokens, done, cache)
         left = windows.passages_left
-        there = f", {len(rows) - left} are there" if left < len(rows) else ""
-        log.info("Embedding %d passages%s%s", left, share, there)
+        self._say_what_is_left(len(rows), left, cache.missing(rows) if cache else len(rows))
         started = time.monotonic()
         embed = passage_embedder(self.retriever.passage_encoder, self.device, self.precision)
         stored: deque[Future] = deque()
@@ -209,20 +263,41 @@ class CorpusEmbedder:
             if asked_to_stop():
                 raise Stopped
 
+        def keep(start: int, embeddings: torch.Tensor, window: Window) -> None:
+            store(start, embeddings)
+            if writer is not None and not window.cached:
+                writer.add(rows.start + start, *window.tokens())
+
         # Another thread stores, because encoding a window can take as long as embedding the next one.
-        with progress_bar("embedding", left, "passages") as bar, ThreadPoolExecutor(1) as thread:
+        with (
+            progress_bar("embedding", left, "passages") as bar,
+            writer or contextlib.nullcontext(),
+            ThreadPoolExecutor(1) as thread,
+        ):
             for start, window in zip(windows.starts, windows.read_ahead(), strict=True):
                 embeddings = self._embed_window(window, embed, embedded)
-                stored.append(thread.submit(store, start, embeddings))
+                stored.append(thread.submit(keep, start, embeddings, window))
                 if len(stored) > MOST_WAITING:
                     stored.popleft().result()
             for last in stored:
                 last.result()
         devices.synchronize(self.device)
-        seconds = time.monotonic() - started
-        log.info("Embedded %d passages%s in %.1f s: %.0f a second", left, share, seconds, left / seconds)
+        self._report(left, time.monotonic() - started, writer)
 
-    def _embed_window(self, window: _Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
+    def _say_what_is_left(self, rows: int, left: int, untokenized: int) -> None:
+        there = f", {rows - left} are there" if left < rows else ""
+        kept = f", {rows - untokenized} are kept as token ids" if untokenized < rows else ""
+        log.info("Embedding %d passages%s%s%s", left, _share(), there, kept)
+
+    def _report(self, passages: int, seconds: float, writer: TokenWriter | None) -> None:
+        """Say how long it took, and where token ids were written, or why they were not."""
+        log.info("Embedded %d passages%s in %.1f s: %.0f a second", passages, _share(), seconds, passages / seconds)
+        if writer is not None and writer.failure is not None:
+            self._keep_no_more(writer.failure)
+        elif writer is not None and writer.path is not None:
+            log.info("Token ids are kept for the next time in %s (%.1f MB)", writer.path, writer.size / 1e6)
+
+    def _embed_window(self, window: Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
         """Embeddings of a window's passages in their order, (n, D) fp16. Does not wait for the device."""
         ids, lengths, places = (
             devices.move(torch.from_numpy(array), self.device) for array in (window.ids, window.lengths, window.places)
@@ -259,3 +334,11 @@ def _embed_by_autocast(
 ) -> torch.Tensor:
     with devices.autocast(device, precision):
         return encoder(ids, mask)
+
+
+def _share() -> str:
+    return f" on each of {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+
+
+def _hash(*facts: Any) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

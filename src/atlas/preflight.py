@@ -119,11 +119,13 @@ def _report_without_effect(config: Config) -> None:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
+    embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
     for name, has_effect, without in (
         ("dont_write_passages", config.run.write_results, "without --write_results"),
         ("metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"),
         ("leave_out_own_passage", model.retrieves, "where nothing is retrieved"),
         ("max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"),
+        ("cache_passage_tokens", embeds, "where no corpus is embedded"),
         ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
         ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
     ):

@@ -12,7 +12,7 @@ import torch
 from atlas import config
 from atlas.checkpoint import Checkpoint, check_tensors
 from atlas.embedding import CorpusEmbedder, batches_by_length, never
-from atlas.files.jsonl import BadLine, JsonlCorpus
+from atlas.files.jsonl import CACHE_FROM, BadLine, JsonlCorpus
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
 from atlas.index.directory import locked
@@ -70,7 +70,12 @@ class Retrieval:
         self.retriever, self.inputs, self.passages = model.retriever, model.inputs, passages
         self.settings, self.device, self.index = settings, device, index
         self.embedder = CorpusEmbedder(
-            model.retriever, model.inputs, device, run.embedder_precision, run.per_gpu_embedder_batch_size
+            model.retriever,
+            model.inputs,
+            device,
+            run.embedder_precision,
+            run.per_gpu_embedder_batch_size,
+            cache_tokens=_use_of_tokens(settings, passages, model.retriever),
         )
         self.rerank = learning.n_to_rerank_with_retrieve_with_rerank if learning.retrieve_with_rerank else 0
         self.overretrieve = learning.filtering_overretrieve_ratio
@@ -286,6 +291,14 @@ def _own_passages(passages: list[list[dict[str, Any]]], ids: Sequence[str | int 
 def _learns(retriever: DualEncoder) -> bool:
     """Whether the passage encoder is trained."""
     return any(parameter.requires_grad for parameter in retriever.passage_encoder.parameters())
+
+
+def _use_of_tokens(settings: config.Index, passages: JsonlCorpus, retriever: DualEncoder) -> str:
+    """What becomes of the corpus's token ids: off, read or keep."""
+    if settings.cache_passage_tokens != "auto":
+        return {"on": "keep", "off": "off"}[settings.cache_passage_tokens]
+    refreshed = _learns(retriever) and settings.refresh_index.strip() != "-1"
+    return "keep" if refreshed and sum(path.stat().st_size for path in passages.paths) >= CACHE_FROM else "read"
 
 
 def compression_of(settings: config.Index, seed: int) -> Compression:

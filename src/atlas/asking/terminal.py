@@ -5,7 +5,6 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from atlas.asking.answers import Answer, printable
 from atlas.asking.model import AnsweringModel
@@ -25,7 +24,7 @@ def prompt(model: AnsweringModel, as_json: bool = False) -> None:
     lines, at_terminal = _Lines(model, as_json), sys.stdin.isatty()
     if at_terminal:
         lines.say(f"{model}\n/help says what can be typed.")
-    with history(users_state("questions")):
+    with history("questions"):
         while True:
             try:
                 lines.follow(input("> " if at_terminal else "").strip())
@@ -84,7 +83,7 @@ class _Lines:
 
 
 @contextlib.contextmanager
-def history(file: Path) -> Iterator[None]:
+def history(name: str) -> Iterator[None]:
     """At a terminal, have what was typed in earlier sessions at hand, and keep what is typed in this one."""
     try:
         import readline
@@ -94,10 +93,11 @@ def history(file: Path) -> Iterator[None]:
         yield
         return
     try:
+        file = users_state(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o600)
         readline.read_history_file(file)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no place for it, or no home
         print(f"What is typed is not kept: {error}", file=sys.stderr)
         yield
         return

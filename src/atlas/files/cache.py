@@ -43,7 +43,7 @@ def cached(source: Path, file: BinaryIO, kind: str, write: Callable[[Path], None
         OSError: an entry can be written neither beside the file nor in the user's cache; the message says why.
     """
     key, failures = fingerprint(file), []
-    places = _places(source)
+    places = folders_for(source)
     for folder, name in places:
         for entry, of_file, of_entry in _entries(folder, name, kind):
             if of_file == key and _fingerprint_at(entry) == of_entry:
@@ -74,7 +74,7 @@ def users_state(name: str) -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "atlas" / name
 
 
-def _places(source: Path) -> list[tuple[Path, str]]:
+def folders_for(source: Path) -> list[tuple[Path, str]]:
     """The folders in which an entry may be, the best one first, each with how its name begins there."""
     source = source.absolute()
     places = [(source.parent / FOLDER, source.name)]

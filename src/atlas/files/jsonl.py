@@ -121,7 +121,8 @@ class JsonlCorpus(Sequence[dict]):
         if isinstance(rows, slice):
             return [self._row(i) for i in range(*rows.indices(len(self)))]
         if isinstance(rows, Sequence | np.ndarray):
-            return [self._row(i) for i in rows]
+            with self._scattered():
+                return [self._row(i) for i in rows]
         return self._row(rows)
 
     def record(self, row: int) -> dict:
@@ -164,6 +165,18 @@ class JsonlCorpus(Sequence[dict]):
             line += sum(text[i : min(i + CHUNK, start)].count(b"\n") for i in range(behind, start, CHUNK))
             behind = start
             yield self.sources[file], line
+
+    @contextlib.contextmanager
+    def _scattered(self) -> Iterator[None]:
+        """What is read of the disk is the pages of the rows alone, not megabytes of what follows them."""
+        maps = [text for text in self._maps if isinstance(text, mmap.mmap)] if hasattr(mmap, "MADV_RANDOM") else []
+        for text in maps:
+            text.madvise(mmap.MADV_RANDOM)
+        try:
+            yield
+        finally:
+            for text in maps:
+                text.madvise(mmap.MADV_NORMAL)
 
     def _row(self, row: int) -> dict:
         return self._read(row, self._parsed)

@@ -158,6 +158,11 @@ class Inputs:
         texts = [self.passage_prefix + self._of_passage(template, passage) for passage in passages]
         return self.retriever_tokenizer.encode(texts, max_length=self.retriever_maxlength)
 
+    def passage_reading(self) -> str:
+        """All that `passage_tokens` depends on but the passages and the version of the library."""
+        how = (self.passage_prefix, self.settings.retriever_format, LONGEST_PASSAGE, self.retriever_maxlength)
+        return repr((how, self.retriever_tokenizer.description()))
+
     def pad_passages(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of `passage_tokens`, padded, on the CPU: ids and mask (n, L)."""
         return pad_rows(rows, self.retriever_tokenizer.pad_id, self.pad_multiple)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers import __version__ as library_version
 from tokenizers.processors import TemplateProcessing
 
 from atlas.model.pretrained import pretrained_errors
@@ -26,6 +27,7 @@ from atlas.model.pretrained import pretrained_errors
 if TYPE_CHECKING:
     import torch
 
+LIBRARY = f"tokenizers {library_version}"
 N_SENTINELS = 100
 # Characters. Longer texts are cut before they are tokenized: a tokenizer takes 300 bytes and more for each character.
 LONGEST_TEXT = 100_000  # a question, an answer
@@ -96,6 +98,10 @@ class RetrieverTokenizer:
     def encode(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token ids of each text, at most `max_length` including `[CLS]` and `[SEP]`."""
         return _encode(self._tokenizer, texts, max_length, [self._cls_id], [self._sep_id])
+
+    def description(self) -> str:
+        """All that the token ids of a text depend on but the version of the library."""
+        return repr((self._tokenizer.to_str(), self._cls_id, self._sep_id))
 
 
 def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer:
