@@ -434,7 +434,7 @@ def config_to_ask(saved: Mapping[str, Any], source: str | os.PathLike, given: Ma
     if unknown := given.keys() - FIELDS.keys():
         raise ValueError(f"there is no flag --{min(unknown)}; `python evaluate.py --help` lists all")
     given = {name: _saved_value(name, value, "what is given") for name, value in given.items()}
-    origin = Origin(Path(source), {name: saved[name] for name in TO_ASK & saved.keys()}, frozenset(given))
+    origin = Origin(Path(source), {name: saved[name] for name in sorted(TO_ASK & saved.keys())}, frozenset(given))
     with origin.explaining(TO_ASK):
         config = _make_config(given, {"task": "qa"}, origin)
         _check(config, "ask")
