@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo demo-pretrain test test-units test-processes test-slow test-all test-range test-oldest test-newest \
+.PHONY: help demo ask demo-pretrain test test-units test-processes test-slow test-all test-range test-oldest test-newest \
 	gpu-check lint format clean
 .SECONDARY:
 
@@ -19,6 +19,11 @@ $(READY): pyproject.toml requirements.txt requirements-dev.txt requirements-demo
 
 demo: $(READY)   ## prepare a corpus, fine-tune tiny models on 64 questions in 2 processes, show the difference
 	$(BIN)/python -m example_scripts.demo $(DEMO_FLAGS)
+
+ask:             ## ask the demo's model in a browser (prints the address)
+	@test -e demo/experiments/after/checkpoint/latest || { echo "There is no demo to ask yet: make demo"; exit 1; }
+	@$(MAKE) --silent $(READY)
+	$(BIN)/python ask.py demo/experiments/after --serve $(ASK_FLAGS)
 
 demo-pretrain: $(READY) ## pretrain these tiny models from scratch (half an hour)
 	$(BIN)/python -m example_scripts.demo_pretrain $(DEMO_FLAGS)

@@ -5,6 +5,7 @@ OUTPUT_DIRECTORY must be new or empty. The script writes
   reader/                                 T5: config, safetensors, tokenizer, model card
   retriever/                              BERT with its pooling: as a directory of sentence-transformers, model card
   query_encoder/ and passage_encoder/     instead of retriever/, if the retriever was trained on the query side
+  options.json                            formats and lengths, for `atlas.load`
 
 Each model card (README.md) has code that reads or embeds as this project does. Configs and vocabularies, which a
 checkpoint does not contain, come from --reader_model_type and --retriever_model_path.
@@ -111,6 +112,7 @@ def export(
             raise
         log.warning("%s; the model cards have the defaults instead", error)
         flags = {}
+    task = {} if checkpoint.published or "task" not in checkpoint.options else {"task": checkpoint.options["task"]}
     checkpoint = replace(checkpoint, options={"name": checkpoint.options.get("name")} | flags)
     reader_name = reader_name or flags.get("reader_model_type")
     # Published checkpoints name a path on the machine they were trained on.
@@ -125,6 +127,9 @@ def export(
         names += export_reader(checkpoint, output, reader_name, dtype)
     if checkpoint.retriever:
         names += export_retriever(checkpoint, output, retriever_name or "facebook/contriever", dtype)
+    # With these flags `atlas.load` answers as the run did. Names of models may be paths on this machine.
+    own = {name: value for name, value in flags.items() if name not in ("reader_model_type", "retriever_model_path")}
+    write_json(output / "options.json", {"model": own} | ({"tasks": task} if task else {}))
     return names
 
 

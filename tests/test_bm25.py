@@ -134,7 +134,7 @@ def _search_on_ranks(directory, weight):
     others = max(1, distributed.world_size() - 1)
     mine = distributed.shard_rows(len(queries), distributed.rank() - (distributed.world_size() > 1), others)
     mine = mine if mine.start >= 0 else range(0)
-    found._embed = lambda texts: queries[mine.start : mine.stop]
+    found.embed = lambda texts: queries[mine.start : mine.stop]
     texts = [passage["text"] for passage in found.passages[mine.start : mine.stop]]
     results = [found.search(texts, 7, exclude) for exclude in (None, [f"p{i}" for i in mine])]
     return [(result.ids, result.scores) for result in results], tuple(found.words.search(texts, 200))
@@ -161,7 +161,7 @@ def test_fused_passages_have_their_scores_by_embeddings():
     found = make(world(), bm25_weight=0.5)
     found.build()
     result = found.search(questions, 5)
-    vectors = found._embed(questions)
+    vectors = found.embed(questions)
     dense, by_words = found.index.search(vectors, 300), found.words.search(questions, 100)
     all_scores = torch.zeros_like(dense.scores).scatter(1, dense.ids, dense.scores)
     assert torch.equal(result.scores, all_scores.gather(1, result.ids))

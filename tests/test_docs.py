@@ -18,6 +18,7 @@ import pytest
 
 import atlas
 from atlas import config
+from atlas.asking.command import make_parser
 from tests.kit import command_line, read_jsonl, world, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,8 @@ def test_commands(command):
         program = script.removesuffix(".py") if script in PROGRAMS else "train"
         _, unknown = config._make_parser(program, {}).parse_known_args(words[at + 1 :])
         assert not unknown
+    if script == "ask.py":
+        make_parser().parse_args(words[at + 1 :])
 
 
 @pytest.mark.processes
@@ -131,7 +134,9 @@ def test_commands_between_the_lines():
     """Flags, installations and modules that are named in running text."""
     scripts = [*ROOT.glob("preprocessing/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("example_scripts/*.py")]
     known = OTHER_FLAGS.union(*(re.findall(r"--[a-z]\w+", path.read_text(encoding="utf-8")) for path in scripts))
-    known |= config._make_parser("train", {})._option_string_actions.keys()
+    known |= (
+        config._make_parser("train", {})._option_string_actions.keys() | make_parser()._option_string_actions.keys()
+    )
     for name, codes in INLINE.items():
         for code in codes:
             assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", code)) - known, f"{name}: {code}"

@@ -154,16 +154,19 @@ def test_the_wheel_answers_a_question_from_an_empty_directory(installed, tmp_pat
 @pytest.mark.processes
 def test_the_wheel_holds_the_library_and_nothing_else(installed):
     (information,) = installed.glob("atlas_retrieval-*.dist-info")
-    assert sorted(path.name for path in installed.iterdir()) == ["atlas", information.name]
+    assert sorted(path.name for path in installed.iterdir()) == ["atlas", information.name, "bin"]
+    assert [path.name for path in (installed / "bin").iterdir()] == ["atlas-ask"]
     files = {path.relative_to(installed / "atlas") for path in (installed / "atlas").rglob("*") if path.is_file()}
     package = ROOT / "src/atlas"
-    assert files == {p.relative_to(package) for p in [*package.rglob("*.py"), package / "py.typed"]}
+    data = [package / "py.typed", package / "asking/page.html"]
+    assert files == {p.relative_to(package) for p in [*package.rglob("*.py"), *data]}
+    assert "atlas-ask = atlas.asking.command:main" in (information / "entry_points.txt").read_text(encoding="utf-8")
     assert (information / "licenses/LICENSE").is_file()
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("words", [["--help"], ["--no_such_flag"], ["--task", "qa"]], ids=" ".join)
-@pytest.mark.parametrize("script", ["train", "evaluate", "finetune_qa"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "finetune_qa", "ask"])
 def test_help_and_wrong_flags_import_nothing_heavy(script, words):
     """Neither do they import most of the package."""
     command = [sys.executable, "-X", "importtime", f"{script}.py", *words]
@@ -172,4 +175,5 @@ def test_help_and_wrong_flags_import_nothing_heavy(script, words):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "atlas.config" in imported
     assert not imported & {"torch", "numpy", "transformers", "tokenizers", "faiss", "safetensors"}
-    assert {name for name in imported if re.match(r"atlas\.\w+\.", name)} == set()
+    own = {"atlas.asking.command", "atlas.asking.settings"} if script == "ask" else set()
+    assert {name for name in imported if re.match(r"atlas\.\w+\.", name)} == own

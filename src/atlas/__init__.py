@@ -2,7 +2,8 @@
 
 Folders, from the bottom up: `runtime` (ranks, devices, logs) and `files` know nothing of the method; `model` is reader
 and retriever, from text to losses; `index` stores and searches passages; `tasks` turns lines of data into examples;
-`training` and `evaluation` are the two loops. Public names load on first use, so `import atlas` is instant.
+`training` and `evaluation` are the two loops, `asking` answers questions with what they leave. Public names load on
+first use, so `import atlas` is instant.
 """
 
 from importlib import import_module
@@ -11,6 +12,10 @@ from typing import Any
 __version__ = "0.2.0"
 
 _PUBLIC = {
+    "load": "atlas.asking.loading",
+    "AnsweringModel": "atlas.asking.model",
+    "Answer": "atlas.asking.answers",
+    "Passage": "atlas.asking.answers",
     "parse_config": "atlas.config",
     "load_checkpoint": "atlas.checkpoint",
     "Retrieval": "atlas.retrieval",

@@ -15,7 +15,7 @@ import re
 import signal
 import string
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -307,13 +307,13 @@ class Origin:
         return "command line" if name in self.given else "checkpoint" if name in self.saved else "default"
 
     @contextlib.contextmanager
-    def explaining(self) -> Iterator[None]:
+    def explaining(self, taken_over: Collection[str] = OF_THE_MODEL) -> Iterator[None]:
         """Add a note to a mistake in the block that names a flag whose value is the checkpoint's."""
         try:
             yield
         except (ValueError, OSError) as error:
             named = dict.fromkeys(re.findall(r"--(\w+)", str(error)))
-            taken = [f"--{name}" for name in named if name in OF_THE_MODEL and self.of(name) == "checkpoint"]
+            taken = [f"--{name}" for name in named if name in taken_over and self.of(name) == "checkpoint"]
             if taken:
                 comes, the_flag = ("comes", "the flag") if len(taken) == 1 else ("come", "the flags")
                 where = f"{' and '.join(taken)} {comes} from the checkpoint {self.checkpoint}"
@@ -389,6 +389,10 @@ SECTIONS: dict[str, type] = {
 FIELDS: dict[str, dataclasses.Field] = {
     field.name: field for section in SECTIONS.values() for field in dataclasses.fields(section)
 }
+# What a saved run is asked with: all that is not about training, about its files, or about one command.
+TO_ASK = {field.name for section in (Index, Model, RetrieverTraining, Tasks) for field in dataclasses.fields(section)}
+TO_ASK -= {"train_retriever", "save_index_path", "save_index_codes_only", "allow_other_index"}
+TO_ASK |= {"seed", "bad_lines", "precision", "embedder_precision", "per_gpu_batch_size", "per_gpu_eval_batch_size"}
 TYPES: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, kind in get_type_hints(section).items()}
 SOURCES = ("command line", "checkpoint", "default")
 
@@ -439,6 +443,43 @@ def saved_flags(options: Mapping[str, Any], source: str | os.PathLike) -> dict[s
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
     return found
+
+
+def config_to_ask(saved: Mapping[str, Any], source: str | os.PathLike, given: Mapping[str, Any]) -> Config:
+    """The flags with which a saved model answers: the `given` ones, else those that it was saved with, else defaults.
+
+    Args:
+        saved: flag -> value, unchecked, as `read_options` finds them. Those that only training needs are left out.
+        source: where they are from, for messages.
+
+    Raises:
+        ValueError: there is no such flag, or it cannot have this value.
+    """
+    if unknown := given.keys() - FIELDS.keys():
+        raise ValueError(f"there is no flag --{min(unknown)}; `python evaluate.py --help` lists all")
+    given = {name: _saved_value(name, value, "what is given") for name, value in given.items()}
+    origin = Origin(Path(source), {name: saved[name] for name in sorted(TO_ASK & saved.keys())}, frozenset(given))
+    with origin.explaining(TO_ASK):
+        config = _make_config(given, {"task": "qa"}, origin)
+        _check(config, "ask")
+    return config
+
+
+def flags_parser(program: str, usage: str, description: str, sections: Mapping[str, Sequence[str]]) -> "_Parser":
+    """A parser for some of the flags, by headings, to which a program adds its own. What is not given is left out."""
+    parser = _Parser(
+        prog=program,
+        usage=usage,
+        description=description,
+        formatter_class=_Help,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for heading, names in sections.items():
+        group = parser.add_argument_group(heading)
+        for name in names:
+            _add_flag(group, FIELDS[name], FIELDS[name].metadata["help"].replace("%", "%%"))
+    return parser
 
 
 def sentence(error: Exception) -> str:
@@ -618,8 +659,9 @@ def _check(config: Config, program: str) -> None:
     """Refuse what cannot work, naming the flag, what was found and what to do. Raises ValueError."""
     for name, value in config.flags().items():
         _check_value(name, value)
-    _check_files(config, training=program != "evaluate")
-    _check_combinations(config, training=program != "evaluate")
+    training = program not in ("evaluate", "ask")
+    _check_files(config, None if program == "ask" else "train_data" if training else "eval_data")
+    _check_combinations(config, training)
     _check_generation(config)
     _check_index(config.index)
     _check_tasks(config.tasks)
@@ -676,11 +718,10 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError("give the corpus with --passages, or a saved index with --load_index_path")
 
 
-def _check_files(config: Config, training: bool) -> None:
+def _check_files(config: Config, needed: str | None) -> None:
     run, index = config.run, config.index
-    for name, needed in (("train_data", training), ("eval_data", not training)):
-        if needed and not getattr(run, name):
-            raise ValueError(f"--{name} is missing: give at least one jsonl file")
+    if needed and not getattr(run, needed):
+        raise ValueError(f"--{needed} is missing: give at least one jsonl file")
     passages = index.passages if index.load_index_path is None else ()
     files = {"train_data": run.train_data, "eval_data": run.eval_data, "qrels": run.qrels, "passages": passages}
     for name, paths in files.items():

@@ -126,7 +126,7 @@ class Retrieval:
                 # The encoder of a resumed run has learned since, and its index is as old as it was before the stop.
                 allow_other=settings.allow_other_index or (resumed is not None and _learns(model.retriever)),
                 embedder_precision=devices.embedder_precision(device, run.embedder_precision),
-                converted=session.directory / "index",
+                converted=session.directory and session.directory / "index",
                 compression=compression,
                 verification=session.verification,
             )
@@ -239,14 +239,36 @@ class Retrieval:
         """
         was_training = self.retriever.training
         self.retriever.eval()
-        weight = self.settings.bm25_weight_at(step)
-        vectors = self._embed(queries) if weight < 1 or self.rerank else None
-        wanted = max(k, self.rerank)
-        n = wanted if exclude is None else wanted * self.overretrieve
-        hits = self._search(vectors, queries if words is None else words, n, weight)
+        by_embeddings = self.rerank or self.settings.bm25_weight_at(step) < 1
+        vectors = self.embed(queries) if by_embeddings else None
+        found = self.find(vectors, k, exclude, words=queries if words is None else words, step=step)
+        self.retriever.train(was_training)
+        return found
+
+    @torch.no_grad()
+    def embed(self, queries: list[str]) -> torch.Tensor:
+        """The embeddings of B queries, (B, D) fp32, by the retriever in the mode that it is in."""
+        if not queries:
+            return torch.zeros(0, self.retriever.dim, device=self.device)
+        with devices.autocast(self.device, self.embedder.precision):
+            return self.retriever.embed_queries(*self.inputs.queries(queries)).float()
+
+    @torch.no_grad()
+    def find(
+        self,
+        vectors: torch.Tensor | None,
+        k: int,
+        exclude: Sequence[str | int | None] | None = None,
+        *,
+        words: Sequence[str],
+        step: int | None = None,
+    ) -> Found:
+        """As `search`, for queries that are embedded already, (B, D); None: those that BM25 alone ranks."""
+        weight, wanted = self.settings.bm25_weight_at(step), max(k, self.rerank)
+        hits = self._search(vectors, words, wanted if exclude is None else wanted * self.overretrieve, weight)
         found = Found(look_up(self.passages, hits.ids), hits.ids, hits.scores)
-        if queries:
-            own = _own_passages(found.passages, exclude or [None] * len(queries))  # (B, n)
+        if words:
+            own = _own_passages(found.passages, exclude or [None] * len(words))  # (B, n)
             order = own.int().argsort(dim=1, stable=True)[:, :wanted]  # what is to be left out comes last
             found, own = found.select(order), own.gather(1, order)
             if self.rerank or (0 < weight < 1 and not self.index.has_embeddings):
@@ -256,15 +278,7 @@ class Retrieval:
                 order = to_sort.argsort(dim=1, descending=True, stable=True)[:, :k].cpu()
                 found, own = found.select(order), own.gather(1, order)
             self._warn_of_own_passages(own)
-        self.retriever.train(was_training)
         return found
-
-    def _embed(self, queries: list[str]) -> torch.Tensor:
-        """The embeddings of queries, (B, D) fp32."""
-        if not queries:
-            return torch.zeros(0, self.retriever.dim, device=self.device)
-        with devices.autocast(self.device, self.embedder.precision):
-            return self.retriever.embed_queries(*self.inputs.queries(queries)).float()
 
     def _search(self, vectors: torch.Tensor | None, words: Sequence[str], k: int, weight: float) -> Hits:
         """The best k by embeddings, by words, or by the ranks of both. Collective.

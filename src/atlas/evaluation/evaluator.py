@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 
 from atlas.config import Config
+from atlas.evaluation.answering import Answering
 from atlas.evaluation.results import result_row, results_writer
 from atlas.metrics import RECALL_AT, judged_metrics, retrieval_metrics
-from atlas.model.grouping import fuse
 from atlas.model.inputs import Targets
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
 from atlas.retrieval import Retrieval
-from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import gathered_weights
 from atlas.runtime.session import Session, Stopped
@@ -42,7 +41,8 @@ class Evaluator:
         self, settings: Config, model: Model, retrieval: Retrieval | None, files: dict[str, Data], session: Session
     ) -> None:
         self.reader, self.inputs, self.retrieval, self.files = model.reader, model.inputs, retrieval, files
-        self.settings, self.session, self.precision = settings.model, session, settings.optimisation.precision
+        self.settings, self.session = settings.model, session
+        self.answering = Answering(model, settings.model, session.device, settings.optimisation.precision)
         self.results_directory = session.directory if settings.run.write_results else None
         self._unmeasured: set[str] = set()  # fields of passages that are judged, and which no passage has
         self.in_nfc = settings.run.metric_unicode == "nfc"
@@ -146,7 +146,7 @@ class Evaluator:
         """What each query's reader is given, and the scores where it was searched for."""
         if self.retrieval is not None:
             exclude = [example.id for example in examples] if filters_by_id else None
-            words = [example.words or example.query for example in examples]
+            words = [example.words_to_find for example in examples]
             found = self.retrieval.search(queries, self.settings.n_context, exclude, words=words)
             return found.passages, found.scores.tolist()
         if self.settings.use_file_passages:
@@ -156,21 +156,14 @@ class Evaluator:
     @torch.no_grad()
     def _read(self, examples: list[Example], queries: list[str], passages: list[list[dict]] | None) -> list["_Reading"]:
         """What the reader makes of each example, from one pass of the encoder."""
-        ids, mask, lengths = self.inputs.reader(queries, passages)
         targets = self.inputs.targets(queries, [example.target for example in examples])
-        with devices.autocast(self.session.device, self.precision), self.reader.reading_twice():
-            hidden = self.reader.encode(ids, mask, lengths)  # (B, K, L) -> (B, K·L, d)
-            fused = fuse(hidden, mask, lengths)  # (B, S, d)
-            logits = self.reader.logits(fused.hidden, fused.mask, targets.decoder_ids)
-            prompts = self.inputs.prompts(queries)
-            rows = self.reader.write(fused.hidden, fused.mask, prompt=prompts, **self._generation())
+        with self.answering.computing():
+            encoded = self.answering.encode(queries, passages)
+            logits = self.reader.logits(encoded.fused.hidden, encoded.fused.mask, targets.decoder_ids)
+            rows = self.answering.write(encoded)
         losses = (-token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths).tolist()
         choices = self._choice_logits(examples, logits, targets)
         return list(map(_Reading, self.inputs.reader_tokenizer.decode(rows), losses, choices))
-
-    def _generation(self) -> dict[str, int | float | None]:
-        names = ("max_length", "min_length", "num_beams", "length_penalty")
-        return {name: getattr(self.settings, f"generation_{name}") for name in names}
 
     def _choice_logits(
         self, examples: list[Example], logits: torch.Tensor, targets: Targets

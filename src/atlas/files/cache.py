@@ -82,6 +82,11 @@ def _key(file: BinaryIO, facts: str) -> str:
     return hashlib.sha256((fingerprint(file) + facts).encode()).hexdigest()[:16] if facts else fingerprint(file)
 
 
+def users_state(name: str) -> Path:
+    """Where a program keeps what its user would miss, such as a history. Raises: RuntimeError without a home."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "atlas" / name
+
+
 def folders_for(source: Path) -> list[tuple[Path, str]]:
     """The folders in which an entry may be, the best one first, each with how its name begins there."""
     source = source.absolute()

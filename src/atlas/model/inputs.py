@@ -122,7 +122,10 @@ class Inputs:
         targets = [self._formatted(self.settings.decoder_format, target=target) for target in targets]
         texts = [target if target.endswith("</s>") else f"{target}</s>" for target in targets]
         limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
-        rows = self.reader_tokenizer.encode(texts, max_length=limit, eos=False)
+        return self.target_rows(queries, self.reader_tokenizer.encode(texts, max_length=limit, eos=False))
+
+    def target_rows(self, queries: Sequence[str], rows: Sequence[list[int]]) -> Targets:
+        """The same for targets that are tokens already, such as those that the reader has generated."""
         prompts = self.prompts(queries) or [[]] * len(rows)
         labels, _ = self._pad([[-100] * len(p) + row for p, row in zip(prompts, rows, strict=True)], -100)
         outputs, _ = self._pad([p + row for p, row in zip(prompts, rows, strict=True)], self.reader_tokenizer.pad_id)

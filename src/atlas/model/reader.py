@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, EncoderDecoderCache, LogitsProcessor, T5Config, T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5 import modeling_t5 as t5
 
@@ -88,11 +89,13 @@ class FusionInDecoder(T5ForConditionalGeneration):
         num_beams: int = 1,
         length_penalty: float = 1.0,
         prompt: Sequence[Sequence[int]] | None = None,  # B rows
+        streamer: BaseStreamer | None = None,
     ) -> list[list[int]]:
         """Generate the tokens of an answer for each row of encoder output, without `</s>`.
 
         `max_length` and `min_length` include the decoder's start token and the prompt. The decoder is forced to begin
-        with the tokens of `prompt`, which are not returned.
+        with the tokens of `prompt`, which are not returned. The `streamer` of a single row without beams is given the
+        start token, and then each token as it is chosen.
         """
         rows = self.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
@@ -104,6 +107,7 @@ class FusionInDecoder(T5ForConditionalGeneration):
             do_sample=False,
             synced_gpus=False,  # ranks generate independently: see `parallel.gathered_weights`
             logits_processor=[ForcedPrompt(prompt, num_beams, hidden.device)] if prompt and any(prompt) else None,
+            streamer=streamer,
         ).tolist()
         lengths = [len(tokens) for tokens in prompt] if prompt else [0] * len(rows)
         return [self._answer(row[1 + length :]) for row, length in zip(rows, lengths, strict=True)]

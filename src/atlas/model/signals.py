@@ -35,6 +35,7 @@ class Reading(NamedTuple):
     targets: Targets
     temperature_gold: float = 1.0
     lengths: np.ndarray | None = None  # (B, K) tokens, on the CPU; None: unknown
+    together: Fused | None = None  # what `fused` is, where that is there already
 
     @property
     def counts(self) -> torch.Tensor:
@@ -43,7 +44,7 @@ class Reading(NamedTuple):
 
     def fused(self) -> Fused:
         """All passages of a query together: (B, S, d)."""
-        return fuse(self.hidden.flatten(1, 2), self.mask, self.lengths)
+        return self.together or fuse(self.hidden.flatten(1, 2), self.mask, self.lengths)
 
 
 Signal = Callable[[Reading], torch.Tensor]
@@ -122,6 +123,11 @@ def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
         `value_norm`: L2 norm of the value vectors, averaged over the passage's tokens, heads and layers;
         `adist`: probability times norm, summed and averaged as `attention`, divided by 256.
     """
+    return watched_logits(reading)[1]
+
+
+def watched_logits(reading: Reading) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What the decoder makes of the target, (B, T, V), and where it looked: the `attention_statistics` of that pass."""
     targets, fused = reading.targets, reading.fused()
     mask = fused.mask  # (B, S)
     has_label = (targets.labels != -100).float()  # (B, T)
@@ -136,13 +142,13 @@ def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
             sums.add_(torch.stack([probability, norm, probability * norm]).mean(2))  # mean over the heads
 
     with reading.reader.observing_cross_attention(watch):
-        reading.reader.logits(fused.hidden, mask, targets.decoder_ids)
+        logits = reading.reader.logits(fused.hidden, mask, targets.decoder_ids)
     layers = reading.reader.config.num_decoder_layers
     of_passage = fused.passage[..., None] == torch.arange(reading.mask.shape[1], device=mask.device)  # (B, S, K)
     sums = torch.where(of_passage, sums[..., None], 0.0).sum(2) / layers  # (3, B, S) -> (3, B, K)
     tokens = targets.lengths.clamp(min=1)[:, None]
     passage_tokens = reading.mask.sum(-1).clamp(min=1)
-    return {
+    return logits, {
         "attention": sums[0] / tokens,
         "value_norm": sums[1] / passage_tokens,
         "adist": sums[2] / tokens / PUBLISHED_SCALE,
@@ -180,6 +186,19 @@ MODES: dict[str, Mode] = {
     "loop": Mode(leave_one_out, _distil),
     "emdr": Mode(_tempered_log_likelihoods, _marginalise),
 }
+
+
+def judgements(mode: Mode, reading: Reading) -> torch.Tensor:
+    """The reader's distribution over the passages: softmax of gold score / temperature, which `distillation_loss`
+    teaches the retriever. Likelihoods of single tokens (EMDR², with the temperature in them) are averaged first.
+
+    Returns:
+        (B, K) fp32; 0 where there is no passage. Rows sum to 1, or to 0 without a passage or a target.
+    """
+    gold = mode.signal(reading).float()
+    gold = gold / reading.temperature_gold if gold.dim() == 2 else _mean_over_tokens(gold, reading.targets)
+    counts = reading.counts
+    return gold.masked_fill(~counts, torch.finfo(gold.dtype).min).softmax(-1).masked_fill(~counts, 0.0)
 
 
 class Correlation(NamedTuple):

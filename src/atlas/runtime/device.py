@@ -84,6 +84,15 @@ def check_precision(device: torch.device, precision: str, flag: str) -> None:
         raise ValueError(f"{flag} tf32 needs a GPU of the Ampere generation (A100) or later; use fp32")
 
 
+def precision_here(device: torch.device, precision: str) -> str:
+    """This precision, or fp32 where the device does not compute in it, or only emulates it."""
+    try:
+        check_precision(device, precision, "")
+    except ValueError:
+        return "fp32"
+    return "fp32" if precision == "bf16" and device.type == "cpu" and not cpu_prefers_bf16(device) else precision
+
+
 def set_matmul_precision(precision: str) -> None:
     """For all fp32 matrix products of this process: their inputs are rounded to 10 bits of mantissa only with tf32.
 

@@ -40,7 +40,7 @@ class Session:
 
     settings: config.Run
     device: torch.device
-    directory: Path  # `{checkpoint_dir}/{name}`: log, results, checkpoints
+    directory: Path | None  # `{checkpoint_dir}/{name}`: log, results, checkpoints; None: nothing is written
     tensorboard: TensorBoard
     verification: Verification
     locks: contextlib.ExitStack  # let go of when the run ends
@@ -66,6 +66,20 @@ class Session:
             names = map(config.evaluation_name, self.settings.eval_data)
             places += [f"results in {self.directory / f'{name}-step-{step}.jsonl'}" for name in names]
         log.info("Done: %s", ", ".join(places))
+
+
+@contextlib.contextmanager
+def library_session(settings: config.Run) -> Iterator[Session]:
+    """For a program that calls this library: it says what to compute on, and leaves log, signals and files alone.
+
+    Raises:
+        ValueError: as `devices.pick_device`; a file that was opened in the block is damaged.
+    """
+    device = devices.pick_device(settings.device, distributed.local_rank(), sees_own_gpus=distributed.sees_own_gpus())
+    with contextlib.ExitStack() as locks:
+        verification = Verification(settings.verify)
+        yield Session(settings, device, None, TensorBoard(Path()), verification, locks)
+        verification.finish()
 
 
 @contextlib.contextmanager
@@ -104,7 +118,7 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
         if distributed.is_of_lost_rank(error):
             error = distributed.lost_rank("an exchange with the others", error)
         if isinstance(error, ValueError | OSError | torch.OutOfMemoryError | distributed.LostRankError):
-            report_error(error, _sentence(error))
+            report_error(error, sentence_of(error))
             sys.exit(1)
         report_error(error, f"{type(error).__name__}: {error}")
         raise
@@ -155,7 +169,8 @@ def _alone(directory: Path, work: str) -> AbstractContextManager[None]:
     return holding(directory / f"{work}.lock", f"{directory}: {what}", remedy)
 
 
-def _sentence(error: Exception) -> str:
+def sentence_of(error: Exception) -> str:
+    """What a user is told of an error that is theirs to fix."""
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory is full: lower --per_gpu_batch_size, --n_context, --text_maxlength or "

@@ -36,6 +36,11 @@ class Example:
     judged: Judged | None = None  # which passages are relevant, where that is known
     words: str = ""  # the query without the words of its prompt, for BM25; empty: the query has no others
 
+    @property
+    def words_to_find(self) -> str:
+        """What BM25 searches for."""
+        return self.words or self.query
+
 
 @dataclass(frozen=True)
 class TaskSetup:
@@ -104,6 +109,10 @@ class Task:
     def unread(self, record: Mapping) -> Iterable[str]:
         """The fields of a line that the task does not read, for a message. Unknown here, so that none is named."""
         return ()
+
+    def question_field(self, record: Mapping) -> str:
+        """The field of a line that has the question, or whatever is asked."""
+        return "query"
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
         """The values of `metrics`, each from 0 to 1."""

@@ -13,6 +13,9 @@ class Fever(Task):
 
     fields = f"`claim` (a string) and `label` (one of {', '.join(ANSWERS)})"
 
+    def question_field(self, record: Mapping) -> str:
+        return "claim"
+
     def process(self, record: Mapping, rng: random.Random) -> Example:
         claim = self.text(record, "claim")
         label = self.text(record, "label", optional=not self.answers_needed)

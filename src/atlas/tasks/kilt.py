@@ -19,6 +19,9 @@ class KILT(Task):
     metrics = ("accuracy", "exact_match", "f1")
     fields = "`input` (a string) and `output` (a list of objects, at least one with an `answer`, a string)"
 
+    def question_field(self, record: Mapping) -> str:
+        return "input"
+
     def process(self, record: Mapping, rng: random.Random) -> Example:
         question = self.text(record, "input")
         answers = self.answers(record)

@@ -48,6 +48,9 @@ class MultipleChoice(Task):
             return next(islice(permutations(range(n_options)), number, None))
         return tuple((place + number) % n_options for place in range(n_options))
 
+    def question_field(self, record: Mapping) -> str:
+        return "question"
+
     def process(self, record: Mapping, rng: random.Random) -> Example:
         return self.example(record, rng, 0)
 
