@@ -441,6 +441,18 @@ def saved_flags(options: Mapping[str, Any], source: str | os.PathLike) -> dict[s
     return found
 
 
+def add_flags(group: Any, names: Iterable[str]) -> None:
+    """Give another script some of our flags, as evaluate.py has them; one that is not given is None."""
+    for name in names:
+        _add_flag(group, FIELDS[name], FIELDS[name].default, name in OF_THE_MODEL)
+
+
+def check_flags(given: Mapping[str, Any]) -> None:
+    """Raises: ValueError for a value that its flag cannot have."""
+    for name, value in given.items():
+        _check_value(name, value)
+
+
 def sentence(error: Exception) -> str:
     """What an error says, with its notes."""
     return " ".join([str(error), *getattr(error, "__notes__", ())])
@@ -512,8 +524,7 @@ def _make_parser(program: str, preset: dict[str, Any]) -> argparse.ArgumentParse
         group = parser.add_argument_group(section.__doc__)
         for field in dataclasses.fields(section):
             of_checkpoint = program == "evaluate" and field.name in OF_THE_MODEL
-            text = _help(field.metadata["help"], preset.get(field.name, field.default), of_checkpoint)
-            _add_flag(group, field, text.replace("%", "%%"))
+            _add_flag(group, field, preset.get(field.name, field.default), of_checkpoint)
     return parser
 
 
@@ -528,8 +539,8 @@ def _help(text: str, default: Any, of_checkpoint: bool) -> str:
     return f"{text} (default: {first}{say(default)})"
 
 
-def _add_flag(group: Any, field: dataclasses.Field, text: str) -> None:
-    kind, _ = _kind(field.name)
+def _add_flag(group: Any, field: dataclasses.Field, default: Any, of_checkpoint: bool) -> None:
+    kind, text = _kind(field.name)[0], _help(field.metadata["help"], default, of_checkpoint).replace("%", "%%")
     if kind is bool:
         group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
     elif kind is tuple:
