@@ -2,6 +2,7 @@
 
     python -m benchmarks.open_index
     python -m benchmarks.open_index --directory DIRECTORY    # keeps the indices there, and uses them again
+    python -m benchmarks.open_index --updated                # also after an update of 1,000 passages
 
 Random embeddings. Every index is opened in a process of its own, which has imported everything and searched a tiny
 index before: that starts threads and loads libraries. Then time runs while the index is opened and one query searched,
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,8 @@ from atlas.index.directory import has_index, read_description
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
 from atlas.index.sharded import ShardedIndex
-from atlas.index.store import open_index, save_index
+from atlas.index.store import Content, open_codec, open_index, save_index
+from atlas.index.update import find_changes, opened_to_update, write_changes
 from benchmarks.search import process_memory, random_embeddings
 
 CPU = torch.device("cpu")
@@ -80,6 +83,27 @@ def build(directory: Path, arguments: argparse.Namespace) -> dict[str, Path]:
             local = open_index(indices[kind], device=CPU).local
             save_index(longer, ShardedIndex(open_passages(directory / f"{LONGER}.jsonl"), None, local), codes_only=True)
     return indices
+
+
+def update(source: Path, target: Path) -> None:
+    """A copy of an index in which 500 passages are added, 300 replaced and 200 deleted; the files are shared."""
+    shutil.copytree(source, target, copy_function=os.link)
+    size = read_description(target).size
+    some = np.random.default_rng(0).choice(size, 500, replace=False).tolist()
+    rows = [{"id": str(i), "title": "", "text": "new"} for i in [*some[:300], *range(size, size + 500)]]
+    corpus = target.with_suffix(".new.jsonl")
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    passages, started = open_passages(corpus), time.perf_counter()
+    with opened_to_update(target) as description:
+        changes = find_changes(target, description, passages, [str(i) for i in some[300:]])
+        embeddings, codec, codes = random_embeddings(len(rows), description.dimension), None, ()
+        if description.quantizer:
+            codec = open_codec(target, description)
+            codes = [codec.encode(embeddings, size)]
+        stored = embeddings if description.has_embeddings else None
+        content = Content(passages, range(len(rows)), stored, codec, codes)
+        write_changes(target, description, changes.leaving, content, None)
+    print(f"{target.name}: updated in {time.perf_counter() - started:.1f} s, without embedding")
 
 
 def mapped_bytes(directory: Path, name: str) -> int:
@@ -136,6 +160,7 @@ def main() -> None:
         default=["pq-64", "ivfpq-64", "ivfsq", "PQ128x4fs"],
         help="beside flat; with the bytes of a code",
     )
+    parser.add_argument("--updated", action="store_true", help="measure an update of each index as well")
     parser.add_argument("--faiss_nlist", type=int, help="lists of ivf types; by default the root of the passages")
     parser.add_argument("--faiss_nprobe", type=int, help="lists searched; by default all")
     parser.add_argument("--train", type=int, default=10_000, help="rows that quantizers are trained on")
@@ -152,6 +177,11 @@ def main() -> None:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
         indices = build(directory, arguments)
+        plain = [(name, path) for name, path in indices.items() if "texts" not in name]
+        for name, path in plain if arguments.updated else ():
+            indices[f"{name}, updated"] = directory / f"{path.name}-updated"
+            if not has_index(indices[f"{name}, updated"]):
+                update(path, indices[f"{name}, updated"])
         print(f"{arguments.passages} passages x {arguments.dimension}, {arguments.threads} threads")
         print(f"{'':24} {'opened':>8} {'answered':>8} {'codes':>9} {'held':>9} {'more':>7} {'texts':>9}")
         for name, path in indices.items():

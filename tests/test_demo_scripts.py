@@ -13,9 +13,10 @@ import pytest
 
 import export_huggingface
 import finetune_qa
+import update_index
 from atlas.config import parse_config
 from benchmarks import evidence
-from example_scripts import demo, demo_pretrain
+from example_scripts import demo, demo_pretrain, demo_update
 
 pytestmark = pytest.mark.processes
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.processes
 def commands(tmp_path, monkeypatch):
     """The commands that are called, from a root where the corpus is there; those that write results write some."""
     commands: list[list[str]] = []
-    for module in (demo, demo_pretrain, evidence):
+    for module in (demo, demo_pretrain, demo_update, evidence):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     questions = [
@@ -109,7 +110,13 @@ def evaluated(flags, questions):
         | {"passages": [{"id": str(k), "title": "", "text": str(rng.randrange(40))} for k in range(20)]}
         for row in questions
     ]
-    (directory / "test-step-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in config.run.eval_data:
+        (directory / f"{Path(path).stem}-step-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def updated(flags, questions):
+    options = update_index.parse_options(flags)
+    assert options.index.is_dir() and len(options.passages[0].read_text().splitlines()) == 0  # no fact is in a passage
 
 
 SCRIPTS = {
@@ -119,6 +126,7 @@ SCRIPTS = {
     "export_huggingface.py": exported,
     "finetune_qa.py": tuned,
     "evaluate.py": evaluated,
+    "update_index.py": updated,
 }
 
 
@@ -226,3 +234,34 @@ def test_significance():
     assert evidence.significance([one], [other]) == 1.0
     # three of three differ the same way: 2 of 8 patterns are as far
     assert evidence.significance([np.ones(3)], [np.zeros(3)]) == pytest.approx(0.25, abs=0.01)
+
+
+def test_facts_are_exchanged_in_questions_and_passages():
+    """Within a relation, and where they end a sentence; a thing of which two facts are the same keeps them."""
+    asked = [("country-1-capital", "Rom"), ("country-2-capital", "Romulus"), ("country-3-capital", "Oslo")]
+    asked += [("country-3-city", "Oslo"), ("country-1-city", "Bari"), ("country-2-city", "Bari")]
+    before = [{"id": i, "answers": [answer], "relation": f"country.{i.split('-')[2]}"} for i, answer in asked]
+    after = demo_update.exchanged(before)
+    assert {row["id"]: row["answers"] for row in after} == {
+        "country-1-capital": ["Romulus"],
+        "country-2-capital": ["Rom"],
+    }
+    texts = ["The capital of Rome is Rom. Bari is a city of Rom.", "Its capital is Romulus.", "The capital is Oslo."]
+    passages = [{"id": f"country-{i}-government-0", "text": text} for i, text in enumerate(texts, 1)]
+    assert [passage["text"] for passage in demo_update.rewritten(passages, before, after)] == [
+        "The capital of Rome is Romulus. Bari is a city of Romulus.",
+        "Its capital is Rom.",
+    ]
+
+
+def test_the_index_is_updated_and_asked_before_and_after(commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["demo_update"])
+    (tmp_path / "demo/index").mkdir()
+    (model := tmp_path / "demo/experiments/after").mkdir(parents=True)
+    (model / "state.json").touch()
+    (model / "options.json").write_text('{"model": {"reader_model_type": "models/tiny/reader"}}')
+    demo_update.main()
+    update, before, after = (" ".join(command) for command in commands)
+    assert "preprocessing/update_index.py demo/index-updated --passages demo/data/changed.jsonl" in update
+    assert "--load_index_path demo/index " in before and "--load_index_path demo/index-updated " in after
+    assert "with the updated index" in capsys.readouterr().out

@@ -507,6 +507,18 @@ def test_small_files_are_not_cached(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == [FOLDER, "150.jsonl", "50.jsonl"] and len(entries(tmp_path)) == 1
 
 
+def test_rows_are_dropped_again(tmp_path):
+    """Each time counted among those that are left."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"i": {i}}}\n' for i in range(10)))
+    corpus, left = JsonlCorpus(path), list(range(10))
+    for rows in ([], [0, 4, 9], [1, 2], [4]):
+        corpus.drop(rows)
+        left = [i for place, i in enumerate(left) if place not in rows]
+        assert [row["i"] for row in corpus] == left
+        assert [row["i"] for row in pickle.loads(pickle.dumps(corpus))] == left
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="not on Linux")
 def test_nothing_is_read_ahead_of_scattered_rows(tmp_path):
     """A row that is looked up takes a page of the disk, where in order megabytes are read at a time."""

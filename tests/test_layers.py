@@ -19,6 +19,7 @@ MODULES = {
     "checkpoint": {"files", "options", "runtime"},
     "preflight": {"config", "model", "runtime", "tasks"},
     "embedding": {"files", "index", "model", "runtime"},
+    "update": {"embedding", "files", "index", "runtime"},
     "retrieval": {"checkpoint", "config", "embedding", "files", "index", "model", "runtime"},
 }
 

@@ -72,5 +72,5 @@ def test_as_many_passages_are_indexed_as_there_are_lines(corpora, tmp_path, worl
     done = run_on(world_size, tmp_path, "evaluate", save_index_path=tmp_path / "index", **settings)
     description = read_description(tmp_path / "index")
     assert description.size == expected > 1
-    assert newlines(tmp_path / "index" / description.segment.passages.file) == expected
+    assert newlines(tmp_path / "index" / description.segments[0].passages.file) == expected
     assert len(read_jsonl(done / "dev-step-0.jsonl")) == 11

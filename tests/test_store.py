@@ -271,7 +271,7 @@ def test_text_is_copied_once(tmp_path, how):
         save(tmp_path / "index", paths, torch.full((len(corpus), 4), float(value)).half(), most)
         index = open_index(tmp_path / "index", device=CPU)
         assert list(index.passages) == list(corpus) and index.embeddings.unique().tolist() == [value]
-        return files.read_description(tmp_path / "index").segment.passages.file
+        return files.read_description(tmp_path / "index").segments[0].passages.file
 
     assert [save_all(value) for value in (1, 2, 3)] == ["passages.1.jsonl"] * 3
     assert names(tmp_path / "index") == ["embeddings.3.npy", "index.json", "passages.1.jsonl"]
@@ -470,12 +470,12 @@ def test_edited_descriptions_are_refused(tmp_path):
 
 
 def test_what_a_later_version_may_write_is_refused_and_left_alone(tmp_path):
-    """Under a checksum that fits: several segments, deleted passages, fields that mean something later."""
+    """Under a checksum that fits: fields that mean something later, or something else."""
     directory, *_ = saved(tmp_path)
     fields, before = described(directory), names(directory)
     (segment,) = fields["segments"]
     for change in (
-        {"segments": [segment, segment]},
+        {"segments": [segment, segment | {"dates": "dates.2.npy"}]},
         {"segments": [segment | {"tombstones": "tombstones.2.npy"}]},
         {"segments": [segment | {"language": "en"}]},
         {"languages": ["en"]},
@@ -646,7 +646,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_index(tmp_path, monkeypatc
     assert len(seen) > 10  # the writers did get somewhere
     save(directory, corpora[0], torch.zeros(300, 64).half())
     assert len(names(directory)) == 4  # what the killed ones left is gone
-    assert_offsets_are_those_of(directory, files.read_description(directory).segment.passages.file)
+    assert_offsets_are_those_of(directory, files.read_description(directory).segments[0].passages.file)
 
 
 def _save_for_ever_as_rank(rank, port, directory, corpora):
@@ -933,4 +933,4 @@ def test_a_killed_writer_of_a_compressed_index_leaves_a_whole_one(tmp_path, monk
     save_index(directory, open_index(directory, device=CPU))
     description = files.read_description(directory)
     assert set(names(directory)) == description.files() | {"index.json", ".atlas-cache"}
-    assert_offsets_are_those_of(directory, description.segment.passages.file)
+    assert_offsets_are_those_of(directory, description.segments[0].passages.file)

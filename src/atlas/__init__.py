@@ -21,6 +21,7 @@ _PUBLIC = {
     "Retrieval": "atlas.retrieval",
     "open_index": "atlas.index.store",
     "save_index": "atlas.index.store",
+    "update_index": "atlas.update",
     "load_reader": "atlas.model.reader",
     "load_retriever": "atlas.model.retriever",
     "TASKS": "atlas.tasks",

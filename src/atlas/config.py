@@ -478,8 +478,21 @@ def flags_parser(program: str, usage: str, description: str, sections: Mapping[s
     for heading, names in sections.items():
         group = parser.add_argument_group(heading)
         for name in names:
-            _add_flag(group, FIELDS[name], FIELDS[name].metadata["help"].replace("%", "%%"))
+            _add_flag(group, FIELDS[name], FIELDS[name].metadata["help"])
     return parser
+
+
+def add_flags(group: Any, names: Iterable[str]) -> None:
+    """Give another script some of our flags, as evaluate.py has them; one that is not given is None."""
+    for name in names:
+        field = FIELDS[name]
+        _add_flag(group, field, _help(field.metadata["help"], field.default, name in OF_THE_MODEL))
+
+
+def check_flags(given: Mapping[str, Any]) -> None:
+    """Raises: ValueError for a value that its flag cannot have."""
+    for name, value in given.items():
+        _check_value(name, value)
 
 
 def sentence(error: Exception) -> str:
@@ -553,8 +566,7 @@ def _make_parser(program: str, preset: dict[str, Any]) -> argparse.ArgumentParse
         group = parser.add_argument_group(section.__doc__)
         for field in dataclasses.fields(section):
             of_checkpoint = program == "evaluate" and field.name in OF_THE_MODEL
-            text = _help(field.metadata["help"], preset.get(field.name, field.default), of_checkpoint)
-            _add_flag(group, field, text.replace("%", "%%"))
+            _add_flag(group, field, _help(field.metadata["help"], preset.get(field.name, field.default), of_checkpoint))
     return parser
 
 
@@ -570,7 +582,7 @@ def _help(text: str, default: Any, of_checkpoint: bool) -> str:
 
 
 def _add_flag(group: Any, field: dataclasses.Field, text: str) -> None:
-    kind, _ = _kind(field.name)
+    kind, text = _kind(field.name)[0], text.replace("%", "%%")
     if kind is bool:
         group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, help=text)
     elif kind is tuple:

@@ -5,7 +5,7 @@ import copy
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -68,7 +68,7 @@ class Windows(Dataset):
 
     def __init__(
         self,
-        passages: JsonlCorpus,
+        passages: Sequence[dict],
         rows: range,
         inputs: Inputs,
         max_tokens: int,
@@ -153,11 +153,15 @@ class CorpusEmbedder:
         self.precision = devices.embedder_precision(device, precision)
         self.max_tokens = devices.embedding_tokens(device, batch_size, inputs.retriever_maxlength)
 
+    def fingerprint(self) -> str:
+        """Of the passage encoder as it is now."""
+        return fingerprint(self.retriever.passage_encoder)
+
     def journal(self, directory: Path, passages: JsonlCorpus) -> AbstractContextManager[EmbeddingJournal]:
         """Takes the embeddings where an index of these passages is to be saved. Collective."""
         n = len(passages)
         identity = _hash(
-            fingerprint(self.retriever.passage_encoder),
+            self.fingerprint(),
             self.precision,
             fingerprint_of(passages),
             self._sample(passages),  # formats and vocabulary
@@ -283,6 +287,17 @@ class CorpusEmbedder:
                 last.result()
         devices.synchronize(self.device)
         self._report(left, time.monotonic() - started, writer)
+
+    @torch.no_grad()
+    def embed(self, passages: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """The embeddings of a few passages, (n, D) fp16 on the CPU."""
+        was_training = self.retriever.training
+        self.retriever.eval()
+        windows = Windows(passages, range(len(passages)), self.inputs, self.max_tokens)
+        embed = passage_embedder(self.retriever.passage_encoder, self.device, self.precision)
+        parts = [self._embed_window(windows[i], embed, lambda _: None).cpu() for i in range(len(windows))]
+        self.retriever.train(was_training)
+        return torch.cat(parts)
 
     def _say_what_is_left(self, rows: int, left: int, untokenized: int) -> None:
         there = f", {rows - left} are there" if left < rows else ""

@@ -204,6 +204,7 @@ class Retrieval:
             embedder_precision=embedder_precision,
             codes_only=self.settings.save_index_codes_only,
         )
+        self.passages = self.index.passages
 
     def _save_opened(self) -> None:
         """Save an opened index only if it is of another kind than the one that was loaded."""

@@ -112,9 +112,8 @@ class JsonlCorpus(Sequence[dict]):
         return self._first_rows[-1] - len(self.dropped)
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Leave out these rows, in ascending order: those behind them move up. Only once."""
-        assert not len(self.dropped)
-        self.dropped = np.array(rows, np.int64)  # counted with them
+        """Leave out these rows, in ascending order: those behind them move up."""
+        self.dropped = np.union1d(self.dropped, self._with_dropped(np.array(rows, np.int64)))  # counted with them
         self._left_before = self.dropped - np.arange(len(self.dropped))  # by each, how many are left before it
 
     def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> dict | list[dict]:
@@ -206,12 +205,16 @@ class JsonlCorpus(Sequence[dict]):
         except ValueError as error:
             raise DataError(f"{source}: {error}") from error
 
+    def _with_dropped(self, rows: np.ndarray | int) -> np.ndarray:
+        """Numbers among the rows that are left -> numbers among all."""
+        return rows + np.searchsorted(self._left_before, rows, side="right")
+
     def _locate(self, row: int) -> tuple[int, int]:  # which file, and where in it the line starts
         index = operator.index(row) + (len(self) if row < 0 else 0)
         if not 0 <= index < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} rows")
         if len(self.dropped):
-            index += int(np.searchsorted(self._left_before, index, side="right"))
+            index = int(self._with_dropped(index))
         file = bisect.bisect_right(self._first_rows, index) - 1
         start, text = int(self._offsets[file][index - self._first_rows[file]]), self._maps[file]
         follows_a_line = 0 < start < len(text) and text[start - 1] == LINE_END

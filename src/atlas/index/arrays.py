@@ -19,12 +19,13 @@ import torch
 from atlas.files.checksums import BLOCK_BYTES, Blocks, Recorded, as_text, extend
 from atlas.files.disk import writing
 from atlas.index.flat import measure_largest_norm
+from atlas.index.live import LiveRows
 from atlas.runtime import distributed
 from atlas.runtime.tracking import progress_bar
 
 HEADER_BYTES = 4096  # a page, so that rows begin at one
 WRITE_BYTES = 2**26  # converted at a time
-FP16, BYTE = np.dtype("<f2"), np.dtype("u1")
+FP16, BYTE, INT64 = np.dtype("<f2"), np.dtype("u1"), np.dtype("<i8")
 AGAIN = "copy the index again, or build it anew"
 
 
@@ -104,7 +105,7 @@ def as_tensor(mapped: np.ndarray) -> torch.Tensor:
 
 
 def fp16_parts(
-    embeddings: torch.Tensor, first_row: int, report: Callable[[int], object] = lambda rows: None
+    embeddings: torch.Tensor | LiveRows, first_row: int, report: Callable[[int], object] = lambda rows: None
 ) -> Iterator[tuple[np.ndarray, float]]:
     """Embeddings `(n, D)` part by part as they are written, each with the largest L2 norm in it.
 

@@ -12,6 +12,7 @@ from atlas.index.arrays import WRITE_BYTES
 from atlas.index.codec import Codec, Compression, all_cores, train, training_rows
 from atlas.index.compressed import CompressedIndex, explain_probes
 from atlas.index.flat import FlatIndex, measure_largest_norm
+from atlas.index.live import LiveRows
 from atlas.index.sharded import ShardedIndex, Stored
 from atlas.runtime import distributed
 from atlas.runtime.distributed import shard_rows
@@ -109,7 +110,7 @@ def _embeddings_in_memory(index: ShardedIndex | None) -> torch.Tensor | None:
     if index is None or index.embeddings is None:
         return None
     in_file = index.stored is not None and index.embeddings.device.type == "cpu"
-    return None if in_file else index.embeddings
+    return None if in_file or isinstance(index.embeddings, LiveRows) else index.embeddings
 
 
 def compress(
@@ -141,7 +142,7 @@ def compress(
 
 def index_of_codes(
     passages: JsonlCorpus,
-    embeddings: torch.Tensor | None,
+    embeddings: torch.Tensor | LiveRows | None,
     codec: Codec,
     codes: np.ndarray,
     largest_norm: float,
@@ -192,8 +193,8 @@ def encode_parts(codec: Codec, index: ShardedIndex) -> Iterator[tuple[int, np.nd
             bar.update(len(codes))
 
 
-def copy_to(embeddings: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The embeddings on a device: as they are if they are there, else copied piece by piece."""
+def copy_to(embeddings: torch.Tensor | LiveRows, device: torch.device) -> torch.Tensor | LiveRows:
+    """The embeddings on a device: as they are if they are there, else copied piece by piece into a tensor."""
     if embeddings.device.type == device.type:
         return embeddings
     copy = torch.empty(embeddings.shape, dtype=embeddings.dtype, device=device)
@@ -235,7 +236,7 @@ def _gather_sample(index: ShardedIndex, rows: np.ndarray) -> np.ndarray:
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             mine = torch.from_numpy(part[(part >= index.rows.start) & (part < index.rows.stop)] - index.rows.start)
-            embeddings = index.embeddings[mine.to(index.embeddings.device)].to("cpu", torch.float16)
+            embeddings = index.embeddings.index_select(0, mine.to(index.embeddings.device)).to("cpu", torch.float16)
             parts = distributed.gather_on_main(embeddings)
             if distributed.is_main():
                 sample[start : start + len(part)] = torch.cat(parts).numpy()

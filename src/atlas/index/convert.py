@@ -25,6 +25,7 @@ from atlas.index.store import (
     map_embeddings,
     open_codec,
     open_index,
+    saved_content,
     write_index,
 )
 from atlas.runtime import distributed
@@ -117,14 +118,14 @@ def export_index(directory: Path, target: Path) -> None:
 
     directory, target = Path(directory), Path(target)
     description = files.read_description(directory)
-    files.check_passages(directory, description.segment.passages)
+    checked_passages(directory, description)
     rows = range(description.size)
     if description.quantizer:
-        codec, codes = open_codec(directory, description), map_codes(directory, description, rows)
+        codec, codes = open_codec(directory, description), map_codes(directory, description, rows)[:].numpy()
     else:
         codec = Codec(make_empty("SQfp16", description.dimension), "SQfp16")
         # (N, 2D): Faiss's fp16 codes are little-endian numbers too
-        codes = map_embeddings(directory, description, rows).numpy().view(BYTE)
+        codes = map_embeddings(directory, description, rows)[:].numpy().view(BYTE)
     exported = codes.nbytes + (8 * len(codes) if codec.lists else 0)
     files.check_space(target, exported)
     log.info("Exporting %d passages: %.2f GB, in memory and in the file", len(codes), exported / 1e9)
@@ -151,9 +152,9 @@ def check_index(directory: Path) -> None:
     with progress_bar("checking the passages", len(passages), "passages") as bar:
         check_passages(passages, range(len(passages)), bar.update)
     rows = range(description.size)
-    if description.segment.embeddings:
-        map_embeddings(directory, description, rows)  # checks the header
-    if description.segment.codes:
+    if description.has_embeddings:
+        map_embeddings(directory, description, rows)  # checks the headers
+    if description.quantizer:
         open_codec(directory, description)
         map_codes(directory, description, rows)
     for whole in description.recorded(directory):
@@ -166,7 +167,7 @@ def check_index(directory: Path) -> None:
 def _check_compressible(source: Path, target: Path, compression: Compression, codes_only: bool) -> str:
     """The factory string of what is asked for. Raises: ValueError when it cannot be made, or there is no room."""
     description = files.read_description(source)
-    if description.segment.embeddings is None:
+    if not description.has_embeddings:
         raise ValueError(
             f"{source} is an index of type {description.type} without embeddings, which another kind cannot be "
             "made of: compress an index that has embeddings"
@@ -179,9 +180,10 @@ def _check_compressible(source: Path, target: Path, compression: Compression, co
 
 def _bytes_copied(source: Path, description: Description, target: Path, codes_only: bool) -> int:
     """What takes room of the passages and embeddings of a saved index, because it cannot be linked."""
-    links = existing_directory(target).stat().st_dev == source.stat().st_dev
-    passages = description.segment.passages
-    text = 0 if links and files.own_passages(source / passages.file) else passages.bytes
+    same_device = existing_directory(target).stat().st_dev == source.stat().st_dev
+    links, text = same_device and description.whole, sum(part.passages.bytes for part in description.segments)
+    if links and files.own_passages(source / description.whole.passages.file):
+        text = 0
     if codes_only or (links and description.version == files.VERSION):
         return text
     return text + 2 * description.size * description.dimension
@@ -189,16 +191,10 @@ def _bytes_copied(source: Path, description: Description, target: Path, codes_on
 
 def _copy_to_this_version(source: Path, target: Path) -> None:
     description = files.read_description(source)
-    passages, rows = checked_passages(source, description), range(description.size)
-    segment, embeddings, codec, codes = description.segment, None, None, ()
-    if segment.embeddings:
-        embeddings = map_embeddings(source, description, rows)
-    if segment.codes:
-        codec = open_codec(source, description)
-        codes = [(map_codes(source, description, rows), segment.codes.largest_norm)]
-    more_bytes = description.size * codec.code_size if codec else 0
-    files.check_space(target, more_bytes + _bytes_copied(source, description, target, embeddings is None))
-    content = Content(passages, rows, embeddings, codec, codes)
+    checked_passages(source, description)
+    content = saved_content(source, description)
+    more_bytes = description.size * content.codec.code_size if content.codec else 0
+    files.check_space(target, more_bytes + _bytes_copied(source, description, target, content.embeddings is None))
     write_index(target, content, _origin(description))
 
 
@@ -215,8 +211,15 @@ def _export(source: Path, target: Path, compression: Compression, ours: bool) ->
         raise ValueError(f"{target} exists: choose another TARGET, or move it away")
     target.parent.mkdir(parents=True, exist_ok=True)
     export_index(source, target)
-    passages = source / files.read_description(source).segment.passages.file
-    log.info("Exported %s to %s; its row i is line i of %s, from 0", source, target, passages)
+    if whole := files.read_description(source).whole:
+        log.info("Exported %s to %s; its row i is line i of %s, from 0", source, target, source / whole.passages.file)
+    else:
+        log.info(
+            "Exported %s to %s; its row i is passage i of the index, from 0: of its texts in their order, without the "
+            "deleted passages (update_index.py --compact makes one text of them, row by row)",
+            source,
+            target,
+        )
 
 
 def _convert_published(source: Path, target: Path, compression: Compression, codes_only: bool) -> None:
@@ -254,7 +257,7 @@ def _is_compressed(source: Path, target: Path, factory: str, codes_only: bool) -
         return False
     found = files.read_description(target)
     same = found.source == fingerprint_published(source) and found.type == factory
-    return same and (found.segment.embeddings is None) == codes_only
+    return same and found.has_embeddings != codes_only
 
 
 def _check_free(target: Path) -> None:

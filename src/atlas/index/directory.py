@@ -19,13 +19,15 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from atlas.files import cache
 from atlas.files.checksums import Blocks, Recorded, of_fields
 from atlas.files.disk import existing_directory, writing
 from atlas.files.jsonl import replacing
 from atlas.files.lock import holding
 from atlas.index import arrays
-from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, Array, Layout
+from atlas.index.arrays import AGAIN, BYTE, FP16, HEADER_BYTES, INT64, Array, Layout
 
 VERSION = 2
 CONVERTING = "converting.json"
@@ -33,7 +35,9 @@ LOCK = "write.lock"
 EMBEDDING, EMBEDDING_OF = "embedding.npy", "embedding.json"  # of an index whose corpus is being embedded (journal.py)
 _EMBEDDING_NOTES = re.compile(r"embedding\.\d+\.log")
 _HEADER_BYTES = {1: 128, 2: HEADER_BYTES}  # of arrays, by version
-_OURS = re.compile(r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes)\.\d+\.npy|trained\.\d+\.faiss)")
+_OURS = re.compile(
+    r"(passages\.\d+\.jsonl(\.offsets\.npy)?|(embeddings|codes|tombstones)\.\d+\.npy|trained\.\d+\.faiss)"
+)
 _MOST, _MOST_IN_BLOCK, _LARGEST_DIMENSION, _LONGEST_TYPE = 2**53, 2**30, 2**16, 200  # in index.json
 _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 
@@ -60,14 +64,28 @@ class Quantizer:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Some rows of an index. Today every index has one, of which nothing is deleted."""
+class Tombstones:
+    """The numbers of the rows of a segment that are deleted: `(rows, 1)` int64, ascending."""
 
-    size: int
+    file: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some rows of an index: those of one build, or of one update."""
+
+    size: int  # deleted rows included
     passages: Passages
     embeddings: Array | None
     codes: Array | None
-    tombstones: None = None
+    tombstones: Tombstones | None = None
+
+    @property
+    def live(self) -> int:
+        """How many rows are not deleted."""
+        return self.size - (self.tombstones.rows if self.tombstones else 0)
 
 
 @dataclass(frozen=True)
@@ -81,43 +99,58 @@ class Description:
     embedder_precision: str | None
     source: str | None  # fingerprint of the published index that this was made from
     quantizer: Quantizer | None
-    segments: tuple[Segment]
+    segments: tuple[Segment, ...]
     version: int = VERSION
 
     @property
-    def segment(self) -> Segment:
-        """The only one."""
-        return self.segments[0]
-
-    @property
     def size(self) -> int:
-        """N."""
-        return self.segment.size
+        """N: the passages that are not deleted."""
+        return sum(segment.live for segment in self.segments)
 
     @property
-    def embeddings_layout(self) -> Layout:
-        return Layout(self.size, self.dimension, FP16, _HEADER_BYTES[self.version])
+    def has_embeddings(self) -> bool:
+        return self.segments[0].embeddings is not None  # all segments have the same arrays
 
     @property
-    def codes_layout(self) -> Layout:
-        return Layout(self.size, self.quantizer.code_size, BYTE, _HEADER_BYTES[self.version])
+    def whole(self) -> Segment | None:
+        """The only segment, if nothing of it is deleted: its files hold the index row by row."""
+        return self.segments[0] if len(self.segments) == 1 and self.segments[0].tombstones is None else None
+
+    @property
+    def embeddings_norm(self) -> float:
+        """Bounds the L2 norm of every embedding."""
+        return max(segment.embeddings.largest_norm for segment in self.segments)
+
+    @property
+    def codes_norm(self) -> float:
+        """Bounds the L2 norm of what any code stands for."""
+        return max(segment.codes.largest_norm for segment in self.segments)
+
+    def embeddings_layout(self, segment: Segment) -> Layout:
+        return Layout(segment.size, self.dimension, FP16, _HEADER_BYTES[self.version])
+
+    def codes_layout(self, segment: Segment) -> Layout:
+        return Layout(segment.size, self.quantizer.code_size, BYTE, _HEADER_BYTES[self.version])
 
     def files(self) -> set[str]:
         """Names of all files of the index but `index.json`."""
-        segment = self.segment
-        parts = (segment.passages, segment.embeddings, segment.codes, self.quantizer)
+        parts = [self.quantizer]
+        for segment in self.segments:
+            parts += [segment.passages, segment.embeddings, segment.codes, segment.tombstones]
         return {part.file for part in parts if part}
 
     def recorded(self, directory: Path) -> list[Recorded]:
-        """What is to be compared: text and arrays, as far as they have checksums. Opening compares the quantizer."""
-        segment, text, found = self.segment, self.segment.passages, []
-        if text.blocks is not None:
-            content = Blocks(text.bytes, text.block_bytes, text.blocks)
-            found.append(Recorded(directory / text.file, content, AGAIN))
-        if segment.embeddings:
-            found.append(arrays.recorded(directory, segment.embeddings, self.embeddings_layout))
-        if segment.codes:
-            found.append(arrays.recorded(directory, segment.codes, self.codes_layout))
+        """What is to be compared: text and arrays, as far as they have checksums. Opening compares the other files."""
+        found = []
+        for segment in self.segments:
+            text = segment.passages
+            if text.blocks is not None:
+                content = Blocks(text.bytes, text.block_bytes, text.blocks)
+                found.append(Recorded(directory / text.file, content, AGAIN))
+            if segment.embeddings:
+                found.append(arrays.recorded(directory, segment.embeddings, self.embeddings_layout(segment)))
+            if segment.codes:
+                found.append(arrays.recorded(directory, segment.codes, self.codes_layout(segment)))
         return [one for one in found if one is not None]
 
 
@@ -136,8 +169,6 @@ def read_description(directory: Path) -> Description:
     version, fields = read_fields(path)
     try:
         fields = _from_version_1(fields) if version == 1 else fields
-        if len(fields["segments"]) != 1 or fields["segments"][0]["tombstones"] is not None:
-            raise ValueError(_newer(path, f"{len(fields['segments'])} segments, or deleted passages"))
         description = description_of(fields | {"version": version})
     except (TypeError, KeyError, AttributeError, RecursionError) as error:  # other fields under a checksum that fits
         raise ValueError(_newer(path, f"other fields ({error})")) from error
@@ -159,7 +190,7 @@ def _made(kind: Any, value: Any) -> Any:
     if isinstance(kind, UnionType):
         kind = get_args(kind)[0] if value is not None else type(None)
     if get_origin(kind) is tuple:
-        return tuple(_made(part, item) for part, item in zip(get_args(kind), value, strict=True))
+        return tuple(_made(get_args(kind)[0], item) for item in value)
     if is_dataclass(kind) and isinstance(value, dict):
         hints = get_type_hints(kind)
         return kind(**{name: _made(hints[name], item) for name, item in value.items()})
@@ -170,25 +201,38 @@ def _made(kind: Any, value: Any) -> Any:
 
 def _problem(description: Description) -> str | None:
     """What cannot be right in a description of whose fields each has the right type."""
-    segment, quantizer = description.segment, description.quantizer
+    quantizer, segments = description.quantizer, description.segments
+    if not segments or any((part.embeddings is None) == description.has_embeddings for part in segments):
+        return "segments that do not belong together"
+    if (quantizer is None) != (description.type == "flat"):
+        return "codes without a quantizer, or one without the other"
+    if not 0 < description.dimension <= _LARGEST_DIMENSION or (quantizer and not 0 < quantizer.code_size < _MOST):
+        return "numbers that are no sizes"
+    if len(description.type) > _LONGEST_TYPE or not description.type.isascii():
+        return "a type that is none"
+    return next((found for part in segments if (found := _problem_of(part, quantizer))), None)
+
+
+def _problem_of(segment: Segment, quantizer: Quantizer | None) -> str | None:
+    """What cannot be right in a segment."""
     arrays = [array for array in (segment.embeddings, segment.codes) if array]
-    if (segment.codes is None) != (quantizer is None) or (quantizer is None) != (description.type == "flat"):
+    if (segment.codes is None) != (quantizer is None):
         return "codes without a quantizer, or one without the other"
     if not arrays:
         return "neither embeddings nor codes"
     in_blocks = [*arrays, segment.passages]
     blocks = [1 if part.block_bytes is None else part.block_bytes for part in in_blocks]
-    sizes = [segment.size, segment.passages.bytes, quantizer.code_size if quantizer else 1, *blocks]
-    if not 0 < description.dimension <= _LARGEST_DIMENSION or not all(0 < size < _MOST for size in sizes):
+    rows = segment.tombstones.rows if segment.tombstones else 1
+    if not all(0 < size < _MOST for size in (segment.size, segment.passages.bytes, rows, *blocks)):
         return "numbers that are no sizes"
+    if segment.live < 1:
+        return "a segment of which everything is deleted"
     if max(blocks) > _MOST_IN_BLOCK or not all(re.fullmatch("([0-9a-f]{8})*", part.blocks or "") for part in in_blocks):
         return "blocks that are none"
     if not all(0 <= array.largest_norm < math.inf for array in arrays):
         return "a norm that is not finite"
     if any((part.block_bytes is None) != (part.blocks is None) for part in in_blocks):
         return "checksums without the size of their blocks, or one without the other"
-    if len(description.type) > _LONGEST_TYPE or not description.type.isascii():
-        return "a type that is none"
     return None
 
 
@@ -302,10 +346,10 @@ def own_passages(path: Path) -> Passages | None:
     if _OURS.fullmatch(path.name) is None or not has_index(path.parent):
         return None
     try:
-        passages = read_description(path.parent).segment.passages
+        texts = [segment.passages for segment in read_description(path.parent).segments]
     except ValueError:  # an index that cannot be opened says nothing about it
         return None
-    return passages if passages.file == path.name and passages.blocks is not None else None
+    return next((text for text in texts if text.file == path.name and text.blocks is not None), None)
 
 
 def remove_index(directory: Path) -> None:
@@ -378,19 +422,47 @@ def check_passages(directory: Path, expected: Passages) -> None:
 
 def write_trained(path: Path, content: bytes, code_size: int) -> Quantizer:
     """Write a quantizer."""
-    with writing(path, len(content)), open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return Quantizer(path.name, hashlib.sha256(content).hexdigest(), code_size)
+    return Quantizer(path.name, _write(path, content), code_size)
 
 
 def read_trained(directory: Path, quantizer: Quantizer) -> bytes:
     """A quantizer as it was written. Raises: ValueError when it is missing or changed."""
-    path = directory / quantizer.file
+    return _read(directory, quantizer)
+
+
+def write_tombstones(path: Path, rows: np.ndarray) -> Tombstones:
+    """Write the numbers of deleted rows, ascending."""
+    content = rows.astype(INT64, copy=False).tobytes()
+    return Tombstones(path.name, len(rows), _write(path, Layout(len(rows), 1, INT64).header() + content))
+
+
+def read_tombstones(directory: Path, segment: Segment) -> np.ndarray:
+    """The numbers of a segment's deleted rows, ascending. Raises: ValueError when they are missing or changed."""
+    if segment.tombstones is None:
+        return np.empty(0, np.int64)
+    content, layout = _read(directory, segment.tombstones), Layout(segment.tombstones.rows, 1, INT64)
+    if len(content) == layout.offset(layout.size) and content.startswith(layout.header()):
+        rows = np.frombuffer(content, INT64, offset=layout.header_bytes).astype(np.int64, copy=False)
+        if (np.diff(rows, prepend=-1, append=segment.size) > 0).all():
+            return rows
+    raise ValueError(f"{directory / segment.tombstones.file} names no rows of its segment: {AGAIN}")
+
+
+def _write(path: Path, content: bytes) -> str:
+    """Write a small file and return its SHA-256."""
+    with writing(path, len(content)), open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(directory: Path, part: Quantizer | Tombstones) -> bytes:
+    """A small file as it was written. Raises: ValueError when it is missing or changed."""
+    path = directory / part.file
     if not path.is_file():
         raise ValueError(f"{path}, which index.json names, is missing: {AGAIN}")
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != quantizer.sha256:
+    if hashlib.sha256(content).hexdigest() != part.sha256:
         raise ValueError(f"{path} was changed or damaged, its checksum does not fit: {AGAIN}")
     return content

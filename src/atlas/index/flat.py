@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from atlas.index.live import LiveRows
 from atlas.runtime import device as device_choices
 
 _EMBEDDING_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,9 +44,9 @@ class FlatIndex:
     """All rows are compared to every query; memory beyond the embeddings does not grow with their number."""
 
     def __init__(
-        self, embeddings: torch.Tensor, *, largest_norm: float | None = None, chunk_rows: int | None = None
+        self, embeddings: torch.Tensor | LiveRows, *, largest_norm: float | None = None, chunk_rows: int | None = None
     ) -> None:
-        """Keeps the tensor as it is: no copy, so it may be a memory-mapped file.
+        """Keeps the tensor as it is: no copy, so it may be a memory-mapped file, or the live rows of several.
 
         Args:
             embeddings: `(n, D)` fp16, bf16 or fp32, on the device that is to search.
@@ -139,7 +140,8 @@ class FlatIndex:
     def _blocks(self, start: int, end: int, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Rows start to end and their columns of `out`, cut to the size of a block."""
         rows = block_rows(self.embeddings)
-        return zip(self.embeddings[start:end].split(rows), out.split(rows, dim=1), strict=True)
+        for first, into in zip(range(start, end, rows), out.split(rows, dim=1), strict=True):
+            yield self.embeddings[first : first + into.shape[1]], into
 
 
 def top_k(
@@ -359,7 +361,7 @@ def _merge(
     return all_scores[best], torch.cat([rows.flatten(), row])[best]
 
 
-def measure_largest_norm(embeddings: torch.Tensor, first_row: int = 0) -> float:
+def measure_largest_norm(embeddings: torch.Tensor | LiveRows, first_row: int = 0) -> float:
     """A number that no row's L2 norm is above, 0.1 % more than the largest.
 
     Raises:
@@ -371,7 +373,7 @@ def measure_largest_norm(embeddings: torch.Tensor, first_row: int = 0) -> float:
         norms = embeddings[start : start + step].float().norm(dim=1)
         largest = torch.maximum(largest, norms.amax())  # carries a NaN on
     if not largest.isfinite():
-        bad = next(i for i, row in enumerate(embeddings) if not row.float().norm().isfinite())
+        bad = next(i for i in range(len(embeddings)) if not embeddings[i : i + 1].float().norm().isfinite())
         raise ValueError(f"the embedding of passage {first_row + bad} is not finite: has the training diverged?")
     return largest.item() * (1 + 1e-3)  # the norms are rounded too
 
@@ -392,7 +394,7 @@ def checked_chunk_rows(chunk_rows: int | None) -> int | None:
     return chunk_rows
 
 
-def block_rows(rows: torch.Tensor) -> int:
+def block_rows(rows: torch.Tensor | LiveRows) -> int:
     """How many such rows (n, D) are unpacked at a time."""
     elements = 2**26 if rows.device.type == "cuda" else 2**19
     return max(1, elements // max(1, rows.shape[1]))

@@ -125,15 +125,18 @@ def is_verbatim(corpus: JsonlCorpus) -> bool:
     return all(form is JSON_LINES for form in corpus.formats) and not len(corpus.dropped)
 
 
-def saved_lines(corpus: JsonlCorpus, rows: Iterable[int]) -> Iterator[bytes]:
+def saved_lines(corpus: JsonlCorpus, rows: Iterable[int], join_titles: bool = False) -> Iterator[bytes]:
     """The rows as lines of Atlas jsonl, without line ends: unchanged where they are that already.
 
-    Titles are as in the corpus, not joined here: what is saved is opened with the corpus's `titles_joined`.
+    Titles are as in the corpus: what is saved is opened with the corpus's `titles_joined`. Or they are joined here, and
+    it is opened with `titles_joined`.
 
     Raises: DataError at a line that cannot be decoded.
     """
     for row in rows:
-        if corpus.format_of(row) is JSON_LINES:
+        if join_titles:
+            yield json.dumps(corpus[row], ensure_ascii=False).encode()
+        elif corpus.format_of(row) is JSON_LINES:
             yield corpus.raw(row)
         else:
             yield json.dumps(corpus.record(row), ensure_ascii=False).encode()

@@ -228,7 +228,7 @@ def _resume(output: Path, source: Source) -> _Conversion | None:
     begun = _Conversion(**fields | {"done": [_Done(**done) for done in fields["done"]]})
     if (begun.size, begun.dimension, begun.block_bytes) != (source.size, source.dimension, arrays.BLOCK_BYTES):
         return None
-    if files.has_index(output) and files.read_description(output).segment.passages.file == begun.passages:
+    if files.has_index(output) and begun.passages in files.read_description(output).files():
         return None  # it has finished, and was killed before it removed its notes
     same = [_fingerprint(shard) == done.fingerprint for shard, done in zip(source.shards, begun.done, strict=False)]
     done = begun.done[: same.index(False) if False in same else len(same)]

@@ -11,6 +11,7 @@ from atlas.files.jsonl import JsonlCorpus
 from atlas.index.compressed import CompressedIndex
 from atlas.index.directory import Description
 from atlas.index.flat import FlatIndex, best_exact_scores, exact_scores, measure_largest_norm
+from atlas.index.live import LiveRows
 from atlas.runtime import distributed
 from atlas.runtime.distributed import shard_rows
 
@@ -75,7 +76,8 @@ class ShardedIndex:
         dimension: D.
         rows: the rows of this rank.
         embeddings: `(len(rows), D)` of this rank, or None where a compressed index does without them. Whoever writes
-            new values into it makes a new `ShardedIndex` of it.
+            new values into it makes a new `ShardedIndex` of it. Of an updated index that lies in files they are
+            `LiveRows`, of which slices are tensors.
         local: searches this rank's rows.
         stored: the files that hold the same embeddings (or, without any, the same codes); None when there are none.
     """
@@ -83,7 +85,7 @@ class ShardedIndex:
     def __init__(
         self,
         passages: JsonlCorpus,
-        embeddings: torch.Tensor | None,
+        embeddings: torch.Tensor | LiveRows | None,
         local: LocalIndex | None = None,
         *,
         refine_factor: int = 1,

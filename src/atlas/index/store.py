@@ -16,12 +16,13 @@ from atlas.files.checksums import Blocks, chunks, read_file, write_file
 from atlas.files.copies import clone
 from atlas.files.jsonl import JsonlCorpus, replacing
 from atlas.index import directory as files
-from atlas.index.arrays import Array, as_tensor, fp16_parts, map_rows, write_array
+from atlas.index.arrays import WRITE_BYTES, Array, Layout, as_tensor, fp16_parts, map_rows, write_array
 from atlas.index.build import compress, copy_to
 from atlas.index.codec import FLAT, Codec, Compression
 from atlas.index.compressed import CompressedIndex, explain_probes
 from atlas.index.directory import Description, Passages, Segment
 from atlas.index.flat import FlatIndex
+from atlas.index.live import LeftOver, LiveRows, joined
 from atlas.index.passages import fingerprint_of, is_verbatim, open_passages, saved_lines, titles_joined
 from atlas.index.published import convert_published, is_converted, is_published
 from atlas.index.sharded import LocalIndex, ShardedIndex, Stored
@@ -43,7 +44,7 @@ def save_index(
     """Write the index with its passages; an index that is there is replaced in one step. Collective.
 
     The passages are copied, so that the index stays whole when their files change. Passages and embeddings that a saved
-    index on the same file system holds already are linked, not written again.
+    index on the same file system holds already are linked, not written again. An updated index becomes one segment.
 
     Args:
         retriever_fingerprint: of the encoder that made the embeddings.
@@ -64,6 +65,14 @@ def save_index(
         index.stored,
     )
     write_index(Path(directory), content, Origin(retriever_fingerprint, embedder_precision))
+    if fields := distributed.on_main("looking for the passages", partial(_moved, index.passages, Path(directory))):
+        reopen = partial(passages_of, Path(directory), files.description_of(fields))
+        index.passages = distributed.on_every_rank("opening the passages", reopen)
+
+
+def _moved(passages: JsonlCorpus, directory: Path) -> dict[str, Any] | None:
+    """What the saved index says, if the passages are nowhere else: those of an updated one have become one text."""
+    return None if all(text.is_file() for text in passages.paths) else asdict(files.read_description(directory))
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Content:
 
     passages: JsonlCorpus
     rows: range
-    embeddings: torch.Tensor | None  # (n, D)
+    embeddings: torch.Tensor | LiveRows | None  # (n, D)
     codec: Codec | None = None
     codes: Iterable[tuple[np.ndarray, float]] = ()  # (n, code_size) in parts, each with what bounds its norms
     stored: Stored | None = None  # holds the same embeddings
@@ -97,11 +106,11 @@ def write_index(directory: Path, content: Content, origin: Origin) -> None:
         try:
             _write(directory, content, origin)
         except (ValueError, OSError):
-            distributed.on_main("removing what was written", partial(_remove_what_failed, directory))
+            distributed.on_main("removing what was written", partial(remove_what_failed, directory))
             raise
 
 
-def _remove_what_failed(directory: Path) -> None:
+def remove_what_failed(directory: Path) -> None:
     try:
         files.tidy(directory)
     except ValueError as damaged:  # an index that was there before, which says nothing about its files
@@ -112,18 +121,28 @@ def _write(directory: Path, content: Content, origin: Origin) -> None:
     prepare = partial(_prepare, directory, content, origin)
     generation, fields = distributed.on_main("writing the passages", prepare)
     description = files.description_of(fields)
-    segment, first_row = description.segment, content.rows.start
+    (segment,) = description.segments
+    segment = write_arrays(directory, generation, description, segment, content)
+    finished = replace(description, segments=(segment,))
+    distributed.on_main("replacing the index", partial(files.commit, directory, finished))
+
+
+def write_arrays(
+    directory: Path, generation: int, description: Description, segment: Segment, content: Content
+) -> Segment:
+    """The segment with the arrays that it lacks, of which each rank writes its rows. Collective."""
+    first_row = content.rows.start
     if content.embeddings is not None and segment.embeddings is None:
         path = directory / f"embeddings.{generation}.npy"
         with progress_bar("writing embeddings", len(content.rows), "passages") as bar:
             parts = fp16_parts(content.embeddings, first_row, bar.update)
-            layout, same = description.embeddings_layout, directory / files.EMBEDDING
+            layout, same = description.embeddings_layout(segment), directory / files.EMBEDDING
             segment = replace(segment, embeddings=write_array(path, layout, first_row, parts, same))
     if content.codec:
         path = directory / f"codes.{generation}.npy"
-        segment = replace(segment, codes=write_array(path, description.codes_layout, first_row, content.codes))
-    finished = replace(description, segments=(segment,))
-    distributed.on_main("replacing the index", partial(files.commit, directory, finished))
+        layout = description.codes_layout(segment)
+        segment = replace(segment, codes=write_array(path, layout, first_row, content.codes))
+    return segment
 
 
 def _prepare(directory: Path, content: Content, origin: Origin) -> tuple[int, dict[str, Any]]:
@@ -241,43 +260,100 @@ def _open_rows(
 ) -> tuple[JsonlCorpus, torch.Tensor | None, LocalIndex]:
     """This rank's part of an index of the kind asked for."""
     rows = distributed.shard_rows(description.size, distributed.rank(), distributed.world_size())
-    passages, array = passages_of(place, description), description.segment.embeddings
-    embeddings = map_embeddings(place, description, rows) if array else None
+    passages = passages_of(place, description)
+    embeddings = map_embeddings(place, description, rows) if description.has_embeddings else None
     if description.quantizer and compression.kind not in FLAT:
         codec = open_codec(place, description)
-        codes, array = map_codes(place, description, rows), description.segment.codes
+        codes = map_codes(place, description, rows)[:].numpy()  # a copy, if it is not one part of one file
+        nprobe = compression.probes(codec.lists)
         try:
-            local = CompressedIndex(
-                codec, codes, largest_norm=array.largest_norm, nprobe=compression.probes(codec.lists), device=device
-            )
+            local = CompressedIndex(codec, codes, largest_norm=description.codes_norm, nprobe=nprobe, device=device)
         except ValueError as error:
-            raise ValueError(f"{place / array.file}: {error}; build the index anew") from error
+            raise ValueError(f"{place / description.segments[0].codes.file}: {error}; build the index anew") from error
         return passages, embeddings, local
     embeddings = copy_to(embeddings, device)
-    return passages, embeddings, FlatIndex(embeddings, largest_norm=array.largest_norm)
+    return passages, embeddings, FlatIndex(embeddings, largest_norm=description.embeddings_norm)
 
 
 def passages_of(place: Path, description: Description) -> JsonlCorpus:
-    return open_passages(place / description.segment.passages.file, titles_joined=description.titles_joined)
+    """The passages that are not deleted."""
+    return _without_deleted(all_passages_of(place, description), place, description)
+
+
+def _without_deleted(passages: JsonlCorpus, place: Path, description: Description) -> JsonlCorpus:
+    if len(deleted := deleted_rows(place, description)):
+        passages.drop(deleted)
+    return passages
+
+
+def all_passages_of(place: Path, description: Description) -> JsonlCorpus:
+    """The text of all segments, deleted passages included."""
+    texts = [place / segment.passages.file for segment in description.segments]
+    return open_passages(texts, titles_joined=description.titles_joined)
+
+
+def deleted_rows(place: Path, description: Description) -> np.ndarray:
+    """The deleted rows of all segments, counted through them: `(rows,)` int64, ascending."""
+    first = np.cumsum([0, *(segment.size for segment in description.segments)])
+    of_segments = [files.read_tombstones(place, segment) for segment in description.segments]
+    return np.concatenate([rows + start for rows, start in zip(of_segments, first, strict=False)])
 
 
 def checked_passages(place: Path, description: Description) -> JsonlCorpus:
     """The passages of a saved index. Raises: ValueError when they are not those that it was made of."""
-    files.check_passages(place, description.segment.passages)
-    passages = passages_of(place, description)
-    if len(passages) != description.size:
-        raise ValueError(f"{place}: {len(passages)} passages and {description.size} embeddings; build the index anew")
-    return passages
+    for segment in description.segments:
+        files.check_passages(place, segment.passages)
+    passages = all_passages_of(place, description)
+    found = [len(rows) for rows in passages.rows_of_files()]
+    if found != [segment.size for segment in description.segments]:
+        size = sum(segment.size for segment in description.segments)
+        raise ValueError(f"{place}: {sum(found)} passages and {size} embeddings; build the index anew")
+    return _without_deleted(passages, place, description)
 
 
-def map_embeddings(place: Path, description: Description, rows: range) -> torch.Tensor:
-    """`(n, D)` fp16, read-only. Raises: ValueError when the file is missing, of another size or of another shape."""
-    return as_tensor(map_rows(place / description.segment.embeddings.file, description.embeddings_layout, rows))
+def saved_content(place: Path, description: Description) -> Content:
+    """What this rank writes of a saved index to save it once more: nothing of it is read into memory."""
+    rows, codec, codes = (
+        distributed.shard_rows(description.size, distributed.rank(), distributed.world_size()),
+        None,
+        (),
+    )
+    embeddings = map_embeddings(place, description, rows) if description.has_embeddings else None
+    if description.quantizer:
+        codec, live, norm = open_codec(place, description), map_codes(place, description, rows), description.codes_norm
+        step = max(1, WRITE_BYTES // codec.code_size)
+        codes = ((live[start : start + step].numpy(), norm) for start in range(0, len(live), step))
+    return Content(passages_of(place, description), rows, embeddings, codec, codes)
 
 
-def map_codes(place: Path, description: Description, rows: range) -> np.ndarray:
-    """`(n, code_size)` uint8, read-only. Raises: as `map_embeddings`."""
-    return map_rows(place / description.segment.codes.file, description.codes_layout, rows)
+def map_embeddings(place: Path, description: Description, rows: range) -> torch.Tensor | LiveRows:
+    """`(n, D)` fp16, read-only: these of the rows that are not deleted.
+
+    Raises:
+        ValueError: a file is missing, of another size or of another shape.
+    """
+    arrays = [(part.embeddings, description.embeddings_layout(part)) for part in description.segments]
+    return _map_live(place, description, arrays, rows)
+
+
+def map_codes(place: Path, description: Description, rows: range) -> torch.Tensor | LiveRows:
+    """`(n, code_size)` uint8, read-only, as `map_embeddings`. Raises: as `map_embeddings`."""
+    arrays = [(part.codes, description.codes_layout(part)) for part in description.segments]
+    return _map_live(place, description, arrays, rows)
+
+
+def _map_live(
+    place: Path, description: Description, arrays: Iterable[tuple[Array, Layout]], rows: range
+) -> torch.Tensor | LiveRows:
+    first, mapped, deleted = 0, [], []
+    for segment, (array, layout) in zip(description.segments, arrays, strict=True):
+        gone = files.read_tombstones(place, segment)
+        low, high = (min(max(end - first, 0), segment.live) for end in (rows.start, rows.stop))
+        inside = LeftOver(gone).range_among_all(range(low, high))
+        mapped.append(as_tensor(map_rows(place / array.file, layout, inside)))
+        deleted.append(gone[(gone >= inside.start) & (gone < inside.stop)] - inside.start)
+        first += segment.live
+    return joined(mapped, deleted)
 
 
 def open_codec(place: Path, description: Description) -> Codec:
@@ -295,10 +371,10 @@ def _fits(place: Path, description: Description, compression: Compression) -> bo
         return True
     if compression.nlist is None and (found := re.search(r"IVF(\d+)", description.type)):
         compression = replace(compression, nlist=int(found[1]))  # of whatever number of lists
-    wanted, embeddings = compression.factory(description.size, description.dimension), description.segment.embeddings
-    if wanted == description.type or (wanted == "flat" and embeddings is not None):
+    wanted = compression.factory(description.size, description.dimension)
+    if wanted == description.type or (wanted == "flat" and description.has_embeddings):
         return True
-    if embeddings is None:
+    if not description.has_embeddings:
         raise ValueError(
             f"{place} is an index of type {description.type} without embeddings, and {wanted} is asked for, which "
             "cannot be made of it: leave the --faiss flags out, or open an index that has embeddings"
@@ -348,7 +424,7 @@ def _keep_passages(directory: Path, name: str, corpus: JsonlCorpus) -> Passages:
     fingerprint = fingerprint_of(corpus)
     if copy := _copy_there(directory, fingerprint):
         return copy
-    content = _copy_file(corpus.paths[0], path) if whole else _write_lines(corpus, path)
+    content = _copy_file(corpus.paths[0], path) if whole else write_lines(corpus, path)
     JsonlCorpus(path)  # leaves the offsets of its lines beside it
     return files.describe_passages(path, content, fingerprint)
 
@@ -375,35 +451,38 @@ def _copy_file(original: Path, path: Path) -> Blocks:
             return write_file(beside, chunks(original))
 
 
-def _write_lines(corpus: JsonlCorpus, path: Path) -> Blocks:
-    """Write the passages as Atlas jsonl."""
+def write_lines(corpus: JsonlCorpus, path: Path, *, join_titles: bool = False) -> Blocks:
+    """Write the passages as Atlas jsonl, with or without titles that hold the section. Raises: as `in_space`."""
     # of a corpus that is cut, nobody knows how much text is taken
     needed = sum(part.stat().st_size for part in corpus.paths) if corpus.max_rows < 0 else 0
     with files.in_space(path, needed), replacing(path) as beside:
         log.info("Copying the passages to %s", path)
         starts = range(0, len(corpus), 1000)
         parts = (range(start, min(start + 1000, len(corpus))) for start in starts)
-        return write_file(beside, (b"".join(line + b"\n" for line in saved_lines(corpus, rows)) for rows in parts))
+        return write_file(
+            beside, (b"".join(line + b"\n" for line in saved_lines(corpus, rows, join_titles)) for rows in parts)
+        )
 
 
 def _copy_there(directory: Path, fingerprint: str) -> Passages | None:
     """The passages of the directory's index, if they are a copy of the same corpus and still whole."""
     try:
         description = files.read_description(directory) if files.has_index(directory) else None
-        if description is None or description.segment.passages.copied_from != fingerprint:
-            return None
-        if description.segment.passages.blocks is None:  # as earlier versions wrote it
-            return None
-        files.check_passages(directory, description.segment.passages)
+        texts = [segment.passages for segment in description.segments] if description else []
+        # without checksums: as earlier versions wrote it
+        text = next((text for text in texts if text.copied_from == fingerprint and text.blocks is not None), None)
+        if text is not None:
+            files.check_passages(directory, text)
+        return text
     except ValueError as damaged:
         log.warning("The passages are written anew: %s", damaged)
         return None
-    return description.segment.passages
 
 
 def _keep_embeddings(directory: Path, name: str, stored: Stored) -> Array | None:
     """Have the embeddings of a saved index in the directory at no cost, where possible."""
-    array = stored.description.segment.embeddings
+    whole = stored.description.whole
+    array = whole.embeddings if whole else None
     if array is None or array.blocks is None:  # as version 1 wrote them
         return None
     source = (stored.directory / array.file).resolve()
