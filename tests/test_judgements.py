@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from atlas.config import parse_config
 from atlas.evaluation.evaluator import Evaluator, _by_judgements, _Reading
@@ -115,7 +116,7 @@ def test_metrics_by_judgements():
 def test_judgements_of_a_field_that_no_passage_has_are_reported(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("atlas.runtime.tracking.log.propagate", True)
     config = parse_config(command_line(tmp_path, **SEARCH), program="evaluate")
-    session = SimpleNamespace(directory=tmp_path)
+    session = SimpleNamespace(directory=tmp_path, device=torch.device("cpu"))
     evaluator = Evaluator(config, SimpleNamespace(reader=None, inputs=None), None, {}, session)
     evaluator._passages = lambda examples, *rest: ([[{"id": "5", "text": "x"}]] * len(examples), None)
     examples, totals = [Example("q", "", [], judged=Judged({"5": 1}, "wikipedia_id"))] * 2, {}
@@ -155,7 +156,7 @@ def test_lines_are_kept_for_their_answers_or_their_judgements(tmp_path):
 def evaluated(tmp_path, task, generation, answer, **flags):
     """What an evaluation measures of one answer, without the models that would write it."""
     config = parse_config(command_line(tmp_path, train_data=None, task=task, **flags), program="evaluate")
-    session = SimpleNamespace(directory=tmp_path)
+    session = SimpleNamespace(directory=tmp_path, device=torch.device("cpu"))
     evaluator = Evaluator(config, SimpleNamespace(reader=object(), inputs=None), None, {}, session)
     evaluator._read = lambda *examples: [_Reading(generation, 0.0)]
     example, totals = Example("q", "", [answer]), {}
