@@ -290,7 +290,8 @@ def test_it_stops_when_it_is_told_to(home, tmp_path, questions):
 
 @pytest.mark.processes
 def test_make_ask_says_what_is_missing(tmp_path):
-    done = subprocess.run(["make", "--no-print-directory", "-f", ROOT / "Makefile", "ask"], cwd=tmp_path, capture_output=True, text=True)
+    words = ["make", "--no-print-directory", "-f", ROOT / "Makefile", "ask"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "There is no demo to ask yet: make demo\n"
     assert not any(tmp_path.iterdir())
 
