@@ -58,7 +58,7 @@ class MadeUp:
     def embed(self, passages):
         return self.scale * embed(passages)
 
-    def journal(self, directory, passages):
+    def journal(self, directory, passages, encoder):
         return contextlib.nullcontext()
 
     def embed_share(self, passages, rows, store, journal):

@@ -157,11 +157,11 @@ class CorpusEmbedder:
         """Of the passage encoder as it is now."""
         return fingerprint(self.retriever.passage_encoder)
 
-    def journal(self, directory: Path, passages: JsonlCorpus) -> AbstractContextManager[EmbeddingJournal]:
-        """Takes the embeddings where an index of these passages is to be saved. Collective."""
+    def journal(self, directory: Path, passages: JsonlCorpus, encoder: str) -> AbstractContextManager[EmbeddingJournal]:
+        """Takes the embeddings where an index is to be saved; `encoder` is the encoder's fingerprint. Collective."""
         n = len(passages)
         identity = _hash(
-            self.fingerprint(),
+            encoder,
             self.precision,
             fingerprint_of(passages),
             self._sample(passages),  # formats and vocabulary

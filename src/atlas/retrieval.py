@@ -183,15 +183,19 @@ class Retrieval:
             retrain=self.settings.faiss_retrain,
         )
         self.index = None  # the builder keeps what it needs of the previous one
-        directory = Path(self.settings.save_index_path) if saves_embeddings else None
-        with self.embedder.journal(directory, self.passages) if directory else contextlib.nullcontext() as journal:
+        place = self.settings.save_index_path
+        encoder = self.embedder.fingerprint() if place is not None else None
+        with contextlib.ExitStack() as stack:
+            journal = None
+            if saves_embeddings:
+                journal = stack.enter_context(self.embedder.journal(Path(place), self.passages, encoder))
             self.embedder.embed_share(self.passages, builder.rows, builder.add, journal, asked_to_stop)
         self.index = builder.finish()
         if self._keeps_encoder:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        if self.settings.save_index_path is not None:
-            self._save(fingerprint(self.retriever.passage_encoder), self.embedder.precision)
+        if place is not None:
+            self._save(encoder, self.embedder.precision)
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
 

@@ -52,14 +52,14 @@ def update_index(
     """
     directory = Path(directory)
     with opened_to_update(directory) as description:
-        if passages is not None:
-            _check_encoder(directory, description, embedder)
+        encoder = _checked_encoder(directory, description, embedder) if passages is not None else None
         changes = find_changes(directory, description, passages, delete)
         added = None
         if passages is not None and len(changes.unchanged) < len(passages):
             new = copy.copy(passages)
             new.drop(changes.unchanged)
-            added = _embedded(directory, description, embedder, new, description.size - len(changes.leaving))
+            first_row = description.size - len(changes.leaving)
+            added = _embedded(directory, description, embedder, encoder, new, first_row)
         if added is not None or len(changes.leaving):
             precision = embedder.precision if embedder else None
             description = write_changes(directory, description, changes.leaving, added, precision)
@@ -67,8 +67,8 @@ def update_index(
     return changes
 
 
-def _check_encoder(directory: Path, description: Description, embedder: CorpusEmbedder) -> None:
-    """Raises: ValueError unless it is the encoder that made the index, as far as that is known."""
+def _checked_encoder(directory: Path, description: Description, embedder: CorpusEmbedder) -> str:
+    """The fingerprint of the encoder. Raises: ValueError unless it made the index, as far as that is known."""
     found, made_by = embedder.fingerprint(), description.retriever
     if embedder.retriever.dim != description.dimension:
         raise ValueError(
@@ -84,12 +84,23 @@ def _check_encoder(directory: Path, description: Description, embedder: CorpusEm
         log.info(
             "%s: embedded in %s, and new passages in %s", directory, description.embedder_precision, embedder.precision
         )
+    return found
 
 
 def _embedded(
-    directory: Path, description: Description, embedder: CorpusEmbedder, passages: JsonlCorpus, first_row: int
+    directory: Path,
+    description: Description,
+    embedder: CorpusEmbedder,
+    encoder: str,
+    passages: JsonlCorpus,
+    first_row: int,
 ) -> Content:
-    """This rank's new passages, embedded, and encoded as the index is; `first_row`: of the first one. Collective."""
+    """This rank's new passages, embedded, and encoded as the index is. Collective.
+
+    Args:
+        encoder: its fingerprint.
+        first_row: of the first new passage.
+    """
     codec = distributed.on_every_rank("opening the quantizer", partial(_codec, directory, description))
     error = distributed.on_main(
         "embedding passages of the index again", partial(_compare, directory, description, embedder, codec)
@@ -100,7 +111,7 @@ def _embedded(
     def store(start: int, of_window: torch.Tensor) -> None:
         embeddings[start : start + len(of_window)] = of_window
 
-    with embedder.journal(directory, passages) as journal:
+    with embedder.journal(directory, passages, encoder) as journal:
         embedder.embed_share(passages, rows, store, journal)
     if codec is not None and len(rows) and distributed.is_main():
         _tell_fit(directory, description, codec, embeddings[:: -(-len(rows) // _MEASURED)], error)
