@@ -20,6 +20,7 @@ import numpy as np
 
 from atlas.files.cache import cached
 from atlas.files.disk import writing
+from atlas.files.left_over import LeftOver
 from atlas.files.lock import temporary
 
 T = TypeVar("T")
@@ -85,7 +86,8 @@ class JsonlCorpus(Sequence[dict]):
         self.parse = parse
         self.max_rows = max_rows
         self.choose_format = choose_format
-        self.dropped = self._left_before = np.empty(0, np.int64)  # see `drop`
+        self.dropped = np.empty(0, np.int64)  # see `drop`
+        self._left = LeftOver(self.dropped)
         self.formats: list[LineFormat] = []  # one per file
         self._maps: list[mmap.mmap | bytes] = []
         self._offsets: list[np.ndarray] = []
@@ -113,8 +115,9 @@ class JsonlCorpus(Sequence[dict]):
 
     def drop(self, rows: Sequence[int]) -> None:
         """Leave out these rows, in ascending order: those behind them move up."""
-        self.dropped = np.union1d(self.dropped, self._with_dropped(np.array(rows, np.int64)))  # counted with them
-        self._left_before = self.dropped - np.arange(len(self.dropped))  # by each, how many are left before it
+        of_all = self._left.among_all(np.array(rows, np.int64))
+        self.dropped = np.union1d(self.dropped, of_all)  # counted with them
+        self._left = LeftOver(self.dropped)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> dict | list[dict]:
         if isinstance(rows, slice):
@@ -205,16 +208,12 @@ class JsonlCorpus(Sequence[dict]):
         except ValueError as error:
             raise DataError(f"{source}: {error}") from error
 
-    def _with_dropped(self, rows: np.ndarray | int) -> np.ndarray:
-        """Numbers among the rows that are left -> numbers among all."""
-        return rows + np.searchsorted(self._left_before, rows, side="right")
-
     def _locate(self, row: int) -> tuple[int, int]:  # which file, and where in it the line starts
         index = operator.index(row) + (len(self) if row < 0 else 0)
         if not 0 <= index < len(self):
             raise IndexError(f"row {row} of a corpus of {len(self)} rows")
         if len(self.dropped):
-            index = int(self._with_dropped(index))
+            index = int(self._left.among_all(index))
         file = bisect.bisect_right(self._first_rows, index) - 1
         start, text = int(self._offsets[file][index - self._first_rows[file]]), self._maps[file]
         follows_a_line = 0 < start < len(text) and text[start - 1] == LINE_END

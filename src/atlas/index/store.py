@@ -15,6 +15,7 @@ import torch
 from atlas.files.checksums import Blocks, chunks, read_file, write_file
 from atlas.files.copies import clone
 from atlas.files.jsonl import JsonlCorpus, replacing
+from atlas.files.left_over import LeftOver
 from atlas.index import directory as files
 from atlas.index.arrays import WRITE_BYTES, Array, Layout, as_tensor, fp16_parts, map_rows, write_array
 from atlas.index.build import compress, copy_to
@@ -22,7 +23,7 @@ from atlas.index.codec import FLAT, Codec, Compression
 from atlas.index.compressed import CompressedIndex, explain_probes
 from atlas.index.directory import Description, Passages, Segment
 from atlas.index.flat import FlatIndex
-from atlas.index.live import LeftOver, LiveRows, joined
+from atlas.index.live import LiveRows, joined
 from atlas.index.passages import fingerprint_of, is_verbatim, open_passages, saved_lines, titles_joined
 from atlas.index.published import convert_published, is_converted, is_published
 from atlas.index.sharded import LocalIndex, ShardedIndex, Stored
