@@ -137,6 +137,14 @@ def trained(way: Way, embeddings: torch.Tensor, train_size: int) -> Codec:
         return train(factory, embeddings[rows].float().numpy(), all_rows=True)
 
 
+def in_fp16(embeddings: torch.Tensor) -> faiss.Index:
+    """Faiss's index of the embeddings (n, D) as they are."""
+    exact = faiss.IndexScalarQuantizer(embeddings.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    exact.is_trained = True
+    exact.add_sa_codes(embeddings.numpy().view(np.uint8))
+    return exact
+
+
 def faiss_search(
     way: Way, index: ShardedIndex, embeddings: torch.Tensor
 ) -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
@@ -151,10 +159,7 @@ def faiss_search(
         faiss.extract_index_ivf(filled).nprobe = way.nprobe
     if way.refine_factor == 1:
         return filled.search
-    exact = faiss.IndexScalarQuantizer(index.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    exact.is_trained = True
-    exact.add_sa_codes(embeddings.numpy().view(np.uint8))
-    refined = faiss.IndexRefine(filled, exact)
+    refined = faiss.IndexRefine(filled, in_fp16(embeddings))
     refined.k_factor = way.refine_factor
     return refined.search
 

@@ -36,7 +36,7 @@ from atlas.model.inputs import Inputs
 from atlas.model.retriever import load_retriever
 from atlas.model.tokenization import load_retriever_tokenizer
 from atlas.runtime.tracking import start_log
-from benchmarks.search import Way, recall, seconds, topical
+from benchmarks.search import Way, in_fp16, recall, seconds, topical
 
 K, QUERIES = 20, 1000  # passages wanted; questions that the recall is measured on
 BATCHES = (1, 32)  # queries searched at once
@@ -116,9 +116,7 @@ def peers(dimension: int, lists: int) -> list[Peer]:
 
 def of_faiss(embeddings: torch.Tensor, lists: int) -> Iterator[Contender]:
     dimension, rows = embeddings.shape[1], embeddings.float().numpy()
-    exact = faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    exact.is_trained = True
-    exact.add_sa_codes(embeddings.numpy().view(np.uint8))
+    exact = in_fp16(embeddings)
     built: dict[str, tuple[faiss.Index, float]] = {}
     for peer in peers(dimension, lists):
         begin = time.perf_counter()
