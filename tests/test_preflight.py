@@ -20,7 +20,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer(tmp_path, capfd, program):
     out, said = capfd.readouterr()
     assert ended.value.code == 1 and said.count("\n") == 1 and "long.jsonl, line 2: the prompt by" in said, said
     assert "--decoder_prompt_format has " in said and "raise --generation_max_length to more than " in said
-    assert not (tmp_path / "run/checkpoint").exists() and "Dataset:" not in out
+    assert not (tmp_path / "run/checkpoint").exists() and "dev, step" not in out and "long, step" not in out
     enough = 1 + int(said.split("to more than ")[1].split(",")[0])
     with pytest.raises(SystemExit):
         run(tmp_path, program, generation_max_length=enough - 1, **prompted)

@@ -124,8 +124,11 @@ def _report_without_effect(config: Config) -> None:
     if index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
+    reads_passages = not (model.closed_book or model.retrieve_only)
+    writes_passages = config.run.write_results and not config.run.dont_write_passages
     for name, has_effect, without in (
         ("dont_write_passages", config.run.write_results, "without --write_results"),
+        ("write_evidence", reads_passages and writes_passages, "where no passages that were read are written"),
         ("metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"),
         ("leave_out_own_passage", model.retrieves, "where nothing is retrieved"),
         ("max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"),
