@@ -179,15 +179,15 @@ def training_line(step: int, total: int, values: Mapping[str, float]) -> str:
 
     def listed(prefix: str, names: Iterable[str], ending: str = "") -> str:
         found = {name: values.get(f"{prefix}/{name}{ending}") for name in names}
-        return ", ".join(f"{name} {short(value)}" for name, value in found.items() if value is not None)
+        return ", ".join(f"{name} {three_decimals(value)}" for name, value in found.items() if value is not None)
 
-    parts = [f"step {step:>{len(str(total))}}/{total}", f"loss {short(values['loss/train_loss'])}"]
+    parts = [f"step {step:>{len(str(total))}}/{total}", f"loss {three_decimals(values['loss/train_loss'])}"]
     if "loss/retriever_loss" in values:
         parts[-1] += f" ({listed('loss', ('reader', 'retriever'), '_loss')})"
     if correlations := listed("corr", ("attention", "value_norm", "adist")):
         parts.append(f"correlation {correlations}")
     parts.append(f"lr {values['lr']:.2e}")
-    parts.append(f"{short(values['runtime/train_step'])} s/step ({listed('runtime', ('retrieve',))})")
+    parts.append(f"{three_decimals(values['runtime/train_step'])} s/step ({listed('runtime', ('retrieve',))})")
     parts.append(f"{_thousands(values['tokens_per_second'])} tokens/s")
     parts.append(f"{values['peak_memory_gib']:.2f} GiB")
     if values["skipped_steps"]:
@@ -195,7 +195,7 @@ def training_line(step: int, total: int, values: Mapping[str, float]) -> str:
     return " | ".join(parts)
 
 
-def short(value: float) -> str:
+def three_decimals(value: float) -> str:
     """Three decimals; where all are zeros, one digit with its exponent."""
     return f"{value:.0e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
 

@@ -20,7 +20,7 @@ from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import data_parallel, finish_gradients, full_tensors_on_main, local_gradients
 from atlas.runtime.session import Session, Stopped, StopSignals
-from atlas.runtime.tracking import Means, log, progress_bar, short, training_line
+from atlas.runtime.tracking import Means, log, progress_bar, three_decimals, training_line
 from atlas.tasks import Example
 from atlas.tasks.data import Data
 from atlas.training.optim import Optimizers
@@ -166,7 +166,7 @@ class Trainer:
         log.info("%s", training_line(step, self.plan.total_steps, values))
         self.session.reports.record("train", step, values)
         self.session.reports.draw(values, step)
-        self._bar.set_postfix(loss=short(values["loss/train_loss"]))
+        self._bar.set_postfix(loss=three_decimals(values["loss/train_loss"]))
 
     def save(self, step: int) -> None:
         """Write a checkpoint if that is due, or if a rank was asked to stop.
