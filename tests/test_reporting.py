@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +49,11 @@ def test_a_line_that_was_cut_off_stays_alone(tmp_path):
         Reports(tmp_path).record("train", step, {})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines[1] == '{"kind": "tr' and [json.loads(line)["step"] for line in lines[2:]] == [1, 2]
+
+
+def test_a_command_line_of_other_bytes(tmp_path):
+    Reports(tmp_path).record("start", 0, {"command": ["train.py", "--name", os.fsdecode(b"\xe9t\xe9")]})
+    assert lines_of(tmp_path)[0]["command"][2] == os.fsdecode(b"\xe9t\xe9")
 
 
 def test_a_full_disk_is_said_once_and_there_may_be_room_again(tmp_path, caplog, monkeypatch):
@@ -159,7 +166,9 @@ def test_every_library_is_known_in_both_places():
     ],
 )
 def test_a_library_that_is_not_there_is_told_before_the_start(monkeypatch, capsys, given, sentence):
-    monkeypatch.setattr(config, "find_spec", lambda name: name if name == "tensorboard" else None)
+    specs = {"tensorboard": ModuleSpec("tensorboard", None, origin="there"), "trackio": None}
+    specs["wandb"] = ModuleSpec("wandb", None)  # a directory that is called so
+    monkeypatch.setattr(config, "find_spec", specs.get)
     with pytest.raises(SystemExit) as ended:
         parse_config(command_line("there", report_to=given))
     said = capsys.readouterr().err
@@ -168,7 +177,6 @@ def test_a_library_that_is_not_there_is_told_before_the_start(monkeypatch, capsy
 
 def test_the_default_library_may_be_missing(tmp_path, flags, monkeypatch, caplog):
     monkeypatch.setattr("atlas.runtime.tracking.log.propagate", True)
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
     assert flags().run.reporters == ["tensorboard"] and flags(report_to="none").run.reporters == []
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with caplog.at_level("INFO", "atlas"):

@@ -43,6 +43,8 @@ OF_THE_MODEL = (
     *("encoder_format", "retriever_format", "decoder_format", "decoder_prompt_format", "qa_prompt_format"),
     *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
 )
+# How the reader judges passages, for --write_evidence.
+OF_THE_JUDGEMENT = ("gold_score_mode", "temperature_gold")
 LARGEST = 2**63 - 1  # of the integers that numpy and torch compute with
 # Bounds of a number: what must hold, and how to say it. Comparisons with NaN are false, so NaN is always refused.
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -806,7 +808,8 @@ def _check_reporters(run: Run) -> None:
 def _check_installed(run: Run, asked: bool) -> None:
     """Refuse a library that was asked for and is not there; the default one may be missing. Raises ValueError."""
     for name in run.reporters:
-        if asked and find_spec(name) is None:
+        # a directory that is called so, such as `wandb` leaves behind, is found as well, but has no origin
+        if asked and getattr(find_spec(name), "origin", None) is None:
             raise ValueError(f"--report_to {name}: it is not installed here: {REPORTERS[name]}, or leave it out")
 
 

@@ -4,7 +4,7 @@ The bounds of a flag are beside its default in `config.py`, and combinations of 
 line is read. `retrieval.py` adds what depends on the kind of an index that was saved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -63,15 +63,17 @@ def report_plan(config: Config) -> None:
         log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")
 
 
-def report_differences(config: Config, options: Mapping[str, Any], source: str, resumed: bool = False) -> None:
+def report_differences(
+    config: Config, options: Mapping[str, Any], source: str, resumed: bool = False, names: Iterable[str] = OF_THE_MODEL
+) -> None:
     """Warn, in one line, of flags that differ from those of the checkpoint that a run starts from.
 
     Args:
         options: those of the checkpoint, flag -> value.
         source: which checkpoint.
-        resumed: whether it is of the same run. Then all flags are compared, else those that belong to the model.
+        resumed: whether it is of the same run. Then all flags are compared, else those of the names.
     """
-    differing = config.differences(options, FIELDS if resumed else OF_THE_MODEL)
+    differing = config.differences(options, FIELDS if resumed else names)
     here, there = ("now", "before") if resumed else ("here", "there")
     parts = [f"--{name} {say(of_run)} ({there}: {say(saved)})" for name, (of_run, saved) in differing.items()]
     if resumed and (unknown := [f"--{name} {say(options[name])}" for name in options.keys() - FIELDS.keys()]):

@@ -87,7 +87,7 @@ class _MetricsFile:
                 if file.seek(0, os.SEEK_END):
                     file.seek(-1, os.SEEK_END)
                     text = text if file.read(1) == b"\n" else f"\n{text}"
-                file.write(text.encode())
+                file.write(text.encode(errors="backslashreplace"))  # a word of a command line need not be UTF-8
         except OSError as error:
             if not self.said:
                 self.said = True
