@@ -28,7 +28,6 @@ from atlas.training.plan import Plan
 
 # A run ends after so many updates that were skipped in a row: by then fp16's loss scale has been halved to below 1.
 MOST_SKIPPED = 20
-RATES = ("tokens_per_second", "passages_per_second")
 
 
 class Trainer:
@@ -159,8 +158,8 @@ class Trainer:
             return
         self.session.verification.raise_found()
         values: dict[str, float] = self._means.report()
-        for name in values.keys() & RATES:
-            values[name] *= distributed.world_size()  # the mean is that of a process
+        for rate in self._given:
+            values[rate] *= distributed.world_size()  # the mean is that of a process
         values["lr"], values["skipped_steps"] = self.optimizers.learning_rate(step), self.optimizers.skipped
         values["peak_memory_gib"] = devices.peak_memory_gib(self.session.device)
         log.info("%s", training_line(step, self.plan.total_steps, values))
