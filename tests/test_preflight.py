@@ -20,7 +20,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer(tmp_path, capfd, program):
     out, said = capfd.readouterr()
     assert ended.value.code == 1 and said.count("\n") == 1 and "long.jsonl, line 2: the prompt by" in said, said
     assert "--decoder_prompt_format has " in said and "raise --generation_max_length to more than " in said
-    assert not (tmp_path / "run/checkpoint").exists() and "Dataset:" not in out
+    assert not (tmp_path / "run/checkpoint").exists() and "dev, step" not in out and "long, step" not in out
     enough = 1 + int(said.split("to more than ")[1].split(",")[0])
     with pytest.raises(SystemExit):
         run(tmp_path, program, generation_max_length=enough - 1, **prompted)
@@ -53,7 +53,7 @@ def test_what_never_comes_is_said_once(tmp_path):
 
 def test_what_has_no_effect_is_said_once(tmp_path):
     flags = {"dont_write_passages": True, "save_index_codes_only": True, "generation_length_penalty": 0.5}
-    flags |= {"bm25_k1": 1.2, "bm25_stopwords": "none"}
+    flags |= {"bm25_k1": 1.2, "bm25_stopwords": "none", "write_evidence": True}
     search = {"total_steps": 1, "train_data": None, "retrieve_only": True}
     log = (run(tmp_path, "evaluate", write_results=False, **search, **flags) / "run.log").read_text()
     for name, without in (
@@ -64,6 +64,7 @@ def test_what_has_no_effect_is_said_once(tmp_path):
         ("bm25_stopwords", "--bm25_weight"),
     ):
         assert log.count(f"--{name} has no effect without {without}\n") == 1, log
+    assert "--write_evidence has no effect where no passages that were read are written\n" in log
     with_effect = {"generation_num_beams": 2, "dont_write_passages": True, "generation_length_penalty": 0.5}
     again = run(tmp_path, "evaluate", name="again", save_index_path=tmp_path / "index", **search, **with_effect)
     assert "no effect" not in (again / "run.log").read_text()

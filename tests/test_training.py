@@ -11,7 +11,7 @@ from atlas.config import Optimisation, parse_config
 from atlas.runtime import distributed
 from atlas.runtime.parallel import local_part
 from atlas.training.trainer import Trainer
-from tests.kit import command_line, logged, read_jsonl, run, run_on, slow, world, write_jsonl
+from tests.kit import command_line, last_metrics, logged, read_jsonl, run, run_on, slow, world, write_jsonl
 from tests.ranks import run_on_ranks
 from train import train
 
@@ -41,24 +41,20 @@ def test_two_ranks_equal_accumulation(tmp_path, query_side):
 
 
 def test_three_ranks_evaluate_like_one(tmp_path):
-    run_on(3, tmp_path / "three", "evaluate", train_data=None)
-    one = run(tmp_path / "one", "evaluate", train_data=None)
+    run_on(3, tmp_path / "three", "evaluate", train_data=None, write_evidence=True)
+    one = run(tmp_path / "one", "evaluate", train_data=None, write_evidence=True)
     a, b = (d / "run" / "dev-step-0.jsonl" for d in (tmp_path / "one", tmp_path / "three"))
     assert [row["id"] for row in read_jsonl(a)] == [row["id"] for row in read_jsonl(world() / "dev.jsonl")]
     for x, y in zip(read_jsonl(a), read_jsonl(b), strict=True):
-        scores = [[passage.pop("score") for passage in row["passages"]] for row in (x, y)]
-        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+        for name in ("score", "judgement"):
+            found, expected = ([passage.pop(name) for passage in row["passages"]] for row in (x, y))
+            assert found == pytest.approx(expected, rel=1e-4) and (name == "score" or sum(found) == pytest.approx(1))
         assert x == y
-    pattern = "Dataset: dev.jsonl | "
-    metrics = [
-        next(line.split(pattern)[1] for line in (d / "run.log").read_text().splitlines() if pattern in line)
-        for d in (one, tmp_path / "three" / "run")
-    ]
-    assert metrics[0] == metrics[1]
+    assert last_metrics(one) == last_metrics(tmp_path / "three/run")
 
 
 def test_answers_do_not_depend_on_the_batch_size_of_evaluations(tmp_path):
-    flags = {"train_data": None, "per_gpu_batch_size": 1}
+    flags = {"train_data": None, "per_gpu_batch_size": 1, "write_evidence": True}
     sizes = {"default": None, "four": 4, "all": 100}
     rows = {
         name: read_jsonl(
@@ -70,8 +66,9 @@ def test_answers_do_not_depend_on_the_batch_size_of_evaluations(tmp_path):
         for found, expected in zip(rows[name], rows["default"], strict=True):
             assert (found["id"], found["generation"]) == (expected["id"], expected["generation"])
             assert [p["id"] for p in found["passages"]] == [p["id"] for p in expected["passages"]]
-    log = [(tmp_path / name / "run.log").read_text(encoding="utf-8") for name in sizes]
-    assert len({line.split("] ")[1] for text in log for line in text.splitlines() if "Dataset: " in line}) == 1
+            of_both = ([p["judgement"] for p in row["passages"]] for row in (found, expected))
+            assert next(of_both) == pytest.approx(next(of_both), rel=1e-3)
+    assert last_metrics(tmp_path / "four") == last_metrics(tmp_path / "all") == last_metrics(tmp_path / "default")
 
 
 def test_result_files_are_the_same_to_the_byte(tmp_path):

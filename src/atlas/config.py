@@ -17,6 +17,7 @@ import string
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -29,6 +30,12 @@ TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they build queries with the rea
 GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
 POOLINGS = ("average", "sqrt", "cls")
 PERMUTATIONS = ("single", "cyclic", "all")
+# The libraries that --report_to knows: module -> how to install it. tensorboard, the default, may be missing.
+REPORTERS = {
+    "tensorboard": "pip install tensorboard",
+    "wandb": "pip install wandb",
+    "trackio": "pip install trackio",
+}
 # What a model was trained with and is to be used with: evaluate.py takes these from the checkpoint.
 OF_THE_MODEL = (
     *("reader_model_type", "retriever_model_path", "retriever_pooling", "retriever_normalize"),
@@ -36,6 +43,8 @@ OF_THE_MODEL = (
     *("encoder_format", "retriever_format", "decoder_format", "decoder_prompt_format", "qa_prompt_format"),
     *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
 )
+# How the reader judges passages, for --write_evidence.
+OF_THE_JUDGEMENT = ("gold_score_mode", "temperature_gold")
 LARGEST = 2**63 - 1  # of the integers that numpy and torch compute with
 # Bounds of a number: what must hold, and how to say it. Comparisons with NaN are false, so NaN is always refused.
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -82,6 +91,10 @@ class Run:
     )
     seed: int = flag(0, "seed of every random choice", least=0, most=2**64 - 1)
     log_freq: int = flag(100, "steps between lines in run.log", least=1)
+    report_to: str = flag(
+        "tensorboard",
+        "libraries that draw curves, separated by commas: tensorboard, wandb, trackio; or none, metrics.jsonl alone",
+    )
     eval_freq: int = flag(500, "steps between evaluations", least=1)
     save_freq: int = flag(5000, "steps between checkpoints", least=1)
     train_data: tuple[str, ...] = flag((), "jsonl files to train on")
@@ -101,6 +114,11 @@ class Run:
     )
     write_results: bool = flag(False, "write queries, generations and passages of every evaluation to jsonl files")
     dont_write_passages: bool = flag(False, "leave the passages out of the result files")
+    write_evidence: bool = flag(
+        False,
+        "write into the result files how useful each passage was to the reader for its answer, as a probability over "
+        "them (its judgement by --gold_score_mode); it takes one more pass of the decoder for each passage",
+    )
     device: str = flag(
         "auto", "auto: a GPU for each process if the machine has any, else the CPU", choices=("auto", "cuda", "cpu")
     )
@@ -121,6 +139,12 @@ class Run:
         "in small files and 1 %% of large ones, while the run goes on; full: in all, before the first step",
         choices=("off", "sample", "full"),
     )
+
+    @property
+    def reporters(self) -> list[str]:
+        """The libraries of --report_to, each once."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 @dataclass(frozen=True)
@@ -332,6 +356,7 @@ class Config:
     optimisation: Optimisation
     tasks: Tasks
     origin: Origin = dataclasses.field(default=Origin(), compare=False)
+    command: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what was typed: script and flags
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Section -> flag -> value."""
@@ -422,9 +447,11 @@ def parse_config(
         with origin.explaining():
             config = _make_config(given, preset, origin)
             _check(config, program)
+        _check_installed(config.run, asked="report_to" in given)
     except ValueError as error:
         parser.error(sentence(error))
-    return config
+    typed = (f"{program}.py", *arguments) if arguments is not None else (Path(sys.argv[0]).name, *sys.argv[1:])
+    return dataclasses.replace(config, command=typed)
 
 
 def saved_flags(options: Mapping[str, Any], source: str | os.PathLike) -> dict[str, Any]:
@@ -677,6 +704,7 @@ def _check(config: Config, program: str) -> None:
     _check_generation(config)
     _check_index(config.index)
     _check_tasks(config.tasks)
+    _check_reporters(config.run)
     if program == "finetune_qa":
         _check_few_steps(config)
 
@@ -766,6 +794,23 @@ def _check_directory(run: Run) -> None:
     existing = next(part for part in (directory, *directory.parents, Path()) if os.path.lexists(part))
     if not os.path.isdir(existing):
         raise ValueError(f"{existing} is not a directory: give another --checkpoint_dir or --name")
+
+
+def _check_reporters(run: Run) -> None:
+    names = [name.strip() for name in run.report_to.split(",")]
+    for name in names:
+        if name not in REPORTERS and name != "none":
+            raise ValueError(f"--report_to {name!r} is unknown: give some of {', '.join(REPORTERS)}, or none")
+    if run.reporters and "none" in names:
+        raise ValueError(f"--report_to {run.report_to}: none stands alone")
+
+
+def _check_installed(run: Run, asked: bool) -> None:
+    """Refuse a library that was asked for and is not there; the default one may be missing. Raises ValueError."""
+    for name in run.reporters:
+        # a directory that is called so, such as `wandb` leaves behind, is found as well, but has no origin
+        if asked and getattr(find_spec(name), "origin", None) is None:
+            raise ValueError(f"--report_to {name}: it is not installed here: {REPORTERS[name]}, or leave it out")
 
 
 def _check_generation(config: Config) -> None:

@@ -4,7 +4,7 @@ The bounds of a flag are beside its default in `config.py`, and combinations of 
 line is read. `retrieval.py` adds what depends on the kind of an index that was saved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -63,15 +63,17 @@ def report_plan(config: Config) -> None:
         log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")
 
 
-def report_differences(config: Config, options: Mapping[str, Any], source: str, resumed: bool = False) -> None:
+def report_differences(
+    config: Config, options: Mapping[str, Any], source: str, resumed: bool = False, names: Iterable[str] = OF_THE_MODEL
+) -> None:
     """Warn, in one line, of flags that differ from those of the checkpoint that a run starts from.
 
     Args:
         options: those of the checkpoint, flag -> value.
         source: which checkpoint.
-        resumed: whether it is of the same run. Then all flags are compared, else those that belong to the model.
+        resumed: whether it is of the same run. Then all flags are compared, else those of the names.
     """
-    differing = config.differences(options, FIELDS if resumed else OF_THE_MODEL)
+    differing = config.differences(options, FIELDS if resumed else names)
     here, there = ("now", "before") if resumed else ("here", "there")
     parts = [f"--{name} {say(of_run)} ({there}: {say(saved)})" for name, (of_run, saved) in differing.items()]
     if resumed and (unknown := [f"--{name} {say(options[name])}" for name in options.keys() - FIELDS.keys()]):
@@ -124,8 +126,11 @@ def _report_without_effect(config: Config) -> None:
     if index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
+    reads_passages = not (model.closed_book or model.retrieve_only)
+    writes_passages = config.run.write_results and not config.run.dont_write_passages
     for name, has_effect, without in (
         ("dont_write_passages", config.run.write_results, "without --write_results"),
+        ("write_evidence", reads_passages and writes_passages, "where no passages that were read are written"),
         ("metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"),
         ("leave_out_own_passage", model.retrieves, "where nothing is retrieved"),
         ("max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"),
