@@ -423,7 +423,11 @@ SOURCES = ("command line", "checkpoint", "default")
 
 
 def parse_config(
-    arguments: Sequence[str] | None = None, *, program: str = "train", **preset: Any | Callable[[Any], Any]
+    arguments: Sequence[str] | None = None,
+    *,
+    program: str = "train",
+    runs_here: bool = True,
+    **preset: Any | Callable[[Any], Any],
 ) -> Config:
     """Read the command line.
 
@@ -432,6 +436,7 @@ def parse_config(
     Args:
         arguments: the words after the script's name; None takes them from the process.
         program: "train", "evaluate" or "finetune_qa": which files are needed, which checks apply.
+        runs_here: whether the files and libraries that flags name must be there.
         preset: other defaults, which the command line overrides; a function gets the parsed options, and its docstring
             says in `--help` what it gives.
 
@@ -446,8 +451,9 @@ def parse_config(
         origin = _origin(given) if program == "evaluate" else Origin()
         with origin.explaining():
             config = _make_config(given, preset, origin)
-            _check(config, program)
-        _check_installed(config.run, asked="report_to" in given)
+            _check(config, program, runs_here)
+        if runs_here:
+            _check_installed(config.run, asked="report_to" in given)
     except ValueError as error:
         parser.error(sentence(error))
     typed = (f"{program}.py", *arguments) if arguments is not None else (Path(sys.argv[0]).name, *sys.argv[1:])
@@ -694,12 +700,13 @@ def _same(here: Any, there: Any) -> bool:
     return here == there and isinstance(here, bool) == isinstance(there, bool)
 
 
-def _check(config: Config, program: str) -> None:
+def _check(config: Config, program: str, runs_here: bool = True) -> None:
     """Refuse what cannot work, naming the flag, what was found and what to do. Raises ValueError."""
     for name, value in config.flags().items():
         _check_value(name, value)
     training = program not in ("evaluate", "ask")
-    _check_files(config, None if program == "ask" else "train_data" if training else "eval_data")
+    if runs_here:
+        _check_files(config, None if program == "ask" else "train_data" if training else "eval_data")
     _check_combinations(config, training)
     _check_generation(config)
     _check_index(config.index)

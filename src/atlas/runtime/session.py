@@ -175,8 +175,9 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory is full: lower --per_gpu_batch_size, --n_context, --text_maxlength or "
-            "--per_gpu_embedder_batch_size, or use --use_gradient_checkpoint_reader and --precision bf16 "
-            f"({str(error).splitlines()[0]})"
+            "--per_gpu_embedder_batch_size, or use --use_gradient_checkpoint_reader and --precision bf16; "
+            f"`python plan.py --card ... {Path(sys.argv[0]).name} ...` with the same flags says what needs how much "
+            f"and what helps ({str(error).splitlines()[0]})"
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
