@@ -4,7 +4,8 @@
 
 The step is the real one (`atlas.model.atlas`, `atlas.training.optim`, `atlas.runtime.parallel`), run on fake
 tensors: they have shapes but no contents, and a step with them allocates and frees what a real one would. Added to that
-is the memory used between the steps (weights, gradients, AdamW's moments, the index), which is computed from sizes.
+is the memory used between the steps (weights, gradients, the optimizer's moments, the index), which is computed from
+sizes.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, T5Config
 
-from atlas.config import Optimisation
+from atlas.config import FIELDS, Optimisation
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.pretrained import checkpoint_activations
@@ -40,6 +41,7 @@ from atlas.runtime import device as devices
 from atlas.runtime import parallel
 from atlas.runtime.parallel import agree_on_norm, finish_gradients, local_part, shard_weights
 from atlas.training import optim
+from atlas.training.moments import kept_of
 from atlas.training.optim import Optimizers
 
 CPU = torch.device("cpu")
@@ -74,6 +76,8 @@ class Settings(NamedTuple):
     dropout: float = 0.1
     shard_optim: bool = False
     shard_grads: bool = False
+    optimizer: str = "adamw"
+    offload_optimizer: bool = False
 
 
 class Held(NamedTuple):
@@ -217,7 +221,8 @@ def build(
     encoders = DualEncoder(contriever, query_side=True)
     atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=MODES["pdist"])
     flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
-    flags = Optimisation(**flags, shard_optim=settings.shard_optim)
+    names = ("shard_optim", "optimizer", "offload_optimizer")
+    flags = Optimisation(**flags, **{name: getattr(settings, name) for name in names})
     optimizers = Optimizers(flags, {"reader": fusion, "retriever": encoders})
     return atlas.train(), optimizers
 
@@ -278,27 +283,35 @@ def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
         storages = storages_of([local_part(tensor.detach()) for tensor in tensors if tensor is not None])
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
-    states = [state for adamw in optimizers._optimizers.values() for state in adamw.state.values()]
-    moments = size(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
+    states = [state for half in optimizers._optimizers.values() for state in half.state.values()]
+    moments = size(tensor for state in states for key, tensor in state.items() if key != "step")
     return Held(size(atlas.parameters()), size(p.grad for p in atlas.parameters()), moments)
 
 
 def held(reader: Size, retriever: BertConfig, settings: Settings, world_size: int) -> Held:
     """The same, computed from sizes for query-side training of reader and query encoder; all weights are fp32."""
     with torch.device("meta"):
-        encoder = [p.numel() for p in Contriever(retriever).parameters()]
+        encoder = [p.shape for p in Contriever(retriever).parameters()]
     ranks = world_size if settings.shard_grads else 1
-    # FSDP2 distributes rows over ranks; no rank has more than rank 0.
-    of_reader = [-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes_of_reader(reader)]
 
-    def moments(sizes: list[int], whole: bool) -> int:
+    def numbers(shapes: list[torch.Size], ranks: int) -> int:
+        # FSDP2 distributes rows over ranks; no rank has more than rank 0.
+        return sum(-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes)
+
+    def moments(shapes: list[torch.Size], ranks: int) -> int:
+        if settings.offload_optimizer:
+            return 0
+        kept = [(shape[0], kept_of(settings.optimizer, shape).values()) for shape in shapes]
+        sizes = [sum(k.dtype.itemsize * k.shape.numel() for k in of) * -(-n // ranks) // n for n, of in kept]
         # Whole tensors go to the ranks that have the least; the largest may exceed an equal share.
-        return max(max(sizes), -(-sum(sizes) // world_size)) if settings.shard_optim and whole else sum(sizes)
+        spread = settings.shard_optim and ranks == 1
+        return max(max(sizes), -(-sum(sizes) // world_size)) if spread else sum(sizes)
 
+    of_reader = numbers(shapes_of_reader(reader), ranks)
     return Held(
-        weights=4 * (sum(of_reader) + 2 * sum(encoder)),
-        gradients=4 * (sum(of_reader) + sum(encoder)),
-        moments=8 * (moments(of_reader, whole=not settings.shard_grads) + moments(encoder, whole=True)),
+        weights=4 * (of_reader + 2 * numbers(encoder, 1)),
+        gradients=4 * (of_reader + numbers(encoder, 1)),
+        moments=moments(shapes_of_reader(reader), ranks) + moments(encoder, 1),
     )
 
 
@@ -368,6 +381,8 @@ def memory_per_gpu(size: str, settings: Settings, world_size: int, at_work: int 
     """
     retriever = BertConfig(vocab_size=30522)
     parts = held(size, retriever, settings, world_size)._asdict()
+    if settings.optimizer == "adafactor":  # it reads values, which fake tensors lack; no update is the step's peak
+        settings = settings._replace(optimizer="adamw")
     return parts | {"working": at_work or working(size, retriever, settings, world_size)}
 
 
@@ -387,6 +402,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"):
         parser.add_argument(f"--{name}", type=int, default=Settings._field_defaults[name], help="as in training")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="as in training")
+    kinds = FIELDS["optimizer"].metadata["choices"]
+    parser.add_argument("--optimizer", choices=kinds, default="adamw", help="as in training")
+    parser.add_argument("--offload_optimizer", action="store_true", help="as in training")
     parser.add_argument("--dropout", type=float, default=0.1, help="as in training")
     parser.add_argument(
         "--gradient_checkpoint", action=argparse.BooleanOptionalAction, default=True, help="of reader and retriever"

@@ -105,6 +105,8 @@ DEFAULTS = {
         "warmup_steps": 1000,
         "scheduler": "cosine",
         "scheduler_steps": None,
+        "optimizer": "adamw",
+        "offload_optimizer": False,
         "lr": 1e-4,
         "lr_retriever": 1e-5,
         "weight_decay": 0.1,

@@ -253,7 +253,14 @@ class Optimisation:
     scheduler_steps: int | None = flag(None, "steps of the schedule (--total_steps)", least=1)
     lr: float = flag(1e-4, "learning rate of the reader", least=0)
     lr_retriever: float = flag(1e-5, "learning rate of the retriever", least=0)
-    weight_decay: float = flag(0.1, "AdamW's weight decay", least=0)
+    optimizer: str = flag(
+        "adamw",
+        "adamw8bit: AdamW whose moments are kept in 8 bits; adafactor: what T5 was trained with, its --lr is a share "
+        "of the size of the weights (1e-3)",
+        choices=("adamw", "adamw8bit", "adafactor"),
+    )
+    offload_optimizer: bool = flag(False, "keep the optimizer's moments in the CPU's memory between updates of a GPU")
+    weight_decay: float = flag(0.1, "weight decay of the optimizer", least=0)
     epsilon: float = flag(1e-6, "AdamW's epsilon", above=0)
     beta2: float = flag(0.999, "AdamW's second beta", least=0, below=1)
     clip: float = flag(1.0, "clip the norm of all gradients together; 0: no clipping", least=0)
