@@ -73,6 +73,7 @@ class Settings(NamedTuple):
     target_maxlength: int = 32
     precision: str = "bf16"
     gradient_checkpoint: bool = True
+    gradient_checkpoint_every: int = 1
     dropout: float = 0.1
     shard_optim: bool = False
     shard_grads: bool = False
@@ -213,8 +214,8 @@ def build(
         fusion = make_reader(reader, settings.dropout)
         contriever = Contriever(retriever)
     if settings.gradient_checkpoint:
-        checkpoint_activations(fusion)
-        checkpoint_activations(contriever)
+        checkpoint_activations(fusion, settings.gradient_checkpoint_every)
+        checkpoint_activations(contriever, settings.gradient_checkpoint_every)
     if settings.shard_grads:
         dtype = devices.compute_dtype(settings.precision)
         shard_weights(fusion, fusion.blocks, device, block_dtype=dtype, forward_methods=("encode",))
@@ -399,7 +400,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=READERS, default=list(READERS), help="of the reader")
     parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 8, 64], help="numbers of GPUs")
-    for name in ("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"):
+    for name in (
+        *("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"),
+        "gradient_checkpoint_every",
+    ):
         parser.add_argument(f"--{name}", type=int, default=Settings._field_defaults[name], help="as in training")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="as in training")
     kinds = FIELDS["optimizer"].metadata["choices"]

@@ -121,6 +121,7 @@ DEFAULTS = {
         "shard_grads": False,
         "use_gradient_checkpoint_reader": False,
         "use_gradient_checkpoint_retriever": False,
+        "gradient_checkpoint_every": 1,
         "save_optimizer": False,
         "keep_checkpoints": None,
         "restart": False,

@@ -42,12 +42,13 @@ def test_prompts_do_not_matter_where_nothing_is_generated(tmp_path):
 
 def test_what_never_comes_is_said_once(tmp_path):
     plan = {"warmup_steps": 3, "freeze_retriever_steps": 2, "train_retriever": True, "retriever_n_context": 1}
-    plan |= {"optimizer": "adafactor", "beta2": 0.9, "offload_optimizer": True}
+    plan |= {"optimizer": "adafactor", "beta2": 0.9, "offload_optimizer": True, "gradient_checkpoint_every": 2}
     log = (run(tmp_path, total_steps=2, n_context=1, eval_data=None, **plan) / "run.log").read_text()
     for warning in (
         "--warmup_steps 3 is above --total_steps 2: the learning rate is never reached\n",
         "--freeze_retriever_steps 2, --total_steps 2: the retriever never learns\n",
         "--retriever_n_context 1: the retriever learns nothing from ranking a single passage\n",
+        "--gradient_checkpoint_every has no effect without --use_gradient_checkpoint_reader or _retriever\n",
         "--beta2 has no effect with --optimizer adafactor\n",
         "--offload_optimizer has no effect on the CPU: the moments are in its memory\n",
     ):

@@ -276,6 +276,7 @@ class Optimisation:
     shard_grads: bool = flag(False, "shard gradients and weights as well (ZeRO stage 2)")
     use_gradient_checkpoint_reader: bool = flag(False, "recompute the reader's activations: less memory, more time")
     use_gradient_checkpoint_retriever: bool = flag(False, "recompute the retriever's activations")
+    gradient_checkpoint_every: int = flag(1, "recompute those of every so manyth layer only; 1: of all", least=1)
     save_optimizer: bool = flag(False, "keep the optimizer's state in every checkpoint, not only in the latest")
     keep_checkpoints: int | None = flag(None, "keep this many checkpoints (all)", least=1)
     restart: bool = flag(False, "start from scratch although this experiment has a checkpoint, which is set aside")

@@ -123,6 +123,8 @@ def _check_prompts_of(
 
 def _report_without_effect(config: Config, device: torch.device) -> None:
     training, index, model = config.retriever_training, config.index, config.model
+    checkpoints = config.optimisation.use_gradient_checkpoint_reader
+    checkpoints |= config.optimisation.use_gradient_checkpoint_retriever
     adamw = not config.run.train_data or config.optimisation.optimizer != "adafactor"
     bm25 = index.bm25_weight > 0
     if training.compute_crossattention_stats and not training.train_retriever:
@@ -140,6 +142,7 @@ def _report_without_effect(config: Config, device: torch.device) -> None:
         ("bm25_steps", bm25 and bool(config.run.train_data), "without --bm25_weight, nor in evaluate.py"),
         *((f"bm25_{name}", bm25, "without --bm25_weight") for name in ("k1", "b", "stopwords")),
         ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
+        ("gradient_checkpoint_every", checkpoints, "without --use_gradient_checkpoint_reader or _retriever"),
         ("offload_optimizer", device.type != "cpu", "on the CPU: the moments are in its memory"),
         *((name, adamw, "with --optimizer adafactor") for name in ("epsilon", "beta2")),
         ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
