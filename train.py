@@ -56,7 +56,7 @@ def learn(config: Config, run: "Session") -> None:
     preflight.check_prompts(config.model, tokenizer, evaluation_data)
     data = Data.open(config.run.train_data, config, tokenizer, training=True)
 
-    # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an AdamW of their own.
+    # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an optimizer of their own.
     learning = config.retriever_training
     model = Model.load(config.model, learning, config.optimisation, start, tokenizer, run.device, training=True)
     optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})

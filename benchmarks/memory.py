@@ -4,7 +4,8 @@
 
 The step is the real one (`atlas.model.atlas`, `atlas.training.optim`, `atlas.runtime.parallel`), run on fake
 tensors: they have shapes but no contents, and a step with them allocates and frees what a real one would. Added to that
-is the memory used between the steps (weights, gradients, AdamW's moments, the index), which is computed from sizes.
+is the memory used between the steps (weights, gradients, the optimizer's moments, the index), which is computed from
+sizes.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, T5Config
 from transformers.utils import logging
 
-from atlas.config import Optimisation
+from atlas.config import FIELDS, Optimisation
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.pretrained import checkpoint_activations, set_dropout
@@ -41,6 +42,7 @@ from atlas.runtime import device as devices
 from atlas.runtime import parallel
 from atlas.runtime.parallel import agree_on_norm, finish_gradients, local_part, shard_weights
 from atlas.training import optim
+from atlas.training.moments import kept_of
 from atlas.training.optim import Optimizers
 
 CPU = torch.device("cpu")
@@ -72,9 +74,12 @@ class Settings(NamedTuple):
     target_maxlength: int = 32
     precision: str = "bf16"
     gradient_checkpoint: bool = True
+    gradient_checkpoint_every: int = 1
     dropout: float = 0.1
     shard_optim: bool = False
     shard_grads: bool = False
+    optimizer: str = "adamw"
+    offload_optimizer: bool = False
     retriever_n_context: int | None = None  # passages that the retriever learns from; None: as n_context
     train_retriever: bool = True
     query_side: bool = True
@@ -228,10 +233,10 @@ def build(
         fusion = make_reader(reader, settings.dropout)
         contriever = Contriever(retriever)
     if settings.gradient_checkpoint:
-        checkpoint_activations(fusion)
+        checkpoint_activations(fusion, settings.gradient_checkpoint_every)
     of_retriever = settings.gradient_checkpoint_retriever
     if settings.gradient_checkpoint if of_retriever is None else of_retriever:
-        checkpoint_activations(contriever)
+        checkpoint_activations(contriever, settings.gradient_checkpoint_every)
     if settings.shard_grads:
         dtype = devices.compute_dtype(settings.precision)
         shard_weights(fusion, fusion.blocks, device, block_dtype=dtype, forward_methods=("encode",))
@@ -241,7 +246,8 @@ def build(
     mode = MODES[settings.gold_score_mode] if settings.train_retriever else None
     atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=mode)
     flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
-    flags = Optimisation(**flags, shard_optim=settings.shard_optim)
+    names = ("shard_optim", "optimizer", "offload_optimizer")
+    flags = Optimisation(**flags, **{name: getattr(settings, name) for name in names})
     optimizers = Optimizers(flags, {"reader": fusion, "retriever": encoders})
     return atlas.train(), optimizers
 
@@ -312,31 +318,36 @@ def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
         storages = storages_of([local_part(tensor.detach()) for tensor in tensors if tensor is not None])
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
-    states = [state for adamw in optimizers._optimizers.values() for state in adamw.state.values()]
-    moments = size(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
+    states = [state for half in optimizers._optimizers.values() for state in half.state.values()]
+    moments = size(tensor for state in states for key, tensor in state.items() if key != "step")
     return Held(size(atlas.parameters()), size(p.grad for p in atlas.parameters()), moments)
 
 
 def held(reader: Size, retriever: BertConfig | None, settings: Settings, world_size: int) -> Held:
     """The same, computed from sizes; all weights are fp32."""
     with torch.device("meta"):
-        encoder = [p.numel() for p in Contriever(retriever).parameters()] if retriever else []
+        encoder = [p.shape for p in Contriever(retriever).parameters()] if retriever else []
     ranks = world_size if settings.shard_grads else 1
-    # FSDP2 distributes rows over ranks; no rank has more than rank 0.
-    of_reader = [-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes_of_reader(reader)]
 
-    def moments(sizes: list[int], whole: bool) -> int:
+    def numbers(shapes: list[torch.Size], ranks: int) -> int:
+        # FSDP2 distributes rows over ranks; no rank has more than rank 0.
+        return sum(-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes)
+
+    def moments(shapes: list[torch.Size], ranks: int) -> int:
+        if settings.offload_optimizer:
+            return 0
+        kept = [(shape[0], kept_of(settings.optimizer, shape).values()) for shape in shapes]
+        sizes = [sum(k.dtype.itemsize * k.shape.numel() for k in of) * -(-n // ranks) // n for n, of in kept]
         # Whole tensors go to the ranks that have the least; the largest may exceed an equal share.
-        if not (settings.shard_optim and whole and sizes):
-            return sum(sizes)
-        return max(max(sizes), -(-sum(sizes) // world_size))
+        spread = settings.shard_optim and ranks == 1 and sizes
+        return max(max(sizes), -(-sum(sizes) // world_size)) if spread else sum(sizes)
 
+    of_reader = numbers(shapes_of_reader(reader), ranks)
     learning = encoder if settings.train_retriever else []
-    encoders = 2 if settings.query_side else 1
     return Held(
-        weights=4 * (sum(of_reader) + encoders * sum(encoder)),
-        gradients=4 * (sum(of_reader) + sum(learning)),
-        moments=8 * (moments(of_reader, whole=not settings.shard_grads) + moments(learning, whole=True)),
+        weights=4 * (of_reader + (2 if settings.query_side else 1) * numbers(encoder, 1)),
+        gradients=4 * (of_reader + numbers(learning, 1)),
+        moments=moments(shapes_of_reader(reader), ranks) + moments(learning, 1),
     )
 
 
@@ -422,6 +433,8 @@ def memory_per_gpu(size: str, settings: Settings, world_size: int, at_work: int 
     """
     retriever = BertConfig(vocab_size=30522)
     parts = held(size, retriever, settings, world_size)._asdict()
+    if settings.optimizer == "adafactor":  # it reads values, which fake tensors lack; no update is the step's peak
+        settings = settings._replace(optimizer="adamw")
     return parts | {"working": at_work or working(size, retriever, settings, world_size)}
 
 
@@ -438,9 +451,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=READERS, default=list(READERS), help="of the reader")
     parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 8, 64], help="numbers of GPUs")
-    for name in ("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"):
+    for name in (
+        *("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"),
+        "gradient_checkpoint_every",
+    ):
         parser.add_argument(f"--{name}", type=int, default=Settings._field_defaults[name], help="as in training")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="as in training")
+    kinds = FIELDS["optimizer"].metadata["choices"]
+    parser.add_argument("--optimizer", choices=kinds, default="adamw", help="as in training")
+    parser.add_argument("--offload_optimizer", action="store_true", help="as in training")
     parser.add_argument("--dropout", type=float, default=0.1, help="as in training")
     parser.add_argument(
         "--gradient_checkpoint", action=argparse.BooleanOptionalAction, default=True, help="of reader and retriever"

@@ -253,6 +253,8 @@ def changes(config: Config, machine: Machine) -> Iterator[Change]:
         steps = flags["accumulation_steps"] * flags["per_gpu_batch_size"]
         values = {"per_gpu_batch_size": 1, "accumulation_steps": steps}
         yield Change(f"--per_gpu_batch_size 1 --accumulation_steps {steps}", "some time", values)
+    if not flags["offload_optimizer"]:
+        yield Change("--offload_optimizer", "moments cross the bus in every update", {"offload_optimizer": True})
     if config.model.retrieves and config.index.index_mode == "flat":
         text = f"--index_mode faiss --faiss_index_type pq --faiss_code_size {PQ_BYTES}"
         values = {"index_mode": "faiss", "faiss_index_type": "pq", "faiss_code_size": PQ_BYTES}
@@ -267,8 +269,8 @@ def changes(config: Config, machine: Machine) -> Iterator[Change]:
 
 
 def _other_training(flags: dict[str, Any]) -> Iterator[Change]:
-    """Where there are such flags: moments of 8 bits, adapters in place of all weights."""
-    if flags.get("optimizer") == "adamw":
+    """Moments of 8 bits, adapters in place of all weights."""
+    if flags["optimizer"] == "adamw" and not flags["offload_optimizer"]:
         yield Change("--optimizer adamw8bit", "moments are rounded", {"optimizer": "adamw8bit"})
     if flags.get("lora_rank") == 0:
         values = {"lora_rank": 16, "frozen_precision": "bf16"}

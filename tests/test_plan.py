@@ -117,8 +117,9 @@ def test_steps_that_take_the_same_are_taken_once(steps):
 
 def test_sharding_flags_mean_nothing_on_one_gpu():
     config = config_of()
-    assert planner_of(config, gpus=1).settings(config)[7:9] == (False, False)
-    assert planner_of(config, gpus=2).settings(config)[7:9] == (True, True)
+    for gpus, sharded in ((1, False), (2, True)):
+        settings = planner_of(config, gpus=gpus).settings(config)
+        assert settings.shard_optim == settings.shard_grads == sharded
 
 
 def test_changes_are_ordered_by_their_price():

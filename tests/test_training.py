@@ -146,6 +146,19 @@ def test_updates_below_the_resolution_of_bf16_are_learnt(tmp_path):
     assert first - last > 0.02 and first_bf16 - last_bf16 == pytest.approx(first - last, rel=0.2)
 
 
+@pytest.mark.slow
+def test_moments_in_8_bits_learn_as_much(tmp_path):
+    """60 updates bring the loss down as far as they do with moments in fp32."""
+    flags = {"eval_data": None, "total_steps": 60}
+    exact, rounded = (
+        logged(run(tmp_path, name=optimizer, optimizer=optimizer, **flags), "loss/reader_loss")
+        for optimizer in ("adamw", "adamw8bit")
+    )
+    assert rounded != exact and rounded[0] == exact[0]
+    fallen, fallen_in_8_bits = (sum(losses[:10]) / 10 - sum(losses[-10:]) / 10 for losses in (exact, rounded))
+    assert fallen > 0.1 and fallen_in_8_bits == pytest.approx(fallen, rel=0.01)
+
+
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     flags = {"total_steps": 3, "eval_data": None, "train_retriever": True}
     plain = losses_of(run(tmp_path, name="plain", **flags))

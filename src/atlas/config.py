@@ -277,7 +277,14 @@ class Optimisation:
     scheduler_steps: int | None = flag(None, "steps of the schedule (--total_steps)", least=1)
     lr: float = flag(1e-4, "learning rate of the reader", least=0)
     lr_retriever: float = flag(1e-5, "learning rate of the retriever", least=0)
-    weight_decay: float = flag(0.1, "AdamW's weight decay", least=0)
+    optimizer: str = flag(
+        "adamw",
+        "adamw8bit: AdamW whose moments are kept in 8 bits; adafactor: what T5 was trained with, its --lr is a share "
+        "of the size of the weights (1e-3)",
+        choices=("adamw", "adamw8bit", "adafactor"),
+    )
+    offload_optimizer: bool = flag(False, "keep the optimizer's moments in the CPU's memory between updates of a GPU")
+    weight_decay: float = flag(0.1, "weight decay of the optimizer", least=0)
     epsilon: float = flag(1e-6, "AdamW's epsilon", above=0)
     beta2: float = flag(0.999, "AdamW's second beta", least=0, below=1)
     clip: float = flag(1.0, "clip the norm of all gradients together; 0: no clipping", least=0)
@@ -293,6 +300,7 @@ class Optimisation:
     shard_grads: bool = flag(False, "shard gradients and weights as well (ZeRO stage 2)")
     use_gradient_checkpoint_reader: bool = flag(False, "recompute the reader's activations: less memory, more time")
     use_gradient_checkpoint_retriever: bool = flag(False, "recompute the retriever's activations")
+    gradient_checkpoint_every: int = flag(1, "recompute those of every so manyth layer only; 1: of all", least=1)
     save_optimizer: bool = flag(False, "keep the optimizer's state in every checkpoint, not only in the latest")
     keep_checkpoints: int | None = flag(None, "keep this many checkpoints (all)", least=1)
     restart: bool = flag(False, "start from scratch although this experiment has a checkpoint, which is set aside")

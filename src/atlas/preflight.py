@@ -43,9 +43,14 @@ def check(config: Config, device: torch.device) -> None:
         raise ValueError(f"--task {config.tasks.task} is unknown: give one of {', '.join(TASKS)}")
     if config.model.retrieves and config.index.bm25_weight and find_spec("bm25s") is None:
         raise ValueError(f"--bm25_weight {config.index.bm25_weight:g} needs bm25s: pip install atlas-retrieval[bm25]")
+    if config.optimisation.optimizer == "adafactor" and config.optimisation.shard_grads and n > 1:
+        raise ValueError(
+            "--optimizer adafactor needs whole matrices, and --shard_grads cuts them: use --no-shard_grads (with "
+            "--shard_optim), or --optimizer adamw8bit"
+        )
     for line in config.origins():
         log.info("%s", line)
-    _report_without_effect(config)
+    _report_without_effect(config, device)
 
 
 def report_plan(config: Config) -> None:
@@ -118,8 +123,11 @@ def _check_prompts_of(
         read(1)
 
 
-def _report_without_effect(config: Config) -> None:
+def _report_without_effect(config: Config, device: torch.device) -> None:
     training, index, model = config.retriever_training, config.index, config.model
+    checkpoints = config.optimisation.use_gradient_checkpoint_reader
+    checkpoints |= config.optimisation.use_gradient_checkpoint_retriever
+    adamw = not config.run.train_data or config.optimisation.optimizer != "adafactor"
     bm25 = index.bm25_weight > 0
     if training.compute_crossattention_stats and not training.train_retriever:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
@@ -139,6 +147,9 @@ def _report_without_effect(config: Config) -> None:
         ("bm25_steps", bm25 and bool(config.run.train_data), "without --bm25_weight, nor in evaluate.py"),
         *((f"bm25_{name}", bm25, "without --bm25_weight") for name in ("k1", "b", "stopwords")),
         ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
+        ("gradient_checkpoint_every", checkpoints, "without --use_gradient_checkpoint_reader or _retriever"),
+        ("offload_optimizer", device.type != "cpu", "on the CPU: the moments are in its memory"),
+        *((name, adamw, "with --optimizer adafactor") for name in ("epsilon", "beta2")),
         ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
     ):
         if config.flags()[name] != FIELDS[name].default and not has_effect:
