@@ -81,6 +81,9 @@ DEFAULTS = {
         "closed_book": False,
         "encoder_format": "{query} title: {title} context: {text}",
         "retriever_format": "{title} {text}",
+        "reader_prompt_format": r"{passages}\n\nQuestion: {query}\nAnswer:",  # ours, like the next two
+        "passage_format": r"{title}\n{text}",
+        "chat_template": True,
         "decoder_format": None,
         "decoder_prompt_format": None,
         "generation_max_length": 128,

@@ -34,6 +34,7 @@ OF_THE_MODEL = (
     *("reader_model_type", "retriever_model_path", "retriever_pooling", "retriever_normalize"),
     *("retriever_query_prefix", "retriever_passage_prefix", "text_maxlength", "target_maxlength", "n_context"),
     *("encoder_format", "retriever_format", "decoder_format", "decoder_prompt_format", "qa_prompt_format"),
+    *("reader_prompt_format", "passage_format", "chat_template"),
     *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
 )
 LARGEST = 2**63 - 1  # of the integers that numpy and torch compute with
@@ -187,7 +188,9 @@ class Index:
 class Model:
     """Reader and retriever"""
 
-    reader_model_type: str | None = flag(None, "T5-family hub id or local directory; needed unless --retrieve_only")
+    reader_model_type: str | None = flag(
+        None, "hub id or local directory: T5 family, or a decoder-only language model; needed unless --retrieve_only"
+    )
     retriever_model_path: str = flag("facebook/contriever", "hub id or local directory of a BERT-type encoder")
     retriever_pooling: str | None = flag(
         None, "hidden states to embedding: mean, sum / sqrt(length), or first (its config)", choices=POOLINGS
@@ -210,6 +213,15 @@ class Model:
         "{query} title: {title} context: {text}", "reader input, per passage", fields="query title text id section"
     )
     retriever_format: str = flag("{title} {text}", "passage as the retriever embeds it", fields="title text id section")
+    reader_prompt_format: str = flag(
+        r"{passages}\n\nQuestion: {query}\nAnswer:",
+        r"prompt of a decoder-only reader, with \n for a new line; the answer follows",
+        fields="passages query",
+    )
+    passage_format: str = flag(
+        r"{title}\n{text}", "passage in that prompt; an empty line is between two", fields="title text id section"
+    )
+    chat_template: bool = flag(True, "put that prompt into the chat template of the reader's tokenizer, if it has one")
     decoder_format: str | None = flag(None, "target as the reader learns it, with {target}", fields="target")
     decoder_prompt_format: str | None = flag(
         None, "prompt that the decoder continues, may have {query}", fields="query", constant=True

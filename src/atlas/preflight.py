@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atlas.config import FIELDS, OF_THE_MODEL, Config, Index, Model, say
+from atlas.config import FIELDS, OF_THE_MODEL, TOKENIZING_TASKS, Config, Index, Model, say
+from atlas.model.signals import PROMPT_MODES
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log, read_shares
@@ -19,7 +20,7 @@ from atlas.tasks import TASKS
 from atlas.tasks.data import Data
 
 if TYPE_CHECKING:
-    from atlas.model.tokenization import ReaderTokenizer
+    from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
 
 
 def check(config: Config, device: torch.device) -> None:
@@ -46,6 +47,32 @@ def check(config: Config, device: torch.device) -> None:
     for line in config.origins():
         log.info("%s", line)
     _report_without_effect(config)
+
+
+def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer | None") -> None:
+    """Refuse what a decoder-only reader cannot do, and report the flags that are for the other kind of reader.
+
+    Raises:
+        ValueError: a task or a gold-score mode that needs T5.
+    """
+    if tokenizer is None:
+        return
+    fuses, learning = tokenizer.fuses, config.retriever_training
+    for name in ("encoder_format",) if not fuses else ("reader_prompt_format", "passage_format", "chat_template"):
+        if config.flags()[name] != FIELDS[name].default:
+            log.info("--%s has no effect: it is for a %s reader", name, "decoder-only" if fuses else "T5")
+    if fuses:
+        return
+    reader = f"--reader_model_type {config.model.reader_model_type} is a decoder-only language model"
+    if config.tasks.task in TOKENIZING_TASKS:
+        raise ValueError(f"--task {config.tasks.task} needs the `<extra_id_0>` of T5, and {reader}: give another task")
+    if learning.train_retriever and learning.gold_score_mode not in PROMPT_MODES:
+        raise ValueError(
+            f"--gold_score_mode {learning.gold_score_mode} looks at T5's cross-attention, and {reader}: give one of "
+            f"{', '.join(PROMPT_MODES)}"
+        )
+    if learning.compute_crossattention_stats:
+        raise ValueError(f"--compute_crossattention_stats looks at T5's cross-attention, and {reader}: leave it out")
 
 
 def report_plan(config: Config) -> None:
@@ -82,7 +109,9 @@ def report_differences(config: Config, options: Mapping[str, Any], source: str, 
         log.warning("%s was trained with other flags, and this run uses its own: %s", source, ", ".join(parts))
 
 
-def check_prompts(settings: Model, tokenizer: "ReaderTokenizer | None", files: Mapping[str, Data]) -> None:
+def check_prompts(
+    settings: Model, tokenizer: "ReaderTokenizer | PromptTokenizer | None", files: Mapping[str, Data]
+) -> None:
     """Refuse a `--decoder_prompt_format` that leaves no room for an answer. Collective.
 
     Args:
@@ -99,7 +128,11 @@ def check_prompts(settings: Model, tokenizer: "ReaderTokenizer | None", files: M
 
 
 def _check_prompts_of(
-    data: Data, settings: Model, tokenizer: "ReaderTokenizer", lines: range, read: Callable[[int], object]
+    data: Data,
+    settings: Model,
+    tokenizer: "ReaderTokenizer | PromptTokenizer",
+    lines: range,
+    read: Callable[[int], object],
 ) -> None:
     longest = settings.generation_max_length - 2  # the decoder's start token, and at least one of the answer
     for line in lines:

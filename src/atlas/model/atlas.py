@@ -12,8 +12,9 @@ from torch import nn
 
 from atlas.model.grouping import fuse
 from atlas.model.inputs import ReaderRows, Targets
+from atlas.model.interface import Reader
 from atlas.model.losses import retriever_scores
-from atlas.model.reader import IGNORE, FusionInDecoder
+from atlas.model.reader import IGNORE
 from atlas.model.retriever import DualEncoder
 from atlas.model.signals import Correlation, Mode, Reading, correlations
 
@@ -32,6 +33,7 @@ class TrainingTensors:
     passage_mask: torch.Tensor | None = None
     passage_lengths: np.ndarray | None = None  # (B·K,), on the CPU
     passage_embeddings: torch.Tensor | None = None  # (B, K, D) from the index, when the passage encoder is frozen
+    judged: ReaderRows | None = None  # (B, K, L): by which passages are judged; None: by what is read
 
     def read(self, start: int, end: int) -> ReaderRows:
         """The reader's rows of some of each query's passages."""
@@ -81,7 +83,7 @@ class Atlas(nn.Module):
 
     def __init__(
         self,
-        reader: FusionInDecoder,
+        reader: Reader,
         retriever: DualEncoder | None,
         *,
         n_context: int,
@@ -127,8 +129,8 @@ class Atlas(nn.Module):
             hidden: (B, n_context·L, d): the encodings that the reader's loss was computed from.
         """
         k = batch.reader_ids.shape[1]
-        rows = batch.read(0, k)
-        if self.reader.has_dropout:
+        rows = batch.judged or batch.read(0, k)
+        if self.reader.has_dropout or batch.judged is not None:
             hidden = self._encode(rows)
         elif k > self.n_context:
             rest = self._encode(batch.read(self.n_context, k))

@@ -12,6 +12,7 @@ from atlas.model.retriever import DualEncoder
 from atlas.model.tokenization import (
     LONGEST_PASSAGE,
     LONGEST_TEXT,
+    PromptTokenizer,
     ReaderTokenizer,
     RetrieverTokenizer,
     fill_in,
@@ -54,8 +55,10 @@ class RetrieverRows(NamedTuple):
     lengths: np.ndarray  # (n,) tokens, on the CPU
 
 
-def count_filling(queries: Sequence[str], settings: config.Model, tokenizer: ReaderTokenizer) -> int:
+def count_filling(queries: Sequence[str], settings: config.Model, tokenizer: ReaderTokenizer | PromptTokenizer) -> int:
     """How many queries fill `--text_maxlength` alone, so that the reader gets nothing of their passages."""
+    if not tokenizer.fuses:
+        return 0  # a prompt has room for both
     pieces = list(pieces_of(settings.encoder_format))
     before = list(takewhile(lambda piece: piece[1] in (None, "query"), pieces))
     if len(before) == len(pieces):
@@ -74,6 +77,7 @@ class Inputs:
     Args:
         reader_tokenizer, retriever_tokenizer: None if that half is not used.
         decoder_start_id: the token that the decoder starts with.
+        reader_positions: most tokens that the reader has positions for, its answer included; None: any number.
         retriever: gives its longest input, and its prefixes for queries and passages. No reference to it is kept,
             because worker processes get a copy of this object.
     """
@@ -81,14 +85,16 @@ class Inputs:
     def __init__(
         self,
         settings: config.Model,
-        reader_tokenizer: ReaderTokenizer | None,
+        reader_tokenizer: ReaderTokenizer | PromptTokenizer | None,
         retriever_tokenizer: RetrieverTokenizer | None,
         *,
         device: torch.device,
         decoder_start_id: int = 0,
+        reader_positions: int | None = None,
         retriever: DualEncoder | None = None,
     ) -> None:
         self.settings, self.device, self.decoder_start_id = settings, device, decoder_start_id
+        self.reader_positions = reader_positions
         self.reader_tokenizer, self.retriever_tokenizer = reader_tokenizer, retriever_tokenizer
         positions = retriever.max_length if retriever is not None else RETRIEVER_MAXLENGTH
         self.retriever_maxlength = min(settings.text_maxlength, RETRIEVER_MAXLENGTH, positions)
@@ -116,6 +122,16 @@ class Inputs:
         ids, mask = self._pad(filled, self.reader_tokenizer.pad_id)
         lengths = np.array([len(row) for row in filled], np.int64)
         return ReaderRows(*(part.reshape(len(queries), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
+
+    def training(
+        self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None, mode: str | None
+    ) -> tuple[ReaderRows, ReaderRows | None]:
+        """The input to learn from, and that by which a gold-score mode judges the passages, where it is another one.
+
+        Args:
+            mode: None if nothing is to be judged.
+        """
+        return self.reader(queries, passages), None
 
     def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
         """What the decoder learns to generate: the prompt if there is one (without loss), the target and `</s>`."""

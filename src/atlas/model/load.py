@@ -10,9 +10,10 @@ from torch import nn
 from atlas import config
 from atlas.checkpoint import Checkpoint
 from atlas.model.inputs import Inputs
-from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state
+from atlas.model.interface import Reader
+from atlas.model.reader import load_reader
 from atlas.model.retriever import DualEncoder, is_constant, load_retriever, load_retriever_state, state_is_untied
-from atlas.model.tokenization import ReaderTokenizer, load_retriever_tokenizer
+from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer, load_retriever_tokenizer
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import shard_weights
@@ -23,7 +24,7 @@ from atlas.runtime.tracking import log
 class Model:
     """Reader and retriever, and what makes their tensors from text. A half that the run does without is None."""
 
-    reader: FusionInDecoder | None
+    reader: Reader | None
     retriever: DualEncoder | None
     inputs: Inputs
     # The retriever of the checkpoint where the run does without it: saved again as it was read.
@@ -37,7 +38,7 @@ class Model:
         learning: config.RetrieverTraining,
         optimisation: config.Optimisation,
         checkpoint: Checkpoint | None,
-        reader_tokenizer: ReaderTokenizer | None,
+        reader_tokenizer: ReaderTokenizer | PromptTokenizer | None,
         device: torch.device,
         *,
         training: bool,
@@ -66,9 +67,15 @@ class Model:
                     "unused_retriever": {f"retriever.{name}": part for name, part in checkpoint.retriever.items()},
                     "unused_retriever_config": checkpoint.retriever_config,
                 }
-            start_id = reader.config.decoder_start_token_id if reader is not None else 0
-            tokenizers = reader_tokenizer, retriever_tokenizer
-            inputs = Inputs(settings, *tokenizers, device=device, decoder_start_id=start_id, retriever=retriever)
+            inputs = (reader.inputs if reader is not None else Inputs)(
+                settings,
+                reader_tokenizer,
+                retriever_tokenizer,
+                device=device,
+                decoder_start_id=getattr(reader and reader.config, "decoder_start_token_id", None) or 0,
+                reader_positions=getattr(reader and reader.config, "max_position_embeddings", None),
+                retriever=retriever,
+            )
         distributed.wait_for_all("loading the model")
         return cls(reader, retriever, inputs, **unused)
 
@@ -124,7 +131,7 @@ def _load_reader(
     checkpoint: Checkpoint | None,
     device: torch.device,
     training: bool,
-) -> FusionInDecoder:
+) -> Reader:
     from_checkpoint = checkpoint is not None and bool(checkpoint.reader)
     reader = load_reader(
         settings.reader_model_type,
@@ -133,7 +140,7 @@ def _load_reader(
         gradient_checkpointing=optimisation.use_gradient_checkpoint_reader,
     )
     if from_checkpoint:
-        _load_half(load_reader_state, reader, checkpoint.reader, checkpoint)
+        _load_half(type(reader).load_state, reader, checkpoint.reader, checkpoint)
     dtype = devices.compute_dtype(optimisation.precision)
     if training and optimisation.shard_grads and distributed.world_size() > 1:
         shard_weights(reader, reader.blocks, device, block_dtype=dtype, forward_methods=("encode",))

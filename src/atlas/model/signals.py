@@ -14,8 +14,9 @@ import torch
 
 from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import Targets
+from atlas.model.interface import Reader
 from atlas.model.losses import distillation_loss, emdr_loss
-from atlas.model.reader import FusionInDecoder, token_log_probabilities
+from atlas.model.reader import token_log_probabilities
 
 # `leave_one_out` scores this many passages in one call of the decoder. More of them take more memory but need fewer
 # projections of keys and values. It must not depend on the data: where weights are sharded, all ranks must call the
@@ -29,7 +30,7 @@ PUBLISHED_SCALE = 256  # the published attention scores are divided by it, and t
 class Reading(NamedTuple):
     """What a signal is computed from: a batch and the reader in evaluation mode."""
 
-    reader: FusionInDecoder
+    reader: Reader
     hidden: torch.Tensor  # (B, K, L, d): encodings of each passage
     mask: torch.Tensor  # (B, K, L) bool; a row without any token is not a passage
     targets: Targets
@@ -114,6 +115,12 @@ def leave_one_out(reading: Reading) -> torch.Tensor:
     return torch.cat(scores, dim=1).masked_fill(alone, 0.0)
 
 
+def prompts_without(reading: Reading) -> torch.Tensor:
+    """`leave_one_out` of a reader that judges by prompts, of which each has all passages but one."""
+    alone = reading.mask.any(-1).sum(-1, keepdim=True) <= 1  # (B, 1)
+    return (-perplexity(reading)).masked_fill(alone, 0.0)
+
+
 def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
     """The decoder's cross-attention to each passage, when it reads all of them and is given the target.
 
@@ -127,9 +134,14 @@ def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
 
 
 def watched_logits(reading: Reading) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What the decoder makes of the target, (B, T, V), and where it looked: the `attention_statistics` of that pass."""
+    """What the decoder makes of the target, (B, T, V), and where it looked: the `attention_statistics` of that pass.
+
+    There are none of a reader that does not fuse.
+    """
     targets, fused = reading.targets, reading.fused()
     mask = fused.mask  # (B, S)
+    if not reading.reader.fuses:
+        return reading.reader.logits(fused.hidden, mask, targets.decoder_ids), {}
     has_label = (targets.labels != -100).float()  # (B, T)
     sums = torch.zeros(3, *mask.shape, device=mask.device)
 
@@ -186,6 +198,18 @@ MODES: dict[str, Mode] = {
     "loop": Mode(leave_one_out, _distil),
     "emdr": Mode(_tempered_log_likelihoods, _marginalise),
 }
+
+
+# The same for a reader that does not fuse: it is given each passage alone, or all but one, in a prompt.
+PROMPT_MODES: dict[str, Mode] = {
+    **{name: MODES[name] for name in ("ppmean", "pdist", "emdr")},
+    "loop": Mode(prompts_without, _distil),
+}
+
+
+def mode_of(name: str, reader: Reader) -> Mode:
+    """How this reader scores passages by this --gold_score_mode. `preflight` has refused what it cannot do."""
+    return (MODES if reader.fuses else PROMPT_MODES)[name]
 
 
 def judgements(mode: Mode, reading: Reading) -> torch.Tensor:

@@ -14,7 +14,7 @@ from atlas.checkpoint import Checkpoint, Contents, check_way, note_evaluation, s
 from atlas.evaluation.evaluator import Evaluator
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.load import Model
-from atlas.model.signals import MODES
+from atlas.model.signals import mode_of
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -268,7 +268,8 @@ class Trainer:
         passages = found.passages if found else None
         if settings.use_file_passages:
             passages = [example.passages[:k] for example in examples]
-        reading = inputs.reader(queries, passages)
+        mode = self.settings.retriever_training.gold_score_mode if learns else None
+        reading, judged = inputs.training(queries, passages, mode)
         targets = inputs.targets(queries, [example.target for example in examples])
         if not learns:
             return TrainingTensors(*reading, targets)
@@ -276,9 +277,11 @@ class Trainer:
         if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
             # a frozen encoder: it would compute what the index holds
             embeddings = self.retrieval.index.embeddings_of(found.ids)
-            return TrainingTensors(*reading, targets, query_ids, query_mask, passage_embeddings=embeddings)
+            return TrainingTensors(
+                *reading, targets, query_ids, query_mask, passage_embeddings=embeddings, judged=judged
+            )
         flat = [passage for of_query in found.passages for passage in of_query]
-        return TrainingTensors(*reading, targets, query_ids, query_mask, *inputs.passages(flat))
+        return TrainingTensors(*reading, targets, query_ids, query_mask, *inputs.passages(flat), judged=judged)
 
     def _count(self, losses: Losses) -> None:
         self._means.add("loss/train_loss", losses.total)
@@ -298,7 +301,7 @@ def _joint_model(model: Model, settings: config.Config) -> Atlas:
         model.reader,
         model.retriever,
         n_context=1 if settings.model.closed_book else settings.model.n_context,
-        mode=MODES[learning.gold_score_mode] if learning.train_retriever else None,
+        mode=mode_of(learning.gold_score_mode, model.reader) if learning.train_retriever else None,
         temperature_gold=learning.temperature_gold,
         temperature_score=learning.temperature_score,
         correlate=learning.compute_crossattention_stats,
