@@ -1,5 +1,7 @@
 """A decoder-only language model as the reader, against transformers' own, which it must equal."""
 
+import json
+import logging
 import re
 import shutil
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import atlas
 from atlas import config, preflight
 from atlas.config import parse_config
 from atlas.model.inputs import Inputs
@@ -385,3 +388,37 @@ def test_flags_of_the_other_kind_of_reader_have_no_effect(tmp_path, caplog):
         "--passage_format has no effect: it is for a decoder-only reader",
         "--chat_template has no effect: it is for a decoder-only reader",
     ]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    home = tmp_path_factory.mktemp("asked")
+    run(home, **read_with("chat"), eval_data=None, save_index_path=home / "index", total_steps=2)
+    return home / "run"
+
+
+@torch.no_grad()
+def test_it_is_asked(asked):
+    log = logging.getLogger("atlas")
+    log.propagate = True
+    log.handlers.clear()
+    model = atlas.load(asked)
+    rows = read_jsonl(world() / "dev.jsonl")[:2]
+    one, two = model.ask([row["question"] for row in rows], k=3)
+    stream = model.ask(rows[0]["question"], k=3, stream=True)
+    assert "".join(stream) == one.text == stream.answer.text and one.text
+    passages = [dict(passage.fields) for passage in one.passages]
+    reader, make = model.model.reader, model.model.inputs
+    said = model._answering.write(model._answering.encode([one.query], [passages]))[0]
+    ended = said + [make.reader_tokenizer.eos_id] * (len(said) < 5)  # --generation_max_length 6
+
+    def likelihood(found):
+        rows, targets = make.reader([one.query], [found]), make.target_rows([one.query], [ended])
+        return -F.cross_entropy(reader.logits(*hidden_of(reader, rows), targets.decoder_ids)[0], targets.labels[0])
+
+    assert one.score == pytest.approx(likelihood(passages).exp().item(), abs=1e-5)
+    gold = torch.stack([likelihood([passage]) for passage in passages]) / 0.1  # --temperature_gold
+    judged = torch.tensor([passage.judgement for passage in one.passages])
+    assert_close(judged, gold.softmax(0), atol=1e-4, rtol=0)
+    assert all(passage.attention is None for passage in one.passages) and "attention" not in str(one)
+    json.dumps(two.to_dict()), one._repr_html_()

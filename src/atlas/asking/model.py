@@ -22,8 +22,8 @@ from atlas.evaluation.answering import Answering, Encoded
 from atlas.files.jsonl import decode
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
-from atlas.model.signals import MODES, Reading, judgements, watched_logits
-from atlas.model.tokenization import ReaderTokenizer
+from atlas.model.signals import Reading, judgements, mode_of, watched_logits
+from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.tasks import Example, Task
@@ -276,10 +276,16 @@ class AnsweringModel:
         reading = Reading(reader, hidden, encoded.rows.mask, targets, temperature, lengths, encoded.fused)
         logits, attended = watched_logits(reading)
         certain = token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths.clamp(min=1)  # (B,)
-        judged = judgements(MODES[learning.gold_score_mode], reading)  # (B, K)
+        fields = [[passage.fields for passage in of_query] for of_query in passages]
+        if (prompts := inputs.judging(encoded.queries, fields, learning.gold_score_mode)) is not None:
+            hidden = reader.encode(*prompts).unflatten(1, prompts.ids.shape[1:])
+            reading = Reading(reader, hidden, prompts.mask, targets, temperature, prompts.lengths)
+        judged = judgements(mode_of(learning.gold_score_mode, reader), reading).tolist()  # (B, K)
+        # A reader whose attention cannot be told by passages has none.
+        attention = attended["attention"].tolist() if attended else [[None] * len(row) for row in judged]
         judged_passages = [
             [Passage(p.fields, p.score, *pair) for p, *pair in zip(of_query, *both, strict=False)]
-            for of_query, *both in zip(passages, judged.tolist(), attended["attention"].tolist(), strict=True)
+            for of_query, *both in zip(passages, judged, attention, strict=True)
         ]
         return certain.exp().tolist(), judged_passages
 
@@ -287,7 +293,9 @@ class AnsweringModel:
 class AnswerStream:
     """The text of an answer, piece by piece as it is written: iterate over it. `answer` has all of it afterwards."""
 
-    def __init__(self, work: Callable[[BaseStreamer], list[Answer]], tokenizer: ReaderTokenizer, skipped: int) -> None:
+    def __init__(
+        self, work: Callable[[BaseStreamer], list[Answer]], tokenizer: ReaderTokenizer | PromptTokenizer, skipped: int
+    ) -> None:
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._work, self._streamer = work, _Pieces(self._pieces, tokenizer, skipped)
         self._answer: Answer | None = None
@@ -332,7 +340,9 @@ class Cancelled(Exception):  # noqa: N818 (nothing went wrong)
 class _Pieces(BaseStreamer):
     """Turns tokens into pieces of text. Decoding may still change what follows the last space, so that waits."""
 
-    def __init__(self, pieces: "queue.SimpleQueue[str | None]", tokenizer: ReaderTokenizer, skipped: int) -> None:
+    def __init__(
+        self, pieces: "queue.SimpleQueue[str | None]", tokenizer: ReaderTokenizer | PromptTokenizer, skipped: int
+    ) -> None:
         self.pieces, self.tokenizer, self.skipped = pieces, tokenizer, skipped
         self.tokens: list[int] = []
         self.said, self.cancelled = "", False

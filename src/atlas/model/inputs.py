@@ -133,6 +133,12 @@ class Inputs:
         """
         return self.reader(queries, passages), None
 
+    def judging(
+        self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]], mode: str
+    ) -> ReaderRows | None:
+        """The input by which a gold-score mode judges the passages; None: what is read, as here."""
+        return None
+
     def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
         """What the decoder learns to generate: the prompt if there is one (without loss), the target and `</s>`."""
         targets = [self._formatted(self.settings.decoder_format, target=target) for target in targets]

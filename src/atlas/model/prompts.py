@@ -33,16 +33,16 @@ class PromptInputs(Inputs):
     def training(
         self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None, mode: str | None
     ) -> tuple[ReaderRows, ReaderRows | None]:
-        """The prompts to learn from, with the first `--n_context` passages, and those that judge all passages.
-
-        A passage is judged by a prompt with this passage alone, or (`loop`) by one with all of the others.
-        """
+        """The prompts to learn from, with the first `--n_context` passages, and those that judge all passages."""
         n = self.settings.n_context
         read = self.reader(queries, passages and [found[:n] for found in passages])
         return read, self.judging(queries, passages, mode) if mode is not None else None
 
     def judging(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]], mode: str) -> ReaderRows:
-        """The prompts by which a mode judges each passage, (B, K, L)."""
+        """The prompts by which a mode judges each passage, (B, K, L).
+
+        A passage is judged by a prompt with this passage alone, or (`loop`) by one with all of the others.
+        """
         rows = []
         for query, found in zip(queries, passages, strict=True):
             texts = self._texts(found)
