@@ -22,7 +22,9 @@ from atlas.model.prompts import PromptInputs
 from atlas.model.reader import FusionInDecoder, load_reader
 from atlas.model.signals import PROMPT_MODES, Reading, mode_of
 from atlas.model.tokenization import load_reader_tokenizer
-from tests.kit import command_line, language_model, logged, read_jsonl, run, world
+from tests.kit import command_line, language_model, logged, read_jsonl, run, run_on, slow, world
+from tests.test_parallel import KINDS as PARALLEL
+from tests.test_parallel import assert_same_run
 
 CPU = torch.device("cpu")
 KINDS = ("plain", "chat", "spaces")
@@ -422,3 +424,25 @@ def test_it_is_asked(asked):
     assert_close(judged, gold.softmax(0), atol=1e-4, rtol=0)
     assert all(passage.attention is None for passage in one.passages) and "attention" not in str(one)
     json.dumps(two.to_dict()), one._repr_html_()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["both", slow("ddp"), slow("zero1"), slow("fsdp")])
+def test_two_ranks_learn_what_one_does(tmp_path, kind):
+    flags = read_with(train_retriever=True, per_gpu_batch_size=1, per_gpu_eval_batch_size=5)
+    one = run(tmp_path, name="one", total_steps=8, accumulation_steps=2, log_freq=2, **flags)
+    parallel = PARALLEL[kind] | {"use_gradient_checkpoint_reader": True}
+    two = run_on(2, tmp_path, name="two", total_steps=4, **flags, **parallel)
+    assert_same_run(one, two, 8, 4)
+    kept = [load_file(directory / "checkpoint/latest/model.safetensors") for directory in (one, two)]
+    assert kept[0].keys() == kept[1].keys()
+    assert_close(*kept, atol=1e-4, rtol=0)
+
+
+def test_bf16_is_close_to_fp32(tmp_path):
+    flags = read_with(train_retriever=True, total_steps=2, lr=0, eval_freq=2)
+    losses = [
+        logged(run(tmp_path, name=precision, precision=precision, **flags), "loss/reader_loss")
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1] != losses[0]
