@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import atlas
+import export_huggingface
 from atlas import config, preflight
 from atlas.config import parse_config
 from atlas.model.inputs import Inputs
@@ -446,3 +447,24 @@ def test_bf16_is_close_to_fp32(tmp_path):
         for precision in ("fp32", "bf16")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1] != losses[0]
+
+
+def test_it_is_exported_with_code_that_answers_as_it_does(asked, tmp_path, capsys, monkeypatch):
+    export_huggingface.main(["--model_path", str(asked), "--output_directory", str(tmp_path / "export")])
+    saved = load_file(asked / "checkpoint/latest/model.safetensors")
+    reader = load_reader(str(tmp_path / "export/reader"), dropout=None)
+    assert all(torch.equal(saved[f"reader.{name}"], parameter) for name, parameter in reader.named_parameters())
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "export/reader/README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path / "export/reader")
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    make = inputs_of("chat", text_maxlength=64)
+    passages = [
+        {"title": "Paris", "text": "Paris is the capital of France."},
+        {"title": "Lyon", "text": "Lyon lies where the Rhône meets the Saône."},
+    ]
+    rows = make.reader(["what is the capital of France?"], [passages])
+    (answer,) = make.reader_tokenizer.decode(reader.write(*hidden_of(reader, rows), max_length=6))
+    assert capsys.readouterr().out.splitlines() == answer.splitlines() and answer
+    model = atlas.load(tmp_path / "export", index=asked.parent / "index")
+    assert model.ask("what is it?").text == atlas.load(asked).ask("what is it?").text

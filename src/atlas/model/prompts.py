@@ -62,7 +62,7 @@ class PromptInputs(Inputs):
         if self.settings.decoder_prompt_format is None:
             return None
         template = self.settings.decoder_prompt_format
-        return self._behind([self._formatted(template, query=_asked(query)) for query in queries])
+        return self._behind([self._formatted(template, query=asked(query)) for query in queries])
 
     def _behind(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of texts behind a prompt, which a space follows unless it is a chat."""
@@ -76,7 +76,7 @@ class PromptInputs(Inputs):
         return self.settings.chat_template and self.reader_tokenizer.chats
 
     def _texts(self, passages: Sequence[dict[str, Any]]) -> list[str]:
-        template = _with_lines(self.settings.passage_format)
+        template = with_lines(self.settings.passage_format)
         texts = [self._of_passage(template, passage).strip() for passage in passages]
         return self.reader_tokenizer.cut(texts, self.settings.text_maxlength)
 
@@ -106,8 +106,8 @@ class PromptInputs(Inputs):
         return self._tokens(query, self.reader_tokenizer.cut(texts, room // len(texts)))
 
     def _tokens(self, query: str, texts: Sequence[str]) -> list[int]:
-        fields = {"passages": "\n\n".join(texts), "query": self._cut(_asked(query), LONGEST_FORMATTED)}
-        template = _with_lines(self.settings.reader_prompt_format)
+        fields = {"passages": "\n\n".join(texts), "query": self._cut(asked(query), LONGEST_FORMATTED)}
+        template = with_lines(self.settings.reader_prompt_format)
         prompt = fill_in(template, 100 * LONGEST_PASSAGE, **fields).strip("\n")
         tokenizer = self.reader_tokenizer
         if self._chats:
@@ -122,12 +122,12 @@ class PromptInputs(Inputs):
         return ReaderRows(*(part.reshape(len(rows), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
 
 
-def _with_lines(template: str) -> str:
+def with_lines(template: str) -> str:
     """A format as it is written on a command line, where a new line is `\\n`."""
     return template.replace("\\n", "\n")
 
 
-def _asked(query: str) -> str:
+def asked(query: str) -> str:
     """A query without what it says to T5 alone."""
     if found := QUESTION.fullmatch(query):
         query = found[1]
