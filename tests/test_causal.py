@@ -440,6 +440,7 @@ def test_two_ranks_learn_what_one_does(tmp_path, kind):
     assert_close(*kept, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow  # where bf16 is only emulated
 def test_bf16_is_close_to_fp32(tmp_path):
     flags = read_with(train_retriever=True, total_steps=2, lr=0, eval_freq=2)
     losses = [
@@ -468,3 +469,19 @@ def test_it_is_exported_with_code_that_answers_as_it_does(asked, tmp_path, capsy
     assert capsys.readouterr().out.splitlines() == answer.splitlines() and answer
     model = atlas.load(tmp_path / "export", index=asked.parent / "index")
     assert model.ask("what is it?").text == atlas.load(asked).ask("what is it?").text
+
+
+@pytest.mark.parametrize("reader", ["models/reader", None])
+def test_a_frozen_reader_judges_and_does_not_learn(tmp_path, reader):
+    """T5 as well as a language model: the retriever learns alone, and moments are kept of it alone."""
+    reader = language_model() if reader is None else world() / reader
+    flags = {"train_retriever": True, "freeze_reader": True, "total_steps": 2, "eval_data": None, "dropout": 0.1}
+    directory = run(tmp_path, **read_with(**flags, reader_model_type=reader))
+    saved = load_file(directory / "checkpoint/latest/model.safetensors")
+    for name, parameter in load_reader(str(reader), dropout=None).named_parameters():
+        assert torch.equal(saved[f"reader.{name}"], parameter)
+    start = load_file(world() / "models/retriever/model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    assert not torch.equal(saved[f"retriever.contriever.{name}"], start[name])
+    moments = load_file(directory / "checkpoint/latest/optimizer.safetensors")
+    assert {key.split("/")[0] for key in moments} == {"retriever", "skipped"}

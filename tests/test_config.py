@@ -97,6 +97,7 @@ DEFAULTS = {
         "gold_score_mode": "ppmean",
         "temperature_gold": 0.01,
         "temperature_score": 0.01,
+        "freeze_reader": False,  # ours
         "freeze_retriever_steps": -1,
         "retrieve_with_rerank": False,
         "n_to_rerank_with_retrieve_with_rerank": 128,
@@ -388,6 +389,12 @@ REFUSED = [
     ("finetune_qa", {"total_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
     ("finetune_qa", {"total_steps": 9}, "--eval_freq 10 must be below --total_steps 9"),
     ("finetune_qa", {"total_steps": 31, "save_freq": 32}, "--save_freq 32 must not be above --total_steps 31"),
+    ("train", {"freeze_reader": True}, "--freeze_reader leaves nothing that learns: give --train_retriever"),
+    (
+        "train",
+        {"freeze_reader": True, "train_retriever": True, "freeze_retriever_steps": 2},
+        "--freeze_retriever_steps 2 with --freeze_reader: nothing learns",
+    ),
     ("train", {"no_such_flag": 1}, "unrecognized arguments: --no_such_flag 1"),
 ]
 

@@ -248,6 +248,7 @@ class RetrieverTraining:
     gold_score_mode: str = flag("ppmean", "how the reader judges passages", choices=GOLD_SCORE_MODES)
     temperature_gold: float = flag(0.01, "temperature of the reader's scores", above=0)
     temperature_score: float = flag(0.01, "temperature of the retriever's scores", above=0)
+    freeze_reader: bool = flag(False, "the reader judges passages and does not learn; the retriever learns alone")
     freeze_retriever_steps: int = flag(-1, "steps before the retriever starts to learn; -1: none", least=-1)
     retrieve_with_rerank: bool = flag(False, "re-embed the retrieved passages with the current encoder and sort again")
     n_to_rerank_with_retrieve_with_rerank: int = flag(128, "passages to re-embed per query", least=1)
@@ -734,12 +735,25 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
     if model.reader_model_type is None and task in TOKENIZING_TASKS:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
+    if training:
+        _check_frozen_reader(config.retriever_training)
     if config.run.qrels and not model.retrieves:
         raise ValueError(
             "--qrels judges what is retrieved: leave out --closed_book and --use_file_passages, or --qrels"
         )
     if model.retrieves and not config.index.passages and config.index.load_index_path is None:
         raise ValueError("give the corpus with --passages, or a saved index with --load_index_path")
+
+
+def _check_frozen_reader(learning: RetrieverTraining) -> None:
+    """Raises: ValueError if nothing would learn in some steps."""
+    if learning.freeze_reader and not learning.train_retriever:
+        raise ValueError("--freeze_reader leaves nothing that learns: give --train_retriever, and passages to retrieve")
+    if learning.freeze_reader and learning.freeze_retriever_steps > 0:
+        raise ValueError(
+            f"--freeze_retriever_steps {learning.freeze_retriever_steps} with --freeze_reader: nothing learns in these "
+            "steps, so leave one out"
+        )
 
 
 def _check_files(config: Config, needed: str | None) -> None:

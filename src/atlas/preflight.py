@@ -158,6 +158,8 @@ def _report_without_effect(config: Config) -> None:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
     for name, has_effect, without in (
+        ("shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"),
+        ("use_gradient_checkpoint_reader", not training.freeze_reader, "with --freeze_reader"),
         ("dont_write_passages", config.run.write_results, "without --write_results"),
         ("metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"),
         ("leave_out_own_passage", model.retrieves, "where nothing is retrieved"),

@@ -46,7 +46,7 @@ class Model:
         """Load what the run needs onto the device; weights come from the checkpoint where it has them. Collective.
 
         Args:
-            training: False to evaluate: nothing learns, and the reader's layers are kept in `--precision`.
+            training: False to evaluate: nothing learns. A reader that does not learn has layers in `--precision`.
 
         Raises:
             OSError: a model cannot be found or reached, and which flag names it.
@@ -58,7 +58,8 @@ class Model:
             reader = retriever = retriever_tokenizer = None
             unused: dict[str, Any] = {}
             if not settings.retrieve_only:
-                reader = _load_reader(settings, optimisation, checkpoint, device, training)
+                learns = training and not learning.freeze_reader
+                reader = _load_reader(settings, optimisation, checkpoint, device, learns)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
                 retriever = _load_retriever(settings, learning, optimisation, checkpoint, training).to(device)
@@ -130,26 +131,28 @@ def _load_reader(
     optimisation: config.Optimisation,
     checkpoint: Checkpoint | None,
     device: torch.device,
-    training: bool,
+    learns: bool,
 ) -> Reader:
     from_checkpoint = checkpoint is not None and bool(checkpoint.reader)
     reader = load_reader(
         settings.reader_model_type,
-        dropout=optimisation.dropout,
+        dropout=optimisation.dropout if learns else 0.0,
         weights=not from_checkpoint,
-        gradient_checkpointing=optimisation.use_gradient_checkpoint_reader,
+        gradient_checkpointing=optimisation.use_gradient_checkpoint_reader and learns,
     )
     if from_checkpoint:
         _load_half(type(reader).load_state, reader, checkpoint.reader, checkpoint)
     dtype = devices.compute_dtype(optimisation.precision)
-    if training and optimisation.shard_grads and distributed.world_size() > 1:
+    if learns and optimisation.shard_grads and distributed.world_size() > 1:
         shard_weights(reader, reader.blocks, device, block_dtype=dtype, forward_methods=("encode",))
         log.info("Each of %d ranks keeps its part of the reader", distributed.world_size())
         return reader
-    if not training and dtype is not None:
-        # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
-        for block in reader.blocks:
-            block.to(dtype)
+    if not learns:
+        reader.requires_grad_(False)
+        if dtype is not None:
+            # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
+            for block in reader.blocks:
+                block.to(dtype)
     return reader.to(device)
 
 

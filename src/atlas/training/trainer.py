@@ -296,7 +296,8 @@ class Trainer:
 
 def _joint_model(model: Model, settings: config.Config) -> Atlas:
     """Reader and retriever as one module that computes both losses."""
-    learning, shares_weights = settings.retriever_training, settings.optimisation.shard_grads
+    learning = settings.retriever_training
+    shares_weights = settings.optimisation.shard_grads and not learning.freeze_reader
     return Atlas(
         model.reader,
         model.retriever,
