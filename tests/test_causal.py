@@ -21,7 +21,7 @@ from atlas.model.interface import Reader
 from atlas.model.pretrained import CAUSAL_TYPES
 from atlas.model.prompts import PromptInputs
 from atlas.model.reader import FusionInDecoder, load_reader
-from atlas.model.signals import PROMPT_MODES, Reading, mode_of
+from atlas.model.signals import PROMPT_MODES, mode_of, reading_of
 from atlas.model.tokenization import load_reader_tokenizer
 from tests.kit import command_line, language_model, logged, read_jsonl, run, run_on, slow, world
 from tests.test_parallel import KINDS as PARALLEL
@@ -34,6 +34,7 @@ PASSAGES = [
     {"title": "", "text": "Tamvor is a town with a trade."},
     {"title": "Lingra", "text": "The founder of Lingra is Pelzor. " * 9},
 ]
+QUESTION_MODE = {"train_retriever": True, "gold_score_mode": "question"}
 QUESTION = "question: what is the river of Kobari? answer: <extra_id_0>"
 
 
@@ -274,11 +275,13 @@ def test_dropout_is_that_of_attention():
 # ---- judging
 
 
-def reading_of(mode, reader, make, passages, answers):
+def judged(mode, reader, make, passages, answers):
     queries = ["what is the river of Kobari?", "who?", "what is it?"][: len(passages)]
-    rows, judged = make.training(queries, passages, mode)
-    hidden = reader.encode(judged.ids, judged.mask).unflatten(1, judged.ids.shape[1:])
-    return queries, Reading(reader, hidden, judged.mask, make.targets(queries, answers), 0.5, judged.lengths)
+    return queries, reading_of(reader, make.judging(queries, passages, make.target_tokens(answers), mode), 0.5)
+
+
+def learning(mode, weight=1.0):
+    return config.RetrieverTraining(gold_score_mode=mode, gold_question_weight=weight)
 
 
 def mean_log_likelihood(reader, make, query, passages, answer):
@@ -289,15 +292,15 @@ def mean_log_likelihood(reader, make, query, passages, answer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", PROMPT_MODES)
+@pytest.mark.parametrize("mode", PROMPT_MODES.keys() - {"question"})
 def test_gold_scores_are_likelihoods_of_the_answer_behind_prompts(mode, monkeypatch):
     reader, make = load_reader(str(language_model()), dropout=None), inputs_of("plain", n_context=2)
     passages, answers = [PASSAGES, PASSAGES[:1], []], ["Selnu", "Pelzor Kobari", "a"]
-    queries, reading = reading_of(mode, reader, make, passages, answers)
+    queries, reading = judged(mode, reader, make, passages, answers)
     assert reading.counts.tolist() == [[True] * 3, [True, False, False], [False] * 3]
-    gold = mode_of(mode, reader).signal(reading)
+    gold = mode_of(learning(mode), reader).signal(reading)
     monkeypatch.setattr("atlas.model.signals.SCORED_AT_ONCE", 2)
-    assert_close(mode_of(mode, reader).signal(reading), gold, atol=1e-5, rtol=0)
+    assert_close(mode_of(learning(mode), reader).signal(reading), gold, atol=1e-5, rtol=0)
     if mode == "emdr":
         assert gold.shape == (3, 3, reading.targets.labels.shape[1]) and gold.isfinite().all()
         return
@@ -313,8 +316,8 @@ def test_gold_scores_are_likelihoods_of_the_answer_behind_prompts(mode, monkeypa
 @torch.no_grad()
 def test_emdr_divides_the_logits_by_the_temperature_and_marginalises():
     reader, make = load_reader(str(language_model()), dropout=None), inputs_of("plain")
-    _, reading = reading_of("emdr", reader, make, [PASSAGES[:2]], ["Selnu"])
-    mode, labels = mode_of("emdr", reader), reading.targets.labels[0]
+    _, reading = judged("emdr", reader, make, [PASSAGES[:2]], ["Selnu"])
+    mode, labels = mode_of(learning("emdr"), reader), reading.targets.labels[0]
     per_token = torch.stack(
         [
             (reader.logits(reading.hidden[:, k], reading.mask[:, k], reading.targets.decoder_ids)[0] / 0.5)
@@ -328,6 +331,28 @@ def test_emdr_divides_the_logits_by_the_temperature_and_marginalises():
     scores = torch.tensor([[0.3, 0.1]])
     expected = -(per_token + (scores[0] / 0.1).log_softmax(-1)[:, None]).logsumexp(0).mean()
     assert_close(mode.loss(scores, gold, reading, 0.1), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("begins", [None, "It is"])
+@pytest.mark.parametrize("kind", ["plain", "chat", "spaces"])
+def test_the_likelihood_of_the_question_behind_each_passage_and_of_the_answer(kind, begins):
+    reader, make = load_reader(str(language_model(kind)), dropout=None), inputs_of(kind, decoder_prompt_format=begins)
+    queries, answers = ["what is the river of Kobari?", "who?"], ["Selnu", "Pelzor Kobari"]
+    found = make.judging(queries, [PASSAGES, PASSAGES[:1]], make.target_tokens(answers), "question")
+    gold = {w: mode_of(learning("question", w), reader).signal(reading_of(reader, found, 0.5)) for w in (1.0, 0.0, 0.7)}
+    assert make.reader_tokenizer.decode([found.targets.labels[i][found.asked[i]].tolist() for i in (0, 1)]) == queries
+    for i, passage in enumerate(PASSAGES):
+        prompt = row(make.reader(queries[:1], [[passage]]))
+        n = int(found.asked[0].sum())
+        tokens = found.targets.labels[0, :n].tolist()
+        (start,) = [j for j in range(len(prompt)) if prompt[j : j + n] == tokens]
+        logits = theirs(kind)[0](torch.tensor([prompt])).logits[0]
+        question = -F.cross_entropy(logits[start - 1 : start - 1 + n], torch.tensor(tokens)).item()
+        answer = mean_log_likelihood(reader, make, queries[0], [passage], answers[0])
+        for weight, scores in gold.items():
+            assert scores[0, i].item() == pytest.approx(weight * question + (1 - weight) * answer, abs=1e-5)
+    assert found.rows.mask.any(-1).tolist() == [[True] * 3, [True, False, False]]
 
 
 # ---- runs
@@ -371,13 +396,17 @@ def test_what_was_saved_resumes_bit_for_bit(tmp_path):
         ),
         ({"train_retriever": True, "gold_score_mode": "evalnormsum"}, "give one of ppmean, pdist, emdr, loop"),
         ({"compute_crossattention_stats": True}, "--compute_crossattention_stats looks at T5's cross-attention"),
+        (
+            {"reader_model_type": world() / "models/reader"} | QUESTION_MODE,
+            "question needs a decoder-only language model",
+        ),
         ({"task": "multiple_choice"}, "--task multiple_choice needs the `<extra_id_0>` of T5"),
     ],
 )
 def test_what_only_t5_can_do_is_refused(tmp_path, flags, said):
     settings = parse_config(command_line(tmp_path, **read_with(**flags)))
     with pytest.raises(ValueError, match=re.escape(said)):
-        preflight.check_reader(settings, load_reader_tokenizer(str(language_model())))
+        preflight.check_reader(settings, load_reader_tokenizer(settings.model.reader_model_type))
 
 
 def test_flags_of_the_other_kind_of_reader_have_no_effect(tmp_path, caplog):
@@ -474,8 +503,9 @@ def test_it_is_exported_with_code_that_answers_as_it_does(asked, tmp_path, capsy
 @pytest.mark.parametrize("reader", ["models/reader", None])
 def test_a_frozen_reader_judges_and_does_not_learn(tmp_path, reader):
     """T5 as well as a language model: the retriever learns alone, and moments are kept of it alone."""
-    reader = language_model() if reader is None else world() / reader
     flags = {"train_retriever": True, "freeze_reader": True, "total_steps": 2, "eval_data": None, "dropout": 0.1}
+    flags |= {"gold_score_mode": "question", "gold_question_weight": 0.7} if reader is None else {}
+    reader = language_model() if reader is None else world() / reader
     directory = run(tmp_path, **read_with(**flags, reader_model_type=reader))
     saved = load_file(directory / "checkpoint/latest/model.safetensors")
     for name, parameter in load_reader(str(reader), dropout=None).named_parameters():

@@ -95,6 +95,7 @@ DEFAULTS = {
         "train_retriever": False,
         "query_side_retriever_training": False,
         "gold_score_mode": "ppmean",
+        "gold_question_weight": 1.0,  # ours
         "temperature_gold": 0.01,
         "temperature_score": 0.01,
         "freeze_reader": False,  # ours
@@ -389,6 +390,12 @@ REFUSED = [
     ("finetune_qa", {"total_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
     ("finetune_qa", {"total_steps": 9}, "--eval_freq 10 must be below --total_steps 9"),
     ("finetune_qa", {"total_steps": 31, "save_freq": 32}, "--save_freq 32 must not be above --total_steps 31"),
+    (
+        "train",
+        {"gold_score_mode": "question", "train_retriever": True, "reader_prompt_format": "{query} {passages}"},
+        "--gold_score_mode question needs {passages} and {query} in this order",
+    ),
+    ("train", {"gold_question_weight": 1.5}, "--gold_question_weight 1.5 is too large: it must be at most 1"),
     ("train", {"freeze_reader": True}, "--freeze_reader leaves nothing that learns: give --train_retriever"),
     (
         "train",

@@ -26,7 +26,7 @@ from atlas.options import find_checkpoint, latest_checkpoint, read_options
 # The tasks that come with the package, for help texts. Users add others, so --task is checked when a run starts.
 TASK_NAMES = ("base", "qa", "cloze", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
 TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they build queries with the reader's tokenizer
-GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
+GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr", "question")
 POOLINGS = ("average", "sqrt", "cls")
 PERMUTATIONS = ("single", "cyclic", "all")
 # What a model was trained with and is to be used with: evaluate.py takes these from the checkpoint.
@@ -246,6 +246,12 @@ class RetrieverTraining:
     train_retriever: bool = flag(False, "train the retriever to rank passages as the reader judges them")
     query_side_retriever_training: bool = flag(False, "train the query encoder only; the passage encoder stays frozen")
     gold_score_mode: str = flag("ppmean", "how the reader judges passages", choices=GOLD_SCORE_MODES)
+    gold_question_weight: float = flag(
+        1.0,
+        "--gold_score_mode question: weight of the question's likelihood; that of the answer behind it has the rest",
+        least=0,
+        most=1,
+    )
     temperature_gold: float = flag(0.01, "temperature of the reader's scores", above=0)
     temperature_score: float = flag(0.01, "temperature of the retriever's scores", above=0)
     freeze_reader: bool = flag(False, "the reader judges passages and does not learn; the retriever learns alone")
@@ -737,12 +743,25 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
     if training:
         _check_frozen_reader(config.retriever_training)
+        _check_question_mode(config)
     if config.run.qrels and not model.retrieves:
         raise ValueError(
             "--qrels judges what is retrieved: leave out --closed_book and --use_file_passages, or --qrels"
         )
     if model.retrieves and not config.index.passages and config.index.load_index_path is None:
         raise ValueError("give the corpus with --passages, or a saved index with --load_index_path")
+
+
+def _check_question_mode(config: Config) -> None:
+    """Raises: ValueError if passages would not be judged by the question behind them."""
+    prompt, learning = config.model.reader_prompt_format, config.retriever_training
+    if learning.train_retriever and learning.gold_score_mode == "question":
+        passages, query = prompt.find("{passages"), prompt.rfind("{query")
+        if not -1 < passages < query:
+            raise ValueError(
+                f"--reader_prompt_format {prompt!r}: --gold_score_mode question needs {{passages}} and {{query}} in "
+                "this order"
+            )
 
 
 def _check_frozen_reader(learning: RetrieverTraining) -> None:

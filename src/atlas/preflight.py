@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from atlas.config import FIELDS, OF_THE_MODEL, TOKENIZING_TASKS, Config, Index, Model, say
-from atlas.model.signals import PROMPT_MODES
+from atlas.model.signals import MODES, PROMPT_MODES
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log, read_shares
@@ -61,6 +61,11 @@ def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer |
     for name in ("encoder_format",) if not fuses else ("reader_prompt_format", "passage_format", "chat_template"):
         if config.flags()[name] != FIELDS[name].default:
             log.info("--%s has no effect: it is for a %s reader", name, "decoder-only" if fuses else "T5")
+    if fuses and learning.train_retriever and learning.gold_score_mode not in MODES:
+        raise ValueError(
+            f"--gold_score_mode {learning.gold_score_mode} needs a decoder-only language model, which gives a question "
+            f"behind a passage a likelihood: give one of {', '.join(MODES)}"
+        )
     if fuses:
         return
     reader = f"--reader_model_type {config.model.reader_model_type} is a decoder-only language model"
@@ -158,6 +163,7 @@ def _report_without_effect(config: Config) -> None:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
     for name, has_effect, without in (
+        ("gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"),
         ("shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"),
         ("use_gradient_checkpoint_reader", not training.freeze_reader, "with --freeze_reader"),
         ("dont_write_passages", config.run.write_results, "without --write_results"),

@@ -22,7 +22,7 @@ from atlas.evaluation.answering import Answering, Encoded
 from atlas.files.jsonl import decode
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
-from atlas.model.signals import Reading, judgements, mode_of, watched_logits
+from atlas.model.signals import Reading, judgements, mode_of, reading_of, watched_logits
 from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
@@ -277,10 +277,9 @@ class AnsweringModel:
         logits, attended = watched_logits(reading)
         certain = token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths.clamp(min=1)  # (B,)
         fields = [[passage.fields for passage in of_query] for of_query in passages]
-        if (prompts := inputs.judging(encoded.queries, fields, learning.gold_score_mode)) is not None:
-            hidden = reader.encode(*prompts).unflatten(1, prompts.ids.shape[1:])
-            reading = Reading(reader, hidden, prompts.mask, targets, temperature, prompts.lengths)
-        judged = judgements(mode_of(learning.gold_score_mode, reader), reading).tolist()  # (B, K)
+        if (prompts := inputs.judging(encoded.queries, fields, rows, learning.gold_score_mode)) is not None:
+            reading = reading_of(reader, prompts, temperature)
+        judged = judgements(mode_of(learning, reader), reading).tolist()  # (B, K)
         # A reader whose attention cannot be told by passages has none.
         attention = attended["attention"].tolist() if attended else [[None] * len(row) for row in judged]
         judged_passages = [

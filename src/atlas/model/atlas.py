@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from atlas.model.grouping import fuse
-from atlas.model.inputs import ReaderRows, Targets
+from atlas.model.inputs import Judged, ReaderRows, Targets
 from atlas.model.interface import Reader
 from atlas.model.losses import retriever_scores
 from atlas.model.reader import IGNORE
 from atlas.model.retriever import DualEncoder
-from atlas.model.signals import Correlation, Mode, Reading, correlations
+from atlas.model.signals import Correlation, Mode, Reading, correlations, reading_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrainingTensors:
     passage_mask: torch.Tensor | None = None
     passage_lengths: np.ndarray | None = None  # (B·K,), on the CPU
     passage_embeddings: torch.Tensor | None = None  # (B, K, D) from the index, when the passage encoder is frozen
-    judged: ReaderRows | None = None  # (B, K, L): by which passages are judged; None: by what is read
+    judged: Judged | None = None  # by which passages are judged; None: by what is read
 
     def read(self, start: int, end: int) -> ReaderRows:
         """The reader's rows of some of each query's passages."""
@@ -128,9 +128,11 @@ class Atlas(nn.Module):
         Args:
             hidden: (B, n_context·L, d): the encodings that the reader's loss was computed from.
         """
+        if batch.judged is not None:
+            return reading_of(self.reader, batch.judged, self.temperature_gold)
         k = batch.reader_ids.shape[1]
-        rows = batch.judged or batch.read(0, k)
-        if self.reader.has_dropout or batch.judged is not None:
+        rows = batch.read(0, k)
+        if self.reader.has_dropout:
             hidden = self._encode(rows)
         elif k > self.n_context:
             rest = self._encode(batch.read(self.n_context, k))

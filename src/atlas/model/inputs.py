@@ -47,6 +47,14 @@ class ReaderRows(NamedTuple):
     lengths: np.ndarray | None  # (B, K) tokens, on the CPU; None: unknown
 
 
+class Judged(NamedTuple):
+    """The input by which passages are judged, where it is not what is read, and the targets that are likely or not."""
+
+    rows: ReaderRows
+    targets: Targets
+    asked: torch.Tensor | None = None  # (B, T) bool: the targets' tokens that are the question, not the answer
+
+
 class RetrieverRows(NamedTuple):
     """An encoder's input."""
 
@@ -123,32 +131,41 @@ class Inputs:
         lengths = np.array([len(row) for row in filled], np.int64)
         return ReaderRows(*(part.reshape(len(queries), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
 
-    def training(
-        self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None, mode: str | None
-    ) -> tuple[ReaderRows, ReaderRows | None]:
-        """The input to learn from, and that by which a gold-score mode judges the passages, where it is another one.
-
-        Args:
-            mode: None if nothing is to be judged.
-        """
-        return self.reader(queries, passages), None
+    def training(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
+        """The input to learn from. Of the passages, `Atlas` reads the first `--n_context`."""
+        return self.reader(queries, passages)
 
     def judging(
-        self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]], mode: str
-    ) -> ReaderRows | None:
-        """The input by which a gold-score mode judges the passages; None: what is read, as here."""
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[dict[str, Any]]],
+        rows: Sequence[list[int]],
+        mode: str,
+    ) -> Judged | None:
+        """The input by which a gold-score mode judges the passages; None: what is read, as here.
+
+        Args:
+            rows: the targets' tokens.
+        """
         return None
 
     def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
         """What the decoder learns to generate: the prompt if there is one (without loss), the target and `</s>`."""
+        return self.target_rows(queries, self.target_tokens(targets))
+
+    def target_tokens(self, targets: Sequence[str]) -> list[list[int]]:
+        """The tokens of each target, `</s>` included, at most `--target_maxlength`."""
         targets = [self._formatted(self.settings.decoder_format, target=target) for target in targets]
         texts = [target if target.endswith("</s>") else f"{target}</s>" for target in targets]
         limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
-        return self.target_rows(queries, self.reader_tokenizer.encode(texts, max_length=limit, eos=False))
+        return self.reader_tokenizer.encode(texts, max_length=limit, eos=False)
 
     def target_rows(self, queries: Sequence[str], rows: Sequence[list[int]]) -> Targets:
         """The same for targets that are tokens already, such as those that the reader has generated."""
         prompts = self.prompts(queries) or [[]] * len(rows)
+        return self._targets(prompts, rows)
+
+    def _targets(self, prompts: Sequence[list[int]], rows: Sequence[list[int]]) -> Targets:
         labels, _ = self._pad([[-100] * len(p) + row for p, row in zip(prompts, rows, strict=True)], -100)
         outputs, _ = self._pad([p + row for p, row in zip(prompts, rows, strict=True)], self.reader_tokenizer.pad_id)
         decoder_ids = outputs.roll(1, dims=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas.model.inputs import LONGEST_FORMATTED, Inputs, ReaderRows, Targets
+from atlas.model.inputs import LONGEST_FORMATTED, Inputs, Judged, ReaderRows, Targets
 from atlas.model.tokenization import LONGEST_PASSAGE, fill_in
 from atlas.runtime.tracking import log
 
@@ -30,32 +30,56 @@ class PromptInputs(Inputs):
         prompts = [self._prompt(query, self._texts(found)) for query, found in zip(queries, passages, strict=True)]
         return self._rows([[prompt] for prompt in prompts], 1)
 
-    def training(
-        self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None, mode: str | None
-    ) -> tuple[ReaderRows, ReaderRows | None]:
-        """The prompts to learn from, with the first `--n_context` passages, and those that judge all passages."""
+    def training(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
+        """The prompts to learn from, with the first `--n_context` passages."""
         n = self.settings.n_context
-        read = self.reader(queries, passages and [found[:n] for found in passages])
-        return read, self.judging(queries, passages, mode) if mode is not None else None
+        return self.reader(queries, passages and [found[:n] for found in passages])
 
-    def judging(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]], mode: str) -> ReaderRows:
-        """The prompts by which a mode judges each passage, (B, K, L).
+    def judging(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[dict[str, Any]]],
+        rows: Sequence[list[int]],
+        mode: str,
+    ) -> Judged:
+        """The prompts by which a mode judges each passage, (B, K, L): with this passage alone, or without it (`loop`).
 
-        A passage is judged by a prompt with this passage alone, or (`loop`) by one with all of the others.
+        For the mode `question` a prompt ends before the question, which is the beginning of the target.
         """
-        rows = []
+        prompts = []
         for query, found in zip(queries, passages, strict=True):
             texts = self._texts(found)
             chosen = [texts[:i] + texts[i + 1 :] if mode == "loop" else [text] for i, text in enumerate(texts)]
-            rows.append([self._prompt(query, some) for some in chosen])
-        return self._rows(rows, max([1, *map(len, passages)]))
+            prompts.append([self._prompt(query, some) for some in chosen])
+        k = max([1, *map(len, passages)])
+        if mode != "question":
+            return Judged(self._rows(prompts, k), self.target_rows(queries, rows))
+        begun, heads, labels, asked = self.prompts(queries) or [[]] * len(rows), [], [], []
+        ends: list[list[int]] = []  # the question, what comes behind it in a prompt, and the answer
+        for query, of_query, start, row in zip(queries, prompts, begun, rows, strict=True):
+            end, n = self._question(query)
+            heads.append([prompt[: -len(end)] for prompt in of_query])
+            ends.append([*end, *start, *row])
+            labels.append([*end[:n], *[-100] * (len(end) - n + len(start)), *row])
+            asked.append([1] * n)
+        targets = self._targets([[]] * len(ends), ends)
+        wide = targets.labels.shape[1]
+        labels = self._pad([row + [-100] * (wide - len(row)) for row in labels], -100)[0]
+        asked = self._pad([row + [0] * (wide - len(row)) for row in asked], 0)[0].bool()
+        return Judged(self._rows(heads, k), Targets(labels, targets.decoder_ids), asked)
 
-    def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
-        """The answers, as they stand behind a prompt, and EOS."""
+    def _question(self, query: str) -> tuple[list[int], int]:
+        """The tokens of a prompt from the question on, and how many of them are the question."""
+        text, query = self._text(query, []), asked(query)
+        start = text.rindex(query)
+        n, behind = (self.reader_tokenizer.count_behind(text, place) for place in (start, start + len(query)))
+        return self.reader_tokenizer.encode([text], eos=False)[0][-n:], n - behind
+
+    def target_tokens(self, targets: Sequence[str]) -> list[list[int]]:
+        """The tokens of each answer, as they stand behind a prompt, and EOS, at most `--target_maxlength`."""
         texts = [SENTINEL.sub("", self._formatted(self.settings.decoder_format, target=one)) for one in targets]
         limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
-        rows = [row + [self.reader_tokenizer.eos_id] for row in self._behind(texts)]
-        return self.target_rows(queries, [row[:limit] for row in rows])
+        return [[*row, self.reader_tokenizer.eos_id][:limit] for row in self._behind(texts)]
 
     def prompts(self, queries: Sequence[str]) -> list[list[int]] | None:
         """The tokens that an answer must begin with; None without `--decoder_prompt_format`."""
@@ -106,13 +130,14 @@ class PromptInputs(Inputs):
         return self._tokens(query, self.reader_tokenizer.cut(texts, room // len(texts)))
 
     def _tokens(self, query: str, texts: Sequence[str]) -> list[int]:
+        tokens = self.reader_tokenizer.encode([self._text(query, texts)], eos=False)[0]
+        return tokens if self._chats else self.reader_tokenizer.start + tokens
+
+    def _text(self, query: str, texts: Sequence[str]) -> str:
         fields = {"passages": "\n\n".join(texts), "query": self._cut(asked(query), LONGEST_FORMATTED)}
         template = with_lines(self.settings.reader_prompt_format)
         prompt = fill_in(template, 100 * LONGEST_PASSAGE, **fields).strip("\n")
-        tokenizer = self.reader_tokenizer
-        if self._chats:
-            return tokenizer.encode([tokenizer.chat(prompt)], eos=False)[0]
-        return tokenizer.start + tokenizer.encode([prompt], eos=False)[0]
+        return self.reader_tokenizer.chat(prompt) if self._chats else prompt
 
     def _rows(self, rows: Sequence[Sequence[list[int]]], k: int) -> ReaderRows:
         """K prompts for each query; other queries have rows without a token."""

@@ -7,13 +7,15 @@ over the passages.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from atlas import config
 from atlas.model.grouping import Fused, fuse
-from atlas.model.inputs import Targets
+from atlas.model.inputs import Judged, Targets
 from atlas.model.interface import Reader
 from atlas.model.losses import distillation_loss, emdr_loss
 from atlas.model.reader import token_log_probabilities
@@ -37,6 +39,7 @@ class Reading(NamedTuple):
     temperature_gold: float = 1.0
     lengths: np.ndarray | None = None  # (B, K) tokens, on the CPU; None: unknown
     together: Fused | None = None  # what `fused` is, where that is there already
+    asked: torch.Tensor | None = None  # (B, T) bool: the targets' tokens that are the question
 
     @property
     def counts(self) -> torch.Tensor:
@@ -46,6 +49,13 @@ class Reading(NamedTuple):
     def fused(self) -> Fused:
         """All passages of a query together: (B, S, d)."""
         return self.together or fuse(self.hidden.flatten(1, 2), self.mask, self.lengths)
+
+
+def reading_of(reader: Reader, judged: Judged, temperature_gold: float) -> Reading:
+    """A reading of what `Inputs.judging` made."""
+    rows, targets, asked = judged
+    hidden = reader.encode(rows.ids, rows.mask).unflatten(1, rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
+    return Reading(reader, hidden, rows.mask, targets, temperature_gold, rows.lengths, asked=asked)
 
 
 Signal = Callable[[Reading], torch.Tensor]
@@ -200,16 +210,36 @@ MODES: dict[str, Mode] = {
 }
 
 
+def likelihood_of_question(reading: Reading, weight: float = 1.0) -> torch.Tensor:
+    """How likely the question is behind each passage (UPR, Sachan et al. 2022, arXiv 2204.07496), and the answer.
+
+    Returns:
+        (B, K): `weight` times the mean over the question's tokens of log P(token | passage k), plus the rest of the
+        weight times the mean over the answer's tokens of log P(token | passage k, question). Both are of one pass.
+    """
+    found, asked = token_log_likelihoods(reading, temperature=1.0), reading.asked  # (B, K, T), (B, T)
+    answered = (reading.targets.labels != -100) & ~asked
+    question, answer = (
+        found.masked_fill(~part[:, None], 0.0).sum(-1) / part.sum(-1).clamp(min=1)[:, None]
+        for part in (asked, answered)
+    )
+    return weight * question + (1 - weight) * answer
+
+
 # The same for a reader that does not fuse: it is given each passage alone, or all but one, in a prompt.
 PROMPT_MODES: dict[str, Mode] = {
     **{name: MODES[name] for name in ("ppmean", "pdist", "emdr")},
     "loop": Mode(prompts_without, _distil),
+    "question": Mode(likelihood_of_question, _distil),
 }
 
 
-def mode_of(name: str, reader: Reader) -> Mode:
-    """How this reader scores passages by this --gold_score_mode. `preflight` has refused what it cannot do."""
-    return (MODES if reader.fuses else PROMPT_MODES)[name]
+def mode_of(settings: config.RetrieverTraining, reader: Reader) -> Mode:
+    """How this reader scores passages. `preflight` has refused the modes that it has not."""
+    signal, loss = (MODES if reader.fuses else PROMPT_MODES)[settings.gold_score_mode]
+    if signal is likelihood_of_question:
+        signal = partial(signal, weight=settings.gold_question_weight)
+    return Mode(signal, loss)
 
 
 def judgements(mode: Mode, reading: Reading) -> torch.Tensor:

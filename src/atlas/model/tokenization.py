@@ -142,6 +142,10 @@ class PromptTokenizer:
         pairs = zip(texts, encodings, strict=True)
         return [text[: found.offsets[max_length - 1][1]] if len(found) > max_length else text for text, found in pairs]
 
+    def count_behind(self, text: str, place: int) -> int:
+        """How many tokens of a text end behind its first `place` characters."""
+        return sum(end > place for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
     def chat(self, text: str) -> str:
         """The text as what a user says, up to where the answer begins."""
         said = [{"role": "user", "content": text}]

@@ -268,11 +268,11 @@ class Trainer:
         passages = found.passages if found else None
         if settings.use_file_passages:
             passages = [example.passages[:k] for example in examples]
-        mode = self.settings.retriever_training.gold_score_mode if learns else None
-        reading, judged = inputs.training(queries, passages, mode)
-        targets = inputs.targets(queries, [example.target for example in examples])
+        reading, rows = inputs.training(queries, passages), inputs.target_tokens([one.target for one in examples])
+        targets = inputs.target_rows(queries, rows)
         if not learns:
             return TrainingTensors(*reading, targets)
+        judged = inputs.judging(queries, passages, rows, self.settings.retriever_training.gold_score_mode)
         query_ids, query_mask = inputs.queries(queries)
         if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
             # a frozen encoder: it would compute what the index holds
@@ -302,7 +302,7 @@ def _joint_model(model: Model, settings: config.Config) -> Atlas:
         model.reader,
         model.retriever,
         n_context=1 if settings.model.closed_book else settings.model.n_context,
-        mode=mode_of(learning.gold_score_mode, model.reader) if learning.train_retriever else None,
+        mode=mode_of(learning, model.reader) if learning.train_retriever else None,
         temperature_gold=learning.temperature_gold,
         temperature_score=learning.temperature_score,
         correlate=learning.compute_crossattention_stats,
