@@ -95,7 +95,8 @@ DEFAULTS = {
         "train_retriever": False,
         "query_side_retriever_training": False,
         "gold_score_mode": "ppmean",
-        "gold_question_weight": 1.0,  # ours
+        "gold_question_weight": 1.0,  # ours, like the next
+        "in_batch_negatives": False,
         "temperature_gold": 0.01,
         "temperature_score": 0.01,
         "freeze_reader": False,  # ours

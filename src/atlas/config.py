@@ -252,6 +252,9 @@ class RetrieverTraining:
         least=0,
         most=1,
     )
+    in_batch_negatives: bool = flag(
+        False, "the passages of the other questions of a step, on all processes, count as useless to a question"
+    )
     temperature_gold: float = flag(0.01, "temperature of the reader's scores", above=0)
     temperature_score: float = flag(0.01, "temperature of the retriever's scores", above=0)
     freeze_reader: bool = flag(False, "the reader judges passages and does not learn; the retriever learns alone")

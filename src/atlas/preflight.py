@@ -91,6 +91,8 @@ def report_plan(config: Config) -> None:
         log.warning("--warmup_steps %d is above --%s %d: the learning rate is never reached", warmup, flag, steps)
     if training.train_retriever and frozen >= total:
         log.warning("--freeze_retriever_steps %d, --total_steps %d: the retriever never learns", frozen, total)
+    if training.in_batch_negatives and config.run.per_gpu_batch_size * distributed.world_size() == 1:
+        log.warning("--in_batch_negatives with a batch of one question: there is no other question")
     if training.train_retriever and config.model.retriever_n_context == 1:
         log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")
 
@@ -163,6 +165,7 @@ def _report_without_effect(config: Config) -> None:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
     for name, has_effect, without in (
+        ("in_batch_negatives", training.train_retriever, "without --train_retriever"),
         ("gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"),
         ("shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"),
         ("use_gradient_checkpoint_reader", not training.freeze_reader, "with --freeze_reader"),

@@ -180,24 +180,38 @@ def watched_logits(reading: Reading) -> tuple[torch.Tensor, dict[str, torch.Tens
 class Mode(NamedTuple):
     """How the reader scores the passages, and the loss that teaches the retriever.
 
-    `loss` takes the retriever's scores (B, K), the signal's result, the reading and `temperature_score`.
+    `loss` takes the retriever's scores (B, K), the signal's result, the reading, `temperature_score`, and perhaps its
+    scores of the passages of other queries (B, M).
     """
 
     signal: Signal
-    loss: Callable[[torch.Tensor, torch.Tensor, Reading, float], torch.Tensor]
+    loss: Callable[..., torch.Tensor]
 
 
-def _distil(scores: torch.Tensor, gold: torch.Tensor, reading: Reading, temperature_score: float) -> torch.Tensor:
+def _distil(
+    scores: torch.Tensor,
+    gold: torch.Tensor,
+    reading: Reading,
+    temperature_score: float,
+    others: torch.Tensor | None = None,
+) -> torch.Tensor:
     temperatures = {"temperature_score": temperature_score, "temperature_gold": reading.temperature_gold}
-    return distillation_loss(scores, gold, reading.counts, **temperatures)
+    return distillation_loss(scores, gold, reading.counts, others, **temperatures)
 
 
 def _tempered_log_likelihoods(reading: Reading) -> torch.Tensor:
     return token_log_likelihoods(reading, reading.temperature_gold)
 
 
-def _marginalise(scores: torch.Tensor, gold: torch.Tensor, reading: Reading, temperature_score: float) -> torch.Tensor:
-    return emdr_loss(scores, gold, reading.targets.labels, reading.counts, temperature_score=temperature_score)
+def _marginalise(
+    scores: torch.Tensor,
+    gold: torch.Tensor,
+    reading: Reading,
+    temperature_score: float,
+    others: torch.Tensor | None = None,
+) -> torch.Tensor:
+    labels = reading.targets.labels
+    return emdr_loss(scores, gold, labels, reading.counts, others, temperature_score=temperature_score)
 
 
 MODES: dict[str, Mode] = {

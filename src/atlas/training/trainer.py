@@ -276,12 +276,13 @@ class Trainer:
         query_ids, query_mask = inputs.queries(queries)
         if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
             # a frozen encoder: it would compute what the index holds
-            embeddings = self.retrieval.index.embeddings_of(found.ids)
-            return TrainingTensors(
-                *reading, targets, query_ids, query_mask, passage_embeddings=embeddings, judged=judged
-            )
-        flat = [passage for of_query in found.passages for passage in of_query]
-        return TrainingTensors(*reading, targets, query_ids, query_mask, *inputs.passages(flat), judged=judged)
+            embeddings = {"passage_embeddings": self.retrieval.index.embeddings_of(found.ids)}
+        else:
+            flat = [passage for of_query in found.passages for passage in of_query]
+            embeddings = inputs.passages(flat)._asdict()
+            embeddings = {f"passage_{name}": part for name, part in embeddings.items()}
+        ids = found.ids.to(query_ids.device)
+        return TrainingTensors(*reading, targets, query_ids, query_mask, **embeddings, found=ids, judged=judged)
 
     def _count(self, losses: Losses) -> None:
         self._means.add("loss/train_loss", losses.total)
@@ -298,7 +299,7 @@ def _joint_model(model: Model, settings: config.Config) -> Atlas:
     """Reader and retriever as one module that computes both losses."""
     learning = settings.retriever_training
     shares_weights = settings.optimisation.shard_grads and not learning.freeze_reader
-    return Atlas(
+    atlas = Atlas(
         model.reader,
         model.retriever,
         n_context=1 if settings.model.closed_book else settings.model.n_context,
@@ -308,6 +309,8 @@ def _joint_model(model: Model, settings: config.Config) -> Atlas:
         correlate=learning.compute_crossattention_stats,
         group_by_length=not (shares_weights and distributed.world_size() > 1),
     )
+    atlas.gather = distributed.gather_alike if learning.in_batch_negatives else None
+    return atlas
 
 
 def _mix(seed: int, example: int) -> int:
