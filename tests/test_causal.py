@@ -400,6 +400,10 @@ def test_what_was_saved_resumes_bit_for_bit(tmp_path):
             {"reader_model_type": world() / "models/reader"} | QUESTION_MODE,
             "question needs a decoder-only language model",
         ),
+        (
+            {"reader_model_type": world() / "models/reader", "rerank_by_reader": 3},
+            "--rerank_by_reader 3 needs a decoder",
+        ),
         ({"task": "multiple_choice"}, "--task multiple_choice needs the `<extra_id_0>` of T5"),
     ],
 )
@@ -426,6 +430,7 @@ def test_flags_of_the_other_kind_of_reader_have_no_effect(tmp_path, caplog):
 def asked(tmp_path_factory):
     home = tmp_path_factory.mktemp("asked")
     run(home, **read_with("chat"), eval_data=None, save_index_path=home / "index", total_steps=2)
+    export_huggingface.main(["--model_path", str(home / "run"), "--output_directory", str(home / "export")])
     return home / "run"
 
 
@@ -479,13 +484,13 @@ def test_bf16_is_close_to_fp32(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1] != losses[0]
 
 
-def test_it_is_exported_with_code_that_answers_as_it_does(asked, tmp_path, capsys, monkeypatch):
-    export_huggingface.main(["--model_path", str(asked), "--output_directory", str(tmp_path / "export")])
+def test_it_is_exported_with_code_that_answers_as_it_does(asked, capsys, monkeypatch):
+    exported = asked.parent / "export"
     saved = load_file(asked / "checkpoint/latest/model.safetensors")
-    reader = load_reader(str(tmp_path / "export/reader"), dropout=None)
+    reader = load_reader(str(exported / "reader"), dropout=None)
     assert all(torch.equal(saved[f"reader.{name}"], parameter) for name, parameter in reader.named_parameters())
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "export/reader/README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path / "export/reader")
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "reader/README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(exported / "reader")
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})
     make = inputs_of("chat", text_maxlength=64)
@@ -496,7 +501,7 @@ def test_it_is_exported_with_code_that_answers_as_it_does(asked, tmp_path, capsy
     rows = make.reader(["what is the capital of France?"], [passages])
     (answer,) = make.reader_tokenizer.decode(reader.write(*hidden_of(reader, rows), max_length=6))
     assert capsys.readouterr().out.splitlines() == answer.splitlines() and answer
-    model = atlas.load(tmp_path / "export", index=asked.parent / "index")
+    model = atlas.load(exported, index=asked.parent / "index")
     assert model.ask("what is it?").text == atlas.load(asked).ask("what is it?").text
 
 
@@ -515,3 +520,31 @@ def test_a_frozen_reader_judges_and_does_not_learn(tmp_path, reader):
     assert not torch.equal(saved[f"retriever.contriever.{name}"], start[name])
     moments = load_file(directory / "checkpoint/latest/optimizer.safetensors")
     assert {key.split("/")[0] for key in moments} == {"retriever", "skipped"}
+
+
+@torch.no_grad()
+def test_passages_are_read_in_the_order_of_the_question_s_likelihood(tmp_path, asked):
+    flags = dict.fromkeys(read_with()) | {"train_data": None, "load_index_path": asked.parent / "index"}
+    found = run(tmp_path, "evaluate", name="found", model_path=asked, **flags | {"n_context": 5})
+    ordered = run(
+        tmp_path, "evaluate", name="ordered", model_path=asked, **flags, rerank_by_reader=4
+    )  # 2 of 4 are read
+    reader, make = load_reader(str(asked.parent / "export/reader"), dropout=None), inputs_of("chat", text_maxlength=64)
+    pairs = zip(read_jsonl(found / "dev-step-0.jsonl"), read_jsonl(ordered / "dev-step-0.jsonl"), strict=True)
+    moved = 0
+    for before, after in pairs:
+        candidates = before["passages"][:4]
+        judged = make.judging([before["query"]], [candidates], [[]], "question")
+        gold = mode_of(learning("question"), reader).signal(reading_of(reader, judged, 1.0))[0].tolist()
+        best = sorted(range(4), key=lambda i: -gold[i])[:2]
+        assert [p["id"] for p in after["passages"]] == [candidates[i]["id"] for i in best]
+        assert [p["score"] for p in after["passages"]] == [candidates[i]["score"] for i in best]
+        moved += best != [0, 1]
+    assert moved > 3
+    log = logging.getLogger("atlas")
+    log.propagate = True
+    log.handlers.clear()
+    model = atlas.load(asked, rerank_by_reader=4)
+    row = read_jsonl(ordered / "dev-step-0.jsonl")[0]
+    answer = model.ask(row["query"])
+    assert answer.text == row["generation"] and [p.id for p in answer.passages] == [p["id"] for p in row["passages"]]

@@ -76,6 +76,7 @@ DEFAULTS = {
         "target_maxlength": None,
         "n_context": 1,
         "retriever_n_context": 5,
+        "rerank_by_reader": None,  # ours
         "retrieve_only": False,
         "use_file_passages": False,
         "closed_book": False,
@@ -396,6 +397,7 @@ REFUSED = [
         {"gold_score_mode": "question", "train_retriever": True, "reader_prompt_format": "{query} {passages}"},
         "--gold_score_mode question needs {passages} and {query} in this order",
     ),
+    ("evaluate", {"rerank_by_reader": 5, "retrieve_only": True}, "--rerank_by_reader 5 needs a reader"),
     ("train", {"gold_question_weight": 1.5}, "--gold_question_weight 1.5 is too large: it must be at most 1"),
     ("train", {"freeze_reader": True}, "--freeze_reader leaves nothing that learns: give --train_retriever"),
     (

@@ -206,6 +206,11 @@ class Model:
     retriever_n_context: int = flag(
         5, "passages retrieved per query in training; the retriever learns from all", least=1
     )
+    rerank_by_reader: int | None = flag(
+        None,
+        "in evaluations, order this many passages by how likely the reader finds the question behind each (none)",
+        least=2,
+    )
     retrieve_only: bool = flag(False, "evaluate retrieval alone; no reader is loaded")
     use_file_passages: bool = flag(False, "read the passages in the data files; no retriever, no index")
     closed_book: bool = flag(False, "no passages: the reader sees the query alone")
@@ -736,6 +741,8 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError(f"--task is missing: give one of {', '.join(TASK_NAMES)}")
     if model.retrieve_only and training:
         raise ValueError("--retrieve_only cannot be trained with: use evaluate.py, or leave the flag out")
+    if model.retrieve_only and model.rerank_by_reader is not None:
+        raise ValueError(f"--rerank_by_reader {model.rerank_by_reader} needs a reader: leave out --retrieve_only")
     if model.closed_book and model.use_file_passages:
         raise ValueError("--closed_book and --use_file_passages exclude each other: leave one out")
     if model.retrieve_only and not model.retrieves:
@@ -746,7 +753,7 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
     if training:
         _check_frozen_reader(config.retriever_training)
-        _check_question_mode(config)
+    _check_question_mode(config)
     if config.run.qrels and not model.retrieves:
         raise ValueError(
             "--qrels judges what is retrieved: leave out --closed_book and --use_file_passages, or --qrels"
@@ -757,13 +764,16 @@ def _check_combinations(config: Config, training: bool) -> None:
 
 def _check_question_mode(config: Config) -> None:
     """Raises: ValueError if passages would not be judged by the question behind them."""
-    prompt, learning = config.model.reader_prompt_format, config.retriever_training
-    if learning.train_retriever and learning.gold_score_mode == "question":
+    prompt, learning, model = config.model.reader_prompt_format, config.retriever_training, config.model
+    asks = {
+        "--gold_score_mode question": learning.train_retriever and learning.gold_score_mode == "question",
+        f"--rerank_by_reader {model.rerank_by_reader}": model.rerank_by_reader is not None,
+    }
+    for flag_name in (name for name, is_asked in asks.items() if is_asked):
         passages, query = prompt.find("{passages"), prompt.rfind("{query")
         if not -1 < passages < query:
             raise ValueError(
-                f"--reader_prompt_format {prompt!r}: --gold_score_mode question needs {{passages}} and {{query}} in "
-                "this order"
+                f"--reader_prompt_format {prompt!r}: {flag_name} needs {{passages}} and {{query}} in this order"
             )
 
 

@@ -61,6 +61,11 @@ def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer |
     for name in ("encoder_format",) if not fuses else ("reader_prompt_format", "passage_format", "chat_template"):
         if config.flags()[name] != FIELDS[name].default:
             log.info("--%s has no effect: it is for a %s reader", name, "decoder-only" if fuses else "T5")
+    if fuses and config.model.rerank_by_reader is not None:
+        raise ValueError(
+            f"--rerank_by_reader {config.model.rerank_by_reader} needs a decoder-only language model, which gives a "
+            "question behind a passage a likelihood: leave it out"
+        )
     if fuses and learning.train_retriever and learning.gold_score_mode not in MODES:
         raise ValueError(
             f"--gold_score_mode {learning.gold_score_mode} needs a decoder-only language model, which gives a question "
@@ -165,6 +170,7 @@ def _report_without_effect(config: Config) -> None:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
     for name, has_effect, without in (
+        ("rerank_by_reader", model.retrieves, "where nothing is retrieved"),
         ("in_batch_negatives", training.train_retriever, "without --train_retriever"),
         ("gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"),
         ("shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"),

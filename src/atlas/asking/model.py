@@ -252,7 +252,8 @@ class AnsweringModel:
             vectors = self.retrieval.embed(queries)
             clock.stop("embed")
             words = [example.words_to_find for example in examples]
-            found = self.retrieval.find(vectors, k, self._excluded(examples), words=words)
+            found = self.retrieval.find(vectors, self._answering.to_find(k), self._excluded(examples), words=words)
+            found = self._answering.rerank(queries, found, k)
             scores = found.scores.tolist()
             clock.stop("search")
             return found.passages, scores

@@ -11,6 +11,8 @@ from atlas import config
 from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import ReaderRows
 from atlas.model.load import Model
+from atlas.model.signals import likelihood_of_question, reading_of
+from atlas.retrieval import Found
 from atlas.runtime import device as devices
 
 
@@ -46,6 +48,23 @@ class Answering:
         rows = self.inputs.reader(queries, passages)
         hidden = self.reader.encode(*rows)  # (B, K, L) -> (B, K·L, d)
         return Encoded(queries, rows, hidden, fuse(hidden, rows.mask, rows.lengths))
+
+    def rerank(self, queries: Sequence[str], found: Found, k: int) -> Found:
+        """The k passages to read: all that were found, but the first --rerank_by_reader in the reader's order."""
+        first = self.settings.rerank_by_reader
+        if first is None or not queries:
+            return found
+        with self.computing():
+            passages = [of_query[:first] for of_query in found.passages]
+            judged = self.inputs.judging(queries, passages, [[] for _ in queries], "question")
+            scores = likelihood_of_question(reading_of(self.reader, judged, 1.0))  # (B, first)
+        order = scores.masked_fill(~judged.rows.mask.any(-1), -torch.inf).argsort(dim=1, descending=True, stable=True)
+        rest = torch.arange(order.shape[1], found.ids.shape[1], device=order.device).expand(len(queries), -1)
+        return found.select(torch.cat([order, rest], dim=1)[:, :k])
+
+    def to_find(self, k: int) -> int:
+        """How many passages are to be found where k are to be read."""
+        return max(k, self.settings.rerank_by_reader or 0)
 
     def write(self, encoded: Encoded, streamer: BaseStreamer | None = None) -> list[list[int]]:
         """The tokens of B answers, as the --generation flags say; `streamer` as for `FusionInDecoder.write`."""
