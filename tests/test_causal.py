@@ -148,6 +148,29 @@ def test_tokenizers_without_a_pad_token_pad_with_the_end_of_text():
     assert [len(pads[kind].start) for kind in KINDS] == [0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (
+            "tokenizer_config.json",
+            b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
+            "no end-of-text token (eos_token)",
+        ),
+        ("tokenizer.json", b"{", "cannot load a language model's tokenizer (tokenizer.json)"),
+        ("tokenizer.json", None, "cannot load a language model's tokenizer (tokenizer.json)"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_named(tmp_path, file, content, said):
+    directory = shutil.copytree(language_model(), tmp_path / "model")
+    (directory / file).unlink()
+    if content is not None:
+        (directory / file).write_bytes(content)
+    for load in (load_reader_tokenizer, lambda name: load_reader(name, dropout=None)):
+        with pytest.raises(OSError, match=re.escape(f"--reader_model_type {directory}: ")) as error:
+            load(str(directory))
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+
 # ---- logits and losses
 
 

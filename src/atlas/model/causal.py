@@ -12,12 +12,12 @@ from contextlib import AbstractContextManager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from atlas.model.pretrained import check_memory, difference
 from atlas.model.prompts import PromptInputs
-from atlas.model.tokenization import pad_rows
+from atlas.model.tokenization import load_prompt_tokenizer, pad_rows
 
 
 class CausalReader(nn.Module):
@@ -159,14 +159,13 @@ def load_causal(name_or_path: str, config: PretrainedConfig, weights: bool) -> C
         with torch.device("meta"):
             check_memory(AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False))
         model = AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    ends = {tokenizer.eos_token_id}  # the end that is learnt, and those that the model was trained with
+    tokenizer = load_prompt_tokenizer(name_or_path)
+    ends = {tokenizer.eos_id}  # the end that is learnt, and those that the model was trained with
     for settings in (config, model.generation_config):
         of_model = settings.eos_token_id
         ends |= set(of_model if isinstance(of_model, list) else [of_model])
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # What else the model's own generation_config.json says, such as penalties, is not asked for here.
-    model.generation_config = GenerationConfig(eos_token_id=sorted(ends - {None}), pad_token_id=pad)
+    model.generation_config = GenerationConfig(eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_id)
     kind = type(model)
     model.__class__ = type(kind.__name__, (CausalReader, kind), {})
     return model

@@ -227,7 +227,10 @@ def load_reader(
     Raises:
         OSError: the model does not exist, the hub cannot be reached, it is of another kind, or weights are missing.
     """
-    with pretrained_errors(FLAG, name_or_path, "a T5 model (config.json and weights)"), quiet_loading(name_or_path):
+    with (
+        pretrained_errors(FLAG, name_or_path, "a T5 or a language model (config.json and weights)"),
+        quiet_loading(name_or_path),
+    ):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if config.model_type not in ("t5", *CAUSAL_TYPES):
             kinds = f"t5 or a decoder-only {', '.join(CAUSAL_TYPES[:-1])} or {CAUSAL_TYPES[-1]}"

@@ -113,8 +113,9 @@ class PromptTokenizer:
         self.pad_id: int = self.eos_id if loaded.pad_token_id is None else loaded.pad_token_id
         self.sentinel_ids: list[int] = []
         self.chats = bool(loaded.chat_template)
-        first, whole = self.encode(["a"], eos=False)[0][0], self._tokenizer.encode("a").ids
-        self.start: list[int] = whole[: whole.index(first)]
+        usual = self._tokenizer.encode("a")
+        added = list(takewhile(bool, usual.special_tokens_mask))
+        self.start: list[int] = usual.ids[: len(added)]
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -182,7 +183,7 @@ class RetrieverTokenizer:
 def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer | PromptTokenizer:
     """The published T5 pipeline, from `tokenizer.json` or `spiece.model` in a local directory or under a hub id.
 
-    If config.json there is that of a decoder-only language model, the tokenizer is its own.
+    If config.json there is that of a decoder-only language model, it is the tokenizer of that.
 
     Raises:
         OSError: neither file can be found or read, or it is not a T5 vocabulary.
@@ -190,15 +191,23 @@ def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer | PromptTokenize
     from transformers.utils.hub import cached_file  # accepts both a local directory and a hub id
 
     with pretrained_errors(READER_FLAG, name_or_path, "a T5 tokenizer (tokenizer.json or spiece.model)"):
-        if _is_causal(cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False)):
-            from transformers import AutoTokenizer
-
-            return PromptTokenizer(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False))
+        causal = _is_causal(cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False))
+    if causal:
+        return load_prompt_tokenizer(name_or_path)
+    with pretrained_errors(READER_FLAG, name_or_path, "a T5 tokenizer (tokenizer.json or spiece.model)"):
         file = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         if file is not None:
             return ReaderTokenizer(_pipeline_of_tokenizer_json(json.loads(Path(file).read_text(encoding="utf-8"))))
         serialized = Path(cached_file(name_or_path, "spiece.model")).read_bytes()
         return ReaderTokenizer(_pipeline_of_sentencepiece(serialized))
+
+
+def load_prompt_tokenizer(name_or_path: str) -> PromptTokenizer:
+    """The tokenizer of a decoder-only language model. Raises: OSError, as `load_reader_tokenizer`."""
+    from transformers import AutoTokenizer
+
+    with pretrained_errors(READER_FLAG, name_or_path, "a language model's tokenizer (tokenizer.json)"):
+        return PromptTokenizer(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False))
 
 
 def _is_causal(config_file: str | None) -> bool:
