@@ -378,6 +378,12 @@ def test_the_likelihood_of_the_question_behind_each_passage_and_of_the_answer(ki
     assert found.rows.mask.any(-1).tolist() == [[True] * 3, [True, False, False]]
 
 
+def test_a_prompt_that_changes_the_question_cannot_judge_by_it():
+    make = inputs_of("plain", reader_prompt_format="{passages} {query!a}")
+    with pytest.raises(ValueError, match="is not in its prompt as it is, so it cannot judge passages"):
+        make.judging(["where is Nzérékoré?"], [PASSAGES[:1]], [[]], "question")
+
+
 # ---- runs
 
 

@@ -68,13 +68,14 @@ class Model:
                     "unused_retriever": {f"retriever.{name}": part for name, part in checkpoint.retriever.items()},
                     "unused_retriever_config": checkpoint.retriever_config,
                 }
+            reader_config = reader.config if reader is not None else None
             inputs = (reader.inputs if reader is not None else Inputs)(
                 settings,
                 reader_tokenizer,
                 retriever_tokenizer,
                 device=device,
-                decoder_start_id=getattr(reader and reader.config, "decoder_start_token_id", None) or 0,
-                reader_positions=getattr(reader and reader.config, "max_position_embeddings", None),
+                decoder_start_id=getattr(reader_config, "decoder_start_token_id", None) or 0,
+                reader_positions=getattr(reader_config, "max_position_embeddings", None),
                 retriever=retriever,
             )
         distributed.wait_for_all("loading the model")

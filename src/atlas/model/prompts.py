@@ -69,9 +69,14 @@ class PromptInputs(Inputs):
         return Judged(self._rows(heads, k), Targets(labels, targets.decoder_ids), asked)
 
     def _question(self, query: str) -> tuple[list[int], int]:
-        """The tokens of a prompt from the question on, and how many of them are the question."""
+        """The tokens of a prompt from the question on, and how many of them are the question. Raises: ValueError."""
         text, query = self._text(query, []), asked(query)
-        start = text.rindex(query)
+        start = text.rfind(query)
+        if start < 0:
+            raise ValueError(
+                f"the question {query[:60]!r} is not in its prompt as it is, so it cannot judge passages: use "
+                "{query} alone in --reader_prompt_format, and --no-chat_template"
+            )
         n, behind = (self.reader_tokenizer.count_behind(text, place) for place in (start, start + len(query)))
         return self.reader_tokenizer.encode([text], eos=False)[0][-n:], n - behind
 
