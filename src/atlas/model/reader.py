@@ -228,7 +228,7 @@ def load_reader(
         OSError: the model does not exist, the hub cannot be reached, it is of another kind, or weights are missing.
     """
     with (
-        pretrained_errors(FLAG, name_or_path, "a T5 or a language model (config.json and weights)"),
+        pretrained_errors(FLAG, name_or_path, "a T5 model or a language model (config.json and weights)"),
         quiet_loading(name_or_path),
     ):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
