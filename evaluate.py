@@ -46,6 +46,7 @@ def measure(config: Config, run: "Session") -> None:
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
     reads = not config.model.retrieve_only or config.tasks.task in TOKENIZING_TASKS
     tokenizer = load_reader_tokenizer(config.model.reader_model_type) if reads else None
+    preflight.check_reader(config, tokenizer)
     data = Data.open_each(config, tokenizer, run.device)
     preflight.check_prompts(config.model, tokenizer, data)
 

@@ -52,11 +52,12 @@ def learn(config: Config, run: "Session") -> None:
 
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
     tokenizer = load_reader_tokenizer(config.model.reader_model_type)
+    preflight.check_reader(config, tokenizer)
     evaluation_data = Data.open_each(config, tokenizer, run.device)
     preflight.check_prompts(config.model, tokenizer, evaluation_data)
     data = Data.open(config.run.train_data, config, tokenizer, training=True)
 
-    # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an optimizer of their own.
+    # Model: T5 as Fusion-in-Decoder (or a language model) reads, Contriever retrieves. Each has its own optimizer.
     learning = config.retriever_training
     model = Model.load(config.model, learning, config.optimisation, start, tokenizer, run.device, training=True)
     optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})

@@ -253,6 +253,8 @@ def changes(config: Config, machine: Machine) -> Iterator[Change]:
         steps = flags["accumulation_steps"] * flags["per_gpu_batch_size"]
         values = {"per_gpu_batch_size": 1, "accumulation_steps": steps}
         yield Change(f"--per_gpu_batch_size 1 --accumulation_steps {steps}", "some time", values)
+    if flags["per_gpu_eval_batch_size"] != 1:
+        yield Change("--per_gpu_eval_batch_size 1", "slower evaluations", {"per_gpu_eval_batch_size": 1})
     if not flags["offload_optimizer"]:
         yield Change("--offload_optimizer", "moments cross the bus in every update", {"offload_optimizer": True})
     if config.model.retrieves and config.index.index_mode == "flat":

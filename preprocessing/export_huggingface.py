@@ -2,7 +2,7 @@
 
 OUTPUT_DIRECTORY must be new or empty. The script writes
 
-  reader/                                 T5: config, safetensors, tokenizer, model card
+  reader/                                 T5 or language model: config, safetensors, tokenizer, model card
   retriever/                              BERT with its pooling: as a directory of sentence-transformers, model card
   query_encoder/ and passage_encoder/     instead of retriever/, if the retriever was trained on the query side
   options.json                            formats and lengths, for `atlas.load`
@@ -47,7 +47,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output_directory", metavar="DIR", type=Path, required=True, help="new, or empty")
     parser.add_argument(
-        "--reader_model_type", metavar="NAME", help="hub id or local directory of its T5 (default: that of the run)"
+        "--reader_model_type", metavar="NAME", help="hub id or local directory of its reader (default: that of the run)"
     )
     parser.add_argument(
         "--retriever_model_path",
@@ -137,16 +137,22 @@ def export_reader(checkpoint: Any, output: Path, name_or_path: str, dtype: str) 
     """Write `reader/`; returns its name. Raises: ValueError, OSError."""
     from transformers.utils.hub import cached_file
 
-    from atlas.model.reader import ALIASES, load_reader, load_reader_state
+    from atlas.model.reader import ALIASES, load_reader
     from atlas.model.tokenization import load_reader_tokenizer
 
     tokenizer = load_reader_tokenizer(name_or_path)
     reader = load_reader(name_or_path, dropout=None, weights=False)
     try:
-        load_reader_state(reader, checkpoint.reader)
+        reader.load_state(checkpoint.reader)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path} and --reader_model_type {name_or_path}: {error}") from error
     config = reader.config
+    if not reader.fuses:
+        directory = write_model(output / "reader", type(reader).__name__, config, {}, checkpoint.reader, dtype)
+        reader.generation_config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        write_card(directory, language_model_card(checkpoint, name_or_path, type(reader).__name__, tokenizer.chats))
+        return [directory.name]
     one_matrix = reader.lm_head.weight is reader.shared.weight
     if config.scale_decoder_outputs and not one_matrix:
         raise ValueError(
@@ -311,6 +317,53 @@ print(tokenizer.decode(answer[0], skip_special_tokens=True))
 
 Use the tokenizer in this directory. It keeps a token for the space before `<extra_id_0>`. The reader was trained with
 it, but T5's own tokenizer in transformers 5 drops it.
+
+{LICENCE}
+"""
+
+
+def language_model_card(checkpoint: Any, name_or_path: str, kind: str, chats: bool) -> str:
+    """The model card of a decoder-only reader, with code that reads several passages."""
+    from atlas.config import Model, Tasks
+    from atlas.model.prompts import asked, with_lines
+
+    flags = checkpoint.options
+    question = flags.get("qa_prompt_format", Tasks.qa_prompt_format).format(question="what is the capital of France?")
+    formats = {
+        name: json.dumps(with_lines(flags.get(name, getattr(Model, name))), ensure_ascii=False)
+        for name in ("reader_prompt_format", "passage_format")
+    }
+    inputs = 'tokenizer(prompt, return_tensors="pt")'
+    if chats and flags.get("chat_template", Model.chat_template):
+        said = '[{"role": "user", "content": prompt}]'
+        inputs = f'tokenizer.apply_chat_template(\n    {said}, add_generation_prompt=True, return_tensors="pt"\n)'
+    longest = flags.get("generation_max_length", Model.generation_max_length) - 1  # without T5's start token
+    return f"""{front_matter("transformers", ["retrieval-augmented-generation"], name_or_path)}
+# Reader of {origin(checkpoint)}
+
+A language model that answers from passages in its prompt, trained as a reader by the method of
+[Atlas](https://arxiv.org/abs/2208.03299). Each passage was cut to
+{flags.get("text_maxlength", Model.text_maxlength)} tokens.
+
+```python
+from transformers import AutoTokenizer, {kind}
+
+directory = "."  # the directory of this file
+tokenizer = AutoTokenizer.from_pretrained(directory)
+reader = {kind}.from_pretrained(directory).eval()
+
+passages = [
+    {{"id": "1", "title": "Paris", "section": "", "text": "Paris is the capital of France."}},
+    {{"id": "2", "title": "Lyon", "section": "", "text": "Lyon lies where the Rhône meets the Saône."}},
+]
+texts = [{formats["passage_format"]}.format(**passage).strip() for passage in passages]
+prompt = {formats["reader_prompt_format"]}.format(
+    passages="\\n\\n".join(texts), query={json.dumps(asked(question), ensure_ascii=False)}
+)
+inputs = {inputs}
+answer = reader.generate(**inputs, max_new_tokens={longest}, do_sample=False)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+```
 
 {LICENCE}
 """

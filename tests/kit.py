@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atlas.config import Tasks, parse_config
 from atlas.tasks import TASKS, Task, TaskSetup
@@ -222,3 +224,62 @@ def is_checkpointing(model: torch.nn.Module) -> bool:
     """Whether a model of transformers computes activations again: the newest calls it otherwise than the oldest."""
     newest = getattr(model, "is_activation_checkpointing", None)
     return model.is_gradient_checkpointing if newest is None else newest
+
+
+CHAT = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@cache
+def language_model(kind: str = "plain") -> Path:
+    """A directory with a tiny untrained Llama and its tokenizer, trained on the world's texts; not to be changed.
+
+    Args:
+        kind: of tokenizer. plain: bytes, without BOS, pad token and chat template; chat: bytes, with pad token and chat
+            template; spaces: like sentencepiece, BOS before every text.
+    """
+    rows = read_jsonl(world() / "passages.jsonl") + read_jsonl(world() / "train.jsonl")
+    texts = [" ".join(str(value) for value in row.values()) for row in rows] + ["Question: Answer: user assistant"] * 20
+    with made_once(f"language-model-{kind}") as (directory, missing):
+        if missing:
+            tokenizer = _byte_tokenizer(texts, kind) if kind != "spaces" else _space_tokenizer(texts)
+            torch.manual_seed(0)
+            _tiny_llama(len(tokenizer), tokenizer.eos_token_id).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _tiny_llama(vocabulary: int, eos: int) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    ends = {"bos_token_id": None, "eos_token_id": eos}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, initializer_range=0.2, **sizes, **more, **ends))
+
+
+def _byte_tokenizer(texts: list[str], kind: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", *(["<|start|>", "<|pad|>"] if kind == "chat" else [])]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    more = {"pad_token": "<|pad|>", "chat_template": CHAT} if kind == "chat" else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", **more)
+
+
+def _space_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=["\n", ":", "?"], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", unk_token="<unk>")

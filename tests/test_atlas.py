@@ -1,20 +1,23 @@
 """Losses and gold scores against slow versions written straight from the formulas."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from atlas.config import Model
 from atlas.model.atlas import Atlas, TrainingTensors, evaluating
 from atlas.model.inputs import Inputs
-from atlas.model.losses import distillation_loss, retriever_scores
+from atlas.model.losses import distillation_loss, emdr_loss, retriever_scores
 from atlas.model.reader import load_reader
 from atlas.model.retriever import load_retriever
 from atlas.model.signals import MODES, Reading
 from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer
-from tests.kit import read_jsonl, world
+from tests.kit import logged, read_jsonl, run, run_on, world
 
 CPU = torch.device("cpu")
 
@@ -236,3 +239,59 @@ def test_evaluating_restores_each_module():
     with evaluating(module):
         assert not module[0].training
     assert module[0].training and not module[1].training
+
+
+# ---- in-batch negatives
+
+
+@pytest.mark.parametrize("mode", ["ppmean", "emdr"])
+def test_the_passages_of_other_queries_take_a_part_of_the_retrievers_distribution(mode):
+    scores, others = torch.tensor([[0.3, 0.1], [0.2, 0.4]]), torch.tensor([[0.5, -torch.inf], [0.0, 0.7]])
+    gold = torch.tensor([[-1.0, -2.0], [-2.0, -1.5]])
+    q = torch.tensor(
+        [
+            [math.exp(score / 0.1) / sum(math.exp(s / 0.1) for s in [*own, *more]) for score in own]
+            for own, more in zip(scores.tolist(), others.tolist(), strict=True)
+        ]
+    )
+    if mode == "ppmean":
+        p = (gold / 0.5).softmax(-1)
+        loss = distillation_loss(scores, gold, None, others, temperature_score=0.1, temperature_gold=0.5)
+        expected = (p * (p / q).log()).sum() / 4
+    else:
+        likelihoods, labels = gold[..., None].expand(2, 2, 3), torch.tensor([[4, 5, -100], [6, -100, -100]])
+        loss = emdr_loss(scores, likelihoods, labels, None, others, temperature_score=0.1)
+        mixture = (gold.exp() * q).sum(-1).log()
+        expected = -(2 * mixture[0] + mixture[1]) / 3
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_query_is_not_taught_that_its_own_passages_are_useless():
+    atlas, embeddings = (
+        Atlas(None, SimpleNamespace(embed_queries=lambda ids, mask: ids), n_context=1),
+        torch.randn(2, 2, 4),
+    )
+    queries, found = torch.randn(2, 4), torch.tensor([[7, 3], [3, 9]])
+    batch = TrainingTensors(*[None] * 4, queries, passage_embeddings=embeddings, found=found)
+    (alone,) = atlas._retriever_scores(batch)
+    atlas.gather = lambda rows: rows
+    scores, others = atlas._retriever_scores(batch)
+    assert torch.equal(scores, alone) and torch.isinf(others).tolist() == [
+        [True, True, True, False],
+        [False, True, True, True],
+    ]
+    assert others[0, 3].item() == pytest.approx((queries[0] @ embeddings[1, 1]).item() / 2, abs=1e-6)
+    assert others[1, 0].item() == pytest.approx((queries[1] @ embeddings[0, 0]).item() / 2, abs=1e-6)
+
+
+@pytest.mark.processes
+def test_negatives_are_those_of_all_ranks(tmp_path):
+    """Two ranks with half a batch each move both encoders as one rank does. The reader's loss would differ."""
+    flags = {"train_retriever": True, "freeze_reader": True, "eval_data": None, "clip": 0, "total_steps": 3}
+    one = run(tmp_path, name="one", **flags, in_batch_negatives=True, per_gpu_batch_size=4)
+    two = run_on(2, tmp_path, name="two", **flags, in_batch_negatives=True, per_gpu_batch_size=2)
+    without = run(tmp_path, name="without", **flags, per_gpu_batch_size=4)
+    losses = [logged(directory, "loss/retriever_loss") for directory in (one, two, without)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5) and losses[0][0] > losses[2][0] + 0.01
+    kept = [load_file(directory / "checkpoint/latest/model.safetensors") for directory in (one, two)]
+    assert_close(*kept, atol=1e-5, rtol=0)

@@ -78,11 +78,15 @@ DEFAULTS = {
         "target_maxlength": None,
         "n_context": 1,
         "retriever_n_context": 5,
+        "rerank_by_reader": None,  # ours
         "retrieve_only": False,
         "use_file_passages": False,
         "closed_book": False,
         "encoder_format": "{query} title: {title} context: {text}",
         "retriever_format": "{title} {text}",
+        "reader_prompt_format": r"{passages}\n\nQuestion: {query}\nAnswer:",  # ours, like the next two
+        "passage_format": r"{title}\n{text}",
+        "chat_template": True,
         "decoder_format": None,
         "decoder_prompt_format": None,
         "generation_max_length": 128,
@@ -94,8 +98,11 @@ DEFAULTS = {
         "train_retriever": False,
         "query_side_retriever_training": False,
         "gold_score_mode": "ppmean",
+        "gold_question_weight": 1.0,  # ours, like the next
+        "in_batch_negatives": False,
         "temperature_gold": 0.01,
         "temperature_score": 0.01,
+        "freeze_reader": False,  # ours
         "freeze_retriever_steps": -1,
         "retrieve_with_rerank": False,
         "n_to_rerank_with_retrieve_with_rerank": 128,
@@ -390,6 +397,19 @@ REFUSED = [
     ("finetune_qa", {"total_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
     ("finetune_qa", {"total_steps": 9}, "--eval_freq 10 must be below --total_steps 9"),
     ("finetune_qa", {"total_steps": 31, "save_freq": 32}, "--save_freq 32 must not be above --total_steps 31"),
+    (
+        "train",
+        {"gold_score_mode": "question", "train_retriever": True, "reader_prompt_format": "{query} {passages}"},
+        "--gold_score_mode question needs {passages} and {query} in this order",
+    ),
+    ("evaluate", {"rerank_by_reader": 5, "retrieve_only": True}, "--rerank_by_reader 5 needs a reader"),
+    ("train", {"gold_question_weight": 1.5}, "--gold_question_weight 1.5 is too large: it must be at most 1"),
+    ("train", {"freeze_reader": True}, "--freeze_reader leaves nothing that learns: give --train_retriever"),
+    (
+        "train",
+        {"freeze_reader": True, "train_retriever": True, "freeze_retriever_steps": 2},
+        "--freeze_retriever_steps 2 with --freeze_reader: nothing learns",
+    ),
     ("train", {"no_such_flag": 1}, "unrecognized arguments: --no_such_flag 1"),
 ]
 

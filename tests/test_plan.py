@@ -73,7 +73,8 @@ def test_a_command_that_does_not_fit_is_told_what_helps(capsys, steps):
     assert status == 1 and "it does not fit" in out
     helps = [line.strip().split("  ")[1] for line in out.partition("What helps")[2].splitlines()[1:]]
     assert helps[0] == "--use_gradient_checkpoint_reader"  # --precision hardly helps this fake step, so it is left out
-    assert helps[1] == "--index_mode faiss --faiss_index_type pq --faiss_code_size 64" and len(helps) == 2
+    assert helps[1] == "--offload_optimizer" and len(helps) == 3
+    assert helps[2] == "--index_mode faiss --faiss_index_type pq --faiss_code_size 64"
 
 
 def test_what_nothing_helps_is_said(capsys, steps):
@@ -144,6 +145,8 @@ def test_an_evaluation_holds_no_gradients(steps):
     need = planner_of(config, training=False).need(config)
     assert set(need.parts) == {"weights", "working memory", "keys and values", "index", "CUDA, NCCL, gaps"}
     assert not steps[0].training and steps[0].per_gpu_batch_size == 2**15 // (40 * 384)
+    smaller = changed(config, {"per_gpu_eval_batch_size": 1})
+    assert planner_of(smaller, training=False).need(smaller).parts["working memory"] == WORKING
     # 12 layers, keys and values of 2 questions of 40 passages of 384 tokens, 768 numbers of 2 bytes
     assert need.parts["keys and values"] == 12 * 2 * 2 * 40 * 384 * 768 * 2
 

@@ -27,7 +27,7 @@ from atlas.options import find_checkpoint, latest_checkpoint, read_options
 # The tasks that come with the package, for help texts. Users add others, so --task is checked when a run starts.
 TASK_NAMES = ("base", "qa", "cloze", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
 TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they build queries with the reader's tokenizer
-GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
+GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr", "question")
 POOLINGS = ("average", "sqrt", "cls")
 PERMUTATIONS = ("single", "cyclic", "all")
 # The libraries that --report_to knows: module -> how to install it. tensorboard, the default, may be missing.
@@ -41,6 +41,7 @@ OF_THE_MODEL = (
     *("reader_model_type", "retriever_model_path", "retriever_pooling", "retriever_normalize"),
     *("retriever_query_prefix", "retriever_passage_prefix", "text_maxlength", "target_maxlength", "n_context"),
     *("encoder_format", "retriever_format", "decoder_format", "decoder_prompt_format", "qa_prompt_format"),
+    *("reader_prompt_format", "passage_format", "chat_template"),
     *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
 )
 # How the reader judges passages, for --write_evidence.
@@ -211,7 +212,9 @@ class Index:
 class Model:
     """Reader and retriever"""
 
-    reader_model_type: str | None = flag(None, "T5-family hub id or local directory; needed unless --retrieve_only")
+    reader_model_type: str | None = flag(
+        None, "hub id or local directory: T5 family, or a decoder-only language model; needed unless --retrieve_only"
+    )
     retriever_model_path: str = flag("facebook/contriever", "hub id or local directory of a BERT-type encoder")
     retriever_pooling: str | None = flag(
         None, "hidden states to embedding: mean, sum / sqrt(length), or first (its config)", choices=POOLINGS
@@ -227,6 +230,11 @@ class Model:
     retriever_n_context: int = flag(
         5, "passages retrieved per query in training; the retriever learns from all", least=1
     )
+    rerank_by_reader: int | None = flag(
+        None,
+        "in evaluations, order this many passages by how likely the reader finds the question behind each (none)",
+        least=2,
+    )
     retrieve_only: bool = flag(False, "evaluate retrieval alone; no reader is loaded")
     use_file_passages: bool = flag(False, "read the passages in the data files; no retriever, no index")
     closed_book: bool = flag(False, "no passages: the reader sees the query alone")
@@ -234,6 +242,15 @@ class Model:
         "{query} title: {title} context: {text}", "reader input, per passage", fields="query title text id section"
     )
     retriever_format: str = flag("{title} {text}", "passage as the retriever embeds it", fields="title text id section")
+    reader_prompt_format: str = flag(
+        r"{passages}\n\nQuestion: {query}\nAnswer:",
+        r"prompt of a decoder-only reader, with \n for a new line; the answer follows",
+        fields="passages query",
+    )
+    passage_format: str = flag(
+        r"{title}\n{text}", "passage in that prompt; an empty line is between two", fields="title text id section"
+    )
+    chat_template: bool = flag(True, "put that prompt into the chat template of the reader's tokenizer, if it has one")
     decoder_format: str | None = flag(None, "target as the reader learns it, with {target}", fields="target")
     decoder_prompt_format: str | None = flag(
         None, "prompt that the decoder continues, may have {query}", fields="query", constant=True
@@ -258,8 +275,18 @@ class RetrieverTraining:
     train_retriever: bool = flag(False, "train the retriever to rank passages as the reader judges them")
     query_side_retriever_training: bool = flag(False, "train the query encoder only; the passage encoder stays frozen")
     gold_score_mode: str = flag("ppmean", "how the reader judges passages", choices=GOLD_SCORE_MODES)
+    gold_question_weight: float = flag(
+        1.0,
+        "--gold_score_mode question: weight of the question's likelihood; that of the answer behind it has the rest",
+        least=0,
+        most=1,
+    )
+    in_batch_negatives: bool = flag(
+        False, "the passages of the other questions of a step, on all processes, count as useless to a question"
+    )
     temperature_gold: float = flag(0.01, "temperature of the reader's scores", above=0)
     temperature_score: float = flag(0.01, "temperature of the retriever's scores", above=0)
+    freeze_reader: bool = flag(False, "the reader judges passages and does not learn; the retriever learns alone")
     freeze_retriever_steps: int = flag(-1, "steps before the retriever starts to learn; -1: none", least=-1)
     retrieve_with_rerank: bool = flag(False, "re-embed the retrieved passages with the current encoder and sort again")
     n_to_rerank_with_retrieve_with_rerank: int = flag(128, "passages to re-embed per query", least=1)
@@ -757,6 +784,8 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError(f"--task is missing: give one of {', '.join(TASK_NAMES)}")
     if model.retrieve_only and training:
         raise ValueError("--retrieve_only cannot be trained with: use evaluate.py, or leave the flag out")
+    if model.retrieve_only and model.rerank_by_reader is not None:
+        raise ValueError(f"--rerank_by_reader {model.rerank_by_reader} needs a reader: leave out --retrieve_only")
     if model.closed_book and model.use_file_passages:
         raise ValueError("--closed_book and --use_file_passages exclude each other: leave one out")
     if model.retrieve_only and not model.retrieves:
@@ -765,12 +794,41 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
     if model.reader_model_type is None and task in TOKENIZING_TASKS:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
+    if training:
+        _check_frozen_reader(config.retriever_training)
+    _check_question_mode(config)
     if config.run.qrels and not model.retrieves:
         raise ValueError(
             "--qrels judges what is retrieved: leave out --closed_book and --use_file_passages, or --qrels"
         )
     if model.retrieves and not config.index.passages and config.index.load_index_path is None:
         raise ValueError("give the corpus with --passages, or a saved index with --load_index_path")
+
+
+def _check_question_mode(config: Config) -> None:
+    """Raises: ValueError if passages would not be judged by the question behind them."""
+    prompt, learning, model = config.model.reader_prompt_format, config.retriever_training, config.model
+    asks = {
+        "--gold_score_mode question": learning.train_retriever and learning.gold_score_mode == "question",
+        f"--rerank_by_reader {model.rerank_by_reader}": model.rerank_by_reader is not None,
+    }
+    for flag_name in (name for name, is_asked in asks.items() if is_asked):
+        passages, query = prompt.find("{passages"), prompt.rfind("{query")
+        if not -1 < passages < query:
+            raise ValueError(
+                f"--reader_prompt_format {prompt!r}: {flag_name} needs {{passages}} and {{query}} in this order"
+            )
+
+
+def _check_frozen_reader(learning: RetrieverTraining) -> None:
+    """Raises: ValueError if nothing would learn in some steps."""
+    if learning.freeze_reader and not learning.train_retriever:
+        raise ValueError("--freeze_reader leaves nothing that learns: give --train_retriever, and passages to retrieve")
+    if learning.freeze_reader and learning.freeze_retriever_steps > 0:
+        raise ValueError(
+            f"--freeze_retriever_steps {learning.freeze_retriever_steps} with --freeze_reader: nothing learns in these "
+            "steps, so leave one out"
+        )
 
 
 def _check_files(config: Config, needed: str | None) -> None:

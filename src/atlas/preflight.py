@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atlas.config import FIELDS, OF_THE_MODEL, Config, Index, Model, say
+from atlas.config import FIELDS, OF_THE_MODEL, TOKENIZING_TASKS, Config, Index, Model, say
+from atlas.model.signals import MODES, PROMPT_MODES
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log, read_shares
@@ -19,7 +20,7 @@ from atlas.tasks import TASKS
 from atlas.tasks.data import Data
 
 if TYPE_CHECKING:
-    from atlas.model.tokenization import ReaderTokenizer
+    from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
 
 
 def check(config: Config, device: torch.device) -> None:
@@ -53,6 +54,42 @@ def check(config: Config, device: torch.device) -> None:
     _report_without_effect(config, device)
 
 
+def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer | None") -> None:
+    """Refuse what a decoder-only reader cannot do, and report the flags that are for the other kind of reader.
+
+    Raises:
+        ValueError: a task or a gold-score mode that needs T5.
+    """
+    if tokenizer is None:
+        return
+    fuses, learning = tokenizer.fuses, config.retriever_training
+    for name in ("encoder_format",) if not fuses else ("reader_prompt_format", "passage_format", "chat_template"):
+        if config.flags()[name] != FIELDS[name].default:
+            log.info("--%s has no effect: it is for a %s reader", name, "decoder-only" if fuses else "T5")
+    if fuses and config.model.rerank_by_reader is not None:
+        raise ValueError(
+            f"--rerank_by_reader {config.model.rerank_by_reader} needs a decoder-only language model, which gives a "
+            "question behind a passage a likelihood: leave it out"
+        )
+    if fuses and learning.train_retriever and learning.gold_score_mode not in MODES:
+        raise ValueError(
+            f"--gold_score_mode {learning.gold_score_mode} needs a decoder-only language model, which gives a question "
+            f"behind a passage a likelihood: give one of {', '.join(MODES)}"
+        )
+    if fuses:
+        return
+    reader = f"--reader_model_type {config.model.reader_model_type} is a decoder-only language model"
+    if config.tasks.task in TOKENIZING_TASKS:
+        raise ValueError(f"--task {config.tasks.task} needs the `<extra_id_0>` of T5, and {reader}: give another task")
+    if learning.train_retriever and learning.gold_score_mode not in PROMPT_MODES:
+        raise ValueError(
+            f"--gold_score_mode {learning.gold_score_mode} looks at T5's cross-attention, and {reader}: give one of "
+            f"{', '.join(PROMPT_MODES)}"
+        )
+    if learning.compute_crossattention_stats:
+        raise ValueError(f"--compute_crossattention_stats looks at T5's cross-attention, and {reader}: leave it out")
+
+
 def report_plan(config: Config) -> None:
     """Warn of a training in which something never comes."""
     training, optimisation = config.retriever_training, config.optimisation
@@ -64,6 +101,8 @@ def report_plan(config: Config) -> None:
         log.warning("--warmup_steps %d is above --%s %d: the learning rate is never reached", warmup, flag, steps)
     if training.train_retriever and frozen >= total:
         log.warning("--freeze_retriever_steps %d, --total_steps %d: the retriever never learns", frozen, total)
+    if training.in_batch_negatives and config.run.per_gpu_batch_size * distributed.world_size() == 1:
+        log.warning("--in_batch_negatives with a batch of one question: there is no other question")
     if training.train_retriever and config.model.retriever_n_context == 1:
         log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")
 
@@ -89,7 +128,9 @@ def report_differences(
         log.warning("%s was trained with other flags, and this run uses its own: %s", source, ", ".join(parts))
 
 
-def check_prompts(settings: Model, tokenizer: "ReaderTokenizer | None", files: Mapping[str, Data]) -> None:
+def check_prompts(
+    settings: Model, tokenizer: "ReaderTokenizer | PromptTokenizer | None", files: Mapping[str, Data]
+) -> None:
     """Refuse a `--decoder_prompt_format` that leaves no room for an answer. Collective.
 
     Args:
@@ -106,7 +147,11 @@ def check_prompts(settings: Model, tokenizer: "ReaderTokenizer | None", files: M
 
 
 def _check_prompts_of(
-    data: Data, settings: Model, tokenizer: "ReaderTokenizer", lines: range, read: Callable[[int], object]
+    data: Data,
+    settings: Model,
+    tokenizer: "ReaderTokenizer | PromptTokenizer",
+    lines: range,
+    read: Callable[[int], object],
 ) -> None:
     longest = settings.generation_max_length - 2  # the decoder's start token, and at least one of the answer
     for line in lines:
@@ -137,6 +182,11 @@ def _report_without_effect(config: Config, device: torch.device) -> None:
     reads_passages = not (model.closed_book or model.retrieve_only)
     writes_passages = config.run.write_results and not config.run.dont_write_passages
     for name, has_effect, without in (
+        ("rerank_by_reader", model.retrieves, "where nothing is retrieved"),
+        ("in_batch_negatives", training.train_retriever, "without --train_retriever"),
+        ("gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"),
+        ("shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"),
+        ("use_gradient_checkpoint_reader", not training.freeze_reader, "with --freeze_reader"),
         ("dont_write_passages", config.run.write_results, "without --write_results"),
         ("write_evidence", reads_passages and writes_passages, "where no passages that were read are written"),
         ("metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"),

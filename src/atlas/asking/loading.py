@@ -17,7 +17,7 @@ from atlas.index.directory import has_index, read_description
 from atlas.index.published import is_published
 from atlas.model.load import Model
 from atlas.model.retriever import PASSAGE, QUERY, TIED, fingerprint
-from atlas.model.tokenization import ReaderTokenizer, load_reader_tokenizer
+from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer, load_reader_tokenizer
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime.session import Session, library_session
@@ -108,7 +108,7 @@ def _retrieval(config: Config, model: Model, session: Session, own_index: bool) 
     return retrieval
 
 
-def _task(config: Config, tokenizer: ReaderTokenizer | None) -> Task:
+def _task(config: Config, tokenizer: ReaderTokenizer | PromptTokenizer | None) -> Task:
     """How questions are put. Raises: ValueError for a task that does not exist."""
     name = config.tasks.task
     if name not in TASKS:

@@ -23,7 +23,7 @@ from atlas.files.jsonl import decode
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
 from atlas.model.signals import watched_logits
-from atlas.model.tokenization import ReaderTokenizer
+from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.tasks import Example, Task
@@ -254,7 +254,8 @@ class AnsweringModel:
             vectors = self.retrieval.embed(queries)
             clock.stop("embed")
             words = [example.words_to_find for example in examples]
-            found = self.retrieval.find(vectors, k, self._excluded(examples), words=words)
+            found = self.retrieval.find(vectors, self._answering.to_find(k), self._excluded(examples), words=words)
+            found = self._answering.rerank(queries, found, k)
             scores = found.scores.tolist()
             clock.stop("search")
             return found.passages, scores
@@ -266,14 +267,18 @@ class AnsweringModel:
         self, encoded: Encoded, rows: Sequence[list[int]], passages: Sequence[Sequence[Passage]]
     ) -> tuple[list[float], list[list[Passage]]]:
         """The scores of the answers, and the passages with what the reader makes of them, given its answer."""
+        rows = self._answering.whole(encoded, rows)
         reading = self._answering.reading(encoded, rows)
         logits, attended = watched_logits(reading)
         labels, lengths = reading.targets.labels, reading.targets.lengths
         certain = token_log_probabilities(logits, labels).sum(-1) / lengths.clamp(min=1)  # (B,)
-        judged = self._answering.judgements(reading)
+        fields = [[passage.fields for passage in of_query] for of_query in passages]
+        judged = self._answering.judgements(encoded, fields, rows)
+        # A reader whose attention cannot be told by passages has none.
+        attention = attended["attention"].tolist() if attended else [[None] * len(row) for row in judged]
         judged_passages = [
             [Passage(p.fields, p.score, *pair) for p, *pair in zip(of_query, *both, strict=False)]
-            for of_query, *both in zip(passages, judged, attended["attention"].tolist(), strict=True)
+            for of_query, *both in zip(passages, judged, attention, strict=True)
         ]
         return certain.exp().tolist(), judged_passages
 
@@ -281,7 +286,9 @@ class AnsweringModel:
 class AnswerStream:
     """The text of an answer, piece by piece as it is written: iterate over it. `answer` has all of it afterwards."""
 
-    def __init__(self, work: Callable[[BaseStreamer], list[Answer]], tokenizer: ReaderTokenizer, skipped: int) -> None:
+    def __init__(
+        self, work: Callable[[BaseStreamer], list[Answer]], tokenizer: ReaderTokenizer | PromptTokenizer, skipped: int
+    ) -> None:
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._work, self._streamer = work, _Pieces(self._pieces, tokenizer, skipped)
         self._answer: Answer | None = None
@@ -326,7 +333,9 @@ class Cancelled(Exception):  # noqa: N818 (nothing went wrong)
 class _Pieces(BaseStreamer):
     """Turns tokens into pieces of text. Decoding may still change what follows the last space, so that waits."""
 
-    def __init__(self, pieces: "queue.SimpleQueue[str | None]", tokenizer: ReaderTokenizer, skipped: int) -> None:
+    def __init__(
+        self, pieces: "queue.SimpleQueue[str | None]", tokenizer: ReaderTokenizer | PromptTokenizer, skipped: int
+    ) -> None:
         self.pieces, self.tokenizer, self.skipped = pieces, tokenizer, skipped
         self.tokens: list[int] = []
         self.said, self.cancelled = "", False

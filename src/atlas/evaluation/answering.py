@@ -11,7 +11,8 @@ from atlas import config
 from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import ReaderRows
 from atlas.model.load import Model
-from atlas.model.signals import MODES, Reading, judgements
+from atlas.model.signals import Reading, judgements, likelihood_of_question, mode_of, reading_of
+from atlas.retrieval import Found
 from atlas.runtime import device as devices
 
 
@@ -57,6 +58,23 @@ class Answering:
         hidden = self.reader.encode(*rows)  # (B, K, L) -> (B, K·L, d)
         return Encoded(queries, rows, hidden, fuse(hidden, rows.mask, rows.lengths))
 
+    def rerank(self, queries: Sequence[str], found: Found, k: int) -> Found:
+        """The k passages to read: all that were found, but the first --rerank_by_reader in the reader's order."""
+        first = self.settings.rerank_by_reader
+        if first is None or not queries:
+            return found
+        with self.computing():
+            passages = [of_query[:first] for of_query in found.passages]
+            judged = self.inputs.judging(queries, passages, [[] for _ in queries], "question")
+            scores = likelihood_of_question(reading_of(self.reader, judged, 1.0))  # (B, first)
+        order = scores.masked_fill(~judged.rows.mask.any(-1), -torch.inf).argsort(dim=1, descending=True, stable=True)
+        rest = torch.arange(order.shape[1], found.ids.shape[1], device=order.device).expand(len(queries), -1)
+        return found.select(torch.cat([order, rest], dim=1)[:, :k])
+
+    def to_find(self, k: int) -> int:
+        """How many passages are to be found where k are to be read."""
+        return max(k, self.settings.rerank_by_reader or 0)
+
     def write(self, encoded: Encoded, streamer: BaseStreamer | None = None) -> list[list[int]]:
         """The tokens of B answers, as the --generation flags say; `streamer` as for `FusionInDecoder.write`."""
         names = ("max_length", "min_length", "num_beams", "length_penalty")
@@ -68,18 +86,27 @@ class Answering:
             **{name: getattr(self.settings, f"generation_{name}") for name in names},
         )
 
-    def reading(self, encoded: Encoded, rows: Sequence[list[int]]) -> Reading:
-        """What the reader's judgement of the passages is computed from, with the tokens of B answers as targets."""
+    def whole(self, encoded: Encoded, rows: Sequence[list[int]]) -> list[list[int]]:
+        """The tokens of B answers with the `</s>` that ended them; one that reached the longest length has none."""
         prompts = self.inputs.prompts(encoded.queries) or [[]] * len(rows)
         longest, end = self.settings.generation_max_length, [self.inputs.reader_tokenizer.eos_id]
-        # An answer that reached the longest length has no `</s>`, so it is not judged by one.
         ended = [1 + len(prompt) + len(row) < longest for prompt, row in zip(prompts, rows, strict=True)]
-        rows = [row + end if whole else row for row, whole in zip(rows, ended, strict=True)]
+        return [row + end if whole else row for row, whole in zip(rows, ended, strict=True)]
+
+    def reading(self, encoded: Encoded, rows: Sequence[list[int]]) -> Reading:
+        """What was read, with the tokens of B whole answers as targets."""
         targets = self.inputs.target_rows(encoded.queries, rows)
         hidden = encoded.hidden.unflatten(1, encoded.rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
         temperature, lengths = self.learning.temperature_gold, encoded.rows.lengths
         return Reading(self.reader, hidden, encoded.rows.mask, targets, temperature, lengths, encoded.fused)
 
-    def judgements(self, reading: Reading) -> list[list[float]]:
-        """How useful each passage was for the answer, as a probability over the passages: B lists of K."""
-        return judgements(MODES[self.learning.gold_score_mode], reading).tolist()
+    def judgements(
+        self, encoded: Encoded, passages: Sequence[Sequence[dict[str, Any]]], rows: Sequence[list[int]]
+    ) -> list[list[float]]:
+        """How useful each passage was for the whole answer, as a probability over the passages: B lists of K."""
+        judged = self.inputs.judging(encoded.queries, passages, rows, self.learning.gold_score_mode)
+        if judged is None:  # by what was read
+            reading = self.reading(encoded, rows)
+        else:
+            reading = reading_of(self.reader, judged, self.learning.temperature_gold)
+        return judgements(mode_of(self.learning, self.reader), reading).tolist()

@@ -153,7 +153,9 @@ class Evaluator:
         if self.retrieval is not None:
             exclude = [example.id for example in examples] if filters_by_id else None
             words = [example.words_to_find for example in examples]
-            found = self.retrieval.search(queries, self.settings.n_context, exclude, words=words)
+            k = self.settings.n_context
+            found = self.retrieval.search(queries, self.answering.to_find(k), exclude, words=words)
+            found = self.answering.rerank(queries, found, k)
             return found.passages, found.scores.tolist()
         if self.settings.use_file_passages:
             return [example.passages[: self.settings.n_context] for example in examples], None
@@ -178,7 +180,7 @@ class Evaluator:
         """The reader's judgement of each example's passages, given its answer, if that is to be written."""
         if not self.write_evidence or passages is None:
             return [None] * len(rows)
-        judged = self.answering.judgements(self.answering.reading(encoded, rows))
+        judged = self.answering.judgements(encoded, passages, self.answering.whole(encoded, rows))
         return [row[: len(of_query)] for row, of_query in zip(judged, passages, strict=True)]
 
     def _choice_logits(

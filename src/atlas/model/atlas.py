@@ -1,6 +1,6 @@
 """The model as one module: from a batch of tensors to the reader's loss and the retriever's loss."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from atlas.model.grouping import fuse
-from atlas.model.inputs import ReaderRows, Targets
+from atlas.model.inputs import Judged, ReaderRows, Targets
+from atlas.model.interface import Reader
 from atlas.model.losses import retriever_scores
-from atlas.model.reader import IGNORE, FusionInDecoder
+from atlas.model.reader import IGNORE
 from atlas.model.retriever import DualEncoder
-from atlas.model.signals import Correlation, Mode, Reading, correlations
+from atlas.model.signals import Correlation, Mode, Reading, correlations, reading_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class TrainingTensors:
     passage_mask: torch.Tensor | None = None
     passage_lengths: np.ndarray | None = None  # (B·K,), on the CPU
     passage_embeddings: torch.Tensor | None = None  # (B, K, D) from the index, when the passage encoder is frozen
+    found: torch.Tensor | None = None  # (B, K) int64: the passages' rows of the index
+    judged: Judged | None = None  # by which passages are judged; None: by what is read
 
     def read(self, start: int, end: int) -> ReaderRows:
         """The reader's rows of some of each query's passages."""
@@ -77,11 +80,17 @@ class Atlas(nn.Module):
         correlate: whether to correlate the gold scores with the decoder's attention.
         group_by_length: whether the reader may encode passages of similar length together. Ranks that share its weights
             must call it equally often.
+
+    Attributes:
+        gather: for in-batch negatives, what puts the rows of all ranks together, (n, …) -> (W·n, …), with gradients.
+            None: a query is compared with its own passages alone.
     """
+
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
         self,
-        reader: FusionInDecoder,
+        reader: Reader,
         retriever: DualEncoder | None,
         *,
         n_context: int,
@@ -117,7 +126,8 @@ class Atlas(nn.Module):
             reading = self._reading(batch, hidden)
             gold = self.mode.signal(reading)  # (B, K), or (B, K, T)
             correlated = correlations(reading, gold) if self.correlate else {}
-        retriever_loss = self.mode.loss(self._retriever_scores(batch), gold, reading, self.temperature_score)
+        scores, *others = self._retriever_scores(batch)
+        retriever_loss = self.mode.loss(scores, gold, reading, self.temperature_score, *others)
         return Losses(reader_loss, retriever_loss, correlated)
 
     def _reading(self, batch: TrainingTensors, hidden: torch.Tensor) -> Reading:
@@ -126,6 +136,8 @@ class Atlas(nn.Module):
         Args:
             hidden: (B, n_context·L, d): the encodings that the reader's loss was computed from.
         """
+        if batch.judged is not None:
+            return reading_of(self.reader, batch.judged, self.temperature_gold)
         k = batch.reader_ids.shape[1]
         rows = batch.read(0, k)
         if self.reader.has_dropout:
@@ -139,12 +151,20 @@ class Atlas(nn.Module):
     def _encode(self, rows: ReaderRows) -> torch.Tensor:  # (B, K, L) -> (B, K·L, d)
         return self.reader.encode(rows.ids, rows.mask, rows.lengths if self.group_by_length else None)
 
-    def _retriever_scores(self, batch: TrainingTensors) -> torch.Tensor:
-        """(B, K). Gradients flow into the query encoder, and into the passage encoder if it is the same module."""
+    def _retriever_scores(self, batch: TrainingTensors) -> tuple[torch.Tensor, ...]:
+        """(B, K), and with `gather` (B, M) of the other queries' passages, -inf where they are the query's own.
+
+        Gradients flow into the query encoder, and into the passage encoder if it is the same module.
+        """
         queries = self.retriever.embed_queries(batch.query_ids, batch.query_mask)  # (B, D)
         passages = batch.passage_embeddings
         if passages is None:
             rows = batch.passage_ids, batch.passage_mask, batch.passage_lengths
             passages = self.retriever.embed_passages(*rows)  # (B·K, D)
             passages = passages.view(len(queries), -1, passages.shape[-1])
-        return retriever_scores(queries, passages)
+        scores = retriever_scores(queries, passages)
+        if self.gather is None:
+            return (scores,)
+        everybody = self.gather(passages.flatten(0, 1)).expand(len(queries), -1, -1)  # (B, W·B·K, D)
+        own = (batch.found[..., None] == self.gather(batch.found.flatten())).any(1)  # (B, K, 1) -> (B, W·B·K)
+        return scores, retriever_scores(queries, everybody).masked_fill(own, -torch.inf)

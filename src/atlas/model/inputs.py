@@ -12,6 +12,7 @@ from atlas.model.retriever import DualEncoder
 from atlas.model.tokenization import (
     LONGEST_PASSAGE,
     LONGEST_TEXT,
+    PromptTokenizer,
     ReaderTokenizer,
     RetrieverTokenizer,
     fill_in,
@@ -46,6 +47,14 @@ class ReaderRows(NamedTuple):
     lengths: np.ndarray | None  # (B, K) tokens, on the CPU; None: unknown
 
 
+class Judged(NamedTuple):
+    """The input by which passages are judged, where it is not what is read, and the targets that are likely or not."""
+
+    rows: ReaderRows
+    targets: Targets
+    asked: torch.Tensor | None = None  # (B, T) bool: the targets' tokens that are the question, not the answer
+
+
 class RetrieverRows(NamedTuple):
     """An encoder's input."""
 
@@ -54,8 +63,10 @@ class RetrieverRows(NamedTuple):
     lengths: np.ndarray  # (n,) tokens, on the CPU
 
 
-def count_filling(queries: Sequence[str], settings: config.Model, tokenizer: ReaderTokenizer) -> int:
+def count_filling(queries: Sequence[str], settings: config.Model, tokenizer: ReaderTokenizer | PromptTokenizer) -> int:
     """How many queries fill `--text_maxlength` alone, so that the reader gets nothing of their passages."""
+    if not tokenizer.fuses:
+        return 0  # a prompt has room for both
     pieces = list(pieces_of(settings.encoder_format))
     before = list(takewhile(lambda piece: piece[1] in (None, "query"), pieces))
     if len(before) == len(pieces):
@@ -74,6 +85,7 @@ class Inputs:
     Args:
         reader_tokenizer, retriever_tokenizer: None if that half is not used.
         decoder_start_id: the token that the decoder starts with.
+        reader_positions: most tokens that the reader has positions for, its answer included; None: any number.
         retriever: gives its longest input, and its prefixes for queries and passages. No reference to it is kept,
             because worker processes get a copy of this object.
     """
@@ -81,14 +93,16 @@ class Inputs:
     def __init__(
         self,
         settings: config.Model,
-        reader_tokenizer: ReaderTokenizer | None,
+        reader_tokenizer: ReaderTokenizer | PromptTokenizer | None,
         retriever_tokenizer: RetrieverTokenizer | None,
         *,
         device: torch.device,
         decoder_start_id: int = 0,
+        reader_positions: int | None = None,
         retriever: DualEncoder | None = None,
     ) -> None:
         self.settings, self.device, self.decoder_start_id = settings, device, decoder_start_id
+        self.reader_positions = reader_positions
         self.reader_tokenizer, self.retriever_tokenizer = reader_tokenizer, retriever_tokenizer
         positions = retriever.max_length if retriever is not None else RETRIEVER_MAXLENGTH
         self.retriever_maxlength = min(settings.text_maxlength, RETRIEVER_MAXLENGTH, positions)
@@ -117,16 +131,41 @@ class Inputs:
         lengths = np.array([len(row) for row in filled], np.int64)
         return ReaderRows(*(part.reshape(len(queries), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
 
+    def training(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
+        """The input to learn from. Of the passages, `Atlas` reads the first `--n_context`."""
+        return self.reader(queries, passages)
+
+    def judging(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[dict[str, Any]]],
+        rows: Sequence[list[int]],
+        mode: str,
+    ) -> Judged | None:
+        """The input by which a gold-score mode judges the passages; None: what is read, as here.
+
+        Args:
+            rows: the targets' tokens.
+        """
+        return None
+
     def targets(self, queries: Sequence[str], targets: Sequence[str]) -> Targets:
         """What the decoder learns to generate: the prompt if there is one (without loss), the target and `</s>`."""
+        return self.target_rows(queries, self.target_tokens(targets))
+
+    def target_tokens(self, targets: Sequence[str]) -> list[list[int]]:
+        """The tokens of each target, `</s>` included, at most `--target_maxlength`."""
         targets = [self._formatted(self.settings.decoder_format, target=target) for target in targets]
         texts = [target if target.endswith("</s>") else f"{target}</s>" for target in targets]
         limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
-        return self.target_rows(queries, self.reader_tokenizer.encode(texts, max_length=limit, eos=False))
+        return self.reader_tokenizer.encode(texts, max_length=limit, eos=False)
 
     def target_rows(self, queries: Sequence[str], rows: Sequence[list[int]]) -> Targets:
         """The same for targets that are tokens already, such as those that the reader has generated."""
         prompts = self.prompts(queries) or [[]] * len(rows)
+        return self._targets(prompts, rows)
+
+    def _targets(self, prompts: Sequence[list[int]], rows: Sequence[list[int]]) -> Targets:
         labels, _ = self._pad([[-100] * len(p) + row for p, row in zip(prompts, rows, strict=True)], -100)
         outputs, _ = self._pad([p + row for p, row in zip(prompts, rows, strict=True)], self.reader_tokenizer.pad_id)
         decoder_ids = outputs.roll(1, dims=1)

@@ -10,9 +10,10 @@ from torch import nn
 from atlas import config
 from atlas.checkpoint import Checkpoint
 from atlas.model.inputs import Inputs
-from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state
+from atlas.model.interface import Reader
+from atlas.model.reader import load_reader
 from atlas.model.retriever import DualEncoder, is_constant, load_retriever, load_retriever_state, state_is_untied
-from atlas.model.tokenization import ReaderTokenizer, load_retriever_tokenizer
+from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer, load_retriever_tokenizer
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import shard_weights
@@ -23,7 +24,7 @@ from atlas.runtime.tracking import log
 class Model:
     """Reader and retriever, and what makes their tensors from text. A half that the run does without is None."""
 
-    reader: FusionInDecoder | None
+    reader: Reader | None
     retriever: DualEncoder | None
     inputs: Inputs
     # The retriever of the checkpoint where the run does without it: saved again as it was read.
@@ -37,7 +38,7 @@ class Model:
         learning: config.RetrieverTraining,
         optimisation: config.Optimisation,
         checkpoint: Checkpoint | None,
-        reader_tokenizer: ReaderTokenizer | None,
+        reader_tokenizer: ReaderTokenizer | PromptTokenizer | None,
         device: torch.device,
         *,
         training: bool,
@@ -45,7 +46,7 @@ class Model:
         """Load what the run needs onto the device; weights come from the checkpoint where it has them. Collective.
 
         Args:
-            training: False to evaluate: nothing learns, and the reader's layers are kept in `--precision`.
+            training: False to evaluate: nothing learns. A reader that does not learn has layers in `--precision`.
 
         Raises:
             OSError: a model cannot be found or reached, and which flag names it.
@@ -57,7 +58,8 @@ class Model:
             reader = retriever = retriever_tokenizer = None
             unused: dict[str, Any] = {}
             if not settings.retrieve_only:
-                reader = _load_reader(settings, optimisation, checkpoint, device, training)
+                learns = training and not learning.freeze_reader
+                reader = _load_reader(settings, optimisation, checkpoint, device, learns)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
                 retriever = _load_retriever(settings, learning, optimisation, checkpoint, training).to(device)
@@ -66,9 +68,16 @@ class Model:
                     "unused_retriever": {f"retriever.{name}": part for name, part in checkpoint.retriever.items()},
                     "unused_retriever_config": checkpoint.retriever_config,
                 }
-            start_id = reader.config.decoder_start_token_id if reader is not None else 0
-            tokenizers = reader_tokenizer, retriever_tokenizer
-            inputs = Inputs(settings, *tokenizers, device=device, decoder_start_id=start_id, retriever=retriever)
+            reader_config = reader.config if reader is not None else None
+            inputs = (reader.inputs if reader is not None else Inputs)(
+                settings,
+                reader_tokenizer,
+                retriever_tokenizer,
+                device=device,
+                decoder_start_id=getattr(reader_config, "decoder_start_token_id", None) or 0,
+                reader_positions=getattr(reader_config, "max_position_embeddings", None),
+                retriever=retriever,
+            )
         distributed.wait_for_all("loading the model")
         return cls(reader, retriever, inputs, **unused)
 
@@ -123,26 +132,30 @@ def _load_reader(
     optimisation: config.Optimisation,
     checkpoint: Checkpoint | None,
     device: torch.device,
-    training: bool,
-) -> FusionInDecoder:
+    learns: bool,
+) -> Reader:
     from_checkpoint = checkpoint is not None and bool(checkpoint.reader)
     reader = load_reader(
         settings.reader_model_type,
-        dropout=optimisation.dropout,
+        dropout=optimisation.dropout if learns else 0.0,
         weights=not from_checkpoint,
-        gradient_checkpointing=optimisation.use_gradient_checkpoint_reader * optimisation.gradient_checkpoint_every,
+        gradient_checkpointing=optimisation.use_gradient_checkpoint_reader
+        * optimisation.gradient_checkpoint_every
+        * learns,
     )
     if from_checkpoint:
-        _load_half(load_reader_state, reader, checkpoint.reader, checkpoint)
+        _load_half(type(reader).load_state, reader, checkpoint.reader, checkpoint)
     dtype = devices.compute_dtype(optimisation.precision)
-    if training and optimisation.shard_grads and distributed.world_size() > 1:
+    if learns and optimisation.shard_grads and distributed.world_size() > 1:
         shard_weights(reader, reader.blocks, device, block_dtype=dtype, forward_methods=("encode",))
         log.info("Each of %d ranks keeps its part of the reader", distributed.world_size())
         return reader
-    if not training and dtype is not None:
-        # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
-        for block in reader.blocks:
-            block.to(dtype)
+    if not learns:
+        reader.requires_grad_(False)
+        if dtype is not None:
+            # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
+            for block in reader.blocks:
+                block.to(dtype)
     return reader.to(device)
 
 

@@ -15,6 +15,7 @@ def distillation_loss(
     scores: torch.Tensor,
     gold_scores: torch.Tensor,
     mask: torch.Tensor | None = None,
+    others: torch.Tensor | None = None,
     *,
     temperature_score: float,
     temperature_gold: float,
@@ -29,13 +30,14 @@ def distillation_loss(
         scores: (B, K), the retriever's scores; gradients flow into them.
         gold_scores: (B, K), the reader's scores of the passages; no gradient flows into them.
         mask: (B, K), true where there is a passage (None: everywhere); everything else is ignored.
+        others: (B, M), the retriever's scores of further passages, which are useless to the query; -inf: none.
 
     Returns:
         A scalar, at least 0; 0 if the mask is empty.
     """
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool)
-    log_q = _log_softmax(scores.float() / temperature_score, mask)
+    log_q = _log_softmax(scores.float() / temperature_score, mask, others, temperature_score)
     p = _log_softmax(gold_scores.detach().float() / temperature_gold, mask).exp()
     divergence = F.kl_div(log_q, p, reduction="none").masked_fill(~mask, 0.0)
     return divergence.sum() / mask.sum().clamp(min=1)
@@ -46,6 +48,7 @@ def emdr_loss(
     log_likelihoods: torch.Tensor,
     labels: torch.Tensor,
     mask: torch.Tensor | None = None,
+    others: torch.Tensor | None = None,
     *,
     temperature_score: float,
 ) -> torch.Tensor:
@@ -59,18 +62,24 @@ def emdr_loss(
         log_likelihoods: (B, K, T), the reader's log-likelihoods of the target's tokens; no gradient flows into them.
         labels: (B, T), -100 at positions that are ignored.
         mask: (B, K), true where there is a passage (None: everywhere); everything else is ignored.
+        others: (B, M), as for `distillation_loss`: they take a part of q.
 
     Returns:
         A scalar; 0 if every token is ignored.
     """
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool)
-    log_q = _log_softmax(scores.float() / temperature_score, mask)
+    log_q = _log_softmax(scores.float() / temperature_score, mask, others, temperature_score)
     mixture = torch.logsumexp(log_likelihoods.detach().float() + log_q[:, :, None], dim=1)  # (B, K, T) -> (B, T)
     counts = labels != -100
     return -mixture.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 
-def _log_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # (B, K), (B, K) -> (B, K)
+def _log_softmax(
+    scores: torch.Tensor, mask: torch.Tensor, others: torch.Tensor | None = None, temperature: float = 1.0
+) -> torch.Tensor:  # (B, K), (B, K), (B, M) -> (B, K)
     # The lowest finite number, not -inf: a row without any passage stays finite, and 0 · log q is 0.
-    return F.log_softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if others is None:
+        return F.log_softmax(scores, dim=-1)
+    return F.log_softmax(torch.cat([scores, others.float() / temperature], dim=1), dim=-1)[:, : scores.shape[1]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 LARGEST_SIZE, MOST_LAYERS = 2**24, 1000
 LONGEST_REASON = 500
+CAUSAL_TYPES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "smollm3")  # decoder-only language models, to read with
 POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 
@@ -92,14 +93,16 @@ def quiet_loading(name_or_path: str) -> Iterator[None]:
 
 
 def set_dropout(module: nn.Module, probability: float) -> None:
-    """Set every dropout in `module`: the Dropout modules and the `dropout` numbers of attention layers."""
+    """Set every dropout in `module`: the Dropout modules and the numbers that attention layers keep."""
     from torch import nn
 
     for child in module.modules():
         if isinstance(child, nn.Dropout):
             child.p = probability
-        elif isinstance(getattr(child, "dropout", None), float | int):
-            child.dropout = probability
+            continue
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(child, name, None), float | int):
+                setattr(child, name, probability)
 
 
 def checkpoint_activations(module: PreTrainedModel, every: int = 1) -> None:
@@ -112,3 +115,10 @@ def checkpoint_activations(module: PreTrainedModel, every: int = 1) -> None:
     layers = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number % every == 0
+
+
+def difference(missing: Iterable[str], unexpected: Iterable[str], shapes: Sequence[str]) -> str:
+    """What is wrong with the names and shapes of weights, as a part of a sentence."""
+    parts = [f"missing {', '.join(sorted(missing))}"] if missing else []
+    parts += [f"unexpected {', '.join(sorted(unexpected))}"] if unexpected else []
+    return "; ".join([*parts, *shapes])

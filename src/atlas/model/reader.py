@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,8 +17,18 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5 import modeling_t5 as t5
 
+from atlas.model.causal import CausalReader, load_causal
 from atlas.model.grouping import encode_by_length
-from atlas.model.pretrained import check_sizes, checkpoint_activations, pretrained_errors, quiet_loading, set_dropout
+from atlas.model.inputs import Inputs
+from atlas.model.pretrained import (
+    CAUSAL_TYPES,
+    check_sizes,
+    checkpoint_activations,
+    difference,
+    pretrained_errors,
+    quiet_loading,
+    set_dropout,
+)
 
 FLAG = "--reader_model_type"
 IGNORE = -100  # label of a position that has no loss
@@ -27,6 +37,8 @@ ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # othe
 
 class FusionInDecoder(T5ForConditionalGeneration):
     """T5 whose encoder reads each passage separately and whose decoder attends to all of them at once."""
+
+    fuses, inputs = True, Inputs
 
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
@@ -165,6 +177,10 @@ class FusionInDecoder(T5ForConditionalGeneration):
             for hook in hooks:
                 hook.remove()
 
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights by their published names. Raises: ValueError, as `load_reader_state`."""
+        load_reader_state(self, state)
+
     def _answer(self, row: list[int]) -> list[int]:
         end = self.config.eos_token_id
         return row[: row.index(end)] if end in row else row
@@ -202,27 +218,33 @@ def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T,
 
 def load_reader(
     name_or_path: str, *, dropout: float | None, weights: bool = True, gradient_checkpointing: int = 0
-) -> FusionInDecoder:
-    """A reader in evaluation mode, with fp32 parameters, from a local T5 directory or a hub id.
+) -> FusionInDecoder | CausalReader:
+    """A reader in evaluation mode, with fp32 parameters, from a local directory or a hub id: a T5, or a language model.
 
-    With `weights=False` only the config is read; the parameters are empty (on the meta device) until
-    `load_reader_state` fills them. `dropout=None` keeps the config's. `gradient_checkpointing=N` recomputes the
-    activations of every N-th layer; 0: of none.
+    With `weights=False` only the config is read; the parameters mean nothing until `load_state` fills them (those of a
+    T5 are on the meta device). `dropout=None` keeps the config's. `gradient_checkpointing=N` recomputes the activations
+    of every N-th layer; 0: of none.
 
     Raises:
-        OSError: the model does not exist, the hub cannot be reached, it is not a T5, or weights are missing.
+        OSError: the model does not exist, the hub cannot be reached, it is of another kind, or weights are missing.
     """
-    with pretrained_errors(FLAG, name_or_path, "a T5 model (config.json and weights)"), quiet_loading(name_or_path):
+    with (
+        pretrained_errors(FLAG, name_or_path, "a T5 model or a language model (config.json and weights)"),
+        quiet_loading(name_or_path),
+    ):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        if config.model_type != "t5":
-            raise ValueError(f"its config.json says model_type {config.model_type}, not t5")
+        if config.model_type not in ("t5", *CAUSAL_TYPES):
+            kinds = f"t5 or a decoder-only {', '.join(CAUSAL_TYPES[:-1])} or {CAUSAL_TYPES[-1]}"
+            raise ValueError(f"its config.json says model_type {config.model_type}, not {kinds}")
         check_sizes(config)
-        if weights:
+        if config.model_type in CAUSAL_TYPES:
+            reader = load_causal(name_or_path, config, weights)
+        elif weights:
             reader, report = FusionInDecoder.from_pretrained(
                 name_or_path, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
             )
             if report["missing_keys"] or report["unexpected_keys"]:
-                raise ValueError(_difference(report["missing_keys"], report["unexpected_keys"], []))
+                raise ValueError(difference(report["missing_keys"], report["unexpected_keys"], []))
             reader.tie_output_embeddings(reader.lm_head.weight is reader.shared.weight)
         else:
             with torch.device("meta"):
@@ -260,7 +282,7 @@ def load_reader_state(reader: FusionInDecoder, state: Mapping[str, Tensor]) -> N
     ]
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
     if missing or unexpected or shapes:
-        raise ValueError(f"these weights do not fit the reader: {_difference(missing, unexpected, shapes)}")
+        raise ValueError(f"these weights do not fit the reader: {difference(missing, unexpected, shapes)}")
     assign = reader.shared.weight.is_meta
     reader.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False, assign=assign)
     reader.set_input_embeddings(reader.shared)
@@ -365,9 +387,3 @@ def _once_for_two(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def _difference(missing: Iterable[str], unexpected: Iterable[str], shapes: Sequence[str]) -> str:
-    parts = [f"missing {', '.join(sorted(missing))}"] if missing else []
-    parts += [f"unexpected {', '.join(sorted(unexpected))}"] if unexpected else []
-    return "; ".join([*parts, *shapes])

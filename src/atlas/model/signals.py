@@ -7,15 +7,18 @@ over the passages.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from atlas import config
 from atlas.model.grouping import Fused, fuse
-from atlas.model.inputs import Targets
+from atlas.model.inputs import Judged, Targets
+from atlas.model.interface import Reader
 from atlas.model.losses import distillation_loss, emdr_loss
-from atlas.model.reader import FusionInDecoder, token_log_probabilities
+from atlas.model.reader import token_log_probabilities
 
 # `leave_one_out` scores this many passages in one call of the decoder. More of them take more memory but need fewer
 # projections of keys and values. It must not depend on the data: where weights are sharded, all ranks must call the
@@ -29,13 +32,14 @@ PUBLISHED_SCALE = 256  # the published attention scores are divided by it, and t
 class Reading(NamedTuple):
     """What a signal is computed from: a batch and the reader in evaluation mode."""
 
-    reader: FusionInDecoder
+    reader: Reader
     hidden: torch.Tensor  # (B, K, L, d): encodings of each passage
     mask: torch.Tensor  # (B, K, L) bool; a row without any token is not a passage
     targets: Targets
     temperature_gold: float = 1.0
     lengths: np.ndarray | None = None  # (B, K) tokens, on the CPU; None: unknown
     together: Fused | None = None  # what `fused` is, where that is there already
+    asked: torch.Tensor | None = None  # (B, T) bool: the targets' tokens that are the question
 
     @property
     def counts(self) -> torch.Tensor:
@@ -45,6 +49,13 @@ class Reading(NamedTuple):
     def fused(self) -> Fused:
         """All passages of a query together: (B, S, d)."""
         return self.together or fuse(self.hidden.flatten(1, 2), self.mask, self.lengths)
+
+
+def reading_of(reader: Reader, judged: Judged, temperature_gold: float) -> Reading:
+    """A reading of what `Inputs.judging` made."""
+    rows, targets, asked = judged
+    hidden = reader.encode(rows.ids, rows.mask).unflatten(1, rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
+    return Reading(reader, hidden, rows.mask, targets, temperature_gold, rows.lengths, asked=asked)
 
 
 Signal = Callable[[Reading], torch.Tensor]
@@ -114,6 +125,12 @@ def leave_one_out(reading: Reading) -> torch.Tensor:
     return torch.cat(scores, dim=1).masked_fill(alone, 0.0)
 
 
+def prompts_without(reading: Reading) -> torch.Tensor:
+    """`leave_one_out` of a reader that judges by prompts, of which each has all passages but one."""
+    alone = reading.mask.any(-1).sum(-1, keepdim=True) <= 1  # (B, 1)
+    return (-perplexity(reading)).masked_fill(alone, 0.0)
+
+
 def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
     """The decoder's cross-attention to each passage, when it reads all of them and is given the target.
 
@@ -127,9 +144,14 @@ def attention_statistics(reading: Reading) -> dict[str, torch.Tensor]:
 
 
 def watched_logits(reading: Reading) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What the decoder makes of the target, (B, T, V), and where it looked: the `attention_statistics` of that pass."""
+    """What the decoder makes of the target, (B, T, V), and where it looked: the `attention_statistics` of that pass.
+
+    There are none of a reader that does not fuse.
+    """
     targets, fused = reading.targets, reading.fused()
     mask = fused.mask  # (B, S)
+    if not reading.reader.fuses:
+        return reading.reader.logits(fused.hidden, mask, targets.decoder_ids), {}
     has_label = (targets.labels != -100).float()  # (B, T)
     sums = torch.zeros(3, *mask.shape, device=mask.device)
 
@@ -158,24 +180,38 @@ def watched_logits(reading: Reading) -> tuple[torch.Tensor, dict[str, torch.Tens
 class Mode(NamedTuple):
     """How the reader scores the passages, and the loss that teaches the retriever.
 
-    `loss` takes the retriever's scores (B, K), the signal's result, the reading and `temperature_score`.
+    `loss` takes the retriever's scores (B, K), the signal's result, the reading, `temperature_score`, and perhaps its
+    scores of the passages of other queries (B, M).
     """
 
     signal: Signal
-    loss: Callable[[torch.Tensor, torch.Tensor, Reading, float], torch.Tensor]
+    loss: Callable[..., torch.Tensor]
 
 
-def _distil(scores: torch.Tensor, gold: torch.Tensor, reading: Reading, temperature_score: float) -> torch.Tensor:
+def _distil(
+    scores: torch.Tensor,
+    gold: torch.Tensor,
+    reading: Reading,
+    temperature_score: float,
+    others: torch.Tensor | None = None,
+) -> torch.Tensor:
     temperatures = {"temperature_score": temperature_score, "temperature_gold": reading.temperature_gold}
-    return distillation_loss(scores, gold, reading.counts, **temperatures)
+    return distillation_loss(scores, gold, reading.counts, others, **temperatures)
 
 
 def _tempered_log_likelihoods(reading: Reading) -> torch.Tensor:
     return token_log_likelihoods(reading, reading.temperature_gold)
 
 
-def _marginalise(scores: torch.Tensor, gold: torch.Tensor, reading: Reading, temperature_score: float) -> torch.Tensor:
-    return emdr_loss(scores, gold, reading.targets.labels, reading.counts, temperature_score=temperature_score)
+def _marginalise(
+    scores: torch.Tensor,
+    gold: torch.Tensor,
+    reading: Reading,
+    temperature_score: float,
+    others: torch.Tensor | None = None,
+) -> torch.Tensor:
+    labels = reading.targets.labels
+    return emdr_loss(scores, gold, labels, reading.counts, others, temperature_score=temperature_score)
 
 
 MODES: dict[str, Mode] = {
@@ -186,6 +222,38 @@ MODES: dict[str, Mode] = {
     "loop": Mode(leave_one_out, _distil),
     "emdr": Mode(_tempered_log_likelihoods, _marginalise),
 }
+
+
+def likelihood_of_question(reading: Reading, weight: float = 1.0) -> torch.Tensor:
+    """How likely the question is behind each passage (UPR, Sachan et al. 2022, arXiv 2204.07496), and the answer.
+
+    Returns:
+        (B, K): `weight` times the mean over the question's tokens of log P(token | passage k), plus the rest of the
+        weight times the mean over the answer's tokens of log P(token | passage k, question). Both are of one pass.
+    """
+    found, asked = token_log_likelihoods(reading, temperature=1.0), reading.asked  # (B, K, T), (B, T)
+    answered = (reading.targets.labels != -100) & ~asked
+    question, answer = (
+        found.masked_fill(~part[:, None], 0.0).sum(-1) / part.sum(-1).clamp(min=1)[:, None]
+        for part in (asked, answered)
+    )
+    return weight * question + (1 - weight) * answer
+
+
+# The same for a reader that does not fuse: it is given each passage alone, or all but one, in a prompt.
+PROMPT_MODES: dict[str, Mode] = {
+    **{name: MODES[name] for name in ("ppmean", "pdist", "emdr")},
+    "loop": Mode(prompts_without, _distil),
+    "question": Mode(likelihood_of_question, _distil),
+}
+
+
+def mode_of(settings: config.RetrieverTraining, reader: Reader) -> Mode:
+    """How this reader scores passages. `preflight` has refused the modes that it has not."""
+    signal, loss = (MODES if reader.fuses else PROMPT_MODES)[settings.gold_score_mode]
+    if signal is likelihood_of_question:
+        signal = partial(signal, weight=settings.gold_question_weight)
+    return Mode(signal, loss)
 
 
 def judgements(mode: Mode, reading: Reading) -> torch.Tensor:

@@ -22,10 +22,11 @@ from tokenizers import Tokenizer
 from tokenizers import __version__ as library_version
 from tokenizers.processors import TemplateProcessing
 
-from atlas.model.pretrained import pretrained_errors
+from atlas.model.pretrained import CAUSAL_TYPES, pretrained_errors
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 LIBRARY = f"tokenizers {library_version}"
 N_SENTINELS = 100
@@ -42,11 +43,14 @@ CLEAN_UP += [(f" {suffix}", suffix) for suffix in ("n't", "'m", "'s", "'ve", "'r
 class ReaderTokenizer:
     """T5 tokenizer. Picklable. The tokenizers library encodes batches in parallel.
 
-    Attributes: `pad_id`, `eos_id`, `sentinel_ids` (`sentinel_ids[n]` is the id of `<extra_id_n>`).
+    Attributes: `pad_id`, `eos_id`, `sentinel_ids` (`sentinel_ids[n]` is the id of `<extra_id_n>`), `fuses` (as
+    `atlas.model.interface.Reader` says).
 
     Raises:
         ValueError: the vocabulary lacks `<pad>`, `</s>` or `<extra_id_0>`.
     """
+
+    fuses = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -86,6 +90,78 @@ class ReaderTokenizer:
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+class PromptTokenizer:
+    """The tokenizer of a decoder-only language model. Picklable.
+
+    Attributes: as of `ReaderTokenizer`, but there are no sentinels; `chats` (whether it has a chat template); `start`
+    (what its own pipeline puts before a text: BOS, or nothing). A vocabulary without a pad token is padded with EOS,
+    which nobody looks at.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token, or no fast implementation.
+    """
+
+    fuses = False
+
+    def __init__(self, loaded: PreTrainedTokenizerBase) -> None:
+        if loaded.eos_token_id is None:
+            raise ValueError("its tokenizer has no end-of-text token (eos_token), so no answer would ever end")
+        self._loaded, self._tokenizer = loaded, loaded.backend_tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.eos_id: int = loaded.eos_token_id
+        self.pad_id: int = self.eos_id if loaded.pad_token_id is None else loaded.pad_token_id
+        self.sentinel_ids: list[int] = []
+        self.chats = bool(loaded.chat_template)
+        usual = self._tokenizer.encode("a")
+        added = list(takewhile(bool, usual.special_tokens_mask))
+        self.start: list[int] = usual.ids[: len(added)]
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None, eos: bool = True) -> list[list[int]]:
+        """Token ids of each text, at most `max_length`. With `eos` the last one is always EOS; there is no BOS."""
+        return _encode(self._tokenizer, texts, max_length, [], [self.eos_id] if eos else [])
+
+    def encode_behind(self, before: str, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as it stands behind `before`, which is not part of them.
+
+        Some tokenizers put a space before every text that they are given: here, only where there is one.
+        """
+        given = self.encode([before], eos=False)[0]
+        behind = self.encode([before + text for text in texts], eos=False)
+        alone = self.encode(texts, eos=False)
+        n = len(given)
+        return [row[n:] if row[:n] == given else own for row, own in zip(behind, alone, strict=True)]
+
+    def cut(self, texts: Sequence[str], max_length: int) -> list[str]:
+        """The beginning of each text that has at most so many tokens."""
+        encodings = [
+            one for part in _parts(texts) for one in self._tokenizer.encode_batch(part, add_special_tokens=False)
+        ]
+        pairs = zip(texts, encodings, strict=True)
+        return [text[: found.offsets[max_length - 1][1]] if len(found) > max_length else text for text, found in pairs]
+
+    def count_behind(self, text: str, place: int) -> int:
+        """How many tokens of a text end behind its first `place` characters."""
+        return sum(end > place for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets)
+
+    def chat(self, text: str) -> str:
+        """The text as what a user says, up to where the answer begins."""
+        said = [{"role": "user", "content": text}]
+        return self._loaded.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+
+    def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """Text of each row of ids, without spaces around it."""
+        texts = self._tokenizer.decode_batch([list(row) for row in rows], skip_special_tokens=skip_special_tokens)
+        return [text.strip() for text in texts]
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write the files that transformers' AutoTokenizer loads."""
+        self._loaded.save_pretrained(directory)
+
+
 class RetrieverTokenizer:
     """BERT tokenizer: `[CLS] … [SEP]`. Picklable. Attribute: `pad_id`."""
 
@@ -104,8 +180,10 @@ class RetrieverTokenizer:
         return repr((self._tokenizer.to_str(), self._cls_id, self._sep_id))
 
 
-def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer:
+def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer | PromptTokenizer:
     """The published T5 pipeline, from `tokenizer.json` or `spiece.model` in a local directory or under a hub id.
+
+    If config.json there is that of a decoder-only language model, it is the tokenizer of that.
 
     Raises:
         OSError: neither file can be found or read, or it is not a T5 vocabulary.
@@ -113,11 +191,30 @@ def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer:
     from transformers.utils.hub import cached_file  # accepts both a local directory and a hub id
 
     with pretrained_errors(READER_FLAG, name_or_path, "a T5 tokenizer (tokenizer.json or spiece.model)"):
+        causal = _is_causal(cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False))
+    if causal:
+        return load_prompt_tokenizer(name_or_path)
+    with pretrained_errors(READER_FLAG, name_or_path, "a T5 tokenizer (tokenizer.json or spiece.model)"):
         file = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         if file is not None:
             return ReaderTokenizer(_pipeline_of_tokenizer_json(json.loads(Path(file).read_text(encoding="utf-8"))))
         serialized = Path(cached_file(name_or_path, "spiece.model")).read_bytes()
         return ReaderTokenizer(_pipeline_of_sentencepiece(serialized))
+
+
+def load_prompt_tokenizer(name_or_path: str) -> PromptTokenizer:
+    """The tokenizer of a decoder-only language model. Raises: OSError, as `load_reader_tokenizer`."""
+    from transformers import AutoTokenizer
+
+    with pretrained_errors(READER_FLAG, name_or_path, "a language model's tokenizer (tokenizer.json)"):
+        return PromptTokenizer(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False))
+
+
+def _is_causal(config_file: str | None) -> bool:
+    """Whether a config.json is that of a decoder-only language model; what else may be in it is looked at later."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        return json.loads(Path(config_file or "").read_text(encoding="utf-8")).get("model_type") in CAUSAL_TYPES
+    return False
 
 
 def load_retriever_tokenizer(name_or_path: str) -> RetrieverTokenizer:

@@ -207,6 +207,27 @@ def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
 
 
+def gather_alike(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in rank order, which have n each: (n, …) -> (W·n, …).
+
+    Gradients flow to the rank that a row is from, which gets the sum of those of all ranks.
+    """
+    return rows if world_size() == 1 else _Gathering.apply(rows)
+
+
+class _Gathering(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        with _lost_rank_errors("gather_alike"):
+            dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return sum_over_ranks(gradient.contiguous()).chunk(world_size())[rank()]
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The element-wise sum of the ranks' tensors, in place; shapes, dtypes and device types must agree."""
     if world_size() > 1:

@@ -14,7 +14,7 @@ from atlas.checkpoint import Checkpoint, Contents, check_way, note_evaluation, s
 from atlas.evaluation.evaluator import Evaluator
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.load import Model
-from atlas.model.signals import MODES
+from atlas.model.signals import mode_of
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -272,20 +272,24 @@ class Trainer:
         passages = found.passages if found else None
         if settings.use_file_passages:
             passages = [example.passages[:k] for example in examples]
-        reading = inputs.reader(queries, passages)
+        reading, rows = inputs.training(queries, passages), inputs.target_tokens([one.target for one in examples])
         self._given = {"tokens_per_second": int(reading.lengths.sum())}
         if passages is not None:
             self._given["passages_per_second"] = sum(map(len, passages))
-        targets = inputs.targets(queries, [example.target for example in examples])
+        targets = inputs.target_rows(queries, rows)
         if not learns:
             return TrainingTensors(*reading, targets)
+        judged = inputs.judging(queries, passages, rows, self.settings.retriever_training.gold_score_mode)
         query_ids, query_mask = inputs.queries(queries)
         if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
             # a frozen encoder: it would compute what the index holds
-            embeddings = self.retrieval.index.embeddings_of(found.ids)
-            return TrainingTensors(*reading, targets, query_ids, query_mask, passage_embeddings=embeddings)
-        flat = [passage for of_query in found.passages for passage in of_query]
-        return TrainingTensors(*reading, targets, query_ids, query_mask, *inputs.passages(flat))
+            embeddings = {"passage_embeddings": self.retrieval.index.embeddings_of(found.ids)}
+        else:
+            flat = [passage for of_query in found.passages for passage in of_query]
+            embeddings = inputs.passages(flat)._asdict()
+            embeddings = {f"passage_{name}": part for name, part in embeddings.items()}
+        ids = found.ids.to(query_ids.device)
+        return TrainingTensors(*reading, targets, query_ids, query_mask, **embeddings, found=ids, judged=judged)
 
     def _count(self, losses: Losses) -> None:
         self._means.add("loss/train_loss", losses.total)
@@ -303,17 +307,20 @@ class Trainer:
 
 def _joint_model(model: Model, settings: config.Config) -> Atlas:
     """Reader and retriever as one module that computes both losses."""
-    learning, shares_weights = settings.retriever_training, settings.optimisation.shard_grads
-    return Atlas(
+    learning = settings.retriever_training
+    shares_weights = settings.optimisation.shard_grads and not learning.freeze_reader
+    atlas = Atlas(
         model.reader,
         model.retriever,
         n_context=1 if settings.model.closed_book else settings.model.n_context,
-        mode=MODES[learning.gold_score_mode] if learning.train_retriever else None,
+        mode=mode_of(learning, model.reader) if learning.train_retriever else None,
         temperature_gold=learning.temperature_gold,
         temperature_score=learning.temperature_score,
         correlate=learning.compute_crossattention_stats,
         group_by_length=not (shares_weights and distributed.world_size() > 1),
     )
+    atlas.gather = distributed.gather_alike if learning.in_batch_negatives else None
+    return atlas
 
 
 def _mix(seed: int, example: int) -> int:

@@ -1,0 +1,164 @@
+"""The input of a decoder-only reader: passages and question in one prompt, and the answer that is to follow."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from atlas.model.inputs import LONGEST_FORMATTED, Inputs, Judged, ReaderRows, Targets
+from atlas.model.tokenization import LONGEST_PASSAGE, fill_in
+from atlas.runtime.tracking import log
+
+# How T5 is asked for what is missing in a text. A prompt has words of its own around a question.
+SENTINEL = re.compile(r"<extra_id_\d+>")
+QUESTION = re.compile(r"question: (.*) answer: <extra_id_0>", re.DOTALL)
+GAP = "___"
+
+
+class PromptInputs(Inputs):
+    """`Inputs` for a reader that reads everything in one prompt.
+
+    `--text_maxlength` holds for each passage, which is cut at its end. The question is never cut.
+    """
+
+    _warned_of_positions = False
+
+    def reader(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
+        """A prompt for each query with its passages, (B, 1, L)."""
+        passages = [[]] * len(queries) if passages is None else passages
+        prompts = [self._prompt(query, self._texts(found)) for query, found in zip(queries, passages, strict=True)]
+        return self._rows([[prompt] for prompt in prompts], 1)
+
+    def training(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
+        """The prompts to learn from, with the first `--n_context` passages."""
+        n = self.settings.n_context
+        return self.reader(queries, passages and [found[:n] for found in passages])
+
+    def judging(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[dict[str, Any]]],
+        rows: Sequence[list[int]],
+        mode: str,
+    ) -> Judged:
+        """The prompts by which a mode judges each passage, (B, K, L): with this passage alone, or without it (`loop`).
+
+        For the mode `question` a prompt ends before the question, which is the beginning of the target.
+        """
+        prompts = []
+        for query, found in zip(queries, passages, strict=True):
+            texts = self._texts(found)
+            chosen = [texts[:i] + texts[i + 1 :] if mode == "loop" else [text] for i, text in enumerate(texts)]
+            prompts.append([self._prompt(query, some) for some in chosen])
+        k = max([1, *map(len, passages)])
+        if mode != "question":
+            return Judged(self._rows(prompts, k), self.target_rows(queries, rows))
+        begun, heads, labels, asked = self.prompts(queries) or [[]] * len(rows), [], [], []
+        ends: list[list[int]] = []  # the question, what comes behind it in a prompt, and the answer
+        for query, of_query, start, row in zip(queries, prompts, begun, rows, strict=True):
+            end, n = self._question(query)
+            heads.append([prompt[: -len(end)] for prompt in of_query])
+            ends.append([*end, *start, *row])
+            labels.append([*end[:n], *[-100] * (len(end) - n + len(start)), *row])
+            asked.append([1] * n)
+        targets = self._targets([[]] * len(ends), ends)
+        wide = targets.labels.shape[1]
+        labels = self._pad([row + [-100] * (wide - len(row)) for row in labels], -100)[0]
+        asked = self._pad([row + [0] * (wide - len(row)) for row in asked], 0)[0].bool()
+        return Judged(self._rows(heads, k), Targets(labels, targets.decoder_ids), asked)
+
+    def _question(self, query: str) -> tuple[list[int], int]:
+        """The tokens of a prompt from the question on, and how many of them are the question. Raises: ValueError."""
+        text, query = self._text(query, []), asked(query)
+        start = text.rfind(query)
+        if start < 0:
+            raise ValueError(
+                f"the question {query[:60]!r} is not in its prompt as it is, so it cannot judge passages: use "
+                "{query} alone in --reader_prompt_format, and --no-chat_template"
+            )
+        n, behind = (self.reader_tokenizer.count_behind(text, place) for place in (start, start + len(query)))
+        return self.reader_tokenizer.encode([text], eos=False)[0][-n:], n - behind
+
+    def target_tokens(self, targets: Sequence[str]) -> list[list[int]]:
+        """The tokens of each answer, as they stand behind a prompt, and EOS, at most `--target_maxlength`."""
+        texts = [SENTINEL.sub("", self._formatted(self.settings.decoder_format, target=one)) for one in targets]
+        limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
+        return [[*row, self.reader_tokenizer.eos_id][:limit] for row in self._behind(texts)]
+
+    def prompts(self, queries: Sequence[str]) -> list[list[int]] | None:
+        """The tokens that an answer must begin with; None without `--decoder_prompt_format`."""
+        if self.settings.decoder_prompt_format is None:
+            return None
+        template = self.settings.decoder_prompt_format
+        return self._behind([self._formatted(template, query=asked(query)) for query in queries])
+
+    def _behind(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts behind a prompt, which a space follows unless it is a chat."""
+        texts = [text.strip() for text in texts]
+        if self._chats:
+            return self.reader_tokenizer.encode_behind("\n", texts)
+        return self.reader_tokenizer.encode_behind(":", [f" {text}" for text in texts])
+
+    @property
+    def _chats(self) -> bool:
+        return self.settings.chat_template and self.reader_tokenizer.chats
+
+    def _texts(self, passages: Sequence[dict[str, Any]]) -> list[str]:
+        template = with_lines(self.settings.passage_format)
+        texts = [self._of_passage(template, passage).strip() for passage in passages]
+        return self.reader_tokenizer.cut(texts, self.settings.text_maxlength)
+
+    def _prompt(self, query: str, texts: Sequence[str]) -> list[int]:
+        """The tokens of a prompt that leaves room for an answer. Raises: ValueError if the question alone does not."""
+        tokens = self._tokens(query, texts)
+        if self.reader_positions is None:
+            return tokens
+        room = self.reader_positions - max(self.settings.generation_max_length, self.settings.target_maxlength or 0)
+        if len(tokens) <= room:
+            return tokens
+        room -= len(self._tokens(query, [])) + 2 * len(texts)  # what joins two passages takes a token, or two
+        if not texts or room < len(texts):
+            raise ValueError(
+                f"the question {query[:60]!r}… alone fills the {self.reader_positions} positions of the reader: "
+                "shorten it, or lower --generation_max_length"
+            )
+        if not self._warned_of_positions:
+            self._warned_of_positions = True
+            log.warning(
+                "A prompt of %d tokens does not fit into the %d positions of the reader: its passages are cut to %d "
+                "tokens each, and so are those of others; lower --n_context or --text_maxlength",
+                len(tokens),
+                self.reader_positions,
+                room // len(texts),
+            )
+        return self._tokens(query, self.reader_tokenizer.cut(texts, room // len(texts)))
+
+    def _tokens(self, query: str, texts: Sequence[str]) -> list[int]:
+        tokens = self.reader_tokenizer.encode([self._text(query, texts)], eos=False)[0]
+        return tokens if self._chats else self.reader_tokenizer.start + tokens
+
+    def _text(self, query: str, texts: Sequence[str]) -> str:
+        fields = {"passages": "\n\n".join(texts), "query": self._cut(asked(query), LONGEST_FORMATTED)}
+        template = with_lines(self.settings.reader_prompt_format)
+        prompt = fill_in(template, 100 * LONGEST_PASSAGE, **fields).strip("\n")
+        return self.reader_tokenizer.chat(prompt) if self._chats else prompt
+
+    def _rows(self, rows: Sequence[Sequence[list[int]]], k: int) -> ReaderRows:
+        """K prompts for each query; other queries have rows without a token."""
+        filled = [row for of_query in rows for row in [*of_query, *[[]] * (k - len(of_query))]]
+        ids, mask = self._pad(filled, self.reader_tokenizer.pad_id)
+        lengths = np.array([len(row) for row in filled], np.int64)
+        return ReaderRows(*(part.reshape(len(rows), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
+
+
+def with_lines(template: str) -> str:
+    """A format as it is written on a command line, where a new line is `\\n`."""
+    return template.replace("\\n", "\n")
+
+
+def asked(query: str) -> str:
+    """A query without what it says to T5 alone."""
+    if found := QUESTION.fullmatch(query):
+        query = found[1]
+    return SENTINEL.sub(GAP, re.sub(r"\s*<extra_id_\d+>\s*$", "", query))

@@ -1,0 +1,579 @@
+"""A decoder-only language model as the reader, against transformers' own, which it must equal."""
+
+import json
+import logging
+import re
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import atlas
+import export_huggingface
+from atlas import config, preflight
+from atlas.config import parse_config
+from atlas.model.inputs import Inputs
+from atlas.model.interface import Reader
+from atlas.model.pretrained import CAUSAL_TYPES
+from atlas.model.prompts import PromptInputs
+from atlas.model.reader import FusionInDecoder, load_reader
+from atlas.model.signals import PROMPT_MODES, mode_of, reading_of
+from atlas.model.tokenization import load_reader_tokenizer
+from tests.kit import command_line, language_model, logged, read_jsonl, run, run_on, slow, world
+from tests.test_parallel import KINDS as PARALLEL
+from tests.test_parallel import assert_same_run
+
+CPU = torch.device("cpu")
+KINDS = ("plain", "chat", "spaces")
+PASSAGES = [
+    {"title": "Kobari", "text": "The river of Kobari is Selnu."},
+    {"title": "", "text": "Tamvor is a town with a trade."},
+    {"title": "Lingra", "text": "The founder of Lingra is Pelzor. " * 9},
+]
+QUESTION_MODE = {"train_retriever": True, "gold_score_mode": "question"}
+QUESTION = "question: what is the river of Kobari? answer: <extra_id_0>"
+
+
+def inputs_of(kind, **flags):
+    flags = {"n_context": 3, "text_maxlength": 24, "generation_max_length": 8} | flags
+    reader_flag = {"reader_model_type": str(language_model(kind))}
+    return PromptInputs(
+        config.Model(**reader_flag, **flags), load_reader_tokenizer(str(language_model(kind))), None, device=CPU
+    )
+
+
+def theirs(kind):
+    directory = str(language_model(kind))
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, attn_implementation="sdpa")
+    return model.eval(), AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
+def row(rows, b=0, k=0):
+    return rows.ids[b, k][rows.mask[b, k]].tolist()
+
+
+def hidden_of(reader, rows):
+    return reader.encode(rows.ids, rows.mask), rows.mask.flatten(1)
+
+
+def test_both_readers_keep_the_interface():
+    readers = {
+        name: load_reader(str(path), dropout=None)
+        for name, path in (("t5", world() / "models/reader"), ("llama", language_model()))
+    }
+    assert all(isinstance(reader, Reader) for reader in readers.values())
+    assert isinstance(readers["t5"], FusionInDecoder) and (readers["t5"].fuses, readers["llama"].fuses) == (True, False)
+    assert (readers["t5"].inputs, readers["llama"].inputs) == (Inputs, PromptInputs)
+    assert type(readers["llama"]).__name__ == "LlamaForCausalLM"
+
+
+# ---- text to tokens
+
+
+def test_the_prompt_is_what_their_tokenizer_makes_of_the_text():
+    text = "Kobari\nThe river of Kobari is Selnu.\n\nTamvor is a town with a trade.\n\nQuestion: {}\nAnswer:"
+    text = text.format("what is the river of Kobari?")
+    for kind in KINDS:
+        tokenizer = theirs(kind)[1]
+        ids = row(inputs_of(kind).reader([QUESTION], [PASSAGES[:2]]))
+        said = [{"role": "user", "content": text}]
+        chat = tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"] if kind == "chat" else None
+        assert ids == (chat or tokenizer(text)["input_ids"]), kind
+        assert (
+            row(inputs_of(kind, chat_template=False).reader([QUESTION], [PASSAGES[:2]])) == tokenizer(text)["input_ids"]
+        )
+    assert row(inputs_of("spaces").reader(["a"], None))[0] == theirs("spaces")[1].bos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_passages_are_cut_one_by_one_and_the_question_never(kind):
+    make, tokenizer = inputs_of(kind), theirs(kind)[1]
+    question = "what is the river of Kobari and of Tamvor and of Lingra " * 9
+    (text,) = make.reader_tokenizer.decode([row(make.reader([question], [PASSAGES]))])
+    assert "The river of Kobari is Selnu." in text and " ".join(question.split()) in " ".join(text.split())
+    last = text.split("trade.")[1].split("Question")[0].strip()
+    n = len(tokenizer(last, add_special_tokens=False)["input_ids"])
+    assert (
+        20 <= n <= 24
+        and "Lingra\n" + PASSAGES[2]["text"] != last
+        and ("Lingra\n" + PASSAGES[2]["text"]).startswith(last)
+    )
+
+
+def test_what_is_said_to_t5_alone_is_left_out():
+    make = inputs_of("plain", passage_format=r"- {text}", reader_prompt_format=r"{query}\n{passages}\n=")
+    queries = ["question: a <extra_id_0> b? answer: <extra_id_0>", "The <extra_id_0> of Kobari. <extra_id_0>", "plain"]
+    rows = make.reader(queries, [PASSAGES[:1], [], PASSAGES[:2]])
+    decoded = make.reader_tokenizer.decode([row(rows, b) for b in range(3)])
+    assert decoded == [
+        "a ___ b?\n- The river of Kobari is Selnu.\n=",
+        "The ___ of Kobari.\n\n=",
+        "plain\n- The river of Kobari is Selnu.\n\n- Tamvor is a town with a trade.\n=",
+    ]
+    assert rows.lengths.tolist() == rows.mask.sum(-1).tolist()
+
+
+def test_prompts_fit_into_the_positions_or_say_what_is_too_long(caplog):
+    make = inputs_of("plain", text_maxlength=200)
+    make.reader_positions = 120
+    rows = make.reader(["what?"] * 2, [[PASSAGES[2]] * 3, [PASSAGES[2]] * 3])
+    assert 60 < rows.lengths.max() <= 112 and caplog.text.count("does not fit into the 120 positions") == 1
+    with pytest.raises(ValueError, match="alone fills the 120 positions"):
+        make.reader(["what is this " * 90], [PASSAGES[:1]])
+
+
+def test_answers_are_tokenized_apart_as_they_stand_behind_the_prompt():
+    for kind in KINDS:
+        make, tokenizer = inputs_of(kind), theirs(kind)[1]
+        targets = make.targets(["", ""], ["<extra_id_0> Selnu", "Pelzor Kobari"])
+        behind = "assistant\n{}" if kind == "chat" else "Answer: {}"
+        for answer, labels in zip(["Selnu", "Pelzor Kobari"], targets.labels, strict=True):
+            whole = tokenizer(behind.format(answer), add_special_tokens=False)["input_ids"]
+            tokens = labels[labels != -100].tolist()
+            assert tokens[-1] == tokenizer.eos_token_id
+            assert tokens[:-1] == whole[-len(tokens) + 1 :], kind
+            assert make.reader_tokenizer.decode([tokens]) == [answer]
+        assert (targets.decoder_ids[:, 1:] == targets.labels[:, :-1])[targets.labels[:, :-1] != -100].all()
+    short = inputs_of("plain", target_maxlength=2).targets([""], ["Pelzor Kobari Lingra"])
+    assert short.labels.shape == (1, 2)
+
+
+def test_tokenizers_without_a_pad_token_pad_with_the_end_of_text():
+    pads = {kind: load_reader_tokenizer(str(language_model(kind))) for kind in KINDS}
+    assert [pads[kind].pad_id == pads[kind].eos_id for kind in KINDS] == [True, False, True]
+    assert [len(pads[kind].start) for kind in KINDS] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (
+            "tokenizer_config.json",
+            b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
+            "no end-of-text token (eos_token)",
+        ),
+        ("tokenizer.json", b"{", "cannot load a language model's tokenizer (tokenizer.json)"),
+        ("tokenizer.json", None, "cannot load a language model's tokenizer (tokenizer.json)"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_named(tmp_path, file, content, said):
+    directory = shutil.copytree(language_model(), tmp_path / "model")
+    (directory / file).unlink()
+    if content is not None:
+        (directory / file).write_bytes(content)
+    for load in (load_reader_tokenizer, lambda name: load_reader(name, dropout=None)):
+        with pytest.raises(OSError, match=re.escape(f"--reader_model_type {directory}: ")) as error:
+            load(str(directory))
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- logits and losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_their_logits(kind):
+    reader, make = load_reader(str(language_model(kind)), dropout=None), inputs_of(kind)
+    rows, targets = make.reader([QUESTION], [PASSAGES]), make.targets([""], ["<extra_id_0> Selnu"])
+    answer = targets.labels[0].tolist()
+    ids = torch.tensor([row(rows) + answer])
+    with torch.no_grad():
+        ours = reader.logits(*hidden_of(reader, rows), targets.decoder_ids)
+        model, n = theirs(kind)[0], len(answer)
+        kept, whole = model(ids[:, :-1], logits_to_keep=n).logits, model(ids[:, :-1]).logits
+        their_loss = model(ids, labels=torch.tensor([[-100] * len(row(rows)) + answer])).loss
+    assert_close(ours, kept, atol=0, rtol=0)
+    assert_close(ours, whole[:, -n:], atol=1e-5, rtol=0)  # a product with more rows is summed in another order
+    assert_close(F.cross_entropy(ours[0], targets.labels[0]), their_loss, atol=1e-6, rtol=1e-6)
+
+
+def test_padding_changes_nothing():
+    reader, make = load_reader(str(language_model()), dropout=None), inputs_of("plain")
+    queries, answers = ["what?", QUESTION, "who is the founder?"], ["Selnu", "Pelzor Kobari Lingra", "a"]
+    passages = [PASSAGES[:1], PASSAGES, []]
+    rows, targets = make.reader(queries, passages), make.targets(queries, answers)
+    with torch.no_grad():
+        together = reader.logits(*hidden_of(reader, rows), targets.decoder_ids)
+        for i in range(3):
+            own, wanted = make.reader(queries[i : i + 1], passages[i : i + 1]), make.targets([""], answers[i : i + 1])
+            alone = reader.logits(*hidden_of(reader, own), wanted.decoder_ids)[0]
+            assert_close(together[i, : len(alone)], alone, atol=1e-5, rtol=0)
+        wider = F.pad(rows.ids, (0, 7), value=5), F.pad(rows.mask, (0, 7))
+        hidden = reader.encode(*wider), wider[1].flatten(1)
+        assert_close(reader.logits(*hidden, targets.decoder_ids), together, atol=1e-5, rtol=0)
+
+
+def test_a_row_without_any_token_is_finite():
+    reader = load_reader(str(language_model()), dropout=None)
+    empty = torch.zeros(2, 5, 1, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.bool)
+    assert reader.logits(*empty, torch.tensor([[0, 3, 4]] * 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", CAUSAL_TYPES)
+def test_all_kinds_of_models_read_with_padding_as_without(tmp_path, kind):
+    tokenizer = AutoTokenizer.from_pretrained(language_model("chat"), trust_remote_code=False)
+    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "eos_token_id": 0}
+    own = AutoConfig.for_model(kind, **small, **heads, initializer_range=0.2)
+    AutoModelForCausalLM.from_config(own, trust_remote_code=False).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reader = load_reader(str(tmp_path), dropout=None)
+    assert isinstance(reader, Reader) and len(reader.blocks) == 2
+    ids, answer = torch.randint(3, 90, (1, 1, 9)), torch.tensor([[0, 7, 8, 9]])
+    padded = torch.cat([ids, torch.zeros(1, 1, 4, dtype=torch.int64)], 2)
+    with torch.no_grad():
+        alone = reader.logits(reader.encode(ids, ids > 0), ids[0] > 0, answer)
+        whole = reader(torch.cat([ids[0], answer[:, 1:]], 1)).logits[:, 8:]
+        assert_close(reader.logits(reader.encode(padded, padded > 0), padded[0] > 0, answer), alone, atol=1e-5, rtol=0)
+    assert_close(alone, whole, atol=1e-6, rtol=0)
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_those_of_their_generate(kind, beams):
+    reader, make, (model, _) = load_reader(str(language_model(kind)), dropout=None), inputs_of(kind), theirs(kind)
+    queries = [QUESTION, "what?", "who is it?"]
+    rows = make.reader(queries, [PASSAGES, [], PASSAGES[:1]])
+    written = reader.write(*hidden_of(reader, rows), max_length=8, num_beams=beams, length_penalty=0.5)
+    for i, answer in enumerate(written):
+        ids = torch.tensor([row(rows, i)])
+        options = {
+            "max_new_tokens": 7,
+            "num_beams": beams,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "length_penalty": 0.5,
+        }
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
+        end = whole.index(make.reader_tokenizer.eos_id) if make.reader_tokenizer.eos_id in whole else len(whole)
+        assert answer == whole[:end]
+
+
+def test_answers_begin_as_they_are_told_and_stay_as_long():
+    reader = load_reader(str(language_model()), dropout=None)
+    make = inputs_of("plain", decoder_prompt_format="{query}", n_context=1)
+    queries = ["Kobari is", "Kobari"]
+    rows, begun = make.reader(queries, None), make.prompts(queries)
+    assert len(begun[0]) > len(begun[1])
+    written = reader.write(*hidden_of(reader, rows), max_length=12, min_length=12, prompt=begun)
+    for i in range(2):
+        ids = torch.tensor([row(rows, i) + begun[i]])
+        n = 12 - 1 - len(begun[i])
+        plain = reader.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)[0, ids.shape[1] :].tolist()
+        assert written[i] == plain
+    targets = make.targets(queries, ["a", "b"])
+    assert targets.decoder_ids[0, 1 : 1 + len(begun[0])].tolist() == begun[0]
+    assert (targets.labels[0, : len(begun[0])] == -100).all()
+
+
+# ---- weights
+
+
+def test_weights_of_a_checkpoint_are_loaded_by_their_names(tmp_path):
+    trained = load_reader(str(language_model()), dropout=None)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.1)
+    state = {name: parameter.detach().clone() for name, parameter in trained.named_parameters()}
+    assert "lm_head.weight" not in state
+    again = load_reader(str(language_model()), dropout=None, weights=False)
+    again.load_state(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+    ids = torch.randint(0, 90, (2, 7))
+    assert_close(again(ids).logits, trained(ids).logits, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="missing model.norm.weight; model.embed_tokens.weight is"):
+        again.load_state({k: v[:3] if "embed" in k else v for k, v in state.items() if k != "model.norm.weight"})
+
+
+def test_dropout_is_that_of_attention():
+    assert load_reader(str(language_model()), dropout=0.2).has_dropout
+    assert not load_reader(str(language_model()), dropout=0.0).has_dropout
+
+
+# ---- judging
+
+
+def judged(mode, reader, make, passages, answers):
+    queries = ["what is the river of Kobari?", "who?", "what is it?"][: len(passages)]
+    return queries, reading_of(reader, make.judging(queries, passages, make.target_tokens(answers), mode), 0.5)
+
+
+def learning(mode, weight=1.0):
+    return config.RetrieverTraining(gold_score_mode=mode, gold_question_weight=weight)
+
+
+def mean_log_likelihood(reader, make, query, passages, answer):
+    """The slow and obvious one: a prompt of its own, read alone."""
+    rows, targets = make.reader([query], [passages]), make.targets([query], [answer])
+    logits = reader.logits(*hidden_of(reader, rows), targets.decoder_ids)
+    return -F.cross_entropy(logits[0], targets.labels[0]).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", PROMPT_MODES.keys() - {"question"})
+def test_gold_scores_are_likelihoods_of_the_answer_behind_prompts(mode, monkeypatch):
+    reader, make = load_reader(str(language_model()), dropout=None), inputs_of("plain", n_context=2)
+    passages, answers = [PASSAGES, PASSAGES[:1], []], ["Selnu", "Pelzor Kobari", "a"]
+    queries, reading = judged(mode, reader, make, passages, answers)
+    assert reading.counts.tolist() == [[True] * 3, [True, False, False], [False] * 3]
+    gold = mode_of(learning(mode), reader).signal(reading)
+    monkeypatch.setattr("atlas.model.signals.SCORED_AT_ONCE", 2)
+    assert_close(mode_of(learning(mode), reader).signal(reading), gold, atol=1e-5, rtol=0)
+    if mode == "emdr":
+        assert gold.shape == (3, 3, reading.targets.labels.shape[1]) and gold.isfinite().all()
+        return
+    for i, passage in enumerate(PASSAGES):
+        others = PASSAGES[:i] + PASSAGES[i + 1 :]
+        read, sign = (others, -1) if mode == "loop" else ([passage], 1)
+        expected = sign * mean_log_likelihood(reader, make, queries[0], read, answers[0])
+        assert gold[0, i].item() == pytest.approx(expected, abs=1e-5)
+    alone = 0.0 if mode == "loop" else mean_log_likelihood(reader, make, queries[1], PASSAGES[:1], answers[1])
+    assert gold[1, 0].item() == pytest.approx(alone, abs=1e-5)
+
+
+@torch.no_grad()
+def test_emdr_divides_the_logits_by_the_temperature_and_marginalises():
+    reader, make = load_reader(str(language_model()), dropout=None), inputs_of("plain")
+    _, reading = judged("emdr", reader, make, [PASSAGES[:2]], ["Selnu"])
+    mode, labels = mode_of(learning("emdr"), reader), reading.targets.labels[0]
+    per_token = torch.stack(
+        [
+            (reader.logits(reading.hidden[:, k], reading.mask[:, k], reading.targets.decoder_ids)[0] / 0.5)
+            .log_softmax(-1)
+            .gather(1, labels[:, None])[:, 0]
+            for k in range(2)
+        ]
+    )  # (K, T)
+    gold = mode.signal(reading)
+    assert_close(gold[0], per_token, atol=1e-5, rtol=0)
+    scores = torch.tensor([[0.3, 0.1]])
+    expected = -(per_token + (scores[0] / 0.1).log_softmax(-1)[:, None]).logsumexp(0).mean()
+    assert_close(mode.loss(scores, gold, reading, 0.1), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("begins", [None, "It is"])
+@pytest.mark.parametrize("kind", ["plain", "chat", "spaces"])
+def test_the_likelihood_of_the_question_behind_each_passage_and_of_the_answer(kind, begins):
+    reader, make = load_reader(str(language_model(kind)), dropout=None), inputs_of(kind, decoder_prompt_format=begins)
+    queries, answers = ["what is the river of Kobari?", "who?"], ["Selnu", "Pelzor Kobari"]
+    found = make.judging(queries, [PASSAGES, PASSAGES[:1]], make.target_tokens(answers), "question")
+    gold = {w: mode_of(learning("question", w), reader).signal(reading_of(reader, found, 0.5)) for w in (1.0, 0.0, 0.7)}
+    assert make.reader_tokenizer.decode([found.targets.labels[i][found.asked[i]].tolist() for i in (0, 1)]) == queries
+    for i, passage in enumerate(PASSAGES):
+        prompt = row(make.reader(queries[:1], [[passage]]))
+        n = int(found.asked[0].sum())
+        tokens = found.targets.labels[0, :n].tolist()
+        (start,) = [j for j in range(len(prompt)) if prompt[j : j + n] == tokens]
+        logits = theirs(kind)[0](torch.tensor([prompt])).logits[0]
+        question = -F.cross_entropy(logits[start - 1 : start - 1 + n], torch.tensor(tokens)).item()
+        answer = mean_log_likelihood(reader, make, queries[0], [passage], answers[0])
+        for weight, scores in gold.items():
+            assert scores[0, i].item() == pytest.approx(weight * question + (1 - weight) * answer, abs=1e-5)
+    assert found.rows.mask.any(-1).tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_a_prompt_that_changes_the_question_cannot_judge_by_it():
+    make = inputs_of("plain", reader_prompt_format="{passages} {query!a}")
+    with pytest.raises(ValueError, match="is not in its prompt as it is, so it cannot judge passages"):
+        make.judging(["where is Nzérékoré?"], [PASSAGES[:1]], [[]], "question")
+
+
+# ---- runs
+
+
+def read_with(kind="plain", **flags):
+    return {"reader_model_type": language_model(kind), "qa_prompt_format": "{question}", "n_context": 2} | flags
+
+
+def test_it_learns_its_answers_and_is_evaluated_as_it_was_trained(tmp_path):
+    flags = read_with(
+        "chat", train_retriever=True, query_side_retriever_training=True, use_gradient_checkpoint_reader=True
+    )
+    directory = run(tmp_path, **flags, total_steps=16, lr=1e-2, train_data=world() / "dev.jsonl", eval_freq=16)
+    losses = logged(directory, "loss/reader_loss")
+    assert losses[-1] < losses[0] / 2 and all(loss > 0 for loss in logged(directory, "loss/retriever_loss"))
+    rows = read_jsonl(directory / "dev-step-16.jsonl")
+    again = run(tmp_path, "evaluate", name="again", model_path=directory, **dict.fromkeys(flags), train_data=None)
+    assert [row["generation"] for row in read_jsonl(again / "dev-step-0.jsonl")] == [row["generation"] for row in rows]
+    assert any(row["generation"] for row in rows)
+
+
+def test_what_was_saved_resumes_bit_for_bit(tmp_path):
+    flags = read_with(train_retriever=True, gold_score_mode="loop", eval_data=None, dropout=0.1, total_steps=4)
+    directory = run(tmp_path, **flags, save_freq=2, save_optimizer=True)
+    whole = load_file(directory / "checkpoint/step-4/model.safetensors")
+    assert not any("lm_head" in name for name in whole)
+    shutil.rmtree(directory / "checkpoint/step-4")
+    (directory / "checkpoint/latest").unlink()
+    (directory / "checkpoint/latest").symlink_to("step-2")
+    run(tmp_path, **flags, save_freq=2, save_optimizer=True)
+    assert_close(load_file(directory / "checkpoint/step-4/model.safetensors"), whole, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"train_retriever": True, "gold_score_mode": "adist"},
+            "--gold_score_mode adist looks at T5's cross-attention",
+        ),
+        ({"train_retriever": True, "gold_score_mode": "evalnormsum"}, "give one of ppmean, pdist, emdr, loop"),
+        ({"compute_crossattention_stats": True}, "--compute_crossattention_stats looks at T5's cross-attention"),
+        (
+            {"reader_model_type": world() / "models/reader"} | QUESTION_MODE,
+            "question needs a decoder-only language model",
+        ),
+        (
+            {"reader_model_type": world() / "models/reader", "rerank_by_reader": 3},
+            "--rerank_by_reader 3 needs a decoder",
+        ),
+        ({"task": "multiple_choice"}, "--task multiple_choice needs the `<extra_id_0>` of T5"),
+    ],
+)
+def test_what_only_t5_can_do_is_refused(tmp_path, flags, said):
+    settings = parse_config(command_line(tmp_path, **read_with(**flags)))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        preflight.check_reader(settings, load_reader_tokenizer(settings.model.reader_model_type))
+
+
+def test_flags_of_the_other_kind_of_reader_have_no_effect(tmp_path, caplog):
+    other = {"encoder_format": "{query} {text}", "chat_template": False, "passage_format": "{text}"}
+    settings = parse_config(command_line(tmp_path, **read_with(**other)))
+    with caplog.at_level("INFO"):
+        preflight.check_reader(settings, load_reader_tokenizer(str(language_model())))
+        preflight.check_reader(settings, load_reader_tokenizer(str(world() / "models/reader")))
+    assert [record.getMessage() for record in caplog.records] == [
+        "--encoder_format has no effect: it is for a T5 reader",
+        "--passage_format has no effect: it is for a decoder-only reader",
+        "--chat_template has no effect: it is for a decoder-only reader",
+    ]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    home = tmp_path_factory.mktemp("asked")
+    run(home, **read_with("chat"), eval_data=None, save_index_path=home / "index", total_steps=2)
+    export_huggingface.main(["--model_path", str(home / "run"), "--output_directory", str(home / "export")])
+    return home / "run"
+
+
+@torch.no_grad()
+def test_it_is_asked(asked):
+    log = logging.getLogger("atlas")
+    log.propagate = True
+    log.handlers.clear()
+    model = atlas.load(asked)
+    rows = read_jsonl(world() / "dev.jsonl")[:2]
+    one, two = model.ask([row["question"] for row in rows], k=3)
+    stream = model.ask(rows[0]["question"], k=3, stream=True)
+    assert "".join(stream) == one.text == stream.answer.text and one.text
+    passages = [dict(passage.fields) for passage in one.passages]
+    reader, make = model.model.reader, model.model.inputs
+    said = model._answering.write(model._answering.encode([one.query], [passages]))[0]
+    ended = said + [make.reader_tokenizer.eos_id] * (len(said) < 5)  # --generation_max_length 6
+
+    def likelihood(found):
+        rows, targets = make.reader([one.query], [found]), make.target_rows([one.query], [ended])
+        return -F.cross_entropy(reader.logits(*hidden_of(reader, rows), targets.decoder_ids)[0], targets.labels[0])
+
+    assert one.score == pytest.approx(likelihood(passages).exp().item(), abs=1e-5)
+    gold = torch.stack([likelihood([passage]) for passage in passages]) / 0.1  # --temperature_gold
+    judged = torch.tensor([passage.judgement for passage in one.passages])
+    assert_close(judged, gold.softmax(0), atol=1e-4, rtol=0)
+    assert all(passage.attention is None for passage in one.passages) and "attention" not in str(one)
+    json.dumps(two.to_dict()), one._repr_html_()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["both", slow("ddp"), slow("zero1"), slow("fsdp")])
+def test_two_ranks_learn_what_one_does(tmp_path, kind):
+    flags = read_with(train_retriever=True, per_gpu_batch_size=1, per_gpu_eval_batch_size=5)
+    one = run(tmp_path, name="one", total_steps=8, accumulation_steps=2, log_freq=2, **flags)
+    parallel = PARALLEL[kind] | {"use_gradient_checkpoint_reader": True}
+    two = run_on(2, tmp_path, name="two", total_steps=4, **flags, **parallel)
+    assert_same_run(one, two, 8, 4)
+    kept = [load_file(directory / "checkpoint/latest/model.safetensors") for directory in (one, two)]
+    assert kept[0].keys() == kept[1].keys()
+    assert_close(*kept, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow  # where bf16 is only emulated
+def test_bf16_is_close_to_fp32(tmp_path):
+    flags = read_with(train_retriever=True, total_steps=2, lr=0, eval_freq=2)
+    losses = [
+        logged(run(tmp_path, name=precision, precision=precision, **flags), "loss/reader_loss")
+        for precision in ("fp32", "bf16")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[1] != losses[0]
+
+
+def test_it_is_exported_with_code_that_answers_as_it_does(asked, capsys, monkeypatch):
+    exported = asked.parent / "export"
+    saved = load_file(asked / "checkpoint/latest/model.safetensors")
+    reader = load_reader(str(exported / "reader"), dropout=None)
+    assert all(torch.equal(saved[f"reader.{name}"], parameter) for name, parameter in reader.named_parameters())
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "reader/README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(exported / "reader")
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    make = inputs_of("chat", text_maxlength=64)
+    passages = [
+        {"title": "Paris", "text": "Paris is the capital of France."},
+        {"title": "Lyon", "text": "Lyon lies where the Rhône meets the Saône."},
+    ]
+    rows = make.reader(["what is the capital of France?"], [passages])
+    (answer,) = make.reader_tokenizer.decode(reader.write(*hidden_of(reader, rows), max_length=6))
+    assert capsys.readouterr().out.splitlines() == answer.splitlines() and answer
+    model = atlas.load(exported, index=asked.parent / "index")
+    assert model.ask("what is it?").text == atlas.load(asked).ask("what is it?").text
+
+
+@pytest.mark.parametrize("reader", ["models/reader", None])
+def test_a_frozen_reader_judges_and_does_not_learn(tmp_path, reader):
+    """T5 as well as a language model: the retriever learns alone, and moments are kept of it alone."""
+    flags = {"train_retriever": True, "freeze_reader": True, "total_steps": 2, "eval_data": None, "dropout": 0.1}
+    flags |= {"gold_score_mode": "question", "gold_question_weight": 0.7} if reader is None else {}
+    reader = language_model() if reader is None else world() / reader
+    directory = run(tmp_path, **read_with(**flags, reader_model_type=reader))
+    saved = load_file(directory / "checkpoint/latest/model.safetensors")
+    for name, parameter in load_reader(str(reader), dropout=None).named_parameters():
+        assert torch.equal(saved[f"reader.{name}"], parameter)
+    start = load_file(world() / "models/retriever/model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    assert not torch.equal(saved[f"retriever.contriever.{name}"], start[name])
+    moments = load_file(directory / "checkpoint/latest/optimizer.safetensors")
+    assert {key.split("/")[0] for key in moments} == {"retriever", "skipped"}
+
+
+@torch.no_grad()
+def test_passages_are_read_in_the_order_of_the_question_s_likelihood(tmp_path, asked):
+    flags = dict.fromkeys(read_with()) | {"train_data": None, "load_index_path": asked.parent / "index"}
+    found = run(tmp_path, "evaluate", name="found", model_path=asked, **flags | {"n_context": 5})
+    ordered = run(
+        tmp_path, "evaluate", name="ordered", model_path=asked, **flags, rerank_by_reader=4
+    )  # 2 of 4 are read
+    reader, make = load_reader(str(asked.parent / "export/reader"), dropout=None), inputs_of("chat", text_maxlength=64)
+    pairs = zip(read_jsonl(found / "dev-step-0.jsonl"), read_jsonl(ordered / "dev-step-0.jsonl"), strict=True)
+    moved = 0
+    for before, after in pairs:
+        candidates = before["passages"][:4]
+        judged = make.judging([before["query"]], [candidates], [[]], "question")
+        gold = mode_of(learning("question"), reader).signal(reading_of(reader, judged, 1.0))[0].tolist()
+        best = sorted(range(4), key=lambda i: -gold[i])[:2]
+        assert [p["id"] for p in after["passages"]] == [candidates[i]["id"] for i in best]
+        assert [p["score"] for p in after["passages"]] == [candidates[i]["score"] for i in best]
+        moved += best != [0, 1]
+    assert moved > 3
+    log = logging.getLogger("atlas")
+    log.propagate = True
+    log.handlers.clear()
+    model = atlas.load(asked, rerank_by_reader=4)
+    row = read_jsonl(ordered / "dev-step-0.jsonl")[0]
+    answer = model.ask(row["query"])
+    assert answer.text == row["generation"] and [p.id for p in answer.passages] == [p["id"] for p in row["passages"]]
