@@ -178,5 +178,9 @@ def _check_ours(path: Path) -> None:
     """Raises: ValueError if there is something that is not a report, which would be overwritten."""
     if not path.exists():
         return
-    if not path.is_file() or MARK.encode() not in path.open("rb").read(1000):
+    start = b""
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(1000)
+    if MARK.encode() not in start:
         raise ValueError(f"{path} is there and is no report: move it, or give another --output")

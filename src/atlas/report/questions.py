@@ -98,7 +98,6 @@ class Questions:
     file: str
     step: int
     read: bool = False  # whether there are answers; else a question is right if its answer was found
-    judgements: bool = False
     longest: int = 0  # passages of a question
     listed: Packed = field(default_factory=Packed)
     details: Packed = field(default_factory=Packed)
@@ -139,7 +138,7 @@ class Reader:
             before = earlier.get(key, Before(None, None, {}))
             rank, right = _measure(row, judging)
             generation, answers = row.generation, row.answers
-            kind = None if generation is None else judging.kind(generation, answers, rank)
+            kind = judging.kind(generation, answers, rank) if generation is not None and answers else None
             query, said = strip(row.query), " / ".join(answers)
             detail = self._detail(row) | before.detail
             if before.generation is not None:
@@ -150,7 +149,6 @@ class Reader:
             questions.listed.add([text[:LISTED] if isinstance(text, str) else text for text in line])
             questions.details.add(detail | {"answers": answers})
             questions.read |= generation is not None
-            questions.judgements |= any(len(passage) > 2 for passage in detail.get("passages", ()))
             questions.longest = max(questions.longest, len(row.passages))
             if kind is not None:
                 questions.kinds[kind] += 1
@@ -208,7 +206,7 @@ def mcnemar(wins: int, losses: int) -> float:
 def _measure(row: Row, judging: Judging) -> tuple[int | None, bool | None]:
     """The rank of the first passage with an answer; whether the question is right, or without a reader found."""
     rank = judging.rank(row.passages, row.answers)
-    if row.generation is None:
+    if row.generation is None or not row.answers:
         return rank, None if rank is None else rank > 0
     return rank, judging.is_right(row.generation, row.answers)
 

@@ -174,7 +174,7 @@ function select(place, goes) {
   }).catch(complain);
 }
 
-// Where an answer is in a text, or else its words; as `marks` in asking/answers.py has it, for `card`.
+// Where an answer is in a text, or else its words: `marks` of asking/answers.py, where accents may stand apart.
 function places(text, answer) {
   const words = answer.match(/[\p{L}\p{N}\p{M}_]+/gu) || [];
   const escaped = (word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");

@@ -23,7 +23,7 @@ from atlas import config
 from atlas.files.disk import FullDiskError, writing
 from atlas.files.lock import holding
 from atlas.options import write_options
-from atlas.report.page import write_report
+from atlas.report.page import NAME, write_report
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.tracking import TensorBoard, log, open_standard_streams, report_error, start_log
@@ -149,7 +149,8 @@ def _write_report(directory: Path, most_bytes: float = math.inf) -> list[Path]:
                 return []
             return write_report(directory)[:1]
         except Exception as error:  # the run has done its work, whatever is wrong with its report
-            log.warning("%s is not written: %s", directory / "report.html", sentence_of(error), exc_info=True)
+            understood = isinstance(error, ValueError | OSError)
+            log.warning("%s is not written: %s", directory / NAME, sentence_of(error), exc_info=not understood)
             return []
 
     return distributed.on_main("writing the report", write)
