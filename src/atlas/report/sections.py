@@ -98,8 +98,9 @@ def _tile(name: str, last: Evaluation, against: Evaluation | None, said: str) ->
     value, change = last.metrics[name], ""
     if against and name in against.metrics:
         difference = value - against.metrics[name]
-        sign = "+" if difference >= 0 else "−"  # noqa: RUF001 (a minus)
-        change = f"<small>{sign}{metric_value(name, abs(difference))} {escape(said)}</small>"
+        moved = metric_value(name, abs(difference))
+        sign = "+" if difference > 0 else "−"
+        change = f"<small>{'unchanged' if not float(f'{difference:.4f}') else sign + moved} {escape(said)}</small>"
     return f"<div><span>{escape(metric_name(name))}</span><b>{metric_value(name, value)}</b>{change}</div>"
 
 
