@@ -12,7 +12,7 @@ from atlas.report.charts import COLOURS, Curve, chart, number
 from atlas.report.questions import KINDS, RIGHT, Questions, mcnemar
 from atlas.report.record import Evaluation, Record
 
-ANSWERS = ("exact_match", "accuracy", "debiased_accuracy", "f1", "rouge_1", "rouge_2", "rouge_L")
+ANSWERS, RECALL, JUDGED = "Answers", "Recall", "Judged"  # what a metric is of; those in UNITS stand alone
 UNITS = ("eval_loss", "mrr", "judged_mrr")  # no percentages
 TRAINING = {  # title -> the names, or how they begin
     "Loss": ("loss/",),
@@ -24,7 +24,6 @@ TRAINING = {  # title -> the names, or how they begin
     "Share of the device's peak": ("share_of_peak",),
     "Skipped steps": ("skipped_steps",),
 }
-OF_A_FILE = {"Answers": ANSWERS, "Recall": ("recall@",), "Judged": ("judged_recall@", "judged_ndcg@")}
 PLACES = ("name", "checkpoint_dir")  # flags in which any two runs differ
 MOST_TILES = 5
 
@@ -60,6 +59,13 @@ def metric_value(name: str, value: float) -> str:
     return number(value) if name in UNITS else f"{value:.1f}"
 
 
+def _metrics_of(what: str, evaluations: Iterable[Evaluation]) -> list[str]:
+    """The metrics of answers (also those of a task of one's own), of recall or of judgements, in their order."""
+    beginnings = {"recall@": RECALL, "judged_": JUDGED}
+    names = dict.fromkeys(name for one in evaluations for name in one.metrics if name not in UNITS)
+    return [name for name in names if beginnings.get(name[:7], ANSWERS) == what]
+
+
 def _section(title: str, content: str, note: str = "") -> str:
     if not content:
         return ""
@@ -83,9 +89,8 @@ def _tiles(record: Record, beside: Record | None) -> str:
             against, said = beside.of_file(file)[-1], f"against {beside.name}"
         elif not beside and len(evaluations) > 1:
             against, said = evaluations[0], f"since step {evaluations[0].step}"
-        recalls = [name for name in last.metrics if name.startswith(("recall@", "judged_"))]
-        names = [n for n in ANSWERS if n in last.metrics] + [n for n in (*recalls[:1], *recalls[-1:]) if n]
-        names += [name for name in UNITS if name in last.metrics]
+        recalls = _metrics_of(RECALL, [last]) or _metrics_of(JUDGED, [last])
+        names = [*_metrics_of(ANSWERS, [last]), *recalls[:1], *recalls[-1:], *(n for n in UNITS if n in last.metrics)]
         tiles = [_tile(name, last, against, said) for name in list(dict.fromkeys(names))[:MOST_TILES]]
         counted = f", {last.examples:,} examples" if last.examples else ""
         if tiles:
@@ -100,7 +105,7 @@ def _tile(name: str, last: Evaluation, against: Evaluation | None, said: str) ->
         difference = value - against.metrics[name]
         moved = metric_value(name, abs(difference))
         sign = "+" if difference > 0 else "−"
-        change = f"<small>{'unchanged' if not float(f'{difference:.4f}') else sign + moved} {escape(said)}</small>"
+        change = f"<small>{'no change' if abs(difference) < 1e-4 else sign + moved} {escape(said)}</small>"
     return f"<div><span>{escape(metric_name(name))}</span><b>{metric_value(name, value)}</b>{change}</div>"
 
 
@@ -221,12 +226,11 @@ def _evaluation_charts(records: Sequence[Record]) -> list[str]:
     figures, losses, times = [], [], []
     for of_file, file in enumerate(files):
         ending = f", {file}" if len(files) > 1 else ""
-        for title, beginnings in OF_A_FILE.items():
+        for title in (ANSWERS, RECALL, JUDGED):
             curves = []
             for run, record in enumerate(records):
                 evaluations = record.of_file(file)
-                names = dict.fromkeys(name for one in evaluations for name in one.metrics)
-                for colour, name in enumerate(name for name in names if name.startswith(beginnings)):
+                for colour, name in enumerate(_metrics_of(title, evaluations)):
                     points = [(one.step, one.metrics[name]) for one in evaluations if name in one.metrics]
                     curves.append(_of_run(metric_name(name), points, records, run, colour))
             figures.append(chart(title + ending, curves))
