@@ -140,7 +140,7 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     )
     yield "versions", ", ".join(f"{name} {of}" for name, of in (last.get("versions") or {}).items() if of)
     peaks = [values["peak_memory_gib"] for values in record.training.values() if "peak_memory_gib" in values]
-    yield "peak memory", f"{max(peaks):.2f} GiB of each process" if peaks else ""
+    yield "peak memory", f"{max(peaks):.2f} GiB of a process" if peaks else ""
     if record.refreshes:
         seconds = sum(event.get("seconds") or 0 for event in record.refreshes)
         times = f"built {len(record.refreshes)} times" if len(record.refreshes) > 1 else "built"
@@ -201,10 +201,11 @@ def _training_charts(records: Sequence[Record]) -> list[str]:
     for title, beginnings in TRAINING.items():
         curves = []
         for dashed, record in enumerate(records):
-            names = dict.fromkeys(name for values in record.training.values() for name in values)
+            # What stays 0 says nothing: passages of a closed book, steps that were not skipped.
+            names = dict.fromkeys(
+                name for values in record.training.values() for name, value in values.items() if value
+            )
             chosen = [name for name in names if name.startswith(beginnings)]
-            if title == "Skipped steps" and not any(values.get("skipped_steps") for values in record.training.values()):
-                chosen = []
             for colour, name in enumerate(sorted(chosen, key=lambda name: name != "loss/train_loss")):
                 points = [(step, values[name]) for step, values in record.training.items() if name in values]
                 label = metric_name(name.partition("/")[2].removesuffix("_loss") or name)
