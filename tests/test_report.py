@@ -375,7 +375,7 @@ def test_the_report_in_a_browser(tmp_path, monkeypatch):
         tab.wait_for("document.querySelectorAll('#detail .passages li').length === 5")
         assert text("#detail h3") == EVIL and text("#detail .source").startswith(EVIL)
         assert text("#detail .text") == rows[1]["passages"][0]["text"]
-        assert tab.value("document.querySelector('#detail mark.given').textContent") == "evil"
+        assert tab.value("document.querySelector('#detail .text mark.given').textContent") == "evil"
         shares = tab.value(
             "[...document.querySelectorAll('#detail rect.judgement')].map((e) => e.getAttribute('width'))"
         )
