@@ -141,6 +141,7 @@ def main() -> None:
     print(f"\nAll answers with their passages: {after}")
     print(f"The fine-tuned model: {experiments / 'after' / 'checkpoint' / 'latest'}")
     print(f"It took {(time.monotonic() - started) / 60:.1f} minutes.")
+    print(f"Curves, mistakes and every question, for a browser: {experiments / 'after' / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import pytest
 import atlas
 from atlas import config
 from atlas.asking.command import make_parser
+from atlas.report.__main__ import make_parser as make_report_parser
 from tests.kit import command_line, read_jsonl, world, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +94,9 @@ def test_commands(command):
     if "-c" in words:
         compile(words[words.index("-c") + 1], command, "exec")
         return
+    if words[1:3] == ["-m", "atlas.report"]:
+        make_report_parser().parse_args(words[3:])
+        return
     if "-m" in words:  # python -m benchmarks.memory, python -m pytest tests/test_signals.py
         words = [f"{word.replace('.', '/')}.py" if before == "-m" else word for before, word in pairwise(words)]
         words = [word for word in words if word != "pytest.py"]
@@ -134,9 +138,8 @@ def test_commands_between_the_lines():
     """Flags, installations and modules that are named in running text."""
     scripts = [*ROOT.glob("preprocessing/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("example_scripts/*.py")]
     known = OTHER_FLAGS.union(*(re.findall(r"--[a-z]\w+", path.read_text(encoding="utf-8")) for path in scripts))
-    known |= (
-        config._make_parser("train", {})._option_string_actions.keys() | make_parser()._option_string_actions.keys()
-    )
+    for parser in (config._make_parser("train", {}), make_parser(), make_report_parser()):
+        known |= parser._option_string_actions.keys()
     for name, codes in INLINE.items():
         for code in codes:
             assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]+", code)) - known, f"{name}: {code}"

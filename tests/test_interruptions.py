@@ -120,6 +120,7 @@ def test_a_stop_waits_for_the_update(tmp_path, ask_to_stop):
     with pytest.raises(SystemExit):
         run(tmp_path, total_steps=9, accumulation_steps=4, **FLAGS)
     assert load_checkpoint(tmp_path / "run").step == 4
+    assert (tmp_path / "run/report.html").is_file()  # of what there is
 
 
 def test_a_stop_at_the_last_step_leaves_only_its_evaluation(tmp_path, ask_to_stop, monkeypatch):

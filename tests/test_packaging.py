@@ -159,7 +159,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(installed):
     assert [path.name for path in (installed / "bin").iterdir()] == ["atlas-ask"]
     files = {path.relative_to(installed / "atlas") for path in (installed / "atlas").rglob("*") if path.is_file()}
     package = ROOT / "src/atlas"
-    data = [package / "py.typed", package / "asking/page.html"]
+    data = [package / "py.typed", *(p for kind in ("html", "css", "js") for p in package.rglob(f"*.{kind}"))]
     assert files == {p.relative_to(package) for p in [*package.rglob("*.py"), *data]}
     assert "atlas-ask = atlas.asking.command:main" in (information / "entry_points.txt").read_text(encoding="utf-8")
     assert (information / "licenses/LICENSE").is_file()

@@ -2,8 +2,8 @@
 
 Folders, from the bottom up: `runtime` (ranks, devices, logs) and `files` know nothing of the method; `model` is reader
 and retriever, from text to losses; `index` stores and searches passages; `tasks` turns lines of data into examples;
-`training` and `evaluation` are the two loops, `asking` answers questions with what they leave. Public names load on
-first use, so `import atlas` is instant.
+`training` and `evaluation` are the two loops, `report` shows what they did, `asking` answers questions with what they
+leave. Public names load on first use, so `import atlas` is instant.
 """
 
 from importlib import import_module

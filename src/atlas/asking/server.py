@@ -24,6 +24,7 @@ import torch
 
 from atlas.asking.model import AnsweringModel
 from atlas.asking.waiting import Closed, Full, Waiting
+from atlas.report.page import fill
 from atlas.runtime.session import sentence_of
 from atlas.runtime.tracking import log
 
@@ -87,7 +88,8 @@ class Server(ThreadingHTTPServer):
         self.names = {"localhost", host.lower(), socket.gethostname().lower()}
         self.waiting = Waiting(self._work, model.batch_size, MOST_WAITING)
         self.examples = model.examples(EXAMPLES)
-        self._page = files("atlas.asking").joinpath("page.html").read_text(encoding="utf-8")
+        page = files("atlas.asking").joinpath("page.html").read_text(encoding="utf-8")
+        self._page = fill(page, {"nonce": "{{nonce}}"})  # which is another one for every request
         self._answering, self._changed = 0, threading.Condition()
 
     def server_bind(self) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from atlas import config
 from atlas.files.disk import FullDiskError, writing
 from atlas.files.lock import holding
 from atlas.options import write_options
+from atlas.report.page import NAME, write_report
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.reporting import Reports
@@ -29,6 +31,7 @@ from atlas.runtime.tracking import log, open_standard_streams, report_error, sta
 from atlas.runtime.verification import Verification
 
 ECHO_SECONDS = 10.0
+CHEAP_RESULTS = 1 << 24  # bytes that are read within seconds: a run that is asked to stop may have no more time
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
@@ -57,9 +60,10 @@ class Session:
                 write_options(self.directory / name, heading, text)
 
     def log_places(self, step: int) -> None:
-        """The last line of a run: where to look. Collective. Raises: as `Verification.finish`."""
+        """The last line of a run, after its report: where to look. Collective. Raises: as `Verification.finish`."""
         self.verification.finish()
         places = [f"log in {self.directory / 'run.log'}"]
+        places += [f"report in {page}" for page in _write_report(self.directory)]
         latest = self.directory / "checkpoint" / "latest"
         if self.settings.train_data and latest.exists():
             places.append(f"model in {self.directory / 'checkpoint' / latest.resolve().name}")
@@ -111,6 +115,7 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
                 except Stopped as stop:
                     stopped = True
                     traceback.clear_frames(stop.__traceback__)
+                    _write_report(directory, most_bytes=CHEAP_RESULTS)
             distributed.wait_for_all("the end of the run")
     except KeyboardInterrupt:
         _say_how_to_resume(settings, directory)
@@ -130,6 +135,26 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
     distributed.stop()
     if stopped:
         sys.exit(128 + signal.SIGTERM)
+
+
+def _write_report(directory: Path, most_bytes: float = math.inf) -> list[Path]:
+    """Write report.html on rank 0, and say so in one sentence if that fails. Collective; its path, or nothing.
+
+    Args:
+        most_bytes: of the result files; if there are more, no report is written.
+    """
+
+    def write() -> list[Path]:
+        try:
+            if sum(file.stat().st_size for file in directory.glob("*-step-*.jsonl")) > most_bytes:
+                return []
+            return write_report(directory)[:1]
+        except Exception as error:  # the run has done its work, whatever is wrong with its report
+            understood = isinstance(error, ValueError | OSError)
+            log.warning("%s is not written: %s", directory / NAME, sentence_of(error), exc_info=not understood)
+            return []
+
+    return distributed.on_main("writing the report", write)
 
 
 def _start_screen() -> None:
