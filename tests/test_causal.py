@@ -315,7 +315,7 @@ def mean_log_likelihood(reader, make, query, passages, answer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", PROMPT_MODES.keys() - {"question"})
+@pytest.mark.parametrize("mode", sorted(PROMPT_MODES.keys() - {"question"}))
 def test_gold_scores_are_likelihoods_of_the_answer_behind_prompts(mode, monkeypatch):
     reader, make = load_reader(str(language_model()), dropout=None), inputs_of("plain", n_context=2)
     passages, answers = [PASSAGES, PASSAGES[:1], []], ["Selnu", "Pelzor Kobari", "a"]
