@@ -134,6 +134,11 @@ def _report_without_effect(config: Config) -> None:
         ("bm25_steps", bm25 and bool(config.run.train_data), "without --bm25_weight, nor in evaluate.py"),
         *((f"bm25_{name}", bm25, "without --bm25_weight") for name in ("k1", "b", "stopwords")),
         ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
+        *(
+            (f"{prefix}_{name}", getattr(config.optimisation, f"{prefix}_rank") > 0, f"without --{prefix}_rank")
+            for prefix in ("lora", "retriever_lora")
+            for name in ("alpha", "dropout", "targets")
+        ),
         ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
     ):
         if config.flags()[name] != FIELDS[name].default and not has_effect:
