@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, T5Config
 
-from atlas.config import Optimisation
+from atlas.config import Lora, Optimisation
+from atlas.model.adapters import add_adapters, lower_frozen
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.pretrained import checkpoint_activations
@@ -72,6 +73,9 @@ class Settings(NamedTuple):
     precision: str = "bf16"
     gradient_checkpoint: bool = True
     dropout: float = 0.1
+    lora_rank: int = 0
+    retriever_lora_rank: int = 0
+    frozen_precision: str = "fp32"
     shard_optim: bool = False
     shard_grads: bool = False
 
@@ -194,11 +198,46 @@ def make_reader(size: Size, dropout: float) -> FusionInDecoder:
     return reader
 
 
+def adapt(reader: FusionInDecoder, settings: Settings) -> None:
+    """Adapters for all linear layers of the reader, as a run gives it with the flags."""
+    if settings.lora_rank:
+        add_adapters(reader, reader.blocks, Lora(settings.lora_rank, 2 * settings.lora_rank, 0.0, ()), "lora")
+    if settings.frozen_precision == "bf16":
+        lower_frozen(reader, torch.bfloat16)
+
+
+def make_encoders(retriever: BertConfig, settings: Settings) -> DualEncoder:
+    """A query encoder that is trained and a passage encoder that is frozen, with random weights."""
+    contriever = Contriever(retriever)
+    if settings.gradient_checkpoint:
+        checkpoint_activations(contriever)
+    encoders = DualEncoder(contriever, query_side=True)
+    if rank := settings.retriever_lora_rank:
+        encoders.share_weights()
+        layers = encoders.query_encoder.encoder.layer
+        add_adapters(encoders.query_encoder, layers, Lora(rank, 2 * rank, 0.0, ()), "retriever_lora")
+    return encoders
+
+
+class Weight(NamedTuple):
+    """A parameter of a model."""
+
+    shape: torch.Size
+    itemsize: int  # bytes of a number
+    trained: bool
+
+
+def _weights_of(model: torch.nn.Module) -> list[Weight]:
+    return [Weight(p.shape, p.itemsize, p.requires_grad) for p in model.parameters()]
+
+
 @functools.cache
-def shapes_of_reader(size: Size) -> list[torch.Size]:
-    """The shapes of all its weights."""
+def weights_of_reader(size: Size, settings: Settings) -> list[Weight]:
+    """All its weights."""
     with torch.device("meta"):
-        return [parameter.shape for parameter in make_reader(size, 0.0).parameters()]
+        reader = make_reader(size, 0.0)
+        adapt(reader, settings)
+    return _weights_of(reader)
 
 
 def build(
@@ -207,14 +246,13 @@ def build(
     """Models and optimizers of query-side training on this rank, as a run makes them, with random weights."""
     with device:
         fusion = make_reader(reader, settings.dropout)
-        contriever = Contriever(retriever)
+        encoders = make_encoders(retriever, settings)
+        adapt(fusion, settings)
     if settings.gradient_checkpoint:
         checkpoint_activations(fusion)
-        checkpoint_activations(contriever)
     if settings.shard_grads:
         dtype = devices.compute_dtype(settings.precision)
         shard_weights(fusion, fusion.blocks, device, block_dtype=dtype, forward_methods=("encode",))
-    encoders = DualEncoder(contriever, query_side=True)
     atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=MODES["pdist"])
     flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
     flags = Optimisation(**flags, shard_optim=settings.shard_optim)
@@ -284,21 +322,25 @@ def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
 
 
 def held(reader: Size, retriever: BertConfig, settings: Settings, world_size: int) -> Held:
-    """The same, computed from sizes for query-side training of reader and query encoder; all weights are fp32."""
+    """The same, computed from sizes for query-side training of reader and query encoder."""
     with torch.device("meta"):
-        encoder = [p.numel() for p in Contriever(retriever).parameters()]
+        of_encoders = _weights_of(make_encoders(retriever, settings))
     ranks = world_size if settings.shard_grads else 1
     # FSDP2 distributes rows over ranks; no rank has more than rank 0.
-    of_reader = [-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes_of_reader(reader)]
+    of_reader = [
+        weight._replace(shape=torch.Size([-(-weight.shape[0] // ranks), *weight.shape[1:]]))
+        for weight in weights_of_reader(reader, settings)
+    ]
+    learnt, of_encoder = ([w.shape.numel() for w in part if w.trained] for part in (of_reader, of_encoders))
 
     def moments(sizes: list[int], whole: bool) -> int:
         # Whole tensors go to the ranks that have the least; the largest may exceed an equal share.
         return max(max(sizes), -(-sum(sizes) // world_size)) if settings.shard_optim and whole else sum(sizes)
 
     return Held(
-        weights=4 * (sum(of_reader) + 2 * sum(encoder)),
-        gradients=4 * (sum(of_reader) + sum(encoder)),
-        moments=8 * (moments(of_reader, whole=not settings.shard_grads) + moments(encoder, whole=True)),
+        weights=sum(weight.shape.numel() * weight.itemsize for weight in [*of_reader, *of_encoders]),
+        gradients=4 * (sum(learnt) + sum(of_encoder)),
+        moments=8 * (moments(learnt, whole=not settings.shard_grads) + moments(of_encoder, whole=True)),
     )
 
 
@@ -388,6 +430,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=Settings._field_defaults[name], help="as in training")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="as in training")
     parser.add_argument("--dropout", type=float, default=0.1, help="as in training")
+    for name in ("lora_rank", "retriever_lora_rank"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="as in training")
+    parser.add_argument("--frozen_precision", choices=("fp32", "bf16"), default="fp32", help="as in training")
     parser.add_argument(
         "--gradient_checkpoint", action=argparse.BooleanOptionalAction, default=True, help="of reader and retriever"
     )

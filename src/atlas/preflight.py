@@ -139,6 +139,10 @@ def _report_without_effect(config: Config) -> None:
             for prefix in ("lora", "retriever_lora")
             for name in ("alpha", "dropout", "targets")
         ),
+        *(
+            (name, bool(config.run.train_data), "in an evaluation: the adapters of a checkpoint are always used")
+            for name in ("lora_rank", "retriever_lora_rank")
+        ),
         ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
     ):
         if config.flags()[name] != FIELDS[name].default and not has_effect:

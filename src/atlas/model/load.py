@@ -179,10 +179,10 @@ def _load_retriever(
     }
     asked = {key: value for key, value in asked.items() if value is not None}
     saved = _saved_adapter("query_encoder", checkpoint)
-    untied = saved is not None or (from_checkpoint and state_is_untied(checkpoint.retriever))
+    untied = from_checkpoint and state_is_untied(checkpoint.retriever)
     retriever = load_retriever(
         settings.retriever_model_path,
-        query_side=learning.query_side_retriever_training or untied,
+        query_side=learning.query_side_retriever_training or untied or saved is not None,
         dropout=optimisation.dropout,
         weights=not from_checkpoint,
         gradient_checkpointing=optimisation.use_gradient_checkpoint_retriever,
@@ -193,8 +193,8 @@ def _load_retriever(
     learns = training and learning.train_retriever
     lora = optimisation.lora("retriever") if learns else None
     query_encoder, encoders = retriever.query_encoder, [retriever.query_encoder, retriever.passage_encoder]
-    if lora:
-        retriever.share_weights()
+    if lora and not untied:
+        retriever.share_weights()  # of both; what is trained are adapters
     name = settings.retriever_model_path
     base = _adapt(query_encoder, query_encoder.encoder.layer, "query_encoder", lora, encoders, name, checkpoint)
     if training and optimisation.lora_rank and not learns and not saved:

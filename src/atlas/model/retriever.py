@@ -126,11 +126,10 @@ class DualEncoder(nn.Module):
         return self.passage_contriever if self.query_side else self.contriever
 
     def share_weights(self) -> None:
-        """Let weights exist once that are equal in both encoders, for as long as they are frozen in both."""
+        """Let the weights of both encoders exist once: they must be equal, and frozen in both."""
         for name, weight in self.passage_encoder.named_parameters():
             place, _, last = name.rpartition(".")
-            if torch.equal(self.query_encoder.get_parameter(name), weight):
-                setattr(self.query_encoder.get_submodule(place), last, weight)
+            setattr(self.query_encoder.get_submodule(place), last, weight)
 
     def embed_queries(self, ids: Tensor, mask: Tensor) -> Tensor:  # (n, L), (n, L) -> (n, D)
         return self.query_encoder(ids, mask)
