@@ -379,6 +379,10 @@ def _send_working(
 
     gc.disable()
     optim.agree_on_norm, parallel.init_device_mesh = norm, mesh
+    if settings.lora_rank or settings.retriever_lora_rank:
+        from peft.tuners.lora import LoraLayer  # an extra
+
+        LoraLayer._move_adapter_to_device_of_base_layer = lambda *_: None  # fake weights are there, and cannot move
     if cuda:
         use_cuda_kernels()
     if world_size > 1:  # this is rank 0; the others need not exist because no values are read

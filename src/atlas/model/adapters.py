@@ -155,7 +155,7 @@ def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
     for part in model.modules():
         if isinstance(part, nn.Linear) and not part.weight.requires_grad and id(part.weight) not in embeddings:
-            part.weight.data = part.weight.data.to(dtype)
+            part.weight = nn.Parameter(part.weight.detach().to(dtype), requires_grad=False)
 
 
 def base_of(half: str, encoders: Iterable[nn.Module], model: str, checkpoint: Checkpoint | None) -> Base:
