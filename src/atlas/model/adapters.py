@@ -21,7 +21,8 @@ from atlas.runtime.tracking import log
 PREFIX = "base_model.model."  # what peft saves before the name of a layer
 PAIR = ("lora_A.weight", "lora_B.weight")  # (r, in), (out, r)
 # Of peft's settings, those that say something else than a product of two matrices, and what they have to be here.
-PLAIN = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_pattern": {}}
+PLAIN = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none"}
+PLAIN |= {"rank_pattern": {}, "alpha_pattern": {}}
 
 
 def add_adapters(
@@ -113,7 +114,7 @@ def merge_adapter(model: nn.Module, adapter: Adapter, file: Path) -> None:
     settings = adapter.settings
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     plain = all(settings.get(name, value) == value for name, value in PLAIN.items())
-    if not plain or not all(type(number) is int and number > 0 for number in (rank, alpha)):
+    if not plain or not all(type(number) is int and 0 < number < 2**31 for number in (rank, alpha)):
         raise ValueError(f"{file.with_name('adapter_config.json')} describes no adapters as train.py makes them")
     linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     names = {name.removeprefix(PREFIX).removesuffix(f".{end}") for name in adapter.weights for end in PAIR}
