@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from atlas.config import TOKENIZING_TASKS, Config, parse_config, quiet_until_started
+from atlas.config import OF_THE_JUDGEMENT, TOKENIZING_TASKS, Config, parse_config, quiet_until_started
 
 if TYPE_CHECKING:
     from atlas.runtime.session import Session
@@ -37,8 +37,11 @@ def measure(config: Config, run: "Session") -> None:
     step = checkpoint.step if checkpoint and not given else 0
     if checkpoint and checkpoint.published:
         preflight.report_differences(config, checkpoint.options, str(checkpoint.path))
+    elif checkpoint and config.run.write_evidence:
+        preflight.report_differences(config, checkpoint.options, str(checkpoint.path), names=OF_THE_JUDGEMENT)
     trained_here = (run.directory / "checkpoint").exists()  # opt.log has the flags of the training then
     run.write_options("opt.evaluate.log" if trained_here else "opt.log", "evaluate.py", config.describe())
+    run.reports.start(config, run.device, step)
 
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
     reads = not config.model.retrieve_only or config.tasks.task in TOKENIZING_TASKS
@@ -51,7 +54,7 @@ def measure(config: Config, run: "Session") -> None:
     model = Model.load(config.model, learning, config.optimisation, checkpoint, tokenizer, run.device, training=False)
     retrieval = Retrieval.open(config.index, config.run, learning, model, run)
     if retrieval is not None and config.index.evaluates_by_embeddings:
-        retrieval.refresh()  # builds one if none was opened
+        retrieval.refresh(step=step)  # builds one if none was opened
 
     Evaluator(config, model, retrieval, data, run).evaluate_all(step)
     run.log_places(step)

@@ -48,6 +48,7 @@ def learn(config: Config, run: "Session") -> None:
         run.verification.check(str(start.path), start.recorded)  # against its checksums; the index likewise, below
         preflight.report_differences(config, start.options, str(start.path), resumed=resumed is not None)
     run.write_options("opt.log", f"from step {resumed.step + 1 if resumed else 1} on", config.describe())
+    run.reports.start(config, run.device, resumed.step if resumed else 0)
 
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
     tokenizer = load_reader_tokenizer(config.model.reader_model_type)
@@ -55,7 +56,7 @@ def learn(config: Config, run: "Session") -> None:
     preflight.check_prompts(config.model, tokenizer, evaluation_data)
     data = Data.open(config.run.train_data, config, tokenizer, training=True)
 
-    # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an AdamW of their own.
+    # Model: T5 as Fusion-in-Decoder reads, Contriever retrieves. Both have an optimizer of their own.
     learning = config.retriever_training
     model = Model.load(config.model, learning, config.optimisation, start, tokenizer, run.device, training=True)
     optimizers = Optimizers(config.optimisation, {"reader": model.reader, "retriever": model.retriever})

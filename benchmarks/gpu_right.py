@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import math
 import os
 import re
@@ -308,25 +309,25 @@ def demo(bench: Bench) -> Iterator[Row]:
     build += ["--max_passages", "400"] if short else []
     tune = [*FINE_TUNING, "--train_data", bench.demo / "train.64-shot.jsonl", "--load_index_path", index]
     tune += ["--total_steps", str(last), "--eval_freq", str(last // 2)]
-    before = exact_match_of(["evaluate.py", "--name", "before", *common, *build])
-    after = exact_match_of(["finetune_qa.py", "--name", "after", *common, *tune])
+    before = exact_match_of(home / "before", ["evaluate.py", *common, *build])
+    after = exact_match_of(home / "after", ["finetune_qa.py", *common, *tune])
     measured = f"{before:.1f} before, {after:.1f} after"
     yield Row(f"the demo's exact match, {bench.precision}", "it rises", measured, ok=short or after > before)
 
 
-def exact_match_of(words: list[str | Path]) -> float:
-    """Run a script; the exact match that it logs at the end.
+def exact_match_of(directory: Path, words: list[str | Path]) -> float:
+    """Run a script, the results of which go to this directory; the exact match that it measures at the end.
 
     Raises:
         RuntimeError: it fails.
     """
-    command = [sys.executable, *map(str, words)]
+    command = [sys.executable, *map(str, words), "--name", directory.name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    found = re.findall(r"Dataset: .*?([\d.]+) exact_match", done.stdout)
-    if done.returncode or not found:
+    if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise RuntimeError(f"{words[0]} ended with status {done.returncode}: {last}")
-    return float(found[-1])
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["kind"] == "evaluation"][-1]["metrics"]["exact_match"]
 
 
 CHECKS = (embeddings, losses, position_bias, kernels, answers, steps, resume, sharded, demo)

@@ -4,11 +4,11 @@
 
 The step is the real one (`atlas.model.atlas`, `atlas.training.optim`, `atlas.runtime.parallel`), run on fake
 tensors: they have shapes but no contents, and a step with them allocates and frees what a real one would. Added to that
-is the memory used between the steps (weights, gradients, AdamW's moments, the index), which is computed from sizes.
+is the memory used between the steps (weights, gradients, the optimizer's moments, the index), which is computed from
+sizes.
 """
 
 import argparse
-import functools
 import gc
 import os
 from collections.abc import Iterable
@@ -27,13 +27,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, T5Config
+from transformers.utils import logging
 
-from atlas.config import Lora, Optimisation
+from atlas.config import FIELDS, Lora, Optimisation
 from atlas.model.adapters import add_adapters, lower_frozen
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.inputs import Targets
-from atlas.model.pretrained import checkpoint_activations
+from atlas.model.pretrained import checkpoint_activations, set_dropout
 from atlas.model.reader import FusionInDecoder
 from atlas.model.retriever import Contriever, DualEncoder
 from atlas.model.signals import MODES
@@ -41,6 +43,7 @@ from atlas.runtime import device as devices
 from atlas.runtime import parallel
 from atlas.runtime.parallel import agree_on_norm, finish_gradients, local_part, shard_weights
 from atlas.training import optim
+from atlas.training.moments import kept_of
 from atlas.training.optim import Optimizers
 
 CPU = torch.device("cpu")
@@ -54,7 +57,7 @@ READERS = {  # google/t5-{size}-lm-adapt: d_model, d_ff, layers of each stack, h
     "xl": (2048, 5120, 24, 32),
     "xxl": (4096, 10240, 24, 64),
 }
-Size = str | tuple[int, int, int, int]  # of `READERS`, or another shape
+Size = str | tuple[int, int, int, int] | T5Config  # of `READERS`, or another shape
 WHOLE = "no sharding"
 SHARDINGS = {  # by their names in the tables
     WHOLE: {},
@@ -72,12 +75,26 @@ class Settings(NamedTuple):
     target_maxlength: int = 32
     precision: str = "bf16"
     gradient_checkpoint: bool = True
+    gradient_checkpoint_every: int = 1
     dropout: float = 0.1
     lora_rank: int = 0
     retriever_lora_rank: int = 0
     frozen_precision: str = "fp32"
     shard_optim: bool = False
     shard_grads: bool = False
+    optimizer: str = "adamw"
+    offload_optimizer: bool = False
+    retriever_n_context: int | None = None  # passages that the retriever learns from; None: as n_context
+    train_retriever: bool = True
+    query_side: bool = True
+    gold_score_mode: str = "pdist"
+    gradient_checkpoint_retriever: bool | None = None  # None: as that of the reader
+    training: bool = True  # False: the pass of an evaluation, before it generates
+
+    @property
+    def passages(self) -> int:
+        """Of a query in training."""
+        return self.retriever_n_context or self.n_context
 
 
 class Held(NamedTuple):
@@ -103,7 +120,7 @@ class Sum(NamedTuple):
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the live bytes of tensors created inside the block, and their peak.
+    """Counts the live bytes of tensors created inside the block, their peak, and the operations of matrix products.
 
     Autograd adds a tensor's second gradient to the first one in place if nothing else references that one, but not
     under a dispatch mode (`isTensorSubclassLike` in ATen/TensorSubclassLikeUtils.h). Such a sum is counted as if it
@@ -112,7 +129,7 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak = self.flops = 0
         self._sizes: dict[StorageWeakRef, int] = {}
         self._bound = 0  # upper bound of the live bytes: freed ones may still be counted
         self._sum: Sum | None = None  # the result of the last operation, not yet counted
@@ -148,6 +165,8 @@ class LiveMemory(TorchDispatchMode):
             return NotImplemented  # is called again with this rank's local tensors
         self._settle()
         result = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         given = {storage._cdata for storage in storages_of((args, kwargs))}
         for storage in storages_of(result):
             if storage._cdata not in given:  # neither a view nor an in-place result
@@ -177,10 +196,12 @@ class LiveMemory(TorchDispatchMode):
             self.peak = max(self.peak, self._alive())
 
 
-def make_reader(size: Size, dropout: float) -> FusionInDecoder:
-    """A reader with random weights and the shape of a T5 v1.1."""
+def reader_config(size: Size) -> T5Config:
+    """That of a T5 v1.1 of this shape."""
+    if isinstance(size, T5Config):
+        return size
     width, inner, layers, heads = READERS[size] if isinstance(size, str) else size
-    config = T5Config(
+    return T5Config(
         vocab_size=32128,
         d_model=width,
         d_kv=64,
@@ -189,12 +210,16 @@ def make_reader(size: Size, dropout: float) -> FusionInDecoder:
         num_decoder_layers=layers,
         num_heads=heads,
         feed_forward_proj="gated-gelu",
-        dropout_rate=dropout,
         decoder_start_token_id=0,
         tie_word_embeddings=False,
     )
-    reader = FusionInDecoder(config)
-    reader.tie_output_embeddings(False)
+
+
+def make_reader(size: Size, dropout: float) -> FusionInDecoder:
+    """A reader with random weights and the shape of a T5 v1.1."""
+    reader = FusionInDecoder(reader_config(size))
+    reader.tie_output_embeddings(not reader.config.is_gated_act)  # T5 v1.0 ties them, later ones do not
+    set_dropout(reader, dropout)
     return reader
 
 
@@ -207,15 +232,17 @@ def adapt(reader: FusionInDecoder, settings: Settings) -> None:
 
 
 def make_encoders(retriever: BertConfig, settings: Settings) -> DualEncoder:
-    """A query encoder that is trained and a passage encoder that is frozen, with random weights."""
-    contriever = Contriever(retriever)
-    if settings.gradient_checkpoint:
-        checkpoint_activations(contriever)
-    encoders = DualEncoder(contriever, query_side=True)
+    """The encoders with random weights; what is not trained is frozen."""
+    contriever, of_retriever = Contriever(retriever), settings.gradient_checkpoint_retriever
+    if settings.gradient_checkpoint if of_retriever is None else of_retriever:
+        checkpoint_activations(contriever, settings.gradient_checkpoint_every)
+    encoders = DualEncoder(contriever, query_side=settings.query_side)
     if rank := settings.retriever_lora_rank:
         encoders.share_weights()
         layers = encoders.query_encoder.encoder.layer
         add_adapters(encoders.query_encoder, layers, Lora(rank, 2 * rank, 0.0, ()), "retriever_lora")
+    if not settings.train_retriever:
+        encoders.requires_grad_(False)
     return encoders
 
 
@@ -227,17 +254,17 @@ class Weight(NamedTuple):
     trained: bool
 
 
-def _weights_of(model: torch.nn.Module) -> list[Weight]:
+def weights_of(model: torch.nn.Module) -> list[Weight]:
+    """All of a model's, each once."""
     return [Weight(p.shape, p.itemsize, p.requires_grad) for p in model.parameters()]
 
 
-@functools.cache
 def weights_of_reader(size: Size, settings: Settings) -> list[Weight]:
     """All its weights."""
     with torch.device("meta"):
         reader = make_reader(size, 0.0)
         adapt(reader, settings)
-    return _weights_of(reader)
+    return weights_of(reader)
 
 
 def build(
@@ -249,20 +276,22 @@ def build(
         encoders = make_encoders(retriever, settings)
         adapt(fusion, settings)
     if settings.gradient_checkpoint:
-        checkpoint_activations(fusion)
+        checkpoint_activations(fusion, settings.gradient_checkpoint_every)
     if settings.shard_grads:
         dtype = devices.compute_dtype(settings.precision)
         shard_weights(fusion, fusion.blocks, device, block_dtype=dtype, forward_methods=("encode",))
-    atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=MODES["pdist"])
+    mode = MODES[settings.gold_score_mode] if settings.train_retriever else None
+    atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=mode)
     flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
-    flags = Optimisation(**flags, shard_optim=settings.shard_optim)
+    names = ("shard_optim", "optimizer", "offload_optimizer")
+    flags = Optimisation(**flags, **{name: getattr(settings, name) for name in names})
     optimizers = Optimizers(flags, {"reader": fusion, "retriever": encoders})
     return atlas.train(), optimizers
 
 
 def batch_of(settings: Settings, vocabulary: int, embedding: int, device: torch.device = CPU) -> TrainingTensors:
     """A batch in which all rows have the maximum length."""
-    n, k, length = settings.per_gpu_batch_size, settings.n_context, settings.text_maxlength
+    n, k, length = settings.per_gpu_batch_size, settings.passages, settings.text_maxlength
 
     def ids(*shape: int) -> torch.Tensor:
         return torch.randint(3, vocabulary, shape, device=device)
@@ -271,9 +300,13 @@ def batch_of(settings: Settings, vocabulary: int, embedding: int, device: torch.
         return torch.ones(shape, dtype=torch.bool, device=device)
 
     targets = Targets(ids(n, settings.target_maxlength), ids(n, settings.target_maxlength))
-    embeddings = torch.randn(n, k, embedding, device=device)
+    reading = ids(n, k, length), mask(n, k, length), None, targets
+    if not settings.train_retriever:
+        return TrainingTensors(*reading)
     query = ids(n, QUERY), mask(n, QUERY)
-    return TrainingTensors(ids(n, k, length), mask(n, k, length), None, targets, *query, passage_embeddings=embeddings)
+    if not settings.query_side:
+        return TrainingTensors(*reading, *query, ids(n * k, length), mask(n * k, length))
+    return TrainingTensors(*reading, *query, passage_embeddings=torch.randn(n, k, embedding, device=device))
 
 
 def use_cuda_kernels() -> None:
@@ -309,6 +342,12 @@ def update(atlas: Atlas, optimizers: Optimizers, batch: TrainingTensors, precisi
     return losses
 
 
+def read(atlas: Atlas, batch: TrainingTensors, precision: str) -> Losses:
+    """The pass in which an evaluation reads a batch."""
+    with torch.no_grad(), devices.autocast(batch.reader_ids.device, precision):
+        return atlas.eval()(batch)
+
+
 def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
     """The bytes of this rank's weights, gradients and moments, measured."""
 
@@ -316,39 +355,55 @@ def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
         storages = storages_of([local_part(tensor.detach()) for tensor in tensors if tensor is not None])
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
-    states = [state for adamw in optimizers._optimizers.values() for state in adamw.state.values()]
-    moments = size(state[key] for state in states for key in ("exp_avg", "exp_avg_sq"))
+    states = [state for half in optimizers._optimizers.values() for state in half.state.values()]
+    moments = size(tensor for state in states for key, tensor in state.items() if key != "step")
     return Held(size(atlas.parameters()), size(p.grad for p in atlas.parameters()), moments)
 
 
-def held(reader: Size, retriever: BertConfig, settings: Settings, world_size: int) -> Held:
-    """The same, computed from sizes for query-side training of reader and query encoder."""
+def held(reader: Size, retriever: BertConfig | None, settings: Settings, world_size: int) -> Held:
+    """The same, computed from sizes."""
+    of_reader = weights_of_reader(reader, settings)
     with torch.device("meta"):
-        of_encoders = _weights_of(make_encoders(retriever, settings))
+        of_encoders = weights_of(make_encoders(retriever, settings)) if retriever else []
     ranks = world_size if settings.shard_grads else 1
-    # FSDP2 distributes rows over ranks; no rank has more than rank 0.
-    of_reader = [
-        weight._replace(shape=torch.Size([-(-weight.shape[0] // ranks), *weight.shape[1:]]))
-        for weight in weights_of_reader(reader, settings)
-    ]
-    learnt, of_encoder = ([w.shape.numel() for w in part if w.trained] for part in (of_reader, of_encoders))
 
-    def moments(sizes: list[int], whole: bool) -> int:
+    def size(weights: list[Weight], ranks: int) -> int:
+        # FSDP2 distributes rows over ranks; no rank has more than rank 0.
+        return sum(-(-w.shape[0] // ranks) * w.shape[1:].numel() * w.itemsize for w in weights)
+
+    def moments(weights: list[Weight], ranks: int) -> int:
+        if settings.offload_optimizer:
+            return 0
+        kept = [(w.shape[0], kept_of(settings.optimizer, w.shape).values()) for w in weights]
+        sizes = [sum(k.dtype.itemsize * k.shape.numel() for k in of) * -(-n // ranks) // n for n, of in kept]
         # Whole tensors go to the ranks that have the least; the largest may exceed an equal share.
-        return max(max(sizes), -(-sum(sizes) // world_size)) if settings.shard_optim and whole else sum(sizes)
+        spread = settings.shard_optim and ranks == 1 and sizes
+        return max(max(sizes), -(-sum(sizes) // world_size)) if spread else sum(sizes)
 
+    learnt, learning = ([w for w in part if w.trained] for part in (of_reader, of_encoders))
     return Held(
-        weights=sum(weight.shape.numel() * weight.itemsize for weight in [*of_reader, *of_encoders]),
-        gradients=4 * (sum(learnt) + sum(of_encoder)),
-        moments=8 * (moments(learnt, whole=not settings.shard_grads) + moments(of_encoder, whole=True)),
+        weights=size(of_reader, ranks) + size(of_encoders, 1),
+        gradients=size(learnt, ranks) + size(learning, 1),
+        moments=moments(learnt, ranks) + moments(learning, 1),
     )
 
 
-def working(reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> int:
-    """Peak bytes of a step in addition to those of `held`: a real step on fake tensors.
+class Step(NamedTuple):
+    """What a real step on fake tensors takes."""
 
-    They are activations and copies of weights, in the precision of the computation or gathered from all ranks. The step
-    runs in a separate process, because after it torch 2.13 may crash during any garbage collection.
+    working: int  # peak bytes in addition to those of `held`: activations, and copies of weights (16 bits, or gathered)
+    flops: int  # of its matrix products, on each GPU
+
+
+def working(reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> int:
+    """`Step.working` of a step. Raises: as `fake_step`."""
+    return fake_step(reader, retriever, settings, world_size, cuda).working
+
+
+def fake_step(reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool = True) -> Step:
+    """A real step on fake tensors.
+
+    It runs in a separate process, because after it torch 2.13 may crash during any garbage collection.
 
     Raises:
         RuntimeError: that process crashed.
@@ -356,7 +411,7 @@ def working(reader: Size, retriever: BertConfig, settings: Settings, world_size:
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.memory"])  # imported once for the processes of all steps
     mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send_working, args=(theirs, reader, retriever, settings, world_size, cuda))
+    process = context.Process(target=_send_step, args=(theirs, reader, retriever, settings, world_size, cuda))
     process.start()
     theirs.close()
     try:
@@ -366,7 +421,7 @@ def working(reader: Size, retriever: BertConfig, settings: Settings, world_size:
         raise RuntimeError(f"the process of the fake step died with code {process.exitcode}") from error
 
 
-def _send_working(
+def _send_step(
     answer: Connection, reader: Size, retriever: BertConfig, settings: Settings, world_size: int, cuda: bool
 ) -> None:
     def norm(parameters: list[torch.nn.Parameter], stop: bool) -> np.ndarray:
@@ -378,6 +433,7 @@ def _send_working(
             return init_device_mesh(*arguments)
 
     gc.disable()
+    logging.set_verbosity_error()  # of a cache that is not used
     optim.agree_on_norm, parallel.init_device_mesh = norm, mesh
     if settings.lora_rank or settings.retriever_lora_rank:
         from peft.tuners.lora import LoraLayer  # an extra
@@ -390,12 +446,16 @@ def _send_working(
     with FakeTensorMode():
         atlas, optimizers = build(reader, retriever, settings)
         batch = batch_of(settings, retriever.vocab_size, retriever.hidden_size)
-        wait_for_gradients(atlas)
-        optimizers.step(0)  # creates the moments
-        wait_for_gradients(atlas)
+        if settings.training:
+            wait_for_gradients(atlas)
+            optimizers.step(0)  # creates the moments
+            wait_for_gradients(atlas)
         with LiveMemory() as live:
-            update(atlas, optimizers, batch, settings.precision)
-    answer.send(live.peak)
+            if settings.training:
+                update(atlas, optimizers, batch, settings.precision)
+            else:
+                read(atlas, batch, settings.precision)
+    answer.send(Step(live.peak, live.flops))
     os._exit(0)
 
 
@@ -414,6 +474,8 @@ def memory_per_gpu(size: str, settings: Settings, world_size: int, at_work: int 
     """
     retriever = BertConfig(vocab_size=30522)
     parts = held(size, retriever, settings, world_size)._asdict()
+    if settings.optimizer == "adafactor":  # it reads values, which fake tensors lack; no update is the step's peak
+        settings = settings._replace(optimizer="adamw")
     return parts | {"working": at_work or working(size, retriever, settings, world_size)}
 
 
@@ -430,9 +492,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=READERS, default=list(READERS), help="of the reader")
     parser.add_argument("--world_sizes", nargs="+", type=int, default=[1, 8, 64], help="numbers of GPUs")
-    for name in ("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"):
+    for name in (
+        *("per_gpu_batch_size", "n_context", "text_maxlength", "target_maxlength"),
+        "gradient_checkpoint_every",
+    ):
         parser.add_argument(f"--{name}", type=int, default=Settings._field_defaults[name], help="as in training")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="as in training")
+    kinds = FIELDS["optimizer"].metadata["choices"]
+    parser.add_argument("--optimizer", choices=kinds, default="adamw", help="as in training")
+    parser.add_argument("--offload_optimizer", action="store_true", help="as in training")
     parser.add_argument("--dropout", type=float, default=0.1, help="as in training")
     for name in ("lora_rank", "retriever_lora_rank"):
         parser.add_argument(f"--{name}", type=int, default=0, help="as in training")

@@ -8,8 +8,8 @@ again in other words. `--plot` needs matplotlib: pip install matplotlib
 """
 
 import argparse
+import json
 import random
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,7 +19,6 @@ from atlas.runtime.device import cpu_precision
 from example_scripts.demo import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURE = re.compile(r"([\d.]+) (\w+)")
 RETRIEVAL = ("--train_retriever", "--gold_score_mode", "pdist", "--n_context", "5", "--retriever_n_context", "5")
 
 
@@ -40,13 +39,13 @@ def split(data: Path, directory: Path, held_out: int) -> tuple[Path, Path]:
     return train, held
 
 
-def measured(log: Path, every: int) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> (step, value) of the evaluations in a log, one every `every` steps."""
+def measured(metrics: Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (step, value) of the evaluations in metrics.jsonl."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    evaluations = [line for line in log.read_text(encoding="utf-8").splitlines() if "Dataset: " in line]
-    for number, line in enumerate(evaluations, 1):
-        for value, name in MEASURE.findall(line.split(" | ", 1)[1]):
-            curves.setdefault(name, []).append((number * every, float(value)))
+    for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
+        if line["kind"] == "evaluation":
+            for name, value in line["metrics"].items():
+                curves.setdefault(name, []).append((line["step"], value))
     return curves
 
 
@@ -101,9 +100,9 @@ def main() -> None:
     runs |= {"closed book": ("closed", "--closed_book")}
     curves = {}
     for title, (name, *more) in runs.items():
-        (home / name / "run.log").unlink(missing_ok=True)
+        (home / name / "metrics.jsonl").unlink(missing_ok=True)
         call("train.py", "--name", name, *flags, *more)
-        curves[title] = measured(home / name / "run.log", every)
+        curves[title] = measured(home / name / "metrics.jsonl")
     for title, of_run in curves.items():
         for metric in ("accuracy", "f1"):
             print(f"{title:16}{metric:10}" + " ".join(f"{value:6.1f}" for _, value in of_run[metric]))

@@ -10,12 +10,15 @@ with dropout the reader encodes the passages again for the gold scores, and both
 *Plain* pads all rows, which have 60 to 160 tokens, to 384, computes in fp32, embeds the passages again, and checks each
 parameter's gradient separately, which waits for the device each time. Everything else computes in bf16 if this CPU
 supports it (AVX512-BF16 or AMX), otherwise in fp32; the ratios then show the other optimisations alone.
+
+`--checkpointing` measures something else: what it costs to compute the activations of all layers twice, or of some.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +30,7 @@ from atlas.config import Optimisation
 from atlas.model.atlas import Atlas, TrainingTensors
 from atlas.model.grouping import fuse
 from atlas.model.inputs import Targets
+from atlas.model.pretrained import checkpoint_activations
 from atlas.model.reader import FusionInDecoder
 from atlas.model.retriever import Contriever, DualEncoder
 from atlas.model.signals import MODES
@@ -200,6 +204,24 @@ def speed_ups(fast: Callable[[], object], others: list[Callable[[], object]], re
     return [statistics.median(column) for column in zip(*ratios, strict=True)]
 
 
+def report_checkpointing(step: Step, batch: TrainingTensors, repeats: int) -> None:
+    """Print how many times as long as without gradient checkpointing a step takes, by `--gradient_checkpoint_every`."""
+    halves, numbers = (step.reader, step.retriever.query_encoder), (1, 2, 3, 4)
+    for half in halves:
+        checkpoint_activations(half)
+    layers = [*halves[0].blocks, *halves[1].encoder.layer]
+
+    def update(every: int | None) -> None:
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = every is not None and number % every == 0
+        step.update(batch)
+
+    ratios = speed_ups(lambda: update(None), [partial(update, every) for every in numbers], repeats)
+    print("step with gradient checkpointing, compared with none:")
+    for every, ratio in zip(numbers, ratios, strict=True):
+        print(f"- of {'all layers' if every == 1 else f'one layer in {every}'}: {ratio:.2f} times as long")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -208,11 +230,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="width of the models, a multiple of 64")
     parser.add_argument("--repeats", type=int, default=3, help="measurements; the median is shown")
     parser.add_argument("--text_maxlength", type=int, default=384, help="length that passages are padded to")
+    parser.add_argument("--checkpointing", action="store_true", help="measure gradient checkpointing instead")
     options = parser.parse_args()
     if options.text_maxlength < WIKIPEDIA[1]:
         parser.error(f"--text_maxlength {options.text_maxlength}: passages have up to {WIKIPEDIA[1]} tokens; give more")
     step = Step(options.context, options.layers, options.width)
     mixed = Batch(options.context, MIXED, options.width)
+    if options.checkpointing:
+        report_checkpointing(step, mixed.from_index(), options.repeats)
+        return
     wikipedia = Batch(options.context, WIKIPEDIA, options.width, query=QUERY)
     most = peak(devices.compute_dtype(PRECISION) or torch.float32, options.repeats)
     with FlopCounterMode(display=False) as counter:

@@ -12,7 +12,7 @@
 #SBATCH --signal=B:USR1@600
 #
 # The retriever alone, without a reader: the first K passages for each question go to the result file. If the questions
-# have answers, the log's `Dataset:` lines give recall@k and MRR. QUESTIONS is another file, K another number.
+# have answers, the log's last lines give recall@k and MRR. QUESTIONS is another file, K another number.
 #
 # Needs: download_model.py models/atlas/xl, download_index.py indices/atlas/wiki/xl, prepare_qa.py.
 # Our choice: 100 passages, queries of 384 tokens at most.

@@ -202,12 +202,20 @@ def _run_as_rank(arguments: list[str], program: str) -> None:
     _freeze_what_runs_import()
 
 
+def recorded(directory: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of a kind in metrics.jsonl; one that a kill cut off is none."""
+    lines = (directory / "metrics.jsonl").read_bytes().splitlines()
+    return [row for line in lines if line.endswith(b"}") and (row := json.loads(line))["kind"] == kind]
+
+
 def logged(directory: Path, statistic: str) -> list[float]:
-    """The values of a statistic in the order of run.log's lines."""
-    lines = (directory / "run.log").read_text(encoding="utf-8").splitlines()
-    return [
-        float(part.split(": ")[1]) for line in lines for part in line.split(" | ") if part.startswith(f"{statistic}: ")
-    ]
+    """The values of a statistic of training in the order of metrics.jsonl."""
+    return [line[statistic] for line in recorded(directory, "train") if statistic in line]
+
+
+def last_metrics(directory: Path, file: str = "") -> dict[str, float]:
+    """Of the last evaluation, of this file if it is named."""
+    return [line for line in recorded(directory, "evaluation") if file in ("", line["file"])][-1]["metrics"]
 
 
 def is_checkpointing(model: torch.nn.Module) -> bool:

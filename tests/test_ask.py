@@ -55,6 +55,7 @@ def trained(tmp_path_factory):
     model = {"reader_model_type": None, "retriever_model_path": None, "n_context": None, "passages": None}
     model |= {"text_maxlength": None, "target_maxlength": None, "generation_max_length": None}
     found = {"model_path": home / "run", "load_index_path": home / "index"}
+    found["write_evidence"] = True
     run(home, "evaluate", name="measured", query_side_retriever_training=True, **model, **found)
     return home
 
@@ -75,7 +76,7 @@ def questions():
 
 @pytest.mark.processes
 def test_answers_are_those_of_evaluate(trained, model, questions):
-    """Bit for bit: passages, their scores, and what was generated."""
+    """Bit for bit: passages, their scores, what was generated, and the reader's judgements."""
     rows = read_jsonl(trained / "measured/dev-step-0.jsonl")
     answers = model.ask(questions)
     assert len(rows) == len(answers) == 11 and model.k == model.batch_size == 4
@@ -83,7 +84,8 @@ def test_answers_are_those_of_evaluate(trained, model, questions):
     assert [answer.text for answer in answers] == [row["generation"] for row in rows]
     for row, answer in zip(rows, answers, strict=True):
         for expected, passage in zip(row["passages"], answer.passages, strict=True):
-            assert dict(passage.fields) | {"score": six_digits(passage.score)} == expected
+            numbers = {"score": six_digits(passage.score), "judgement": six_digits(passage.judgement)}
+            assert dict(passage.fields) | numbers == expected
     found = model.search(questions)
     assert [[p.id for p in of_one] for of_one in found] == [[p.id for p in answer.passages] for answer in answers]
     lines = model.ask(read_jsonl(world() / "dev.jsonl"))  # lines of data are asked as they are

@@ -20,7 +20,8 @@ from atlas.files.disk import FullDiskError, writing
 from atlas.files.jsonl import replacing
 from atlas.index.passages import open_passages
 from atlas.index.store import open_index, save_index
-from atlas.runtime.tracking import TensorBoard, log, start_log
+from atlas.runtime.reporting import TensorBoard
+from atlas.runtime.tracking import log, start_log
 from export_huggingface import main as export
 from make_tiny_models import build_tiny_models
 from partial import PartialFile, Version
@@ -156,8 +157,8 @@ def test_curves_that_cannot_be_written_are_given_up_once(tmp_path, capsys, caplo
     with no_file_above(2000):
         for step in range(5000):
             board.add({"loss": 1.0}, step)
-        board.close()
-    board.close()
+        board.close(failed=False)
+    board.close(failed=False)
     assert caplog.text.count("No more curves for tensorboard are written") == 1
     assert "Traceback" not in capsys.readouterr().err
 

@@ -263,7 +263,7 @@ def test_the_task_and_the_mode_of_your_own_run(tmp_path):
     assert [(row["id"], row["answers"]) for row in rows] == [(line["id"], [str(line["year"])]) for line in lines]
     assert rows[0]["query"] == f"question: In which year: {lines[0]['event']}? answer: <extra_id_0>"
     log = (tmp_path / "run/run.log").read_text()
-    assert " accuracy | " in log and " within_ten | " in log and " recall@1 | " in log and "retriever_loss" in log
+    assert all(f"{name} " in log for name in ("accuracy", "within ten", "recall@1")) and ", retriever " in log
     bad = train(name="bad", eval_data=write_jsonl(tmp_path / "bad.jsonl", [lines[0], {"event": "e", "date": 3}]))
     expected = "bad.jsonl, line 2: no `year`: expected `event` (a string) and `year` (a number), found event, date"
     assert bad.returncode == 1 and expected in bad.stderr and bad.stderr.count("\n") == 1

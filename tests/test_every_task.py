@@ -6,8 +6,18 @@ import pytest
 
 from atlas.config import TASK_NAMES
 from atlas.tasks import TASKS
-from tests.kit import choice_questions, lettered_models, make_task, read_jsonl, run, run_on, world, write_jsonl
-from tests.test_pretraining import last_metrics, results_of
+from tests.kit import (
+    choice_questions,
+    last_metrics,
+    lettered_models,
+    make_task,
+    read_jsonl,
+    run,
+    run_on,
+    world,
+    write_jsonl,
+)
+from tests.test_pretraining import results_of
 from tests.test_training import losses_of
 
 pytestmark = pytest.mark.processes

@@ -315,7 +315,7 @@ def test_pretraining_is_requeued_and_goes_on(tiny, slurm):
     log = tiny / "experiments/pretrain_mlm_base/run.log"
     endless = ["--total_steps", 10**6]
     process = start("pretrain_mlm", tiny, *SMALL, *flags, *endless, background=True, **models, **environment)
-    begun = re.compile(r"\] \d+ / 1000000")
+    begun = re.compile(r"step +\d+/1000000")
     wait_until(lambda: log.exists() and begun.search(log.read_text()), "the first step", lambda: process.poll() is None)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=HANG_SECONDS)

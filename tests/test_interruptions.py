@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from atlas.runtime import distributed, session
 from atlas.runtime.session import StopSignals
 from atlas.tasks.data import Data
 from atlas.training.trainer import Trainer
-from tests.kit import command_line, logged, make_task, read_jsonl, run, run_on, slow, write_jsonl
+from tests.kit import command_line, logged, make_task, read_jsonl, recorded, run, run_on, slow, write_jsonl
 from tests.patience import HANG_SECONDS, wait_until
 from tests.programs import TORCHRUN, Program
 from tests.ranks import run_on_ranks, warm
@@ -34,15 +33,14 @@ pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"train_retriever": True, "query_side_retriever_training": True, "dropout": 0.1, "shuffle": True}
-STEP = re.compile(r"\] (\d+) / \d+ \| (.*?) \| runtime/")
 
 
 def losses_by_step(directory):
-    """Step -> every line that the log has for it, without times: several where the step was taken again."""
-    found: dict[int, set[str]] = {}
-    for line in (directory / "run.log").read_text().splitlines():
-        if match := STEP.search(line):
-            found.setdefault(int(match[1]), set()).add(match[2])
+    """Step -> the losses of every line that metrics.jsonl has for it: several where the step was taken again."""
+    found: dict[int, set[tuple]] = {}
+    for line in recorded(directory, "train"):
+        losses = tuple((name, value) for name, value in line.items() if name.startswith(("loss/", "corr/")))
+        found.setdefault(line["step"], set()).add(losses)
     return found
 
 
@@ -160,7 +158,7 @@ def assert_resumes_exactly(directory, straight, evaluations):
     assert sorted(path.name for path in directory.glob("dev-*")) == results and not list(directory.glob(".dev*"))
     for name in results:
         assert read_jsonl(directory / name) == read_jsonl(straight / name)
-    assert (directory / "run.log").read_text().count("Dataset: dev.jsonl") == evaluations
+    assert [line["file"] for line in recorded(directory, "evaluation")] == ["dev"] * evaluations
     for found, expected in zip(weights(directory), weights(straight), strict=True):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
@@ -343,7 +341,7 @@ def start(*words):
 
 
 def last_step(directory):
-    return max(losses_by_step(directory), default=0) if (directory / "run.log").exists() else 0
+    return max(losses_by_step(directory), default=0) if (directory / "metrics.jsonl").exists() else 0
 
 
 def wait_for_step(process, directory, step):

@@ -11,7 +11,7 @@ from atlas.metrics import contains_answer, judged_metrics, simple_tokens
 from atlas.tasks import Example, Judged
 from atlas.tasks.data import Data
 from score_retrieval import score_files
-from tests.kit import command_line, make_task, read_jsonl, run, world, write_jsonl
+from tests.kit import command_line, last_metrics, make_task, read_jsonl, run, world, write_jsonl
 
 SEARCH = {"train_data": None, "reader_model_type": None, "retrieve_only": True, "qa_prompt_format": "{question}"}
 
@@ -23,11 +23,6 @@ def answering():
         row["id"]: by_fact[tuple(row["question"].removeprefix("what is the ").removesuffix("?").split(" of "))]
         for row in read_jsonl(world() / "dev.jsonl")
     }
-
-
-def metrics_of(directory, name):
-    (line,) = (line for line in (directory / "run.log").read_text().splitlines() if f"Dataset: {name}.jsonl | " in line)
-    return {key: float(value) for value, key in (part.split() for part in line.split(" | ")[1:])}
 
 
 @pytest.mark.processes
@@ -59,7 +54,7 @@ def test_beir_from_its_files_to_the_scores(tmp_path, capsys):
     for row in rows[-2:]:
         assert row["id"] not in [passage["id"] for passage in row["passages"]] and len(row["passages"]) == 10
 
-    found = metrics_of(directory, "queries")
+    found = last_metrics(directory, "queries")
     assert found.keys() == {f"judged_{m}@{k}" for m in ("recall", "ndcg") for k in (1, 5, 10)} | {"judged_mrr"}
     capsys.readouterr()
     score_files([directory / "queries-step-0.jsonl"], qrels, None, "", (1, 5, 10))
@@ -92,7 +87,7 @@ def test_provenance_of_kilt_is_scored_by_pages(tmp_path):
         passages=write_jsonl(tmp_path / "pages.jsonl", passages),
         n_context=10,
     )
-    found = metrics_of(directory, "nq-dev-kilt")
+    found = last_metrics(directory, "nq-dev-kilt")
     expected = []
     for row in read_jsonl(directory / "nq-dev-kilt-step-0.jsonl"):
         pages = list(dict.fromkeys(str(passage["wikipedia_id"]) for passage in row["passages"]))

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from make_tiny_models import build_tiny_models
-from tests.kit import SYLLABLES, run, write_jsonl
+from tests.kit import SYLLABLES, last_metrics, run, write_jsonl
 
 KINDS = ("river", "bird", "founder")
 WORDINGS = ("what is the {kind} of {town}?", "which {kind} does {town} have?")
@@ -39,12 +39,6 @@ def copying_lesson(rng, towns, facts):
     kind, fact = re.fullmatch(r"The (\w+) here is (\w+)\.", right["text"]).groups()
     asked = question(rng.choice([*WORDINGS, OTHER_WORDING]), right["title"], kind, fact)
     return asked | {"passages": passages}
-
-
-def last_metrics(directory):
-    """Of the last evaluation in run.log."""
-    line = [line for line in (directory / "run.log").read_text().splitlines() if "Dataset: " in line][-1]
-    return {name: float(value) for value, name in (part.split() for part in line.split(" | ")[1:])}
 
 
 @pytest.fixture(scope="module")

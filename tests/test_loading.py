@@ -54,7 +54,7 @@ def test_no_other_model_is_evaluated_in_the_place_of_a_missing_half(tmp_path, ca
         run(tmp_path, "evaluate", model_path=model, train_data=None, **flags)
     errors = capfd.readouterr().err
     assert ended.value.code == 1 and f"{model} {said}" in errors and errors.count("\n") == 1, errors
-    assert not list((tmp_path / "run").glob("*.jsonl"))
+    assert not list((tmp_path / "run").glob("*-step-*.jsonl"))
 
 
 @pytest.mark.parametrize(("held", "other"), [("retriever", "reader"), ("reader", "retriever")])

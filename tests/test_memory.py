@@ -183,6 +183,19 @@ def test_fake_ranks_take_what_real_ones_take(number):
     assert max(peak for _, peak in memory_of_two_ranks(number)) == pytest.approx(fake, rel=0.02)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
+def test_every_optimizer_keeps_what_is_counted(optimizer):
+    settings = STEP._replace(optimizer=optimizer)
+    atlas, optimizers = build(SHAPE, RETRIEVER, settings)
+    wait_for_gradients(atlas)
+    optimizers.step(0)
+    wait_for_gradients(atlas)
+    assert held_by(atlas, optimizers) == held(SHAPE, RETRIEVER, settings, 1)
+    assert held(SHAPE, RETRIEVER, settings._replace(offload_optimizer=True), 1).moments == 0
+    exact = held(SHAPE, RETRIEVER, STEP, 1).moments
+    assert held(SHAPE, RETRIEVER, settings, 1).moments < (0.3 if optimizer == "adamw8bit" else 0.02) * exact
+
+
 @pytest.mark.parametrize("size", READERS)
 def test_the_documented_parts(size):
     for name, flags in SHARDINGS.items():

@@ -7,10 +7,9 @@ import pytest
 
 import prepare_mmlu
 from evaluation_scripts.evaluate_mmlu_predictions import CATEGORIES, SUBCATEGORY, SUBJECTS, result_files
-from tests.kit import lettered_models, read_jsonl, run, slow, write_jsonl
+from tests.kit import last_metrics, lettered_models, read_jsonl, run, slow, write_jsonl
 from tests.programs import run_program
 from tests.test_prepare_scripts import mmlu_archive, mmlu_files
-from tests.test_pretraining import last_metrics
 
 pytestmark = pytest.mark.processes
 

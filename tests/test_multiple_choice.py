@@ -13,8 +13,19 @@ from atlas.model.inputs import Inputs
 from atlas.model.reader import load_reader
 from atlas.model.tokenization import load_reader_tokenizer
 from atlas.tasks.data import Data
-from tests.kit import choice_questions, lettered_models, make_task, read_jsonl, run, run_on, slow, world, write_jsonl
-from tests.test_pretraining import last_metrics
+from tests.kit import (
+    choice_questions,
+    last_metrics,
+    lettered_models,
+    make_task,
+    read_jsonl,
+    recorded,
+    run,
+    run_on,
+    slow,
+    world,
+    write_jsonl,
+)
 
 LINE = {"question": "who?", "options": {"A": "Ada", "B": "Bob", "C": "Cy"}, "answer": "B", "id": 7, "dataset": "x_test"}
 
@@ -262,7 +273,7 @@ def test_three_ranks_equal_one(tmp_path, batch_size):
     assert list(metrics) == ["accuracy", "eval_loss", "debiased_accuracy"]
     assert metrics["debiased_accuracy"] == pytest.approx(100 * debiased / len(lines), abs=1e-3)
     assert metrics["accuracy"] == pytest.approx(100 * hits / orders, abs=1e-3)
-    assert f"Evaluated {orders} examples" in (three / "run.log").read_text()
+    assert [line["examples"] for line in recorded(three, "evaluation")] == [orders]
 
 
 @pytest.mark.processes
@@ -271,7 +282,7 @@ def test_debiased_accuracy_without_results(tmp_path):
     written = run(tmp_path / "written", "evaluate", **changes)
     bare = run_on(2, tmp_path / "bare", "evaluate", **changes | {"write_results": False})
     assert last_metrics(bare) == pytest.approx(last_metrics(written), abs=1e-3)
-    assert not list(bare.glob("*.jsonl"))
+    assert not list(bare.glob("*-step-*.jsonl"))
 
 
 def test_choice_logits_are_those_of_a_decoder_that_said_the_sentinel(tmp_path, tokenizer):

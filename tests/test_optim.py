@@ -1,4 +1,4 @@
-"""Learning rates over time, and AdamW's state there and back."""
+"""Learning rates over time, the optimizers, and their state there and back."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from atlas.checkpoint import Checkpoint
 from atlas.config import Optimisation
+from atlas.training.moments import dequantize, dynamic_levels, kept_of, quantize
 from atlas.training.optim import FIRST_SCALE, Optimizers, schedule_factor
 
 SETTINGS = {"weight_decay": 0.1, "epsilon": 1e-6, "beta2": 0.99, "clip": 1.0, "scheduler": "linear"}
@@ -164,3 +165,118 @@ def test_a_run_does_not_resume_with_fresh_moments_in_silence(tmp_path, caplog):
     (tmp_path / "optimizer.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"optimizer\.safetensors cannot be read"):
         make()[1].resume(checkpoint_of(tmp_path, None))
+    other = "has the moments of --optimizer adamw, and --optimizer adafactor cannot go on .*: use --optimizer adamw,"
+    for options in ({}, {"optimizer": "adamw"}):  # earlier versions did not save it
+        with pytest.raises(ValueError, match=other):
+            make(optimizer="adafactor")[1].resume(checkpoint_of(tmp_path, state, **options))
+
+
+def matrix_and_vector(**settings):
+    """As `make`, with a matrix that is kept in 8 bits and a vector that is not, where updates are accumulated."""
+    torch.manual_seed(0)
+    halves = {"reader": torch.nn.Linear(96, 64), "retriever": torch.nn.Linear(3, 2)}
+    flags = SETTINGS | {"lr": 0.01, "lr_retriever": 0.01, "warmup_steps": 2, "total_steps": 8} | settings
+    return halves, Optimizers(Optimisation(**flags), halves)
+
+
+def learn(halves, optimizers, steps):
+    for step in steps:
+        for part in range(2):
+            torch.manual_seed(10 * step + part)
+            loss = (halves["reader"](torch.randn(4, 96)) - 1).square().mean() + halves["retriever"](torch.ones(3)).sum()
+            optimizers.backward(loss / 2)
+        assert optimizers.step(step).moved
+
+
+def same_weights(one, other):
+    pairs = [zip(one[half].parameters(), other[half].parameters(), strict=True) for half in one]
+    return all(torch.equal(a, b) for of_half in pairs for a, b in of_half)
+
+
+KINDS = [
+    {"optimizer": "adamw", "offload_optimizer": True},
+    {"optimizer": "adamw8bit"},
+    {"optimizer": "adamw8bit", "offload_optimizer": True},
+    {"optimizer": "adafactor"},
+    {"optimizer": "adafactor", "offload_optimizer": True},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_every_optimizer_resumes_to_the_last_bit(kind):
+    halves, optimizers = matrix_and_vector(**kind)
+    learn(halves, optimizers, range(3))
+    state = {name: tensor.clone() for name, tensor in optimizers.state().items()}
+    for half, module in halves.items():
+        for name, parameter in module.named_parameters():
+            kept = kept_of(kind["optimizer"], parameter.shape)
+            found = {key.rsplit("/")[-1]: tensor for key, tensor in state.items() if key.startswith(f"{half}/{name}/")}
+            assert {key: (tensor.shape, tensor.dtype) for key, tensor in found.items() if key != "step"} == kept
+    again, other = matrix_and_vector(**kind)
+    for half, module in again.items():
+        module.load_state_dict(halves[half].state_dict())
+    other.load_state(state, FILE)
+    weight = next(halves["reader"].parameters())
+    weight.grad = torch.full_like(weight, torch.nan)
+    assert not optimizers.step(3).moved  # and nothing that is kept has changed
+    learn(halves, optimizers, range(3, 6))
+    learn(again, other, range(3, 6))
+    assert same_weights(halves, again)
+    states = [optimizers.state(), other.state()]
+    assert states[0].pop("skipped") == 1 and not states[1].pop("skipped")
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_moments_on_the_cpu_change_nothing():
+    runs = [matrix_and_vector(offload_optimizer=offload) for offload in (False, True)]
+    for halves, optimizers in runs:
+        learn(halves, optimizers, range(6))
+    assert same_weights(*(halves for halves, _ in runs))
+
+
+def test_adafactor_is_that_of_torch_with_our_schedule():
+    halves, optimizers = matrix_and_vector(optimizer="adafactor", clip=0)
+    plain, _ = matrix_and_vector()
+    by_torch = torch.optim.Adafactor(plain["reader"].parameters(), weight_decay=0.1)
+    learn(halves, optimizers, range(4))
+    for step in range(4):
+        by_torch.param_groups[0]["lr"] = 0.01 * schedule_factor("linear", step, 2, 8)
+        for part in range(2):
+            torch.manual_seed(10 * step + part)
+            ((plain["reader"](torch.randn(4, 96)) - 1).square().mean() / 2).backward()
+        by_torch.step()
+        by_torch.zero_grad()
+    assert same_weights({"reader": plain["reader"]}, {"reader": halves["reader"]})
+
+
+def test_adamw_in_8_bits_moves_as_adamw_does():
+    start, exact, rounded = (matrix_and_vector(clip=0, optimizer=name) for name in ("adamw", "adamw", "adamw8bit"))
+    for halves, optimizers in (exact, rounded):
+        learn(halves, optimizers, range(8))
+    first, second, third = (halves["reader"].weight for halves, _ in (start, exact, rounded))
+    moved = (second - first).norm()
+    assert 0 < (third - second).norm() < 0.02 * moved
+    assert torch.equal(*(halves["retriever"].weight for halves, _ in (exact, rounded)))  # too small for 8 bits
+    sizes = [sum(tensor.nbytes for tensor in optimizers.state().values()) for _, optimizers in (exact, rounded)]
+    assert sizes[1] < 0.32 * sizes[0]
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_eight_bits(signed):
+    levels = dynamic_levels(signed)
+    assert len(levels) == len(set(levels.tolist())) == 256 and levels.max() == 1 and 0 in levels
+    torch.manual_seed(0)
+    values = torch.randn(5, 4, 64) * torch.logspace(-6, 2, 5)[:, None, None]  # rows of very different sizes
+    values = values if signed else values.abs()
+    values[0, 1] = 0
+    codes, scales = quantize(values, levels, block=128)
+    found = dequantize(codes, scales, levels)
+    assert codes.shape == values.shape and scales.shape == (5, 2)
+    for row, of_row, scale in zip(values.flatten(1).view(5, 2, 128), found.view(5, 2, 128), scales, strict=True):
+        nearest = levels[(row[..., None] / scale[:, None, None] - levels).abs().argmin(-1)] * scale[:, None]
+        assert torch.allclose(of_row, nearest, rtol=1e-6, atol=0)
+    assert (found[0, 1] == 0).all()
+    rows = [quantize(part, levels, block=128) for part in values.split([1, 4])]
+    assert torch.equal(torch.cat([part for part, _ in rows]), codes)  # whichever rank has a row
+    nothing, of_nothing = quantize(values[:0], levels, block=128)
+    assert dequantize(nothing, of_nothing, levels).shape == (0, 4, 64)

@@ -200,9 +200,14 @@ def test_an_evaluation_that_only_names_the_checkpoint_is_that_of_the_training(tr
     assert read_jsonl(other / "dev-step-0.jsonl") == expected
     log = (other / "run.log").read_text()
     assert f"From the checkpoint {trained}/checkpoint/step-2: --reader_model_type " in log and "--n_context 3" in log
-    fewer = run(trained.parent, "evaluate", name="fewer", model_path=trained, **bare | {"n_context": 2})
+    changes = {"n_context": 2, "write_evidence": True, "temperature_gold": 0.5}
+    fewer = run(trained.parent, "evaluate", name="fewer", model_path=trained, **bare | changes)
     assert all(len(row["passages"]) == 2 for row in read_jsonl(fewer / "dev-step-0.jsonl"))
-    assert "From the command line: --n_context 2 (the checkpoint's: 3)" in (fewer / "run.log").read_text()
+    log = (fewer / "run.log").read_text()
+    assert "From the command line: --n_context 2 (the checkpoint's: 3)" in log
+    assert (
+        "step-2 was trained with other flags, and this run uses its own: --temperature_gold 0.5 (there: 0.1)\n" in log
+    )
 
 
 def test_training_from_a_checkpoint_says_where_it_differs(trained, tmp_path):

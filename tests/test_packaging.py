@@ -16,6 +16,7 @@ from tests.patience import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+UNPINNED = ("dev", "demo", "wandb", "trackio")  # extras that are not in requirements.txt
 EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
 
 
@@ -42,7 +43,7 @@ def pins(name: str) -> dict[tuple[str, str], str]:
             "requirements.txt",
             [
                 *map(Requirement, PROJECT["dependencies"]),
-                *(range_ for name, ranges in EXTRAS.items() if name not in ("dev", "demo") for range_ in ranges),
+                *(range_ for name, ranges in EXTRAS.items() if name not in UNPINNED for range_ in ranges),
             ],
         ),
         ("requirements-demo.txt", EXTRAS["demo"]),

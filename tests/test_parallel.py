@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from atlas.checkpoint import load_checkpoint
 from atlas.config import Optimisation
 from atlas.runtime import distributed
-from atlas.runtime.parallel import ShardedAdamW, finish_gradients, full_tensors_on_main, gathered_weights, shard_weights
+from atlas.runtime.parallel import finish_gradients, full_tensors_on_main, gathered_weights, shard_weights
+from atlas.training.moments import RankOptimizer
 from atlas.training.optim import Optimizers
 from tests.kit import logged, read_jsonl, run, run_on, slow
 from tests.ranks import run_on_ranks
@@ -184,10 +185,10 @@ def test_moments_that_do_not_fit_are_refused_on_every_rank(shard_weights_too):
 def _moments_of_a_rank():
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(n)) for n in (5, 8, 2, 0, 3)]
-    optimizer = ShardedAdamW(parameters, lr=0.1)
+    optimizer = RankOptimizer(Optimisation(shard_optim=True), parameters, lr=0.1)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    optimizer.step(0.1)
     return [len(p) for p in optimizer.state], [p.detach().clone() for p in parameters]
 
 
@@ -197,3 +198,49 @@ def test_moments_are_spread_and_weights_are_not():
     assert sorted(held) == [0, 2, 3, 5, 8] and max(sum(sizes) for sizes, _ in of_ranks) == 8
     for _, weights in of_ranks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(weights, of_ranks[0][1], strict=True))
+
+
+def _trained(flags, sharded, state=None):
+    """(what rank 0 would save, the weights) after some updates, or after nothing but loading a state."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"reader": torch.nn.Linear(64, 67)})  # ranks have different numbers of rows
+    if sharded:
+        shard_weights(model["reader"], [], torch.device("cpu"), block_dtype=None, forward_methods=())
+    flags = {"lr": 0.01, "clip": 0, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 9} | flags
+    optimizers = Optimizers(Optimisation(**flags), model)
+    if state is not None:
+        optimizers.load_state(state, Path("o.safetensors"))
+    for step in range(3 if state is None else 0):
+        torch.manual_seed(step)
+        optimizers.backward((model["reader"](torch.randn(5, 64)) - 1).square().mean())
+        optimizers.step(step)
+    return optimizers.state(), full_tensors_on_main(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sharded"),
+    [
+        ({"optimizer": "adamw8bit", "offload_optimizer": True, "shard_optim": True}, False),
+        ({"optimizer": "adamw8bit"}, True),
+        ({"offload_optimizer": True}, True),
+        ({"optimizer": "adafactor", "shard_optim": True}, False),
+    ],
+)
+def test_every_optimizer_on_two_ranks(flags, sharded):
+    """To the last bit as in one process, and its state goes to any number of ranks and back."""
+    state, weights = _trained(flags, sharded=False)
+    for expected, found in zip((state, weights), run_on_ranks(2, _trained, flags, sharded)[0], strict=True):
+        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    again, _ = run_on_ranks(2, _trained, flags, sharded, state)[0]
+    assert state.keys() == again.keys() and all(torch.equal(state[name], again[name]) for name in state)
+
+
+def test_a_run_in_8_bits_goes_on(tmp_path):
+    """Stopped and continued on 2 ranks, to the last bit, as one that was not stopped."""
+    flags = {"eval_data": None, "scheduler_steps": 4, "optimizer": "adamw8bit", **RETRIEVER, **KINDS["both"]}
+    straight = losses_of(run_on(2, tmp_path, name="straight", total_steps=4, **flags))
+    run_on(2, tmp_path, name="stopped", total_steps=2, **flags)
+    assert losses_of(run_on(2, tmp_path, name="stopped", total_steps=4, **flags)) == straight
+    saved = load_file(tmp_path / "stopped/checkpoint/latest/optimizer.safetensors")
+    assert any(name.startswith("reader/") and name.endswith("exp_avg_sq.codes") for name in saved)
+    assert losses_of(run_on(2, tmp_path, name="fp32", total_steps=4, **flags | {"optimizer": "adamw"})) != straight

@@ -9,7 +9,7 @@ import pytest
 from atlas.checkpoint import load_checkpoint
 from atlas.config import parse_config
 from evaluate import evaluate
-from tests.kit import logged, read_jsonl
+from tests.kit import last_metrics, logged, read_jsonl
 from tests.parity import parity_kit
 from train import train
 
@@ -38,12 +38,6 @@ def expected(kit, name):
     return json.loads((kit / "expected.json").read_text())[name]
 
 
-def last_evaluation(directory):
-    line = [line for line in (directory / "run.log").read_text().splitlines() if "Dataset: " in line][-1]
-    parts = [part.split() for part in line.split(" | ")[1:]]
-    return {name: float(value) for value, name in parts}
-
-
 def test_training(kit):
     recording = expected(kit, "train_pdist")
     directory = play(recording, kit)
@@ -53,7 +47,7 @@ def test_training(kit):
         ("lr", "lr"),
     ):
         assert logged(directory, statistic) == pytest.approx([s[key] for s in recording["steps"]], rel=1e-3), key
-    metrics = last_evaluation(directory)
+    metrics = last_metrics(directory)
     for name in ("exact_match", "f1"):
         assert metrics[name] == pytest.approx(recording["evals"][0][name], rel=1e-5)
 
@@ -62,7 +56,7 @@ def test_evaluation(kit):
     recording = expected(kit, "evaluate")
     directory = play(recording, kit)
     rows = read_jsonl(directory / "dev-step-0.jsonl")
-    metrics = last_evaluation(directory)
+    metrics = last_metrics(directory)
     for name in ("exact_match", "f1"):
         assert metrics[name] == pytest.approx(recording["evals"][0][name], rel=1e-5)
     for row, wanted in zip(rows, recording["results"], strict=True):

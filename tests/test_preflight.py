@@ -1,8 +1,14 @@
 """What only a run can check, at its start: the decoder's prompts, plans in which something never comes."""
 
-import pytest
+import contextlib
 
-from tests.kit import read_jsonl, run, world, write_jsonl
+import pytest
+import torch
+
+from atlas import preflight
+from atlas.config import parse_config
+from atlas.runtime import distributed
+from tests.kit import command_line, read_jsonl, run, world, write_jsonl
 
 CLOSED = {"closed_book": True, "passages": None}
 
@@ -20,7 +26,7 @@ def test_a_prompt_that_leaves_no_room_for_an_answer(tmp_path, capfd, program):
     out, said = capfd.readouterr()
     assert ended.value.code == 1 and said.count("\n") == 1 and "long.jsonl, line 2: the prompt by" in said, said
     assert "--decoder_prompt_format has " in said and "raise --generation_max_length to more than " in said
-    assert not (tmp_path / "run/checkpoint").exists() and "Dataset:" not in out
+    assert not (tmp_path / "run/checkpoint").exists() and "dev, step" not in out and "long, step" not in out
     enough = 1 + int(said.split("to more than ")[1].split(",")[0])
     with pytest.raises(SystemExit):
         run(tmp_path, program, generation_max_length=enough - 1, **prompted)
@@ -36,11 +42,15 @@ def test_prompts_do_not_matter_where_nothing_is_generated(tmp_path):
 
 def test_what_never_comes_is_said_once(tmp_path):
     plan = {"warmup_steps": 3, "freeze_retriever_steps": 2, "train_retriever": True, "retriever_n_context": 1}
+    plan |= {"optimizer": "adafactor", "beta2": 0.9, "offload_optimizer": True, "gradient_checkpoint_every": 2}
     log = (run(tmp_path, total_steps=2, n_context=1, eval_data=None, **plan) / "run.log").read_text()
     for warning in (
         "--warmup_steps 3 is above --total_steps 2: the learning rate is never reached\n",
         "--freeze_retriever_steps 2, --total_steps 2: the retriever never learns\n",
         "--retriever_n_context 1: the retriever learns nothing from ranking a single passage\n",
+        "--gradient_checkpoint_every has no effect without --use_gradient_checkpoint_reader or _retriever\n",
+        "--beta2 has no effect with --optimizer adafactor\n",
+        "--offload_optimizer has no effect on the CPU: the moments are in its memory\n",
     ):
         assert log.count(warning) == 1, warning
     plan = {"warmup_steps": 2, "freeze_retriever_steps": 1, "train_retriever": True}
@@ -51,9 +61,19 @@ def test_what_never_comes_is_said_once(tmp_path):
     assert "--warmup_steps 2 is above --scheduler_steps 1: the" in (short / "run.log").read_text()
 
 
+def test_adafactor_needs_whole_matrices(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for optimizer in ("adamw8bit", "adafactor"):
+        config = parse_config(command_line(tmp_path, optimizer=optimizer, shard_grads=True))
+        refused = pytest.raises(ValueError, match="adafactor needs whole matrices.*use --no-shard_grads")
+        with refused if optimizer == "adafactor" else contextlib.nullcontext():
+            preflight.check(config, torch.device("cpu"))
+
+
 def test_what_has_no_effect_is_said_once(tmp_path):
     flags = {"dont_write_passages": True, "save_index_codes_only": True, "generation_length_penalty": 0.5}
-    flags |= {"bm25_k1": 1.2, "bm25_stopwords": "none", "lora_alpha": 4, "retriever_lora_rank": 2}
+    flags |= {"bm25_k1": 1.2, "bm25_stopwords": "none", "write_evidence": True}
+    flags |= {"lora_alpha": 4, "retriever_lora_rank": 2}
     search = {"total_steps": 1, "train_data": None, "retrieve_only": True}
     log = (run(tmp_path, "evaluate", write_results=False, **search, **flags) / "run.log").read_text()
     for name, without in (
@@ -66,6 +86,7 @@ def test_what_has_no_effect_is_said_once(tmp_path):
     ):
         assert log.count(f"--{name} has no effect without {without}\n") == 1, log
     assert log.count("--retriever_lora_rank has no effect in an evaluation: the adapters of a checkpoint are") == 1
+    assert "--write_evidence has no effect where no passages that were read are written\n" in log
     with_effect = {"generation_num_beams": 2, "dont_write_passages": True, "generation_length_penalty": 0.5}
     again = run(tmp_path, "evaluate", name="again", save_index_path=tmp_path / "index", **search, **with_effect)
     assert "no effect" not in (again / "run.log").read_text()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atlas.checkpoint import load_checkpoint
-from tests.kit import read_jsonl, run, run_on, slow, world, write_jsonl
+from tests.kit import last_metrics, read_jsonl, run, run_on, slow, world, write_jsonl
 from tests.test_training import losses_of
 
 pytestmark = pytest.mark.processes
@@ -29,12 +29,6 @@ def weights_of(directory):
 def results_of(directory, name):
     """The rows of a result file with the ids of the passages instead of them: scores differ in their last digits."""
     return [row | {"passages": [p["id"] for p in row["passages"]]} for row in read_jsonl(directory / name)]
-
-
-def last_metrics(directory):
-    lines = (directory / "run.log").read_text().splitlines()
-    parts = [line for line in lines if "Dataset: " in line][-1].split(" | ")[1:]
-    return {name: float(value) for value, name in map(str.split, parts)}
 
 
 # Some alone, some one after the other, over the borders of the shares that ranks check.
@@ -72,7 +66,7 @@ def test_ranks_equal_accumulation_with_lines_skipped(tmp_path, task, ranks, flag
     assert list(metrics) == ["accuracy", "f1", "rouge_1", "rouge_2", "rouge_L", "eval_loss"]
     assert metrics == pytest.approx(last_metrics(many), abs=1e-3)
     log = (many / "run.log").read_text()
-    assert "dev.jsonl: 3 of 9 lines are skipped (" in log and "Evaluated 6 examples" in log
+    assert "dev.jsonl: 3 of 9 lines are skipped (" in log and "| 6 examples in " in log
 
 
 @pytest.mark.parametrize("flags", [QUERY_SIDE, slow(TIED), slow({"closed_book": True, "passages": None})])

@@ -263,14 +263,20 @@ def test_a_prompt_longer_than_the_answer_leaves_nothing(pair):
 def test_gradient_checkpointing_changes_no_gradient(pair):
     reader, _ = pair
     ids, mask, labels = batch()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            checkpoint_activations(reader)
+    gradients, computed = [], []
+    for block in reader.blocks:
+        block.layer[-1].register_forward_pre_hook(lambda *_: computed.append(1))  # also where it is computed again
+    for every in (None, 1, 2, 3):
+        if every:
+            checkpoint_activations(reader, every)
         reader.train().zero_grad()
+        computed.clear()
         loss_of(reader, ids, mask, labels).backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in reader.named_parameters()})
-    assert_close(gradients[0], gradients[1])
+        layers = len(reader.blocks)
+        assert len(computed) == layers + (-(-layers // every) if every else 0)
+    for others in gradients[1:]:
+        assert all(torch.equal(gradient, gradients[0][name]) for name, gradient in others.items())
 
 
 def test_autocast_is_close_and_keeps_parameters_in_fp32(pair):

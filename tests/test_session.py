@@ -99,7 +99,7 @@ def test_ctrl_c_on_two_ranks(tmp_path):
     line, environment = command_line(tmp_path, **flags), os.environ | {"ATLAS_TIMEOUT_SECONDS": str(HANG_SECONDS)}
     ranks = [Program(["train.py", *line], env=environment | rank_environment(rank, 2, port)) for rank in range(2)]
     alive = lambda: all(rank.poll() is None for rank in ranks)  # noqa: E731
-    wait_until(lambda: "] 3 / 1000000" in log_of(tmp_path / "run"), "the third step", alive)
+    wait_until(lambda: "step       3/1000000" in log_of(tmp_path / "run"), "the third step", alive)
     for rank in ranks:
         rank.send_signal(signal.SIGINT)
     said = [rank.communicate(timeout=HANG_SECONDS) for rank in ranks]

@@ -354,7 +354,7 @@ def test_a_run_with_a_damaged_index_does_not_begin(damaged, capsys, mode):
     said = fails(capsys, damaged, name="new", load_index_path=damaged / "index", verify=mode)
     assert "index/embeddings.1.npy is damaged: 1 of 1 blocks do not fit their checksums (from 0: 0; all are in" in said
     assert said.strip().endswith("copy the index again, or build it anew") and "Traceback" not in said
-    assert not (damaged / "new/checkpoint").exists() and "1 / 5" not in (damaged / "new/run.log").read_text()
+    assert not (damaged / "new/checkpoint").exists() and "step 1/5" not in (damaged / "new/run.log").read_text()
 
 
 @pytest.mark.parametrize("saves", ["a checkpoint", "results", "an index"])
@@ -369,8 +369,12 @@ def test_what_is_found_in_the_background_ends_a_run_before_it_saves(damaged, cap
     assert "index/embeddings.1.npy is damaged: 1 of 1 blocks" in said and "Traceback" not in said
     log = (damaged / "new/run.log").read_text()
     assert "Done" not in log
-    assert [name for name in names(damaged / "new") if not name.startswith("events")] == ["opt.log", "run.log"]
-    assert ("1 / 2" in log) == (saves != "an index") and ("2 / 2" in log) == (saves == "a checkpoint")
+    assert [name for name in names(damaged / "new") if not name.startswith("events")] == [
+        "metrics.jsonl",
+        "opt.log",
+        "run.log",
+    ]
+    assert ("step 1/2" in log) == (saves != "an index") and ("step 2/2" in log) == (saves == "a checkpoint")
 
 
 def test_what_is_found_in_the_background_is_told_at_the_next_line_of_the_log(damaged, capsys, monkeypatch):
@@ -385,7 +389,7 @@ def test_what_is_found_in_the_background_is_told_at_the_next_line_of_the_log(dam
 
     monkeypatch.setattr(Trainer, "retrieve", retrieve_later)
     said = fails(capsys, damaged, name="new", load_index_path=damaged / "index", log_freq=2)
-    assert "embeddings.1.npy is damaged" in said and "2 / 5" not in (damaged / "new/run.log").read_text()
+    assert "embeddings.1.npy is damaged" in said and "step 2/5" not in (damaged / "new/run.log").read_text()
 
 
 def test_a_run_does_not_resume_from_a_damaged_checkpoint(damaged, capsys):
@@ -400,7 +404,7 @@ def test_an_evaluation_of_damaged_files_gives_no_results(damaged, capsys, in_bac
     assert "step-1/model.safetensors is damaged" in said
     assert not list((damaged / "scores").glob("dev-step-*"))
     assert "Done" not in (damaged / "scores/run.log").read_text()
-    assert "Dataset" not in (damaged / "scores/run.log").read_text()
+    assert "dev, step" not in (damaged / "scores/run.log").read_text()
     run(damaged, "evaluate", name="scores", model_path=model, train_data=None, verify="off")
     assert list((damaged / "scores").glob("dev-step-*"))
 

@@ -18,6 +18,7 @@ import string
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -30,6 +31,12 @@ TOKENIZING_TASKS = ("mlm", "multiple_choice")  # they build queries with the rea
 GOLD_SCORE_MODES = ("ppmean", "pdist", "evalnormsum", "adist", "loop", "emdr")
 POOLINGS = ("average", "sqrt", "cls")
 PERMUTATIONS = ("single", "cyclic", "all")
+# The libraries that --report_to knows: module -> how to install it. tensorboard, the default, may be missing.
+REPORTERS = {
+    "tensorboard": "pip install tensorboard",
+    "wandb": "pip install wandb",
+    "trackio": "pip install trackio",
+}
 # What a model was trained with and is to be used with: evaluate.py takes these from the checkpoint.
 OF_THE_MODEL = (
     *("reader_model_type", "retriever_model_path", "retriever_pooling", "retriever_normalize"),
@@ -37,6 +44,8 @@ OF_THE_MODEL = (
     *("encoder_format", "retriever_format", "decoder_format", "decoder_prompt_format", "qa_prompt_format"),
     *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
 )
+# How the reader judges passages, for --write_evidence.
+OF_THE_JUDGEMENT = ("gold_score_mode", "temperature_gold")
 LARGEST = 2**63 - 1  # of the integers that numpy and torch compute with
 # Bounds of a number: what must hold, and how to say it. Comparisons with NaN are false, so NaN is always refused.
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -83,6 +92,10 @@ class Run:
     )
     seed: int = flag(0, "seed of every random choice", least=0, most=2**64 - 1)
     log_freq: int = flag(100, "steps between lines in run.log", least=1)
+    report_to: str = flag(
+        "tensorboard",
+        "libraries that draw curves, separated by commas: tensorboard, wandb, trackio; or none, metrics.jsonl alone",
+    )
     eval_freq: int = flag(500, "steps between evaluations", least=1)
     save_freq: int = flag(5000, "steps between checkpoints", least=1)
     train_data: tuple[str, ...] = flag((), "jsonl files to train on")
@@ -102,6 +115,11 @@ class Run:
     )
     write_results: bool = flag(False, "write queries, generations and passages of every evaluation to jsonl files")
     dont_write_passages: bool = flag(False, "leave the passages out of the result files")
+    write_evidence: bool = flag(
+        False,
+        "write into the result files how useful each passage was to the reader for its answer, as a probability over "
+        "them (its judgement by --gold_score_mode); it takes one more pass of the decoder for each passage",
+    )
     device: str = flag(
         "auto", "auto: a GPU for each process if the machine has any, else the CPU", choices=("auto", "cuda", "cpu")
     )
@@ -122,6 +140,12 @@ class Run:
         "in small files and 1 %% of large ones, while the run goes on; full: in all, before the first step",
         choices=("off", "sample", "full"),
     )
+
+    @property
+    def reporters(self) -> list[str]:
+        """The libraries of --report_to, each once."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [name for name in dict.fromkeys(names) if name != "none"]
 
 
 @dataclass(frozen=True)
@@ -264,7 +288,14 @@ class Optimisation:
     scheduler_steps: int | None = flag(None, "steps of the schedule (--total_steps)", least=1)
     lr: float = flag(1e-4, "learning rate of the reader", least=0)
     lr_retriever: float = flag(1e-5, "learning rate of the retriever", least=0)
-    weight_decay: float = flag(0.1, "AdamW's weight decay", least=0)
+    optimizer: str = flag(
+        "adamw",
+        "adamw8bit: AdamW whose moments are kept in 8 bits; adafactor: what T5 was trained with, its --lr is a share "
+        "of the size of the weights (1e-3)",
+        choices=("adamw", "adamw8bit", "adafactor"),
+    )
+    offload_optimizer: bool = flag(False, "keep the optimizer's moments in the CPU's memory between updates of a GPU")
+    weight_decay: float = flag(0.1, "weight decay of the optimizer", least=0)
     epsilon: float = flag(1e-6, "AdamW's epsilon", above=0)
     beta2: float = flag(0.999, "AdamW's second beta", least=0, below=1)
     clip: float = flag(1.0, "clip the norm of all gradients together; 0: no clipping", least=0)
@@ -293,6 +324,7 @@ class Optimisation:
     shard_grads: bool = flag(False, "shard gradients and weights as well (ZeRO stage 2)")
     use_gradient_checkpoint_reader: bool = flag(False, "recompute the reader's activations: less memory, more time")
     use_gradient_checkpoint_retriever: bool = flag(False, "recompute the retriever's activations")
+    gradient_checkpoint_every: int = flag(1, "recompute those of every so manyth layer only; 1: of all", least=1)
     save_optimizer: bool = flag(False, "keep the optimizer's state in every checkpoint, not only in the latest")
     keep_checkpoints: int | None = flag(None, "keep this many checkpoints (all)", least=1)
     restart: bool = flag(False, "start from scratch although this experiment has a checkpoint, which is set aside")
@@ -365,6 +397,7 @@ class Config:
     optimisation: Optimisation
     tasks: Tasks
     origin: Origin = dataclasses.field(default=Origin(), compare=False)
+    command: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what was typed: script and flags
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Section -> flag -> value."""
@@ -431,7 +464,11 @@ SOURCES = ("command line", "checkpoint", "default")
 
 
 def parse_config(
-    arguments: Sequence[str] | None = None, *, program: str = "train", **preset: Any | Callable[[Any], Any]
+    arguments: Sequence[str] | None = None,
+    *,
+    program: str = "train",
+    runs_here: bool = True,
+    **preset: Any | Callable[[Any], Any],
 ) -> Config:
     """Read the command line.
 
@@ -440,6 +477,7 @@ def parse_config(
     Args:
         arguments: the words after the script's name; None takes them from the process.
         program: "train", "evaluate" or "finetune_qa": which files are needed, which checks apply.
+        runs_here: whether the files and libraries that flags name must be there.
         preset: other defaults, which the command line overrides; a function gets the parsed options, and its docstring
             says in `--help` what it gives.
 
@@ -454,10 +492,13 @@ def parse_config(
         origin = _origin(given) if program == "evaluate" else Origin()
         with origin.explaining():
             config = _make_config(given, preset, origin)
-            _check(config, program)
+            _check(config, program, runs_here)
+        if runs_here:
+            _check_installed(config.run, asked="report_to" in given)
     except ValueError as error:
         parser.error(sentence(error))
-    return config
+    typed = (f"{program}.py", *arguments) if arguments is not None else (Path(sys.argv[0]).name, *sys.argv[1:])
+    return dataclasses.replace(config, command=typed)
 
 
 def saved_flags(options: Mapping[str, Any], source: str | os.PathLike) -> dict[str, Any]:
@@ -700,18 +741,20 @@ def _same(here: Any, there: Any) -> bool:
     return here == there and isinstance(here, bool) == isinstance(there, bool)
 
 
-def _check(config: Config, program: str) -> None:
+def _check(config: Config, program: str, runs_here: bool = True) -> None:
     """Refuse what cannot work, naming the flag, what was found and what to do. Raises ValueError."""
     for name, value in config.flags().items():
         _check_value(name, value)
     training = program not in ("evaluate", "ask")
-    _check_files(config, None if program == "ask" else "train_data" if training else "eval_data")
+    if runs_here:
+        _check_files(config, None if program == "ask" else "train_data" if training else "eval_data")
     _check_combinations(config, training)
     if training:
         _check_adapters(config.optimisation, config.retriever_training)
     _check_generation(config)
     _check_index(config.index)
     _check_tasks(config.tasks)
+    _check_reporters(config.run)
     if program == "finetune_qa":
         _check_few_steps(config)
 
@@ -823,6 +866,23 @@ def _check_directory(run: Run) -> None:
     existing = next(part for part in (directory, *directory.parents, Path()) if os.path.lexists(part))
     if not os.path.isdir(existing):
         raise ValueError(f"{existing} is not a directory: give another --checkpoint_dir or --name")
+
+
+def _check_reporters(run: Run) -> None:
+    names = [name.strip() for name in run.report_to.split(",")]
+    for name in names:
+        if name not in REPORTERS and name != "none":
+            raise ValueError(f"--report_to {name!r} is unknown: give some of {', '.join(REPORTERS)}, or none")
+    if run.reporters and "none" in names:
+        raise ValueError(f"--report_to {run.report_to}: none stands alone")
+
+
+def _check_installed(run: Run, asked: bool) -> None:
+    """Refuse a library that was asked for and is not there; the default one may be missing. Raises ValueError."""
+    for name in run.reporters:
+        # a directory that is called so, such as `wandb` leaves behind, is found as well, but has no origin
+        if asked and getattr(find_spec(name), "origin", None) is None:
+            raise ValueError(f"--report_to {name}: it is not installed here: {REPORTERS[name]}, or leave it out")
 
 
 def _check_generation(config: Config) -> None:

@@ -4,7 +4,7 @@ The bounds of a flag are beside its default in `config.py`, and combinations of 
 line is read. `retrieval.py` adds what depends on the kind of an index that was saved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,14 @@ def check(config: Config, device: torch.device) -> None:
         raise ValueError(f"--task {config.tasks.task} is unknown: give one of {', '.join(TASKS)}")
     if config.model.retrieves and config.index.bm25_weight and find_spec("bm25s") is None:
         raise ValueError(f"--bm25_weight {config.index.bm25_weight:g} needs bm25s: pip install atlas-retrieval[bm25]")
+    if config.optimisation.optimizer == "adafactor" and config.optimisation.shard_grads and n > 1:
+        raise ValueError(
+            "--optimizer adafactor needs whole matrices, and --shard_grads cuts them: use --no-shard_grads (with "
+            "--shard_optim), or --optimizer adamw8bit"
+        )
     for line in config.origins():
         log.info("%s", line)
-    _report_without_effect(config)
+    _report_without_effect(config, device)
 
 
 def report_plan(config: Config) -> None:
@@ -63,15 +68,17 @@ def report_plan(config: Config) -> None:
         log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")
 
 
-def report_differences(config: Config, options: Mapping[str, Any], source: str, resumed: bool = False) -> None:
+def report_differences(
+    config: Config, options: Mapping[str, Any], source: str, resumed: bool = False, names: Iterable[str] = OF_THE_MODEL
+) -> None:
     """Warn, in one line, of flags that differ from those of the checkpoint that a run starts from.
 
     Args:
         options: those of the checkpoint, flag -> value.
         source: which checkpoint.
-        resumed: whether it is of the same run. Then all flags are compared, else those that belong to the model.
+        resumed: whether it is of the same run. Then all flags are compared, else those of the names.
     """
-    differing = config.differences(options, FIELDS if resumed else OF_THE_MODEL)
+    differing = config.differences(options, FIELDS if resumed else names)
     here, there = ("now", "before") if resumed else ("here", "there")
     parts = [f"--{name} {say(of_run)} ({there}: {say(saved)})" for name, (of_run, saved) in differing.items()]
     if resumed and (unknown := [f"--{name} {say(options[name])}" for name in options.keys() - FIELDS.keys()]):
@@ -116,16 +123,22 @@ def _check_prompts_of(
         read(1)
 
 
-def _report_without_effect(config: Config) -> None:
+def _report_without_effect(config: Config, device: torch.device) -> None:
     training, index, model = config.retriever_training, config.index, config.model
+    checkpoints = config.optimisation.use_gradient_checkpoint_reader
+    checkpoints |= config.optimisation.use_gradient_checkpoint_retriever
+    adamw = not config.run.train_data or config.optimisation.optimizer != "adafactor"
     bm25 = index.bm25_weight > 0
     if training.compute_crossattention_stats and not training.train_retriever:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
+    reads_passages = not (model.closed_book or model.retrieve_only)
+    writes_passages = config.run.write_results and not config.run.dont_write_passages
     for name, has_effect, without in (
         ("dont_write_passages", config.run.write_results, "without --write_results"),
+        ("write_evidence", reads_passages and writes_passages, "where no passages that were read are written"),
         ("metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"),
         ("leave_out_own_passage", model.retrieves, "where nothing is retrieved"),
         ("max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"),
@@ -143,6 +156,9 @@ def _report_without_effect(config: Config) -> None:
             (name, bool(config.run.train_data), "in an evaluation: the adapters of a checkpoint are always used")
             for name in ("lora_rank", "retriever_lora_rank")
         ),
+        ("gradient_checkpoint_every", checkpoints, "without --use_gradient_checkpoint_reader or _retriever"),
+        ("offload_optimizer", device.type != "cpu", "on the CPU: the moments are in its memory"),
+        *((name, adamw, "with --optimizer adafactor") for name in ("epsilon", "beta2")),
         ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
     ):
         if config.flags()[name] != FIELDS[name].default and not has_effect:

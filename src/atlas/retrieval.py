@@ -1,6 +1,7 @@
 """The text half: embed the corpus, search it for queries, return passages. No gradient anywhere."""
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from atlas.model.retriever import DualEncoder, fingerprint
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
+from atlas.runtime.reporting import Reports
 from atlas.runtime.session import Session
 from atlas.runtime.tracking import log, read_shares
 
@@ -90,6 +92,7 @@ class Retrieval:
         self._resumed_encoder = resumed_encoder
         self._warned_of_own_passages = False
         self._before_saving: Callable[[], object] = lambda: None
+        self._reports = Reports(None)
 
     @classmethod
     def open(
@@ -139,19 +142,24 @@ class Retrieval:
         if encoder is not None:
             check_tensors(resumed.file("index_encoder"), encoder, model.retriever.passage_encoder.state_dict())
         retrieval = cls(model, passages, settings, run, learning, device, index, encoder)
-        retrieval._before_saving = session.verification.finish
+        retrieval._before_saving, retrieval._reports = session.verification.finish, session.reports
         retrieval._save_opened()
         return retrieval
 
-    def refresh(self, due: bool = False, asked_to_stop: Callable[[], bool] = never) -> None:
+    def refresh(self, due: bool = False, asked_to_stop: Callable[[], bool] = never, *, step: int = 0) -> None:
         """Build an index if there is none, or if a new one with the current encoder is `due`. Collective.
 
         A resumed run first builds the index that the stopped run had, with the encoder of that time.
+
+        Args:
+            asked_to_stop: as in `build`.
+            step: the last one that is finished, for the reports.
 
         Raises:
             Stopped: as `build`.
         """
         encoder, self._resumed_encoder = self._resumed_encoder, None
+        started = time.monotonic()
         if encoder is not None and not due:
             own = {name: tensor.clone() for name, tensor in self.retriever.passage_encoder.state_dict().items()}
             self.retriever.passage_encoder.load_state_dict(encoder)
@@ -161,6 +169,10 @@ class Retrieval:
                 self.retriever.passage_encoder.load_state_dict(own)
         elif self.index is None or due:
             self.build(asked_to_stop)
+        else:
+            return
+        fields = {"seconds": time.monotonic() - started, "passages": len(self.passages)}
+        self._reports.record("refresh", step, fields)
 
     @torch.no_grad()
     def build(self, asked_to_stop: Callable[[], bool] = never) -> None:

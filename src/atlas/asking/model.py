@@ -22,7 +22,7 @@ from atlas.evaluation.answering import Answering, Encoded
 from atlas.files.jsonl import decode
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
-from atlas.model.signals import MODES, Reading, judgements, watched_logits
+from atlas.model.signals import watched_logits
 from atlas.model.tokenization import ReaderTokenizer
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
@@ -63,7 +63,9 @@ class AnsweringModel:
         self.batch_size = config.run.per_gpu_eval_batch_size or devices.evaluation_batch_size(
             device, config.run.per_gpu_batch_size, tokens
         )
-        self._answering = Answering(model, config.model, device, config.optimisation.precision)
+        self._answering = Answering(
+            model, config.model, config.retriever_training, device, config.optimisation.precision
+        )
         self._one_at_a_time = threading.RLock()
 
     def __repr__(self) -> str:
@@ -264,22 +266,14 @@ class AnsweringModel:
         self, encoded: Encoded, rows: Sequence[list[int]], passages: Sequence[Sequence[Passage]]
     ) -> tuple[list[float], list[list[Passage]]]:
         """The scores of the answers, and the passages with what the reader makes of them, given its answer."""
-        reader, inputs, learning = self.model.reader, self.model.inputs, self.config.retriever_training
-        prompts = inputs.prompts(encoded.queries) or [[]] * len(rows)
-        longest, end = self.config.model.generation_max_length, [inputs.reader_tokenizer.eos_id]
-        # An answer that reached the longest length has no `</s>`, so it is not judged by one.
-        ended = [1 + len(prompt) + len(row) < longest for prompt, row in zip(prompts, rows, strict=True)]
-        rows = [row + end if whole else row for row, whole in zip(rows, ended, strict=True)]
-        targets = inputs.target_rows(encoded.queries, rows)
-        hidden = encoded.hidden.unflatten(1, encoded.rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
-        temperature, lengths = learning.temperature_gold, encoded.rows.lengths
-        reading = Reading(reader, hidden, encoded.rows.mask, targets, temperature, lengths, encoded.fused)
+        reading = self._answering.reading(encoded, rows)
         logits, attended = watched_logits(reading)
-        certain = token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths.clamp(min=1)  # (B,)
-        judged = judgements(MODES[learning.gold_score_mode], reading)  # (B, K)
+        labels, lengths = reading.targets.labels, reading.targets.lengths
+        certain = token_log_probabilities(logits, labels).sum(-1) / lengths.clamp(min=1)  # (B,)
+        judged = self._answering.judgements(reading)
         judged_passages = [
             [Passage(p.fields, p.score, *pair) for p, *pair in zip(of_query, *both, strict=False)]
-            for of_query, *both in zip(passages, judged.tolist(), attended["attention"].tolist(), strict=True)
+            for of_query, *both in zip(passages, judged, attended["attention"].tolist(), strict=True)
         ]
         return certain.exp().tolist(), judged_passages
 

@@ -11,6 +11,7 @@ from atlas import config
 from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import ReaderRows
 from atlas.model.load import Model
+from atlas.model.signals import MODES, Reading, judgements
 from atlas.runtime import device as devices
 
 
@@ -28,12 +29,21 @@ class Answering:
 
     Args:
         model: with a reader; without one (--retrieve_only) nothing here may be called.
+        learning: says how the reader judges passages.
         precision: of the computation.
     """
 
-    def __init__(self, model: Model, settings: config.Model, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        model: Model,
+        settings: config.Model,
+        learning: config.RetrieverTraining,
+        device: torch.device,
+        precision: str,
+    ) -> None:
         self.reader, self.inputs = model.reader, model.inputs
-        self.settings, self.device, self.precision = settings, device, precision
+        self.settings, self.learning = settings, learning
+        self.device, self.precision = device, precision
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -57,3 +67,19 @@ class Answering:
             streamer=streamer,
             **{name: getattr(self.settings, f"generation_{name}") for name in names},
         )
+
+    def reading(self, encoded: Encoded, rows: Sequence[list[int]]) -> Reading:
+        """What the reader's judgement of the passages is computed from, with the tokens of B answers as targets."""
+        prompts = self.inputs.prompts(encoded.queries) or [[]] * len(rows)
+        longest, end = self.settings.generation_max_length, [self.inputs.reader_tokenizer.eos_id]
+        # An answer that reached the longest length has no `</s>`, so it is not judged by one.
+        ended = [1 + len(prompt) + len(row) < longest for prompt, row in zip(prompts, rows, strict=True)]
+        rows = [row + end if whole else row for row, whole in zip(rows, ended, strict=True)]
+        targets = self.inputs.target_rows(encoded.queries, rows)
+        hidden = encoded.hidden.unflatten(1, encoded.rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
+        temperature, lengths = self.learning.temperature_gold, encoded.rows.lengths
+        return Reading(self.reader, hidden, encoded.rows.mask, targets, temperature, lengths, encoded.fused)
+
+    def judgements(self, reading: Reading) -> list[list[float]]:
+        """How useful each passage was for the answer, as a probability over the passages: B lists of K."""
+        return judgements(MODES[self.learning.gold_score_mode], reading).tolist()

@@ -1,8 +1,9 @@
 """Evaluation: every example of a file once, on all ranks together, results in the order of the file."""
 
+import re
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from atlas.config import Config
-from atlas.evaluation.answering import Answering
+from atlas.evaluation.answering import Answering, Encoded
 from atlas.evaluation.results import result_row, results_writer
 from atlas.metrics import RECALL_AT, judged_metrics, retrieval_metrics
 from atlas.model.inputs import Targets
@@ -26,6 +27,8 @@ from atlas.tasks import Example, Judged, Task
 from atlas.tasks.data import Data
 
 NO_PERCENTAGES = ("eval_loss", "mrr", "judged_mrr")
+OF_RETRIEVAL = ("recall@", "mrr", "judged_")  # metrics that the log has last
+SPELLINGS = {"f1": "F1", "mrr": "MRR", "rouge": "ROUGE", "ndcg": "nDCG"}
 
 
 class Evaluator:
@@ -42,11 +45,13 @@ class Evaluator:
     ) -> None:
         self.reader, self.inputs, self.retrieval, self.files = model.reader, model.inputs, retrieval, files
         self.settings, self.session = settings.model, session
-        self.answering = Answering(model, settings.model, session.device, settings.optimisation.precision)
+        precision = settings.optimisation.precision
+        self.answering = Answering(model, settings.model, settings.retriever_training, session.device, precision)
         self.results_directory = session.directory if settings.run.write_results else None
         self._unmeasured: set[str] = set()  # fields of passages that are judged, and which no passage has
         self.in_nfc = settings.run.metric_unicode == "nfc"
         self.write_passages = self.results_directory is not None and not settings.run.dont_write_passages
+        self.write_evidence = settings.run.write_evidence and self.write_passages and not settings.model.closed_book
 
     def evaluate_all(self, step: int, asked_to_stop: Callable[[], bool] | None = None) -> None:
         """Evaluate every file. Collective. Arguments and errors as for `evaluate`."""
@@ -95,12 +100,12 @@ class Evaluator:
         n_examples = sum(distributed.gather_objects(n_examples))  # a task may skip lines
         means = {key: value / weight for key, (value, weight) in distributed.sum_statistics(totals).items()}
         metrics = {key: value if key in NO_PERCENTAGES else 100 * value for key, value in means.items()}
-        log.info("Dataset: %s | %s", f"{name}.jsonl", " | ".join(f"{v:.6g} {k}" for k, v in metrics.items()))
-        log.info(
-            "Evaluated %d examples in %.1f s%s", n_examples, time.monotonic() - started, f": {path}" if path else ""
-        )
+        seconds, place = time.monotonic() - started, f": {path}" if path else ""
+        log.info("%s, step %d: %s | %d examples in %.1f s%s", name, step, _listed(metrics), n_examples, seconds, place)
         self._report_unmeasured(name)
-        self.session.tensorboard.add({f"{name}/{key}": value for key, value in metrics.items()}, step)
+        facts = {"file": name, "seconds": seconds, "examples": n_examples, "metrics": metrics}
+        self.session.reports.record("evaluation", step, facts | {"results": path.name if path else None})
+        self.session.reports.draw({f"{name}/{key}": value for key, value in metrics.items()}, step)
         return metrics
 
     def _report_unmeasured(self, name: str) -> None:
@@ -136,6 +141,7 @@ class Evaluator:
                 scores[i] if scores is not None else None,
                 self.write_passages,
                 reading.choice_logits,
+                reading.judgements,
             )
             for i, (example, reading) in enumerate(zip(examples, readings, strict=True))
         ]
@@ -161,9 +167,19 @@ class Evaluator:
             encoded = self.answering.encode(queries, passages)
             logits = self.reader.logits(encoded.fused.hidden, encoded.fused.mask, targets.decoder_ids)
             rows = self.answering.write(encoded)
+            judged = self._judgements(encoded, rows, passages)
         losses = (-token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths).tolist()
         choices = self._choice_logits(examples, logits, targets)
-        return list(map(_Reading, self.inputs.reader_tokenizer.decode(rows), losses, choices))
+        return list(map(_Reading, self.inputs.reader_tokenizer.decode(rows), losses, choices, judged))
+
+    def _judgements(
+        self, encoded: Encoded, rows: list[list[int]], passages: list[list[dict]] | None
+    ) -> Sequence[list[float] | None]:
+        """The reader's judgement of each example's passages, given its answer, if that is to be written."""
+        if not self.write_evidence or passages is None:
+            return [None] * len(rows)
+        judged = self.answering.judgements(self.answering.reading(encoded, rows))
+        return [row[: len(of_query)] for row, of_query in zip(judged, passages, strict=True)]
 
     def _choice_logits(
         self, examples: list[Example], logits: torch.Tensor, targets: Targets
@@ -186,6 +202,17 @@ class Evaluator:
         ]
 
 
+def _listed(metrics: Mapping[str, float]) -> str:
+    """The metrics for a reader of the log: `exact match 45.20, F1 51.30, loss 1.234, recall@1 …`."""
+    parts = []
+    for name in sorted(metrics, key=lambda name: name.startswith(OF_RETRIEVAL)):
+        spoken = name.removeprefix("eval_").replace("_", " ")
+        for plain, spelling in SPELLINGS.items():
+            spoken = re.sub(rf"\b{plain}\b", spelling, spoken)
+        parts.append(f"{spoken} {metrics[name]:.{3 if name in NO_PERCENTAGES else 2}f}")
+    return ", ".join(parts) or "nothing measured"
+
+
 def _by_judgements(passages: list[dict], judged: Judged) -> dict[str, float]:
     """`judged_recall@k`, `judged_ndcg@k` and `judged_mrr`; none if no passage has the field that is judged."""
     if not any(judged.field in passage for passage in passages):
@@ -202,11 +229,13 @@ def _in_nfc(generation: str, example: Example) -> tuple[str, Example]:
 
 
 class _Reading(NamedTuple):
-    """What the reader made of an example: its answer, the target's mean token loss, the logits of its choices."""
+    """What the reader made of an example: its answer, the target's mean token loss, the logits of its choices, and
+    its judgement of each passage."""
 
     generation: str | None = None
     loss: float | None = None
     choice_logits: dict[str, float] | None = None
+    judgements: list[float] | None = None
 
 
 class _Lines:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atlas.files.jsonl import replacing
+from atlas.runtime.reporting import six_digits
 from atlas.tasks.base import Example
 
 
@@ -31,12 +32,13 @@ def result_row(
     scores: Sequence[float] | None,
     write_passages: bool = True,
     choice_logits: dict[str, float] | None = None,
+    judgements: Sequence[float] | None = None,
 ) -> dict:
     """The row of an example, with the keys of the published result files in their order.
 
-    `generation` None: nothing was read. `passages` None: nothing was retrieved. `scores` are those of the passages, in
-    the same order; None leaves the passages as they are. `metadata`, `id` and `choice_logits` are there if the example
-    has them.
+    `generation` None: nothing was read. `passages` None: nothing was retrieved. `scores` and `judgements` are those of
+    the passages, in the same order; None leaves the passages as they are. `metadata`, `id` and `choice_logits` are
+    there if the example has them.
     """
     row = {"query": example.query, "answers": example.answers}
     if generation is not None:
@@ -45,6 +47,9 @@ def result_row(
         row["passages"] = list(passages)
         if scores is not None:
             row["passages"] = [p | {"score": six_digits(s)} for p, s in zip(passages, scores, strict=True)]
+        if judgements is not None:
+            pairs = zip(row["passages"], judgements, strict=True)
+            row["passages"] = [p | {"judgement": six_digits(judgement)} for p, judgement in pairs]
     if example.metadata is not None:
         row["metadata"] = example.metadata
     if example.id is not None:
@@ -52,8 +57,3 @@ def result_row(
     if choice_logits is not None:
         row["choice_logits"] = {choice: six_digits(logit) for choice, logit in choice_logits.items()}
     return row
-
-
-def six_digits(number: float) -> float:
-    """Rounded to six digits: further digits change with the shapes of matrix products, and nobody reads them."""
-    return float(f"{number:.6g}")

@@ -142,7 +142,7 @@ def _load_reader(
         settings.reader_model_type,
         dropout=optimisation.dropout,
         weights=not from_checkpoint,
-        gradient_checkpointing=optimisation.use_gradient_checkpoint_reader,
+        gradient_checkpointing=optimisation.use_gradient_checkpoint_reader * optimisation.gradient_checkpoint_every,
     )
     if from_checkpoint:
         _load_half(load_reader_state, reader, checkpoint.reader, checkpoint)
@@ -185,7 +185,7 @@ def _load_retriever(
         query_side=learning.query_side_retriever_training or untied or saved is not None,
         dropout=optimisation.dropout,
         weights=not from_checkpoint,
-        gradient_checkpointing=optimisation.use_gradient_checkpoint_retriever,
+        gradient_checkpointing=optimisation.use_gradient_checkpoint_retriever * optimisation.gradient_checkpoint_every,
         overrides=checkpoint.retriever_config | asked if checkpoint and checkpoint.holds("retriever") else asked,
     )
     if from_checkpoint:

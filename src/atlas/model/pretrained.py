@@ -115,8 +115,13 @@ def set_dropout(module: nn.Module, probability: float) -> None:
             child.dropout = probability
 
 
-def checkpoint_activations(module: PreTrainedModel) -> None:
-    """Recompute the activations of `module` in the backward pass: less memory, more time."""
+def checkpoint_activations(module: PreTrainedModel, every: int = 1) -> None:
+    """Recompute activations of `module` in the backward pass, of every so manyth layer: less memory, more time."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     # transformers gave the method another name between 5.17 and 5.24
     enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    layers = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % every == 0

@@ -201,12 +201,13 @@ def token_log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:  # (B, T,
 
 
 def load_reader(
-    name_or_path: str, *, dropout: float | None, weights: bool = True, gradient_checkpointing: bool = False
+    name_or_path: str, *, dropout: float | None, weights: bool = True, gradient_checkpointing: int = 0
 ) -> FusionInDecoder:
     """A reader in evaluation mode, with fp32 parameters, from a local T5 directory or a hub id.
 
     With `weights=False` only the config is read; the parameters are empty (on the meta device) until
-    `load_reader_state` fills them. `dropout=None` keeps the config's.
+    `load_reader_state` fills them. `dropout=None` keeps the config's. `gradient_checkpointing=N` recomputes the
+    activations of every N-th layer; 0: of none.
 
     Raises:
         OSError: the model does not exist, the hub cannot be reached, it is not a T5, or weights are missing.
@@ -229,7 +230,7 @@ def load_reader(
     if dropout is not None:
         set_dropout(reader, dropout)
     if gradient_checkpointing:
-        checkpoint_activations(reader)
+        checkpoint_activations(reader, every=gradient_checkpointing)
     return reader.eval()
 
 

@@ -170,12 +170,13 @@ def load_retriever(
     query_side: bool,
     dropout: float | None,
     weights: bool = True,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: int = 0,
     overrides: Mapping[str, Any] | None = None,
 ) -> DualEncoder:
     """A dual encoder in evaluation mode and fp32, from a local BERT directory or a hub id.
 
-    `weights=False` reads only the config and starts from random weights; `dropout=None` keeps the config's. Each of the
+    `weights=False` reads only the config and starts from random weights; `dropout=None` keeps the config's.
+    `gradient_checkpointing=N` recomputes the activations of every N-th layer; 0: of none. Each of the
     `SETTINGS` comes from `overrides` (the user's flags, the config saved with a checkpoint), else from config.json,
     else from the files of a local sentence-transformers directory, else it has its default.
 
@@ -203,7 +204,7 @@ def load_retriever(
     if dropout is not None:
         set_dropout(contriever, dropout)
     if gradient_checkpointing:
-        checkpoint_activations(contriever)
+        checkpoint_activations(contriever, every=gradient_checkpointing)
     return DualEncoder(contriever, query_side).eval()
 
 

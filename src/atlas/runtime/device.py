@@ -218,6 +218,18 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def copy_to_cpu(tensor: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor in the CPU's memory, in that of `place` if there is one. Nobody waits for the copy: `synchronize` does.
+
+    The memory stays in place, so the way back to the device needs no wait either. On a CPU it is the tensor itself.
+    """
+    if tensor.device.type == "cpu":
+        return tensor
+    if place is None:
+        place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    return place.copy_(tensor, non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work. Call it before reading a clock."""
     if device.type == "cuda":

@@ -8,7 +8,6 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
@@ -158,47 +157,35 @@ def full_tensors_on_main(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch
     return full
 
 
-def full_moments_on_main(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    """A parameter's full moments on rank 0 (empty before the first update), an empty dict elsewhere. Collective."""
-    moments = optimizer.state.get(parameter, {})
-    if isinstance(optimizer, ShardedAdamW):
-        return distributed.send_to_main({key: m.cpu() for key, m in moments.items()}, optimizer.owner[parameter]) or {}
-    return full_tensors_on_main(moments)
-
-
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a full tensor that belongs to a parameter (a moment), on its device and sharded like it."""
+    """A copy of a full tensor that belongs to a parameter (a moment), on its device and sharded like it.
+
+    A number is the same on every rank.
+    """
     tensor = tensor.to(parameter.device, copy=True)
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+    if not isinstance(parameter, DTensor) or tensor.dim() == 0:
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-class ShardedAdamW(torch.optim.AdamW):
-    """AdamW whose moments are distributed over ranks (ZeRO stage 1, Rajbhandari et al. 2020).
+def sharded_as(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a tensor that has as many rows as a parameter, as a tensor that is sharded like it."""
+    if not isinstance(parameter, DTensor) or local.dim() == 0:
+        return local
+    shape = torch.Size((parameter.shape[0], *local.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    Each rank keeps the moments of some parameters, updates these parameters, and broadcasts them to the others.
-    """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], **settings: Any) -> None:
-        self.owner: dict[nn.Parameter, int] = {}  # largest first, each to the rank that has the least so far
-        load = [0] * distributed.world_size()
-        for parameter in sorted(parameters, key=torch.numel, reverse=True):  # a stable sort: the same on all ranks
-            self.owner[parameter] = load.index(min(load))
-            load[self.owner[parameter]] += parameter.numel()
-        own = [parameter for parameter, owner in self.owner.items() if owner == distributed.rank()]
-        super().__init__([{"params": own}], **settings)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update this rank's parameters and receive those of the other ranks. Collective."""
-        super().step(closure)
-        distributed.broadcast_from_owners([parameter.data for parameter in self.owner], list(self.owner.values()))
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters, not only of those that this rank updates."""
-        for parameter in self.owner:
-            parameter.grad = None
+def owners_of(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, int]:
+    """Spread parameters over the ranks: largest first, each to the rank that has the least so far."""
+    owner: dict[nn.Parameter, int] = {}
+    load = [0] * distributed.world_size()
+    for parameter in sorted(parameters, key=torch.numel, reverse=True):  # a stable sort: the same on all ranks
+        owner[parameter] = load.index(min(load))
+        load[owner[parameter]] += parameter.numel()
+    return owner
 
 
 def _has_shards(model: nn.Module) -> bool:

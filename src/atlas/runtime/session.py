@@ -24,7 +24,8 @@ from atlas.files.lock import holding
 from atlas.options import write_options
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
-from atlas.runtime.tracking import TensorBoard, log, open_standard_streams, report_error, start_log
+from atlas.runtime.reporting import Reports
+from atlas.runtime.tracking import log, open_standard_streams, report_error, start_log
 from atlas.runtime.verification import Verification
 
 ECHO_SECONDS = 10.0
@@ -41,7 +42,7 @@ class Session:
     settings: config.Run
     device: torch.device
     directory: Path | None  # `{checkpoint_dir}/{name}`: log, results, checkpoints; None: nothing is written
-    tensorboard: TensorBoard
+    reports: Reports
     verification: Verification
     locks: contextlib.ExitStack  # let go of when the run ends
 
@@ -78,7 +79,7 @@ def library_session(settings: config.Run) -> Iterator[Session]:
     device = devices.pick_device(settings.device, distributed.local_rank(), sees_own_gpus=distributed.sees_own_gpus())
     with contextlib.ExitStack() as locks:
         verification = Verification(settings.verify)
-        yield Session(settings, device, None, TensorBoard(Path()), verification, locks)
+        yield Session(settings, device, None, Reports(None), verification, locks)
         verification.finish()
 
 
@@ -102,10 +103,10 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
     try:
         with _interruptible():
             device = _join(settings, directory, work, locks)
-            with contextlib.closing(TensorBoard(directory)) as tensorboard:
+            with Reports(directory, settings.reporters) as reports:
                 try:
                     verification = Verification(settings.verify)
-                    yield Session(settings, device, directory, tensorboard, verification, locks)
+                    yield Session(settings, device, directory, reports, verification, locks)
                     verification.finish()
                 except Stopped as stop:
                     stopped = True
@@ -174,8 +175,9 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory is full: lower --per_gpu_batch_size, --n_context, --text_maxlength or "
-            "--per_gpu_embedder_batch_size, or use --use_gradient_checkpoint_reader and --precision bf16 "
-            f"({str(error).splitlines()[0]})"
+            "--per_gpu_embedder_batch_size, or use --use_gradient_checkpoint_reader and --precision bf16; "
+            f"`python plan.py --card ... {Path(sys.argv[0]).name} ...` with the same flags says what needs how much "
+            f"and what helps ({str(error).splitlines()[0]})"
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"

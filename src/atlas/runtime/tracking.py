@@ -1,11 +1,11 @@
-"""What a user sees during a run: run.log and the screen, progress bars, tensorboard, means of statistics."""
+"""What a user sees during a run: run.log and the screen, progress bars, means of statistics."""
 
 import contextlib
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -170,46 +170,38 @@ class Means:
         return {name: value / weight for name, (value, weight) in sorted(totals.items()) if weight}
 
 
-class TensorBoard:
-    """Event files of rank 0; nothing on other ranks, where tensorboard is not installed, or after the disk was full."""
+def training_line(step: int, total: int, values: Mapping[str, float]) -> str:
+    """What run.log says after a step: `step 20/60 | loss 2.413 (reader 1.902, retriever 0.511) | lr 4.00e-05 | ...`.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory, self._wanted, self._writer = directory, distributed.is_main(), None
-        self._report_of_threads = threading.excepthook
+    Args:
+        values: by the names that metrics.jsonl has for them.
+    """
 
-    def add(self, values: dict[str, float], step: int) -> None:
-        """One point for each value; the first one starts the file."""
-        if not self._wanted:
-            return
-        try:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import
+    def listed(prefix: str, names: Iterable[str], ending: str = "") -> str:
+        found = {name: values.get(f"{prefix}/{name}{ending}") for name in names}
+        return ", ".join(f"{name} {three_decimals(value)}" for name, value in found.items() if value is not None)
 
-                threading.excepthook = self._report
-                self._writer = SummaryWriter(self._directory)
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-        except ImportError:
-            log.info("tensorboard is not installed, so no curves are written: pip install tensorboard")
-            self._wanted = False
-        except OSError as error:
-            self._give_up(error)
+    parts = [f"step {step:>{len(str(total))}}/{total}", f"loss {three_decimals(values['loss/train_loss'])}"]
+    if "loss/retriever_loss" in values:
+        parts[-1] += f" ({listed('loss', ('reader', 'retriever'), '_loss')})"
+    if correlations := listed("corr", ("attention", "value_norm", "adist")):
+        parts.append(f"correlation {correlations}")
+    parts.append(f"lr {values['lr']:.2e}")
+    parts.append(f"{three_decimals(values['runtime/train_step'])} s/step ({listed('runtime', ('retrieve',))})")
+    parts.append(f"{_thousands(values['tokens_per_second'])} tokens/s")
+    parts.append(f"{values['peak_memory_gib']:.2f} GiB")
+    if values["skipped_steps"]:
+        parts.append(f"{values['skipped_steps']} skipped")
+    return " | ".join(parts)
 
-    def close(self) -> None:
-        """Write what is still buffered."""
-        try:
-            if self._writer and self._wanted:
-                self._writer.close()
-        except OSError as error:
-            self._give_up(error)
-        finally:
-            threading.excepthook = self._report_of_threads
 
-    def _give_up(self, error: OSError) -> None:
-        log.warning("No more curves for tensorboard are written to %s: %s", self._directory, error)
-        self._wanted = False
+def three_decimals(value: float) -> str:
+    """Three decimals; where all are zeros, one digit with its exponent."""
+    return f"{value:.0e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
 
-    def _report(self, failed: threading.ExceptHookArgs) -> None:
-        """Print no traceback of tensorboard's thread: the next `add`, or `close`, gets its error."""
-        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
-            self._report_of_threads(failed)
+
+def _thousands(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"

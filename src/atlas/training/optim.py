@@ -1,7 +1,7 @@
 """The optimizers of reader and retriever: learning rate schedules, common clipping, skipped updates."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from torch import nn
 from atlas import config
 from atlas.checkpoint import Checkpoint, check_tensors
 from atlas.runtime import distributed
-from atlas.runtime.parallel import ShardedAdamW, agree_on_norm, full_moments_on_main, is_sharded, local_part, shard_like
+from atlas.runtime.parallel import agree_on_norm, local_part
 from atlas.runtime.tracking import log
+from atlas.training.moments import RankOptimizer, kept_of
 
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in fp16, as is usual
-MOMENTS = ("exp_avg", "exp_avg_sq")  # beside `step`, what AdamW keeps of a parameter
 FLOOR = 0.1  # the schedules start or end at this share of the learning rate
 
 
@@ -48,7 +48,7 @@ class Update(NamedTuple):
 
 
 class Optimizers:
-    """AdamW for the reader and for the retriever, clipped by the norm of all their gradients together.
+    """One optimizer for the reader and one for the retriever, clipped by the norm of all their gradients together.
 
     With `--shard_optim` the moments are distributed over ranks; those of sharded weights are always on the ranks of
     these weights. With fp16 the loss is scaled, so that small gradients do not underflow.
@@ -60,6 +60,7 @@ class Optimizers:
     def __init__(
         self, settings: config.Optimisation, halves: Mapping[str, nn.Module | Iterable[tuple[str, nn.Parameter]] | None]
     ) -> None:
+        self.name = settings.optimizer
         self.clip = settings.clip or float("inf")
         self.skipped = self.skipped_in_a_row = 0  # updates; the second number is that since the start of the process
         # Only fp16 needs loss scaling: the range of bf16 and fp32 is large enough.
@@ -68,14 +69,14 @@ class Optimizers:
         total_steps = settings.scheduler_steps or settings.total_steps
         self._schedule = (settings.scheduler, settings.warmup_steps, total_steps)
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
-        self._optimizers: dict[str, torch.optim.AdamW] = {}
+        self._optimizers: dict[str, RankOptimizer] = {}
         self._lr: dict[str, float] = {}
         for name, half in halves.items():
             named = half.named_parameters() if isinstance(half, nn.Module) else half or ()
             if named := {key: parameter for key, parameter in named if parameter.requires_grad}:
                 self._parameters[name] = named
                 self._lr[name] = settings.lr_retriever if name == "retriever" else settings.lr
-                self._optimizers[name] = _adamw(settings, list(named.values()), self._lr[name])
+                self._optimizers[name] = RankOptimizer(settings, list(named.values()), self._lr[name])
 
     def learning_rate(self, finished: int) -> float:
         """Learning rate of the first group (the reader, if it is trained) after `finished` steps."""
@@ -104,11 +105,9 @@ class Optimizers:
             if coefficient != 1.0:
                 torch._foreach_mul_([local_part(p.grad) for p in parameters], coefficient)
         for name, optimizer in self._optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = self._lr[name] * factor
             if moved:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                optimizer.step(self._lr[name] * factor)
+            optimizer.zero_grad()
         self.skipped += not moved
         self.skipped_in_a_row = 0 if moved else self.skipped_in_a_row + 1
         self._rescale(moved)
@@ -124,7 +123,7 @@ class Optimizers:
             self._since_scaled = 0
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Moments and step counts, `{group}/{parameter}/{exp_avg, exp_avg_sq, step}`, `skipped` and `loss_scale`.
+        """What `kept_of` names and step counts, `{group}/{parameter}/{key}`, `skipped` and `loss_scale`.
 
         `loss_scale` exists only if the loss is scaled. Collective; the moments are on rank 0 only.
         """
@@ -132,7 +131,7 @@ class Optimizers:
             f"{group}/{name}/{key}": value
             for group, named in self._parameters.items()
             for name, parameter in named.items()
-            for key, value in full_moments_on_main(self._optimizers[group], parameter).items()
+            for key, value in self._optimizers[group].full_state_on_main(parameter).items()
         }
         counters = {"skipped": torch.tensor(self.skipped)}
         if self._scaling:  # otherwise a run resumed in fp16 would start with the scale 1 of another precision
@@ -143,7 +142,7 @@ class Optimizers:
         """Continue with the moments that a run saved. Collective.
 
         Raises:
-            ValueError: they were not kept, or do not belong to what is trained.
+            ValueError: they were not kept, or do not belong to what is trained, or to another optimizer.
         """
         state = distributed.on_every_rank("reading the optimizers' state", checkpoint.optimizer_state)
         if state is None:
@@ -154,6 +153,12 @@ class Optimizers:
                 "--restart"
             )
         options = checkpoint.options
+        if (saved := options.get("optimizer", "adamw")) != self.name:  # earlier versions had no other
+            raise ValueError(
+                f"{checkpoint.file('optimizer')} has the moments of --optimizer {saved}, and --optimizer {self.name} "
+                f"cannot go on with them: use --optimizer {saved}, give another --name to a run that starts from the "
+                f"weights alone (--model_path {checkpoint.path}), or --restart"
+            )
         frozen_until = max(0, options.get("freeze_retriever_steps", 0))
         learnt = [
             "reader",
@@ -190,30 +195,16 @@ class Optimizers:
         for group in sorted(self._parameters.keys() - learnt):
             log.info("%s: the %s has no moments yet, so it starts with fresh ones", file, group)
         for group in learnt:
-            optimizer = self._optimizers[group]
-            mine = {parameter for part in optimizer.param_groups for parameter in part["params"]}
             for name, parameter in self._parameters[group].items():
-                if parameter in mine:
-                    moments = {key: state[f"{group}/{name}/{key}"] for key in (*MOMENTS, "step")}
-                    optimizer.state[parameter] = {key: shard_like(value, parameter) for key, value in moments.items()}
+                keys = ("step", *kept_of(self.name, parameter.shape))
+                self._optimizers[group].restore(parameter, {key: state[f"{group}/{name}/{key}"] for key in keys})
 
     def _expected(self, groups: Iterable[str]) -> dict[str, torch.Tensor]:
-        """For each moment of these groups a tensor of its shape (the whole one's) and dtype."""
+        """For each tensor of these groups in a checkpoint an empty one of its shape (the whole one's) and dtype."""
         expected: dict[str, torch.Tensor] = {}
         for group in groups:
             for name, parameter in self._parameters[group].items():
-                expected |= {f"{group}/{name}/{key}": parameter for key in MOMENTS}
+                for key, kept in kept_of(self.name, parameter.shape).items():
+                    expected[f"{group}/{name}/{key}"] = torch.empty(kept.shape, dtype=kept.dtype, device="meta")
                 expected[f"{group}/{name}/step"] = torch.zeros(())
         return expected
-
-
-def _adamw(settings: config.Optimisation, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.AdamW:
-    shard = settings.shard_optim and distributed.world_size() > 1 and not is_sharded(parameters)
-    return (ShardedAdamW if shard else torch.optim.AdamW)(
-        parameters,
-        lr=lr,
-        betas=(0.9, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )

@@ -22,7 +22,7 @@ from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import data_parallel, finish_gradients, full_tensors_on_main, local_gradients
 from atlas.runtime.session import Session, Stopped, StopSignals
-from atlas.runtime.tracking import Means, log, progress_bar
+from atlas.runtime.tracking import Means, log, progress_bar, three_decimals, training_line
 from atlas.tasks import Example
 from atlas.tasks.data import Data
 from atlas.training.optim import Optimizers
@@ -64,6 +64,7 @@ class Trainer:
         self._bar = tqdm(disable=True)
         self._means = Means()
         self._started = self._prepared = 0.0  # times of the current step
+        self._given: dict[str, int] = {}  # tokens and passages of the current step, without padding
         self._stopping = False  # whether a rank was asked to stop: the same on all ranks
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -114,7 +115,7 @@ class Trainer:
     def _build_index(self, finished: int, due: bool) -> None:
         if self.retrieval is None:
             return
-        self._unless_stopped(finished, partial(self.retrieval.refresh, due, self._asked_to_stop))
+        self._unless_stopped(finished, partial(self.retrieval.refresh, due, self._asked_to_stop, step=finished))
         if due:
             self._refreshed = finished
 
@@ -158,12 +159,15 @@ class Trainer:
         if not self.plan.logs_after(step):
             return
         self.session.verification.raise_found()
-        report, lr = self._means.report(), self.optimizers.learning_rate(step)
-        statistics = " | ".join(f"{name}: {value:.6g}" for name, value in report.items())
-        memory = devices.peak_memory_gib(self.session.device)
-        log.info("%d / %d | %s | lr: %.6g | Memory: %.2f GiB", step, self.plan.total_steps, statistics, lr, memory)
-        self.session.tensorboard.add({**report, "lr": lr, "skipped_steps": self.optimizers.skipped}, step)
-        self._bar.set_postfix(loss=f"{report.get('loss/train_loss', float('nan')):.4g}")
+        values: dict[str, float] = self._means.report()
+        for rate in self._given:
+            values[rate] *= distributed.world_size()  # the mean is that of a process
+        values["lr"], values["skipped_steps"] = self.optimizers.learning_rate(step), self.optimizers.skipped
+        values["peak_memory_gib"] = devices.peak_memory_gib(self.session.device)
+        log.info("%s", training_line(step, self.plan.total_steps, values))
+        self.session.reports.record("train", step, values)
+        self.session.reports.draw(values, step)
+        self._bar.set_postfix(loss=three_decimals(values["loss/train_loss"]))
 
     def save(self, step: int) -> None:
         """Write a checkpoint if that is due, or if a rank was asked to stop.
@@ -280,6 +284,9 @@ class Trainer:
         if settings.use_file_passages:
             passages = [example.passages[:k] for example in examples]
         reading = inputs.reader(queries, passages)
+        self._given = {"tokens_per_second": int(reading.lengths.sum())}
+        if passages is not None:
+            self._given["passages_per_second"] = sum(map(len, passages))
         targets = inputs.targets(queries, [example.target for example in examples])
         if not learns:
             return TrainingTensors(*reading, targets)
@@ -299,7 +306,10 @@ class Trainer:
         for name, correlation in losses.correlations.items():
             self._means.add(f"corr/{name}", correlation.mean, correlation.examples)
         self._means.add("runtime/retrieve", self._prepared - self._started)
-        self._means.add("runtime/train_step", time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        self._means.add("runtime/train_step", seconds)
+        for rate, count in self._given.items():
+            self._means.add(rate, count / seconds, seconds)
 
 
 def _joint_model(model: Model, settings: config.Config) -> Atlas:

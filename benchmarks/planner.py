@@ -1,0 +1,309 @@
+"""Does a command fit so many GPUs, how long do its steps take, and what would make it fit? For `plan.py`.
+
+Memory is that of `benchmarks.memory`: what is held is computed from sizes, and the working memory is that of the real
+step on fake tensors. Times are arithmetic: operations counted in that step, at a share of what the card's maker states.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, BertConfig, T5Config
+
+from atlas.config import Config
+from atlas.index.codec import FLAT, Compression, code_size
+from atlas.model.pretrained import pretrained_errors, quiet_loading
+from atlas.model.retriever import Contriever
+from atlas.runtime.device import evaluation_batch_size
+from benchmarks import memory
+from benchmarks.cards import Card
+from benchmarks.memory import GIB, Settings, Step
+
+REACHED = 0.4  # of the stated rate, as large products do in training: an assumption
+READ = 0.8  # of the stated bandwidth, in a search of an exact index: an assumption
+SPARE = 3 * GIB  # CUDA, NCCL, gaps in the allocator's memory, the scores of a search
+KNOWN_READER = re.compile(r"google/t5-(?:v1_1-)?(base|large|xl|xxl)(?:-lm-adapt)?")
+KNOWN_RETRIEVERS = ("facebook/contriever", "facebook/contriever-msmarco")
+PQ_BYTES = 64  # of a passage in the compressed index that is suggested
+
+
+class Machine(NamedTuple):
+    """The GPUs that a command is to run on."""
+
+    card: Card
+    gpus: int
+
+    @property
+    def bytes(self) -> int:
+        """Of each GPU."""
+        return int(self.card.gigabytes * 1e9)
+
+
+class Need(NamedTuple):
+    """Bytes on each GPU by what they are for, and the seconds of a step."""
+
+    parts: dict[str, int]
+    step: float
+    refresh: float | None  # seconds; None without an index
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+class Shapes(NamedTuple):
+    """What the models look like, and how many passages there are."""
+
+    reader: T5Config | None
+    retriever: BertConfig | None
+    passages: int | None  # None: unknown
+
+
+def shapes_of(config: Config, passages: int | None) -> Shapes:
+    """Read from the models' directories, from the hub, or known by name.
+
+    Raises:
+        OSError: a model cannot be found or reached.
+    """
+    model, reader, retriever = config.model, None, None
+    if not model.retrieve_only:
+        known = KNOWN_READER.fullmatch(model.reader_model_type)
+        reader = memory.reader_config(known[1]) if known else _described("--reader_model_type", model.reader_model_type)
+    if model.retrieves:
+        known = model.retriever_model_path in KNOWN_RETRIEVERS
+        retriever = BertConfig() if known else _described("--retriever_model_path", model.retriever_model_path)
+    return Shapes(reader, retriever, passages if passages is not None else passages_of(config))
+
+
+def _described(flag: str, name: str) -> Any:
+    """What a model's config.json says. Raises: OSError."""
+    with pretrained_errors(flag, name, "a model's config.json"), quiet_loading(name):
+        found = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        wanted = {"--reader_model_type": "t5", "--retriever_model_path": "bert"}[flag]
+        if found.model_type != wanted:
+            raise ValueError(f"it is a {found.model_type}, and only {wanted} can be planned for")
+        return found
+
+
+def passages_of(config: Config) -> int | None:
+    """How many passages the index has; None where neither it nor the corpus is on this machine."""
+    index = config.index
+    if index.load_index_path is not None:
+        description = Path(index.load_index_path, "index.json")
+        if not description.is_file():
+            return None
+        segments = json.loads(description.read_text(encoding="utf-8")).get("segments", [])
+        return sum(segment["size"] for segment in segments) or None
+    if not index.passages or not all(Path(file).is_file() for file in index.passages):
+        return None
+    found = sum(_lines(Path(file)) for file in index.passages)
+    return found if index.max_passages < 0 else min(found, index.max_passages)
+
+
+def _lines(file: Path) -> int:
+    with open(file, "rb") as lines:
+        return sum(block.count(b"\n") for block in iter(lambda: lines.read(2**24), b""))
+
+
+class Planner:
+    """What a command needs on a machine. Fake steps are taken once for all commands that take the same.
+
+    Args:
+        training: whether the command trains.
+    """
+
+    def __init__(self, shapes: Shapes, machine: Machine, *, training: bool) -> None:
+        self.shapes, self.machine, self.training = shapes, machine, training
+        self._steps: dict[Settings, Step] = {}
+
+    def need(self, config: Config) -> Need:
+        """Raises: ValueError if the index cannot be made; RuntimeError if the fake step crashes."""
+        parts, step = {}, 0.0
+        if self.shapes.reader is not None:
+            settings = self.settings(config)
+            counted = self._step(settings)
+            parts |= self._held(settings) | {"working memory": counted.working}
+            if not self.training:
+                parts["keys and values"] = self._keys_and_values(settings)
+            step = counted.flops / self._rate(settings.precision)
+        elif self.shapes.retriever is not None:
+            parts["weights"] = 4 * _weights(self.shapes.retriever)
+        index = self.index_bytes(config)
+        if index is not None:
+            parts["index"] = index
+            step += index / (READ * self.machine.card.bandwidth * 1e9)
+        return Need(parts | {"CUDA, NCCL, gaps": SPARE}, step, self._refresh(config))
+
+    def settings(self, config: Config) -> Settings:
+        """The flags that a step's memory depends on."""
+        flags, learning, model = config.flags(), config.retriever_training, config.model
+        known = {name: flags[name] for name in Settings._fields if name in flags}
+        several = self.machine.gpus > 1
+        known |= {
+            "n_context": 1 if model.closed_book else model.n_context,
+            "retriever_n_context": model.retriever_n_context if model.retrieves else None,
+            "target_maxlength": max(1, model.target_maxlength or model.generation_max_length),
+            "gradient_checkpoint": flags["use_gradient_checkpoint_reader"],
+            "gradient_checkpoint_retriever": flags["use_gradient_checkpoint_retriever"],
+            "train_retriever": learning.train_retriever and model.retrieves,
+            "query_side": learning.query_side_retriever_training,
+            "shard_optim": flags["shard_optim"] and several,
+            "shard_grads": flags["shard_grads"] and several,
+        }
+        if not self.training:
+            tokens = known["n_context"] * model.text_maxlength
+            batch = evaluation_batch_size(torch.device("cuda"), flags["per_gpu_batch_size"], tokens)
+            known |= {"per_gpu_batch_size": flags["per_gpu_eval_batch_size"] or batch, "train_retriever": False}
+            known |= {"retriever_n_context": None, "training": False, "gradient_checkpoint": False}
+            known |= {"gradient_checkpoint_retriever": False, "shard_optim": False, "shard_grads": False}
+        return Settings(**known)
+
+    def _step(self, settings: Settings) -> Step:
+        settings = settings._replace(shard_optim=False)  # it changes what is held alone
+        if settings not in self._steps:
+            ranks = self.machine.gpus if settings.shard_grads else 1
+            retriever = self.shapes.retriever or BertConfig()
+            self._steps[settings] = memory.fake_step(self.shapes.reader, retriever, settings, ranks)
+        return self._steps[settings]
+
+    def _held(self, settings: Settings) -> dict[str, int]:
+        if self.training:
+            return memory.held(self.shapes.reader, self.shapes.retriever, settings, self.machine.gpus)._asdict()
+        half = settings.precision in ("fp16", "bf16")
+        vocabulary = self.shapes.reader.vocab_size
+        # all but embeddings and scores of words become 16 bits
+        shapes = [weight.shape for weight in memory.weights_of_reader(self.shapes.reader, memory.Settings())]
+        sizes = [shape.numel() * (2 if half and shape[0] != vocabulary else 4) for shape in shapes]
+        encoder = _weights(self.shapes.retriever) if self.shapes.retriever else 0
+        return {"weights": sum(sizes) + 4 * (2 if settings.query_side else 1) * encoder}
+
+    def _keys_and_values(self, settings: Settings) -> int:
+        """Of the passages, which every layer of the decoder keeps while it writes."""
+        reader, numbers = self.shapes.reader, 2 if settings.precision in ("fp16", "bf16") else 4
+        tokens = settings.per_gpu_batch_size * settings.n_context * settings.text_maxlength
+        return 2 * reader.num_decoder_layers * tokens * reader.num_heads * reader.d_kv * numbers
+
+    def index_bytes(self, config: Config) -> int | None:
+        """Of a GPU's share of the index; None if there is none, or if nobody knows how large it is.
+
+        Raises:
+            ValueError: such an index cannot be made.
+        """
+        if self.shapes.retriever is None or self.shapes.passages is None:
+            return None
+        index, dimension = config.index, self.shapes.retriever.hidden_size
+        if index.index_mode == "flat" or index.faiss_index_type in FLAT:
+            size = 2 * dimension
+        else:
+            asked = Compression(index.faiss_index_type, index.faiss_code_size, index.faiss_nlist)
+            size = code_size(asked.factory(self.shapes.passages, dimension), dimension)
+        return -(-self.shapes.passages // self.machine.gpus) * size
+
+    def _refresh(self, config: Config) -> float | None:
+        if self.shapes.retriever is None or self.shapes.passages is None:
+            return None
+        length = config.model.text_maxlength
+        flops = self.shapes.passages * length * embedding_flops(self.shapes.retriever, length)
+        precision = config.run.embedder_precision or "fp16"  # as on CUDA by default
+        return flops / self.machine.gpus / self._rate(precision)
+
+    def _rate(self, precision: str) -> float:
+        card = self.machine.card
+        return REACHED * 1e12 * (card.full if precision in ("fp32", "tf32") else card.half)
+
+
+def embedding_flops(encoder: BertConfig, length: int) -> int:
+    """Operations for each token of a passage that the encoder embeds: those of its matrix products."""
+    width, inner = encoder.hidden_size, encoder.intermediate_size
+    return 2 * encoder.num_hidden_layers * (4 * width**2 + 2 * width * inner + 2 * length * width)
+
+
+def _weights(encoder: BertConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Contriever(encoder).parameters())
+
+
+class Change(NamedTuple):
+    """Flags that make a command need less memory, and what they cost."""
+
+    flags: str
+    cost: str
+    values: dict[str, Any]
+
+
+def changes(config: Config, machine: Machine) -> Iterator[Change]:
+    """What may make it fit, cheapest first: those that leave the results of training as they are come before others."""
+    flags = config.flags()
+    if flags["precision"] in ("fp32", "tf32"):
+        kind = "bf16" if machine.card.bf16 else "fp16"
+        yield Change(f"--precision {kind}", "nothing: it is also faster", {"precision": kind})
+    if machine.gpus > 1:
+        if not flags["shard_optim"]:
+            yield Change("--shard_optim", "little time", {"shard_optim": True})
+        if not flags["shard_grads"]:
+            yield Change("--shard_optim --shard_grads", "some time", {"shard_optim": True, "shard_grads": True})
+    for half in ("reader", "retriever"):
+        name = f"use_gradient_checkpoint_{half}"
+        if not flags[name] and (half == "reader" or flags["train_retriever"]):
+            yield Change(f"--{name}", "up to a third more time", {name: True})
+    if flags["per_gpu_batch_size"] > 1:
+        steps = flags["accumulation_steps"] * flags["per_gpu_batch_size"]
+        values = {"per_gpu_batch_size": 1, "accumulation_steps": steps}
+        yield Change(f"--per_gpu_batch_size 1 --accumulation_steps {steps}", "some time", values)
+    if not flags["offload_optimizer"]:
+        yield Change("--offload_optimizer", "moments cross the bus in every update", {"offload_optimizer": True})
+    if config.model.retrieves and config.index.index_mode == "flat":
+        text = f"--index_mode faiss --faiss_index_type pq --faiss_code_size {PQ_BYTES}"
+        values = {"index_mode": "faiss", "faiss_index_type": "pq", "faiss_code_size": PQ_BYTES}
+        yield Change(text, "other passages are found", values)
+    yield from _other_training(flags)
+    for name, least in (("n_context", 10), ("text_maxlength", 128)):
+        if flags[name] >= 2 * least and not flags["closed_book"]:
+            values = {name: flags[name] // 2}
+            if name == "n_context":
+                values["retriever_n_context"] = min(flags["retriever_n_context"], values[name])
+            yield Change(" ".join(f"--{key} {value}" for key, value in values.items()), "another model", values)
+
+
+def _other_training(flags: dict[str, Any]) -> Iterator[Change]:
+    """Moments of 8 bits, adapters in place of all weights."""
+    if flags["optimizer"] == "adamw" and not flags["offload_optimizer"]:
+        yield Change("--optimizer adamw8bit", "moments are rounded", {"optimizer": "adamw8bit"})
+    if flags.get("lora_rank") == 0:
+        values = {"lora_rank": 16, "frozen_precision": "bf16"}
+        yield Change("--lora_rank 16 --frozen_precision bf16", "the reader learns less", values)
+
+
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    """The command with other values of flags."""
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **{key: values[key] for key in section if key in values})
+        for name, section in config.sections().items()
+    }
+    return dataclasses.replace(config, **sections)
+
+
+def to_make_it_fit(planner: Planner, config: Config) -> Iterator[tuple[Change, Need]]:
+    """Changes, one on top of the other, each with what is needed then, until the command fits.
+
+    A change that hardly helps is left out: less than a hundredth of what is needed.
+    """
+    need = planner.need(config)
+    applied: set[str] = set()
+    while need.bytes > planner.machine.bytes:
+        for change in changes(config, planner.machine):
+            if change.flags in applied:
+                continue
+            applied.add(change.flags)
+            other = changed(config, change.values)
+            needed = planner.need(other)
+            if needed.bytes <= 0.99 * need.bytes:
+                config, need = other, needed
+                yield change, need
+                break
+        else:
+            return

@@ -1,0 +1,195 @@
+"""The planner: what a command needs on a GPU, whether that fits, and which flags would make it fit."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig
+
+import plan
+from atlas.config import parse_config
+from atlas.model.retriever import Contriever
+from benchmarks import memory
+from benchmarks.cards import CARDS
+from benchmarks.memory import GIB, Settings, Step
+from benchmarks.planner import Machine, Planner, changed, changes, embedding_flops, passages_of, shapes_of
+from finetune_qa import PRESET
+from tests.kit import slow
+
+FILES = ["--name", "run", "--train_data", "train.jsonl", "--eval_data", "test.jsonl"]
+MODELS = ["--reader_model_type", "google/t5-base-lm-adapt", "--load_index_path", "an_index"]
+COMMAND = ["finetune_qa.py", *FILES, *MODELS, "--total_steps", "31"]
+WORKING, FLOPS = 2 * GIB, 10**13
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The settings of every fake step that is taken; each takes the same, half of it with half of the passages."""
+    taken = []
+
+    def step(reader, retriever, settings, world_size):
+        taken.append(settings)
+        share = settings.n_context * settings.text_maxlength * settings.per_gpu_batch_size / (40 * 384)
+        share *= 1 if settings.gradient_checkpoint else 4
+        return Step(int(share * WORKING), int(share * FLOPS))
+
+    monkeypatch.setattr(memory, "fake_step", step)
+    return taken
+
+
+def config_of(*flags, script="finetune_qa", preset=PRESET):
+    return parse_config([*COMMAND[1:], *flags], program=script, runs_here=False, **preset)
+
+
+def planner_of(config, card="a100-80gb", gpus=1, passages=32_000_000, training=True):
+    return Planner(shapes_of(config, passages), Machine(CARDS[card], gpus), training=training)
+
+
+def plan_of(capsys, *words):
+    """What is printed, and the exit status."""
+    status = 0
+    try:
+        plan.main(list(words))
+    except SystemExit as stop:
+        status = stop.code
+    return capsys.readouterr().out, status
+
+
+def test_a_command_that_fits(capsys, steps):
+    out, status = plan_of(capsys, "--gpus", "8", "--passages_in_index", "32000000", *COMMAND)
+    assert status == 0 and "finetune_qa.py on 8 x a100-80gb of 80 GB" in out
+    assert "sum     12.6 of 74.5: it fits" in out and "32,000,000 passages on all GPUs" in out
+    parts = dict(re.findall(r" (weights|gradients|moments|index) +(\S+)", out))
+    assert parts == {"weights": "0.9", "gradients": "0.5", "moments": "0.4", "index": "5.7"}  # as in docs/training.md
+    assert "What helps" not in out and len(steps) == 1
+
+
+def test_a_command_that_does_not_fit_is_told_what_helps(capsys, steps):
+    flags = ["--no-use_gradient_checkpoint_reader", "--precision", "fp32"]
+    out, status = plan_of(capsys, "--card", "rtx4090", "--passages_in_index", "32000000", *COMMAND, *flags)
+    assert status == 1 and "it does not fit" in out
+    helps = [line.strip().split("  ")[1] for line in out.partition("What helps")[2].splitlines()[1:]]
+    assert helps[0] == "--use_gradient_checkpoint_reader"  # --precision hardly helps this fake step, so it is left out
+    assert helps[1] == "--index_mode faiss --faiss_index_type pq --faiss_code_size 64" and len(helps) == 2
+
+
+def test_what_nothing_helps_is_said(capsys, steps):
+    out, status = plan_of(capsys, "--card", "rtx4090", "--gigabytes", "4", "--passages_in_index", "1000", *COMMAND)
+    assert status == 1 and "That is still too much: use a smaller reader, more GPUs, or larger ones" in out
+    assert "--n_context 20 --retriever_n_context 20" in out
+
+
+def test_an_index_of_unknown_size_is_said(capsys, steps):
+    out, status = plan_of(capsys, *COMMAND)
+    assert status == 0 and "not counted: say how many passages it has with --passages_in_index" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([*COMMAND, "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--gpus", "0", *COMMAND], "argument --gpus: 0 is too small: it must be at least 1"),
+        (["ask.py", *COMMAND[1:]], "invalid choice: 'ask.py'"),
+    ],
+)
+def test_wrong_flags(capsys, words, sentence):
+    with pytest.raises(SystemExit) as stop:
+        plan.main(words)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_found(capsys):
+    with pytest.raises(SystemExit) as stop:
+        plan.main([*COMMAND, "--reader_model_type", "./nowhere"])
+    assert "--reader_model_type ./nowhere: there is no such directory" in str(stop.value.code)
+
+
+def test_steps_that_take_the_same_are_taken_once(steps):
+    config = config_of()
+    found = planner_of(config, gpus=4)
+    found.need(changed(config, {"shard_grads": False}))
+    found.need(changed(config, {"shard_grads": False, "shard_optim": False, "index_mode": "faiss"}))
+    assert len(steps) == 1
+
+
+def test_sharding_flags_mean_nothing_on_one_gpu():
+    config = config_of()
+    for gpus, sharded in ((1, False), (2, True)):
+        settings = planner_of(config, gpus=gpus).settings(config)
+        assert settings.shard_optim == settings.shard_grads == sharded
+
+
+def test_changes_are_ordered_by_their_price():
+    config = config_of("--precision", "fp32", "--per_gpu_batch_size", "4", "--no-shard_optim", "--no-shard_grads")
+    flags = [change.flags for change in changes(config, Machine(CARDS["t4"], 2))]
+    assert flags[:4] == [
+        "--precision fp16",
+        "--shard_optim",
+        "--shard_optim --shard_grads",
+        "--per_gpu_batch_size 1 --accumulation_steps 4",
+    ]
+    assert flags[-1] == "--text_maxlength 192"
+    for change in changes(config, Machine(CARDS["t4"], 2)):
+        for name, value in change.values.items():
+            assert changed(config, change.values).flags()[name] == value
+
+
+def test_an_evaluation_holds_no_gradients(steps):
+    config = config_of(
+        script="evaluate", preset={"task": "qa", "n_context": 40, "text_maxlength": 384, "precision": "bf16"}
+    )
+    need = planner_of(config, training=False).need(config)
+    assert set(need.parts) == {"weights", "working memory", "keys and values", "index", "CUDA, NCCL, gaps"}
+    assert not steps[0].training and steps[0].per_gpu_batch_size == 2**15 // (40 * 384)
+    # 12 layers, keys and values of 2 questions of 40 passages of 384 tokens, 768 numbers of 2 bytes
+    assert need.parts["keys and values"] == 12 * 2 * 2 * 40 * 384 * 768 * 2
+
+
+def test_passages_are_counted_where_they_are(tmp_path):
+    corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"
+    corpus.write_text("{}\n" * 7)
+    index.mkdir()
+    (index / "index.json").write_text(json.dumps({"segments": [{"size": 5}, {"size": 4}]}))
+    assert passages_of(config_of("--load_index_path", str(index))) == 9
+    assert passages_of(config_of("--load_index_path", str(tmp_path))) is None
+    without = parse_config(
+        [*COMMAND[1:-2], "--total_steps", "31", "--passages", str(corpus), "--max_passages", "6"],
+        program="train",
+        runs_here=False,
+        task="qa",
+        load_index_path=None,
+    )
+    assert passages_of(changed(without, {"load_index_path": None})) == 6
+
+
+def test_the_index_is_as_large_as_its_kind():
+    config = config_of()
+    found = planner_of(config, gpus=8)
+    assert found.index_bytes(config) == 4_000_000 * 1536
+    assert found.index_bytes(changed(config, {"index_mode": "faiss", "faiss_index_type": "PQ96x4fs"})) == 4_000_000 * 48
+
+
+def test_operations_of_the_embedding():
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+    encoder, ids = Contriever(config).eval(), torch.randint(50, (4, 20))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        encoder(ids, torch.ones_like(ids, dtype=torch.bool))
+    assert counted.get_total_flops() == pytest.approx(4 * 20 * embedding_flops(config, 20), rel=0.02)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("changes", [{"query_side": False}, *map(slow, [{"train_retriever": False}, {}])])
+def test_operations_of_a_step(changes):
+    shape, retriever = (
+        (64, 128, 2, 2),
+        BertConfig(vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+    )
+    settings = Settings(n_context=3, text_maxlength=32, target_maxlength=8, precision="fp32", **changes)
+    atlas, optimizers = memory.build(shape, retriever, settings)
+    batch = memory.batch_of(settings, retriever.vocab_size, retriever.hidden_size)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        memory.update(atlas, optimizers, batch, settings.precision)
+    assert memory.fake_step(shape, retriever, settings, 1).flops == pytest.approx(counted.get_total_flops(), rel=0.05)
