@@ -52,7 +52,7 @@ test-all: $(READY) ## all tests
 .venv-%/.ready: pyproject.toml requirements-%.txt
 	@test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
-		-e '.[faiss,bm25,tracking,documents,wikipedia,dev]' -r requirements-$*.txt
+		-e '.[faiss,bm25,tracking,documents,wikipedia,lora,dev]' -r requirements-$*.txt
 	@touch $@
 
 test-oldest test-newest: test-%: .venv-%/.ready

@@ -31,7 +31,8 @@ from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, T5Config
 from transformers.utils import logging
 
-from atlas.config import FIELDS, Optimisation
+from atlas.config import FIELDS, Lora, Optimisation
+from atlas.model.adapters import add_adapters, lower_frozen
 from atlas.model.atlas import Atlas, Losses, TrainingTensors
 from atlas.model.inputs import Targets
 from atlas.model.pretrained import checkpoint_activations, set_dropout
@@ -76,6 +77,9 @@ class Settings(NamedTuple):
     gradient_checkpoint: bool = True
     gradient_checkpoint_every: int = 1
     dropout: float = 0.1
+    lora_rank: int = 0
+    retriever_lora_rank: int = 0
+    frozen_precision: str = "fp32"
     shard_optim: bool = False
     shard_grads: bool = False
     optimizer: str = "adamw"
@@ -219,10 +223,48 @@ def make_reader(size: Size, dropout: float) -> FusionInDecoder:
     return reader
 
 
-def shapes_of_reader(size: Size) -> list[torch.Size]:
-    """The shapes of all its weights."""
+def adapt(reader: FusionInDecoder, settings: Settings) -> None:
+    """Adapters for all linear layers of the reader, as a run gives it with the flags."""
+    if settings.lora_rank:
+        add_adapters(reader, reader.blocks, Lora(settings.lora_rank, 2 * settings.lora_rank, 0.0, ()), "lora")
+    if settings.frozen_precision == "bf16":
+        lower_frozen(reader, torch.bfloat16)
+
+
+def make_encoders(retriever: BertConfig, settings: Settings) -> DualEncoder:
+    """The encoders with random weights; what is not trained is frozen."""
+    contriever, of_retriever = Contriever(retriever), settings.gradient_checkpoint_retriever
+    if settings.gradient_checkpoint if of_retriever is None else of_retriever:
+        checkpoint_activations(contriever, settings.gradient_checkpoint_every)
+    encoders = DualEncoder(contriever, query_side=settings.query_side)
+    if rank := settings.retriever_lora_rank:
+        encoders.share_weights()
+        layers = encoders.query_encoder.encoder.layer
+        add_adapters(encoders.query_encoder, layers, Lora(rank, 2 * rank, 0.0, ()), "retriever_lora")
+    if not settings.train_retriever:
+        encoders.requires_grad_(False)
+    return encoders
+
+
+class Weight(NamedTuple):
+    """A parameter of a model."""
+
+    shape: torch.Size
+    itemsize: int  # bytes of a number
+    trained: bool
+
+
+def weights_of(model: torch.nn.Module) -> list[Weight]:
+    """All of a model's, each once."""
+    return [Weight(p.shape, p.itemsize, p.requires_grad) for p in model.parameters()]
+
+
+def weights_of_reader(size: Size, settings: Settings) -> list[Weight]:
+    """All its weights."""
     with torch.device("meta"):
-        return [parameter.shape for parameter in make_reader(size, 0.0).parameters()]
+        reader = make_reader(size, 0.0)
+        adapt(reader, settings)
+    return weights_of(reader)
 
 
 def build(
@@ -231,18 +273,13 @@ def build(
     """Models and optimizers of query-side training on this rank, as a run makes them, with random weights."""
     with device:
         fusion = make_reader(reader, settings.dropout)
-        contriever = Contriever(retriever)
+        encoders = make_encoders(retriever, settings)
+        adapt(fusion, settings)
     if settings.gradient_checkpoint:
         checkpoint_activations(fusion, settings.gradient_checkpoint_every)
-    of_retriever = settings.gradient_checkpoint_retriever
-    if settings.gradient_checkpoint if of_retriever is None else of_retriever:
-        checkpoint_activations(contriever, settings.gradient_checkpoint_every)
     if settings.shard_grads:
         dtype = devices.compute_dtype(settings.precision)
         shard_weights(fusion, fusion.blocks, device, block_dtype=dtype, forward_methods=("encode",))
-    encoders = DualEncoder(contriever, query_side=settings.query_side)
-    if not settings.train_retriever:
-        encoders.requires_grad_(False)
     mode = MODES[settings.gold_score_mode] if settings.train_retriever else None
     atlas = Atlas(fusion, encoders, n_context=settings.n_context, mode=mode)
     flags = {"lr": 1e-5, "weight_decay": 0.01, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 10}
@@ -324,30 +361,30 @@ def held_by(atlas: Atlas, optimizers: Optimizers) -> Held:
 
 
 def held(reader: Size, retriever: BertConfig | None, settings: Settings, world_size: int) -> Held:
-    """The same, computed from sizes; all weights are fp32."""
+    """The same, computed from sizes."""
+    of_reader = weights_of_reader(reader, settings)
     with torch.device("meta"):
-        encoder = [p.shape for p in Contriever(retriever).parameters()] if retriever else []
+        of_encoders = weights_of(make_encoders(retriever, settings)) if retriever else []
     ranks = world_size if settings.shard_grads else 1
 
-    def numbers(shapes: list[torch.Size], ranks: int) -> int:
+    def size(weights: list[Weight], ranks: int) -> int:
         # FSDP2 distributes rows over ranks; no rank has more than rank 0.
-        return sum(-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes)
+        return sum(-(-w.shape[0] // ranks) * w.shape[1:].numel() * w.itemsize for w in weights)
 
-    def moments(shapes: list[torch.Size], ranks: int) -> int:
+    def moments(weights: list[Weight], ranks: int) -> int:
         if settings.offload_optimizer:
             return 0
-        kept = [(shape[0], kept_of(settings.optimizer, shape).values()) for shape in shapes]
+        kept = [(w.shape[0], kept_of(settings.optimizer, w.shape).values()) for w in weights]
         sizes = [sum(k.dtype.itemsize * k.shape.numel() for k in of) * -(-n // ranks) // n for n, of in kept]
         # Whole tensors go to the ranks that have the least; the largest may exceed an equal share.
         spread = settings.shard_optim and ranks == 1 and sizes
         return max(max(sizes), -(-sum(sizes) // world_size)) if spread else sum(sizes)
 
-    of_reader = numbers(shapes_of_reader(reader), ranks)
-    learning = encoder if settings.train_retriever else []
+    learnt, learning = ([w for w in part if w.trained] for part in (of_reader, of_encoders))
     return Held(
-        weights=4 * (of_reader + (2 if settings.query_side else 1) * numbers(encoder, 1)),
-        gradients=4 * (of_reader + numbers(learning, 1)),
-        moments=moments(shapes_of_reader(reader), ranks) + moments(learning, 1),
+        weights=size(of_reader, ranks) + size(of_encoders, 1),
+        gradients=size(learnt, ranks) + size(learning, 1),
+        moments=moments(learnt, ranks) + moments(learning, 1),
     )
 
 
@@ -398,6 +435,10 @@ def _send_step(
     gc.disable()
     logging.set_verbosity_error()  # of a cache that is not used
     optim.agree_on_norm, parallel.init_device_mesh = norm, mesh
+    if settings.lora_rank or settings.retriever_lora_rank:
+        from peft.tuners.lora import LoraLayer  # an extra
+
+        LoraLayer._move_adapter_to_device_of_base_layer = lambda *_: None  # fake weights are there, and cannot move
     if cuda:
         use_cuda_kernels()
     if world_size > 1:  # this is rank 0; the others need not exist because no values are read
@@ -461,6 +502,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--optimizer", choices=kinds, default="adamw", help="as in training")
     parser.add_argument("--offload_optimizer", action="store_true", help="as in training")
     parser.add_argument("--dropout", type=float, default=0.1, help="as in training")
+    for name in ("lora_rank", "retriever_lora_rank"):
+        parser.add_argument(f"--{name}", type=int, default=0, help="as in training")
+    parser.add_argument("--frozen_precision", choices=("fp32", "bf16"), default="fp32", help="as in training")
     parser.add_argument(
         "--gradient_checkpoint", action=argparse.BooleanOptionalAction, default=True, help="of reader and retriever"
     )

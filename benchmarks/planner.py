@@ -175,7 +175,8 @@ class Planner:
             return memory.held(self.shapes.reader, self.shapes.retriever, settings, self.machine.gpus)._asdict()
         half = settings.precision in ("fp16", "bf16")
         vocabulary = self.shapes.reader.vocab_size
-        shapes = memory.shapes_of_reader(self.shapes.reader)  # all but embeddings and scores of words become 16 bits
+        # all but embeddings and scores of words become 16 bits
+        shapes = [weight.shape for weight in memory.weights_of_reader(self.shapes.reader, memory.Settings())]
         sizes = [shape.numel() * (2 if half and shape[0] != vocabulary else 4) for shape in shapes]
         encoder = _weights(self.shapes.retriever) if self.shapes.retriever else 0
         return {"weights": sum(sizes) + 4 * (2 if settings.query_side else 1) * encoder}

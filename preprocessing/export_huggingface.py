@@ -7,8 +7,9 @@ OUTPUT_DIRECTORY must be new or empty. The script writes
   query_encoder/ and passage_encoder/     instead of retriever/, if the retriever was trained on the query side
   options.json                            formats and lengths, for `atlas.load`
 
-Each model card (README.md) has code that reads or embeds as this project does. Configs and vocabularies, which a
-checkpoint does not contain, come from --reader_model_type and --retriever_model_path.
+Adapters (LoRA) are added to the weights. Each model card (README.md) has code that reads or embeds as this project
+does. Configs and vocabularies, which a checkpoint does not contain, come from --reader_model_type and
+--retriever_model_path.
 """
 
 import argparse
@@ -118,14 +119,14 @@ def export(
     # Published checkpoints name a path on the machine they were trained on.
     retriever_name = retriever_name or (None if checkpoint.published else flags.get("retriever_model_path"))
     names = []
-    if checkpoint.reader:
+    if checkpoint.holds("reader"):
         if reader_name is None:
             raise ValueError(
                 f"{checkpoint.path} does not say which T5 it has: give --reader_model_type (for the published sizes "
                 "google/t5-{base,large,xl,xxl}-lm-adapt)"
             )
         names += export_reader(checkpoint, output, reader_name, dtype)
-    if checkpoint.retriever:
+    if checkpoint.holds("retriever"):
         names += export_retriever(checkpoint, output, retriever_name or "facebook/contriever", dtype)
     # With these flags `atlas.load` answers as the run did. Names of models may be paths on this machine.
     own = {name: value for name, value in flags.items() if name not in ("reader_model_type", "retriever_model_path")}
@@ -137,18 +138,22 @@ def export_reader(checkpoint: Any, output: Path, name_or_path: str, dtype: str) 
     """Write `reader/`; returns its name. Raises: ValueError, OSError."""
     from transformers.utils.hub import cached_file
 
+    from atlas.model.adapters import merge_saved
     from atlas.model.reader import ALIASES, load_reader
     from atlas.model.tokenization import load_reader_tokenizer
 
     tokenizer = load_reader_tokenizer(name_or_path)
-    reader = load_reader(name_or_path, dropout=None, weights=False)
+    reader = load_reader(name_or_path, dropout=None, weights=not checkpoint.reader)
     try:
-        reader.load_state(checkpoint.reader)
+        if checkpoint.reader:
+            reader.load_state(checkpoint.reader)
+        merge_saved(reader, "reader", [reader], name_or_path, checkpoint)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path} and --reader_model_type {name_or_path}: {error}") from error
     config = reader.config
     if not reader.fuses:
-        directory = write_model(output / "reader", type(reader).__name__, config, {}, checkpoint.reader, dtype)
+        state = {name: parameter.detach() for name, parameter in reader.named_parameters()}
+        directory = write_model(output / "reader", type(reader).__name__, config, {}, state, dtype)
         reader.generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         write_card(directory, language_model_card(checkpoint, name_or_path, type(reader).__name__, tokenizer.chats))
@@ -179,18 +184,26 @@ def export_retriever(checkpoint: Any, output: Path, name_or_path: str, dtype: st
     """Write `retriever/`, or a directory for each of two encoders; returns the names. Raises: ValueError, OSError."""
     from transformers import AutoTokenizer
 
+    from atlas.model.adapters import merge_saved
     from atlas.model.inputs import RETRIEVER_MAXLENGTH
     from atlas.model.retriever import load_retriever, load_retriever_state, state_is_untied
     from atlas.model.tokenization import load_retriever_tokenizer
     from atlas.runtime.tracking import log
 
     tokenizer = load_retriever_tokenizer(name_or_path)
-    untied = state_is_untied(checkpoint.retriever)
+    untied = state_is_untied(checkpoint.retriever) or "query_encoder" in checkpoint.adapters
     retriever = load_retriever(
-        name_or_path, query_side=untied, dropout=None, weights=False, overrides=checkpoint.retriever_config
+        name_or_path,
+        query_side=untied,
+        dropout=None,
+        weights=not checkpoint.retriever,
+        overrides=checkpoint.retriever_config,
     )
+    both = retriever.query_encoder, retriever.passage_encoder
     try:
-        load_retriever_state(retriever, checkpoint.retriever)
+        if checkpoint.retriever:
+            load_retriever_state(retriever, checkpoint.retriever)
+        merge_saved(retriever.query_encoder, "query_encoder", both, name_or_path, checkpoint)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path} and --retriever_model_path {name_or_path}: {error}") from error
     encoders = {"retriever": retriever.query_encoder}

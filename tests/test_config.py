@@ -126,6 +126,15 @@ DEFAULTS = {
         "alpha": 1.0,
         "accumulation_steps": 1,
         "precision": "fp32",
+        "lora_rank": 0,
+        "lora_alpha": None,
+        "lora_dropout": 0.0,
+        "lora_targets": "all",
+        "retriever_lora_rank": 0,
+        "retriever_lora_alpha": None,
+        "retriever_lora_dropout": 0.0,
+        "retriever_lora_targets": "all",
+        "frozen_precision": "fp32",
         "shard_optim": False,
         "shard_grads": False,
         "use_gradient_checkpoint_reader": False,
@@ -410,6 +419,10 @@ REFUSED = [
         {"freeze_reader": True, "train_retriever": True, "freeze_retriever_steps": 2},
         "--freeze_retriever_steps 2 with --freeze_reader: nothing learns",
     ),
+    ("train", {"lora_rank": 4, "lora_targets": "q, v"}, "--lora_targets 'q, v': expected all, or names of linear"),
+    ("train", {"retriever_lora_rank": 4, "train_retriever": True}, "--retriever_lora_rank 4 is for training the query"),
+    ("finetune_qa", {"total_steps": 31, "frozen_precision": "bf16"}, "--frozen_precision bf16 needs --lora_rank"),
+    ("train", {"lora_rank": 4, "frozen_precision": "bf16"}, "--frozen_precision bf16 cannot be computed with in --pre"),
     ("train", {"no_such_flag": 1}, "unrecognized arguments: --no_such_flag 1"),
 ]
 
@@ -422,6 +435,17 @@ def test_refusals(files, capsys, program, changes, sentence):
     said = capsys.readouterr().err
     assert refused.value.code == 2
     assert sentence in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("name", ["lora_rank", "retriever_lora_rank"])
+def test_adapters_without_the_library_of_adapters(files, capsys, monkeypatch, name):
+    line = words(files, **{name: 4}, train_retriever=True, query_side_retriever_training=True)
+    assert getattr(parse_config(line).optimisation, name) == 4
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        parse_config(line)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"train.py: --{name} 4 needs peft: pip install atlas-retrieval[lora]\n"
 
 
 FLOATS = [name for name, field in FIELDS.items() if isinstance(field.default, float)]

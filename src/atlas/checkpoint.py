@@ -4,6 +4,9 @@ A checkpoint of ours is a directory `step-N` with `model.safetensors` (names as 
 `optimizer.safetensors`, `state.json` (step, format, checksums), `options.json` (all flags), `reader_config.json` and
 `retriever_config.json`. `latest` is a symbolic link to the newest one, replaced in one move.
 
+A run with adapters (LoRA) saves what it trains: `reader_adapter` and `query_encoder_adapter` are directories as peft
+writes them, and `state.json` says which weights they belong to (`bases`), which `model.safetensors` then lacks.
+
 Other files and directories beside them are the user's, whatever they are called: only a `step-N` whose `state.json`
 says N is replaced or removed, and what a killed writer left, which has a mark inside (`UNFINISHED`).
 """
@@ -15,7 +18,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -42,7 +45,8 @@ from atlas.options import (
 from atlas.runtime import distributed
 from atlas.runtime.tracking import log
 
-FORMAT = 1
+FORMAT, WITH_BASES = 1, 2  # of `state.json`; a program that knows no adapters refuses the second
+HALF_OF = {"reader": "reader", "query_encoder": "retriever"}  # what may have an adapter
 PUBLISHED_FILE = "model.pth.tar"
 _PARTIAL = re.compile(rf"({STEP.pattern}|latest)\.[0-9a-f]{{8}}\.partial")
 _HALVES = ("reader", "retriever")
@@ -52,12 +56,29 @@ _AGAIN = "copy the checkpoint again, use another one, or --verify off to use it 
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """What low-rank adapters (LoRA) add to a model, as peft saves it."""
+
+    settings: dict[str, Any]  # adapter_config.json
+    weights: dict[str, torch.Tensor]  # adapter_model.safetensors
+
+
+@dataclass(frozen=True)
+class Base:
+    """The weights of a half that a checkpoint does not hold itself: it holds an adapter for them, or nothing."""
+
+    model: str  # the T5 or BERT: hub id or directory
+    checkpoint: str | None = None  # directory of the one that holds them; None: they are the model's own
+    fingerprint: str | None = None  # of the weights; None: they were not loaded
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was read. The tensors are memory-mapped: the ranks of a machine share one copy."""
 
     path: Path
     step: int
-    reader: dict[str, torch.Tensor]  # state dicts; empty where the half was not saved
+    reader: dict[str, torch.Tensor]  # state dicts, of a base too; empty where nobody saved the half
     retriever: dict[str, torch.Tensor]
     retriever_config: dict[str, Any]  # what the weights need to be read with, beyond the hub's config
     options: dict[str, Any]  # flag -> value, of the run that made it; empty if unknown
@@ -65,6 +86,12 @@ class Checkpoint:
     examples: int | None = None  # of the training data seen so far, by all ranks together
     examples_per_epoch: int | None = None  # None: `examples` counts lines that the task skips as well
     evaluation_due: bool = False  # the run ended before it had evaluated this step
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # of `HALF_OF`
+    bases: dict[str, Base] = field(default_factory=dict)  # `reader` and `retriever`, where it holds them not itself
+
+    def holds(self, half: str) -> bool:
+        """Whether it says what the reader or the retriever is."""
+        return bool(getattr(self, half)) or half in self.bases
 
     def optimizer_state(self) -> dict[str, torch.Tensor] | None:
         """Moments of both optimizers; None if they were not kept, and for published checkpoints."""
@@ -75,11 +102,11 @@ class Checkpoint:
         return self._more("index_encoder")
 
     def file(self, name: str) -> Path:
-        """Where tensors of this kind are: `model`, `optimizer` or `index_encoder`."""
+        """Where tensors of this kind are: `model`, `optimizer`, `index_encoder`, `{reader}_adapter/adapter_model`."""
         return self.path / (PUBLISHED_FILE if self.published else f"{name}.safetensors")
 
     def recorded(self) -> list[Recorded]:
-        """The files with their checksums; none where they are not known, as in published checkpoints.
+        """The files with their checksums, and those of the bases; none where they are not known, as in published ones.
 
         Raises:
             ValueError: `state.json`, which has the checksums, was edited or damaged.
@@ -87,18 +114,9 @@ class Checkpoint:
         """
         if self.published:
             return []
-        path = self.path / "state.json"
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if not {"files", "checksum"} & state.keys():  # saved by an earlier version
-                return []
-            if state.pop("checksum") != of_fields(state):
-                raise ValueError("its checksum does not fit")
-            blocks = {name: Blocks(**fields) for name, fields in state["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} was edited or damaged ({error}): {_AGAIN}") from error
-        removed = [name for name in _NOT_ALWAYS_KEPT if not (self.path / name).exists()]
-        return [Recorded(self.path / name, content, _AGAIN) for name, content in blocks.items() if name not in removed]
+        bases = sorted({Path(base.checkpoint) for base in self.bases.values() if base.checkpoint is not None})
+        of_bases = [file for base in bases if (base / "state.json").is_file() for file in _recorded(base)]
+        return _recorded(self.path) + [file for file in of_bases if file.path.name == "model.safetensors"]
 
     def _more(self, name: str) -> dict[str, torch.Tensor] | None:
         file = self.file(name)
@@ -108,6 +126,21 @@ class Checkpoint:
             return load_file(file)
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{file} cannot be read ({error}): copy the checkpoint again, or --restart") from error
+
+
+def _recorded(directory: Path) -> list[Recorded]:
+    path = directory / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if not {"files", "checksum"} & state.keys():  # saved by an earlier version
+            return []
+        if state.pop("checksum") != of_fields(state):
+            raise ValueError("its checksum does not fit")
+        blocks = {name: Blocks(**fields) for name, fields in state["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} was edited or damaged ({error}): {_AGAIN}") from error
+    removed = [name for name in _NOT_ALWAYS_KEPT if not (directory / name).exists()]
+    return [Recorded(directory / name, content, _AGAIN) for name, content in blocks.items() if name not in removed]
 
 
 def check_tensors(file: Path, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -215,6 +248,8 @@ class Contents:
     examples_per_epoch: int | None = None  # as in `Checkpoint`
     evaluation_due: bool = False  # as in `Checkpoint`
     index_encoder: dict[str, torch.Tensor] | None = None  # what `Checkpoint.index_encoder` is to return
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # as in `Checkpoint`
+    bases: dict[str, Base] = field(default_factory=dict)  # as in `Checkpoint`
 
 
 def save_checkpoint(
@@ -308,10 +343,17 @@ def _write(directory: Path, contents: Contents) -> None:
         f"{name}.safetensors": save_tensors(directory / f"{name}.safetensors", part) for name, part in tensors.items()
     }
     objects = {"options": contents.options} | {f"{half}_config": config for half, config in contents.configs.items()}
+    for name, adapter in contents.adapters.items():
+        file = f"{name}_adapter/adapter_model.safetensors"
+        (directory / file).parent.mkdir()
+        written[file] = save_tensors(directory / file, adapter.weights, {"format": "pt"})
+        objects[f"{name}_adapter/adapter_config"] = adapter.settings
     written |= {f"{name}.json": _write_json(directory / f"{name}.json", value) for name, value in objects.items()}
     facts = {name: getattr(contents, name) for name in ("step", "examples", "examples_per_epoch", "evaluation_due")}
+    bases = {"bases": {half: asdict(base) for half, base in contents.bases.items()}} if contents.bases else {}
     files = {name: asdict(blocks) for name, blocks in written.items()}
-    _write_state(directory / "state.json", {"format": FORMAT} | facts | {"files": files})
+    number = WITH_BASES if bases else FORMAT
+    _write_state(directory / "state.json", {"format": number} | facts | bases | {"files": files})
 
 
 def _tidy(directory: Path, newest: Path, keep_optimizers: bool, keep_checkpoints: int | None) -> None:
@@ -340,10 +382,11 @@ def _without_aliases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _load_ours(path: Path) -> Checkpoint:
     try:
         state = _read_object(path / "state.json")
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']} instead of {FORMAT}: written by another version")
-        with safe_open(path / "model.safetensors", framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if state["format"] not in (FORMAT, WITH_BASES):
+            raise ValueError(f"format {state['format']} instead of {WITH_BASES}: written by another version")
+        halves = dict(zip(_HALVES, _split(_read_tensors(path / "model.safetensors"), path), strict=True))
+        adapters = {name: adapter for name in HALF_OF if (adapter := _read_adapter(path / f"{name}_adapter"))}
+        bases = _bases_of(state, adapters)
         config_file = path / "retriever_config.json"
         retriever_config = _read_object(config_file) if config_file.is_file() else {}
         options = read_options(path)
@@ -354,17 +397,62 @@ def _load_ours(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: the checkpoint cannot be read ({error})") from error
     # a norm that is not mentioned is the standard one, whatever the directory of the retriever says
     retriever_config = {"uncentered_layer_norm": False} | retriever_config
+    halves |= {half: _of_base(path, half, base.checkpoint) for half, base in bases.items() if base.checkpoint}
     return Checkpoint(
         path,
         state["step"],
-        *_split(tensors, path),
+        **halves,
         retriever_config=retriever_config,
         options=options,
         published=False,
         examples=state.get("examples"),
         examples_per_epoch=state.get("examples_per_epoch"),
         evaluation_due=bool(state.get("evaluation_due")),
+        adapters=adapters,
+        bases=bases,
     )
+
+
+def _bases_of(state: dict[str, Any], adapters: Mapping[str, Adapter]) -> dict[str, Base]:
+    """Raises: ValueError, TypeError, AttributeError."""
+    bases = {half: Base(**fields) for half, fields in state.get("bases", {}).items()}
+    texts = {value for base in bases.values() for value in asdict(base).values() if value is not None}
+    if not bases.keys() <= set(_HALVES) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("state.json does not say which weights it belongs to")
+    if lost := {HALF_OF[name] for name in adapters} - bases.keys():
+        raise ValueError(f"state.json does not say to which {min(lost)} its adapter belongs")
+    return bases
+
+
+def _of_base(path: Path, half: str, base: str) -> dict[str, torch.Tensor]:
+    """The weights of a half from the checkpoint that has them for another one. Raises: ValueError."""
+    if os.path.isfile(Path(base) / PUBLISHED_FILE):
+        found = getattr(_load_published(Path(base)), half)
+    else:
+        file = Path(base) / "model.safetensors"
+        try:
+            found = _split(_read_tensors(file), file)[_HALVES.index(half)]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} belongs to the {half} in {file}, which cannot be read ({error}): put that checkpoint back, or "
+                "a link to it"
+            ) from error
+    if not found:
+        raise ValueError(f"{path} belongs to the {half} in {base}, which holds none: put the right checkpoint back")
+    return found
+
+
+def _read_adapter(directory: Path) -> Adapter | None:
+    if not directory.is_dir():
+        return None
+    weights = _read_tensors(directory / "adapter_model.safetensors")
+    return Adapter(_read_object(directory / "adapter_config.json"), weights)
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Memory-mapped. Raises: ValueError, OSError, SafetensorError."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _read_object(file: Path) -> dict[str, Any]:

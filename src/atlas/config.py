@@ -8,6 +8,7 @@ Only the standard library is imported here, so that `--help` and a mistyped flag
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import operator
 import os
@@ -295,6 +296,16 @@ class RetrieverTraining:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters, as the flags of one half describe them."""
+
+    rank: int
+    alpha: int
+    dropout: float
+    targets: tuple[str, ...]  # names of linear layers; empty: all there are
+
+
+@dataclass(frozen=True)
 class Optimisation:
     """Optimisation"""
 
@@ -323,6 +334,19 @@ class Optimisation:
         "precision of the computation; weights and optimizer stay fp32 (tf32: fp32 products by a GPU's tensor cores)",
         choices=("fp16", "fp32", "bf16", "tf32"),
     )
+    lora_rank: int = flag(
+        0, "rank of the reader's adapters (LoRA), which are then all of it that is trained; 0: none", least=0, most=4096
+    )
+    lora_alpha: int | None = flag(None, "adapters count this much, divided by their rank (twice the rank)", least=1)
+    lora_dropout: float = flag(0.0, "dropout of what the adapters read, besides --dropout", least=0, below=1)
+    lora_targets: str = flag("all", "linear layers of the reader that get one, as q,v; all: every one in its blocks")
+    retriever_lora_rank: int = flag(0, "as --lora_rank, for the query encoder", least=0, most=4096)
+    retriever_lora_alpha: int | None = flag(None, "as --lora_alpha, for the query encoder (twice the rank)", least=1)
+    retriever_lora_dropout: float = flag(0.0, "as --lora_dropout, for the query encoder", least=0, below=1)
+    retriever_lora_targets: str = flag("all", "as --lora_targets, for the query encoder, as query,value")
+    frozen_precision: str = flag(
+        "fp32", "how the reader's matrices are kept that are frozen by --lora_rank", choices=("fp32", "bf16")
+    )
     shard_optim: bool = flag(False, "shard the optimizer's state over ranks (ZeRO stage 1)")
     shard_grads: bool = flag(False, "shard gradients and weights as well (ZeRO stage 2)")
     use_gradient_checkpoint_reader: bool = flag(False, "recompute the reader's activations: less memory, more time")
@@ -331,6 +355,15 @@ class Optimisation:
     save_optimizer: bool = flag(False, "keep the optimizer's state in every checkpoint, not only in the latest")
     keep_checkpoints: int | None = flag(None, "keep this many checkpoints (all)", least=1)
     restart: bool = flag(False, "start from scratch although this experiment has a checkpoint, which is set aside")
+
+    def lora(self, half: str) -> Lora | None:
+        """The adapters that `reader` or `retriever` (its query encoder) is to be trained by; None: without any."""
+        prefix = {"reader": "lora", "retriever": "retriever_lora"}[half]
+        rank, alpha, dropout, targets = (
+            getattr(self, f"{prefix}_{name}") for name in ("rank", "alpha", "dropout", "targets")
+        )
+        names = () if targets == "all" else tuple(targets.split(","))
+        return Lora(rank, alpha or 2 * rank, dropout, names) if rank else None
 
 
 @dataclass(frozen=True)
@@ -743,6 +776,8 @@ def _check(config: Config, program: str, runs_here: bool = True) -> None:
     if runs_here:
         _check_files(config, None if program == "ask" else "train_data" if training else "eval_data")
     _check_combinations(config, training)
+    if training:
+        _check_adapters(config.optimisation, config.retriever_training)
     _check_generation(config)
     _check_index(config.index)
     _check_tasks(config.tasks)
@@ -828,6 +863,32 @@ def _check_frozen_reader(learning: RetrieverTraining) -> None:
         raise ValueError(
             f"--freeze_retriever_steps {learning.freeze_retriever_steps} with --freeze_reader: nothing learns in these "
             "steps, so leave one out"
+        )
+
+
+def _check_adapters(optimisation: Optimisation, learning: RetrieverTraining) -> None:
+    for name in ("lora_targets", "retriever_lora_targets"):
+        targets = getattr(optimisation, name)
+        if not re.fullmatch(r"\w+(,\w+)*", targets):
+            raise ValueError(f"--{name} {targets!r}: expected all, or names of linear layers such as q,v")
+    for name in ("lora_rank", "retriever_lora_rank"):
+        if (rank := getattr(optimisation, name)) and importlib.util.find_spec("peft") is None:
+            raise ValueError(f"--{name} {rank} needs peft: pip install atlas-retrieval[lora]")
+    if optimisation.lora_rank and learning.freeze_reader:
+        raise ValueError(
+            f"--lora_rank {optimisation.lora_rank} trains the reader, and --freeze_reader does not: leave one out"
+        )
+    if optimisation.retriever_lora_rank and not (learning.train_retriever and learning.query_side_retriever_training):
+        raise ValueError(
+            f"--retriever_lora_rank {optimisation.retriever_lora_rank} is for training the query encoder alone: give "
+            "--train_retriever and --query_side_retriever_training, or leave it out"
+        )
+    if optimisation.frozen_precision == "bf16" and not optimisation.lora_rank:
+        raise ValueError("--frozen_precision bf16 needs --lora_rank: without adapters all of the reader is trained")
+    if optimisation.frozen_precision == "bf16" and optimisation.precision != "bf16":
+        raise ValueError(
+            f"--frozen_precision bf16 cannot be computed with in --precision {optimisation.precision}: use "
+            "--precision bf16, or --frozen_precision fp32"
         )
 
 

@@ -197,6 +197,15 @@ def _report_without_effect(config: Config, device: torch.device) -> None:
         ("bm25_steps", bm25 and bool(config.run.train_data), "without --bm25_weight, nor in evaluate.py"),
         *((f"bm25_{name}", bm25, "without --bm25_weight") for name in ("k1", "b", "stopwords")),
         ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
+        *(
+            (f"{prefix}_{name}", getattr(config.optimisation, f"{prefix}_rank") > 0, f"without --{prefix}_rank")
+            for prefix in ("lora", "retriever_lora")
+            for name in ("alpha", "dropout", "targets")
+        ),
+        *(
+            (name, bool(config.run.train_data), "in an evaluation: the adapters of a checkpoint are always used")
+            for name in ("lora_rank", "retriever_lora_rank")
+        ),
         ("gradient_checkpoint_every", checkpoints, "without --use_gradient_checkpoint_reader or _retriever"),
         ("offload_optimizer", device.type != "cpu", "on the CPU: the moments are in its memory"),
         *((name, adamw, "with --optimizer adafactor") for name in ("epsilon", "beta2")),

@@ -1,6 +1,6 @@
 """Both halves of the model from a checkpoint, a hub or a directory, with their tokenizers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from atlas import config
-from atlas.checkpoint import Checkpoint
+from atlas.checkpoint import HALF_OF, Adapter, Base, Checkpoint
+from atlas.model.adapters import (
+    adapter_of,
+    add_adapters,
+    base_of,
+    has_adapters,
+    lower_frozen,
+    merge_saved,
+    restore_adapters,
+)
 from atlas.model.inputs import Inputs
 from atlas.model.interface import Reader
 from atlas.model.reader import load_reader
@@ -30,6 +39,8 @@ class Model:
     # The retriever of the checkpoint where the run does without it: saved again as it was read.
     unused_retriever: dict[str, torch.Tensor] = field(default_factory=dict)
     unused_retriever_config: dict[str, Any] | None = None
+    unused_adapters: dict[str, Adapter] = field(default_factory=dict)
+    bases: dict[str, Base] = field(default_factory=dict)  # of the halves that are not to be saved themselves
 
     @classmethod
     def load(
@@ -57,17 +68,16 @@ class Model:
         with distributed.busy():  # ranks may read large files at very different speeds
             reader = retriever = retriever_tokenizer = None
             unused: dict[str, Any] = {}
+            bases: dict[str, Base | None] = {}
             if not settings.retrieve_only:
                 learns = training and not learning.freeze_reader
-                reader = _load_reader(settings, optimisation, checkpoint, device, learns)
+                reader, bases["reader"] = _load_reader(settings, optimisation, checkpoint, device, learns)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
-                retriever = _load_retriever(settings, learning, optimisation, checkpoint, training).to(device)
-            elif checkpoint and checkpoint.retriever:
-                unused = {
-                    "unused_retriever": {f"retriever.{name}": part for name, part in checkpoint.retriever.items()},
-                    "unused_retriever_config": checkpoint.retriever_config,
-                }
+                loaded = _load_retriever(settings, learning, optimisation, checkpoint, training)
+                retriever, bases["retriever"] = loaded[0].to(device), loaded[1]
+            elif checkpoint and checkpoint.holds("retriever"):
+                unused, bases["retriever"] = _unused_retriever(checkpoint, settings, optimisation)
             reader_config = reader.config if reader is not None else None
             inputs = (reader.inputs if reader is not None else Inputs)(
                 settings,
@@ -79,17 +89,24 @@ class Model:
                 retriever=retriever,
             )
         distributed.wait_for_all("loading the model")
-        return cls(reader, retriever, inputs, **unused)
+        return cls(reader, retriever, inputs, **unused, bases={half: base for half, base in bases.items() if base})
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All weights of this rank by their published names, `reader.…` and `retriever.…`."""
+        """This rank's weights that are to be saved, by their published names, `reader.…` and `retriever.…`."""
         halves = {"reader": self.reader, "retriever": self.retriever}
         return {
             f"{half}.{name}": parameter.detach()
             for half, module in halves.items()
-            if module is not None
+            if module is not None and half not in self.bases
             for name, parameter in module.named_parameters()
         }
+
+    def adapters(self) -> dict[str, Adapter]:
+        """What is to be saved of the halves with a base, by the names of `checkpoint.HALF_OF`. They may be sharded."""
+        models = {"reader": self.reader, "query_encoder": self.retriever and self.retriever.query_encoder}
+        with_adapters = {name: model for name, model in models.items() if model is not None and has_adapters(model)}
+        own = {name: adapter_of(model, self.bases[HALF_OF[name]]) for name, model in with_adapters.items()}
+        return self.unused_adapters | own
 
     def configs(self) -> dict[str, dict[str, Any]]:
         """`reader` and `retriever` -> what their weights are to be loaded with."""
@@ -103,20 +120,14 @@ class Model:
 
 def _check_halves(settings: config.Model, checkpoint: Checkpoint, training: bool) -> None:
     """Say which half does not come from the checkpoint. Raises: ValueError if one that is to be evaluated does not."""
-    if not checkpoint.reader and not checkpoint.retriever:
+    if not checkpoint.holds("reader") and not checkpoint.holds("retriever"):
         raise ValueError(f"{checkpoint.path} holds no weights at all: give another --model_path, or none")
     halves = (
-        ("reader", checkpoint.reader, not settings.retrieve_only, "--reader_model_type", settings.reader_model_type),
-        (
-            "retriever",
-            checkpoint.retriever,
-            settings.retrieves,
-            "--retriever_model_path",
-            settings.retriever_model_path,
-        ),
+        ("reader", not settings.retrieve_only, "--reader_model_type", settings.reader_model_type),
+        ("retriever", settings.retrieves, "--retriever_model_path", settings.retriever_model_path),
     )
-    for half, weights, needed, flag, name in halves:
-        if weights or not needed:
+    for half, needed, flag, name in halves:
+        if checkpoint.holds(half) or not needed:
             continue
         if not training:
             without = {"reader": "--retrieve_only", "retriever": "--closed_book or --use_file_passages"}[half]
@@ -133,7 +144,8 @@ def _load_reader(
     checkpoint: Checkpoint | None,
     device: torch.device,
     learns: bool,
-) -> Reader:
+) -> tuple[Reader, Base | None]:
+    """The reader, and what it is based on if adapters are trained."""
     from_checkpoint = checkpoint is not None and bool(checkpoint.reader)
     reader = load_reader(
         settings.reader_model_type,
@@ -145,18 +157,22 @@ def _load_reader(
     )
     if from_checkpoint:
         _load_half(type(reader).load_state, reader, checkpoint.reader, checkpoint)
+    lora = optimisation.lora("reader") if learns else None
+    base = _adapt(reader, reader.blocks, "reader", lora, [reader], settings.reader_model_type, checkpoint)
+    if lora and optimisation.frozen_precision == "bf16":
+        lower_frozen(reader, torch.bfloat16)
     dtype = devices.compute_dtype(optimisation.precision)
     if learns and optimisation.shard_grads and distributed.world_size() > 1:
         shard_weights(reader, reader.blocks, device, block_dtype=dtype, forward_methods=("encode",))
         log.info("Each of %d ranks keeps its part of the reader", distributed.world_size())
-        return reader
+        return reader, base
     if not learns:
         reader.requires_grad_(False)
         if dtype is not None:
             # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
             for block in reader.blocks:
                 block.to(dtype)
-    return reader.to(device)
+    return reader.to(device), base
 
 
 def _load_retriever(
@@ -165,7 +181,8 @@ def _load_retriever(
     optimisation: config.Optimisation,
     checkpoint: Checkpoint | None,
     training: bool,
-) -> DualEncoder:
+) -> tuple[DualEncoder, Base | None]:
+    """The retriever, and what it is based on if it is not to be saved itself."""
     from_checkpoint = checkpoint is not None and bool(checkpoint.retriever)
     asked = {
         "pooling": settings.retriever_pooling,
@@ -174,20 +191,84 @@ def _load_retriever(
         "passage_prefix": settings.retriever_passage_prefix,
     }
     asked = {key: value for key, value in asked.items() if value is not None}
+    saved = _saved_adapter("query_encoder", checkpoint)
     untied = from_checkpoint and state_is_untied(checkpoint.retriever)
     retriever = load_retriever(
         settings.retriever_model_path,
-        query_side=learning.query_side_retriever_training or untied,
+        query_side=learning.query_side_retriever_training or untied or saved is not None,
         dropout=optimisation.dropout,
         weights=not from_checkpoint,
         gradient_checkpointing=optimisation.use_gradient_checkpoint_retriever * optimisation.gradient_checkpoint_every,
-        overrides=checkpoint.retriever_config | asked if from_checkpoint else asked,
+        overrides=checkpoint.retriever_config | asked if checkpoint and checkpoint.holds("retriever") else asked,
     )
     if from_checkpoint:
         _load_half(load_retriever_state, retriever, checkpoint.retriever, checkpoint)
-    if not (training and learning.train_retriever):
+    learns = training and learning.train_retriever
+    lora = optimisation.lora("retriever") if learns else None
+    query_encoder, encoders = retriever.query_encoder, [retriever.query_encoder, retriever.passage_encoder]
+    if lora and not untied:
+        retriever.share_weights()  # of both; what is trained are adapters
+    name = settings.retriever_model_path
+    base = _adapt(query_encoder, query_encoder.encoder.layer, "query_encoder", lora, encoders, name, checkpoint)
+    if training and optimisation.lora_rank and not learns and not saved:
+        base = base_of("retriever", encoders, name, checkpoint)  # it stays as it is and need not be saved
+    if not learns:
         retriever.requires_grad_(False)
-    return retriever
+    return retriever, base
+
+
+def _unused_retriever(
+    checkpoint: Checkpoint, settings: config.Model, optimisation: config.Optimisation
+) -> tuple[dict[str, Any], Base | None]:
+    """What a run that does without the checkpoint's retriever saves of it: all that there is, or where that is."""
+    base = checkpoint.bases.get("retriever")
+    kept = {"unused_retriever_config": checkpoint.retriever_config}
+    if base is not None:
+        adapter = _saved_adapter("query_encoder", checkpoint)
+        return kept | {"unused_adapters": {"query_encoder": adapter} if adapter else {}}, base
+    if optimisation.lora_rank:
+        return kept, Base(settings.retriever_model_path, str(checkpoint.path.resolve()))
+    state = {f"retriever.{name}": part for name, part in checkpoint.retriever.items()}
+    return kept | {"unused_retriever": state}, None
+
+
+def _saved_adapter(name: str, checkpoint: Checkpoint | None) -> Adapter | None:
+    return checkpoint.adapters.get(name) if checkpoint is not None else None
+
+
+def _adapt(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    name: str,
+    lora: config.Lora | None,
+    encoders: Sequence[nn.Module],
+    model_name: str,
+    checkpoint: Checkpoint | None,
+) -> Base | None:
+    """Give a model adapters to train, the checkpoint's if it has any, or else add those to the weights.
+
+    Args:
+        layers: the parts of the model whose linear layers can have adapters.
+        name: as in `checkpoint.HALF_OF`.
+        lora: None if no adapters are trained.
+        encoders, model_name: as for `base_of`.
+
+    Returns:
+        What the adapters that are trained are saved with.
+
+    Raises:
+        ValueError: there are no such layers, or the checkpoint's adapters do not fit.
+    """
+    if lora is None:
+        if checkpoint is not None:
+            merge_saved(model, name, encoders, model_name, checkpoint)
+        return None
+    base = base_of(HALF_OF[name], encoders, model_name, checkpoint)
+    flag, task = {"reader": ("lora", "SEQ_2_SEQ_LM"), "query_encoder": ("retriever_lora", "FEATURE_EXTRACTION")}[name]
+    add_adapters(model, layers, lora, flag, task=task)
+    if (saved := _saved_adapter(name, checkpoint)) is not None:
+        restore_adapters(model, saved, checkpoint.file(f"{name}_adapter/adapter_model"), flag)
+    return base
 
 
 def _load_half(load: Callable, module: nn.Module, state: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:

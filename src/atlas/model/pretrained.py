@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
+    from hashlib import _Hash
+
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 LARGEST_SIZE, MOST_LAYERS = 2**24, 1000
@@ -73,6 +75,17 @@ def check_memory(module: nn.Module) -> None:
     needed = 4 * sum(parameter.numel() for parameter in module.parameters())
     if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         raise ValueError(f"its config.json describes a model of {needed / 1e9:.0f} GB, more than this machine's memory")
+
+
+def add_weights(digest: _Hash, state: Mapping[str, Tensor]) -> None:
+    """Feed names, shapes, a sample and a checksum of weights to a hash; it is the same on every device."""
+    import torch
+
+    for name, tensor in sorted(state.items()):
+        bits = tensor.detach().float().flatten().view(torch.int32)
+        sample = bits[:: max(1, bits.numel() // 64)]
+        # Integer sums: floating-point sums depend on the number of threads.
+        digest.update(f"{name} {tuple(tensor.shape)} {bits.sum(dtype=torch.int64).item()} {sample.tolist()}".encode())
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from transformers import AutoConfig, BertConfig, BertModel
 
 from atlas.model.grouping import encode_by_length
 from atlas.model.pretrained import (
+    add_weights,
     check_memory,
     check_sizes,
     checkpoint_activations,
@@ -123,6 +124,12 @@ class DualEncoder(nn.Module):
     @property
     def passage_encoder(self) -> Contriever:
         return self.passage_contriever if self.query_side else self.contriever
+
+    def share_weights(self) -> None:
+        """Let the weights of both encoders exist once: they must be equal, and frozen in both."""
+        for name, weight in self.passage_encoder.named_parameters():
+            place, _, last = name.rpartition(".")
+            setattr(self.query_encoder.get_submodule(place), last, weight)
 
     def embed_queries(self, ids: Tensor, mask: Tensor) -> Tensor:  # (n, L), (n, L) -> (n, D)
         return self.query_encoder(ids, mask)
@@ -270,9 +277,5 @@ def fingerprint(encoder: Contriever) -> str:
     for key, default in SETTINGS.items():
         if key != "query_prefix" and (value := getattr(encoder.config, key)) != default:
             digest.update(f"{key} {value!r}".encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        bits = tensor.detach().float().flatten().view(torch.int32)
-        sample = bits[:: max(1, bits.numel() // 64)]
-        # Integer sums: floating-point sums depend on the number of threads.
-        digest.update(f"{name} {tuple(tensor.shape)} {bits.sum(dtype=torch.int64).item()} {sample.tolist()}".encode())
+    add_weights(digest, encoder.state_dict())
     return digest.hexdigest()[:16]

@@ -169,8 +169,11 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def sharded_as(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a tensor that has as many rows as a parameter, as a tensor that is sharded like it."""
-    if not isinstance(parameter, DTensor) or local.dim() == 0:
+    """This rank's rows of a tensor that has as many rows as a parameter, as a tensor that is sharded like it.
+
+    A number is the same on every rank, and a tensor that is sharded already stays as it is.
+    """
+    if isinstance(local, DTensor) or not isinstance(parameter, DTensor) or local.dim() == 0:
         return local
     shape = torch.Size((parameter.shape[0], *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()

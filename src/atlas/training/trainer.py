@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -226,9 +228,16 @@ class Trainer:
         self._evaluation_due = self._evaluates_after(step) and step > self._evaluated
         self.session.verification.finish()
         weights, moments = full_tensors_on_main(self.model.weights()), self.optimizers.state()
+        adapters = {
+            name: replace(adapter, weights=full_tensors_on_main(adapter.weights))
+            for name, adapter in self.model.adapters().items()
+        }
 
         def write() -> Path:
-            for name, tensor in (weights | moments).items():
+            trained = chain(
+                weights.items(), moments.items(), *(adapter.weights.items() for adapter in adapters.values())
+            )
+            for name, tensor in trained:
                 if not torch.isfinite(tensor).all():
                     raise ValueError(self._diverged(f"{name} is not finite after step {step}"))
             contents = Contents(
@@ -241,6 +250,8 @@ class Trainer:
                 examples_per_epoch=self.data.places,
                 evaluation_due=self._evaluation_due,
                 index_encoder=self.retrieval.built_by if self.retrieval is not None else None,
+                adapters=adapters,
+                bases=self.model.bases,
             )
             optimisation = self.settings.optimisation
             path = save_checkpoint(
