@@ -160,6 +160,7 @@ class Planner:
             known |= {"per_gpu_batch_size": flags["per_gpu_eval_batch_size"] or batch, "train_retriever": False}
             known |= {"retriever_n_context": None, "training": False, "gradient_checkpoint": False}
             known |= {"gradient_checkpoint_retriever": False, "shard_optim": False, "shard_grads": False}
+            known |= {"lora_rank": 0, "retriever_lora_rank": 0, "frozen_precision": "fp32"}  # they have been added
         return Settings(**known)
 
     def _step(self, settings: Settings) -> Step:
@@ -275,9 +276,10 @@ def _other_training(flags: dict[str, Any]) -> Iterator[Change]:
     """Moments of 8 bits, adapters in place of all weights."""
     if flags["optimizer"] == "adamw" and not flags["offload_optimizer"]:
         yield Change("--optimizer adamw8bit", "moments are rounded", {"optimizer": "adamw8bit"})
-    if flags.get("lora_rank") == 0:
-        values = {"lora_rank": 16, "frozen_precision": "bf16"}
-        yield Change("--lora_rank 16 --frozen_precision bf16", "the reader learns less", values)
+    if not flags["lora_rank"] and not flags["freeze_reader"]:
+        values = {"lora_rank": 16} | ({"frozen_precision": "bf16"} if flags["precision"] == "bf16" else {})
+        text = " ".join(f"--{name} {value}" for name, value in values.items())
+        yield Change(text, "adapters learn in the place of the weights", values)
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
