@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -238,7 +238,8 @@ def make_encoders(retriever: BertConfig, settings: Settings) -> DualEncoder:
         checkpoint_activations(contriever, settings.gradient_checkpoint_every)
     encoders = DualEncoder(contriever, query_side=settings.query_side)
     if rank := settings.retriever_lora_rank:
-        encoders.share_weights()
+        if not isinstance(next(encoders.parameters()), FakeTensor):  # copies of fake ones do not mix with others
+            encoders.share_weights()
         layers = encoders.query_encoder.encoder.layer
         add_adapters(encoders.query_encoder, layers, Lora(rank, 2 * rank, 0.0, ()), "retriever_lora")
     if not settings.train_retriever:
@@ -438,7 +439,9 @@ def _send_step(
     if settings.lora_rank or settings.retriever_lora_rank:
         from peft.tuners.lora import LoraLayer  # an extra
 
-        LoraLayer._move_adapter_to_device_of_base_layer = lambda *_: None  # fake weights are there, and cannot move
+        # fake weights are there already, and cannot move
+        LoraLayer._move_adapter_to_device_of_base_layer = lambda *_: None
+        torch.nn.Module.to = lambda module, *_, **__: module
     if cuda:
         use_cuda_kernels()
     if world_size > 1:  # this is rank 0; the others need not exist because no values are read
