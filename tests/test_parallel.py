@@ -214,7 +214,7 @@ def _trained(flags, sharded, state=None):
         torch.manual_seed(step)
         optimizers.backward((model["reader"](torch.randn(5, 64)) - 1).square().mean())
         optimizers.step(step)
-    return optimizers.state(), full_tensors_on_main(dict(model.named_parameters()))
+    return optimizers.state(), full_tensors_on_main({name: p.detach() for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,9 @@ def test_mistakes_get_one_sentence(tmp_path, monkeypatch, capfd, changes, senten
     assert ended.value.code == 1
     said = capfd.readouterr().err
     assert sentence in said and said.count("\n") == 1, said
-    assert not list((tmp_path / "run").glob("*.jsonl*")) and not (tmp_path / "run/checkpoint").exists()
+    written = {path.name for path in (tmp_path / "run").glob("*.jsonl*")}
+    assert written <= {"metrics.jsonl"}  # no results, no half of any
+    assert not (tmp_path / "run/checkpoint").exists()
     assert "Traceback" in (tmp_path / "run/run.log").read_text()
 
 

@@ -4,7 +4,7 @@ The bounds of a flag are beside its default in `config.py`, and combinations of 
 line is read. `retrieval.py` adds what depends on the kind of an index that was saved.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -170,47 +170,11 @@ def _check_prompts_of(
 
 def _report_without_effect(config: Config, device: torch.device) -> None:
     training, index, model = config.retriever_training, config.index, config.model
-    checkpoints = config.optimisation.use_gradient_checkpoint_reader
-    checkpoints |= config.optimisation.use_gradient_checkpoint_retriever
-    adamw = not config.run.train_data or config.optimisation.optimizer != "adafactor"
-    bm25 = index.bm25_weight > 0
     if training.compute_crossattention_stats and not training.train_retriever:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
-    embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
-    reads_passages = not (model.closed_book or model.retrieve_only)
-    writes_passages = config.run.write_results and not config.run.dont_write_passages
-    for name, has_effect, without in (
-        ("rerank_by_reader", model.retrieves, "where nothing is retrieved"),
-        ("in_batch_negatives", training.train_retriever, "without --train_retriever"),
-        ("gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"),
-        ("shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"),
-        ("use_gradient_checkpoint_reader", not training.freeze_reader, "with --freeze_reader"),
-        ("dont_write_passages", config.run.write_results, "without --write_results"),
-        ("write_evidence", reads_passages and writes_passages, "where no passages that were read are written"),
-        ("metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"),
-        ("leave_out_own_passage", model.retrieves, "where nothing is retrieved"),
-        ("max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"),
-        ("cache_passage_tokens", embeds, "where no corpus is embedded"),
-        ("bm25_weight", model.retrieves, "where nothing is retrieved"),
-        ("bm25_steps", bm25 and bool(config.run.train_data), "without --bm25_weight, nor in evaluate.py"),
-        *((f"bm25_{name}", bm25, "without --bm25_weight") for name in ("k1", "b", "stopwords")),
-        ("save_index_codes_only", index.save_index_path is not None, "without --save_index_path"),
-        *(
-            (f"{prefix}_{name}", getattr(config.optimisation, f"{prefix}_rank") > 0, f"without --{prefix}_rank")
-            for prefix in ("lora", "retriever_lora")
-            for name in ("alpha", "dropout", "targets")
-        ),
-        *(
-            (name, bool(config.run.train_data), "in an evaluation: the adapters of a checkpoint are always used")
-            for name in ("lora_rank", "retriever_lora_rank")
-        ),
-        ("gradient_checkpoint_every", checkpoints, "without --use_gradient_checkpoint_reader or _retriever"),
-        ("offload_optimizer", device.type != "cpu", "on the CPU: the moments are in its memory"),
-        *((name, adamw, "with --optimizer adafactor") for name in ("epsilon", "beta2")),
-        ("generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"),
-    ):
+    for name, has_effect, without in (*_of_passages(config), *_of_training(config, device)):
         if config.flags()[name] != FIELDS[name].default and not has_effect:
             log.info("--%s has no effect %s", name, without)
     if model.retrieves and not config.run.train_data and not index.evaluates_by_embeddings:
@@ -226,3 +190,43 @@ def _report_without_effect(config: Config, device: torch.device) -> None:
             model.retriever_n_context,
             model.retriever_n_context,
         )
+
+
+def _of_passages(config: Config) -> Iterator[tuple[str, bool, str]]:
+    """Flags of what is retrieved, read and written: name, whether it has an effect, and where it has none."""
+    index, model, trains = config.index, config.model, bool(config.run.train_data)
+    bm25 = index.bm25_weight > 0
+    embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
+    reads_passages = not (model.closed_book or model.retrieve_only)
+    writes_passages = config.run.write_results and not config.run.dont_write_passages
+    yield "rerank_by_reader", model.retrieves, "where nothing is retrieved"
+    yield "dont_write_passages", config.run.write_results, "without --write_results"
+    yield "write_evidence", reads_passages and writes_passages, "where no passages that were read are written"
+    yield "metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"
+    yield "leave_out_own_passage", model.retrieves, "where nothing is retrieved"
+    yield "max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"
+    yield "cache_passage_tokens", embeds, "where no corpus is embedded"
+    yield "bm25_weight", model.retrieves, "where nothing is retrieved"
+    yield "bm25_steps", bm25 and trains, "without --bm25_weight, nor in evaluate.py"
+    for name in ("k1", "b", "stopwords"):
+        yield f"bm25_{name}", bm25, "without --bm25_weight"
+    yield "save_index_codes_only", index.save_index_path is not None, "without --save_index_path"
+    yield "generation_length_penalty", model.generation_num_beams > 1, "without more --generation_num_beams"
+
+
+def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bool, str]]:
+    """The same for flags of what learns, and how."""
+    training, optimisation, trains = config.retriever_training, config.optimisation, bool(config.run.train_data)
+    checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
+    yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
+    yield "gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"
+    yield "shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"
+    yield "use_gradient_checkpoint_reader", not training.freeze_reader, "with --freeze_reader"
+    for prefix in ("lora", "retriever_lora"):
+        yield f"{prefix}_rank", trains, "in an evaluation: the adapters of a checkpoint are always used"
+        for name in ("alpha", "dropout", "targets"):
+            yield f"{prefix}_{name}", getattr(optimisation, f"{prefix}_rank") > 0, f"without --{prefix}_rank"
+    yield "gradient_checkpoint_every", checkpoints, "without --use_gradient_checkpoint_reader or _retriever"
+    yield "offload_optimizer", device.type != "cpu", "on the CPU: the moments are in its memory"
+    for name in ("epsilon", "beta2"):
+        yield name, not trains or optimisation.optimizer != "adafactor", "with --optimizer adafactor"
