@@ -14,10 +14,11 @@ from atlas.checkpoint import Contents, load_checkpoint, save_checkpoint
 from atlas.config import parse_config
 from atlas.model.adapters import merge_adapter
 from atlas.model.load import Model
+from atlas.model.reader import load_reader
 from atlas.model.retriever import fingerprint
 from atlas.model.tokenization import load_reader_tokenizer
 from atlas.training.optim import Optimizers
-from tests.kit import command_line, logged, read_jsonl, run, run_on, world
+from tests.kit import command_line, language_model, logged, read_jsonl, run, run_on, world
 from tests.test_training import losses_of
 
 QUERY_SIDE = {"train_retriever": True, "query_side_retriever_training": True}
@@ -348,3 +349,27 @@ def test_every_way_to_judge(tmp_path, mode):
     assert len(losses["retriever"]) == 3 and losses["retriever"][0] == pytest.approx(same["retriever"][0], rel=1e-4)
     adapter = load_checkpoint(tmp_path / "run").adapters["query_encoder"]
     assert all(tensor.abs().sum() > 0 for tensor in adapter.weights.values())  # B was zero
+
+
+@pytest.mark.processes
+def test_a_language_model_has_adapters(tmp_path):
+    flags = {"reader_model_type": language_model("plain"), "qa_prompt_format": "{question}", "n_context": 2}
+    flags |= {"lora_rank": 2, "lr": 1e-2, "dropout": 0.0, "save_optimizer": True, "save_freq": 2}
+    directory = run(tmp_path, **flags, total_steps=4)
+    saved = load_checkpoint(directory)
+    assert not saved.reader and saved.adapters["reader"].settings["task_type"] == "CAUSAL_LM"
+    resumed = tmp_path / "resumed"
+    run(resumed, **flags, total_steps=2)
+    found = load_checkpoint(run(resumed, **flags, total_steps=4)).adapters["reader"].weights
+    assert all(torch.equal(tensor, found[name]) for name, tensor in saved.adapters["reader"].weights.items())
+    of_model = dict.fromkeys(("reader_model_type", "qa_prompt_format", "n_context"))  # the checkpoint says them
+    evaluated = run(tmp_path, "evaluate", name="again", model_path=directory, train_data=None, **of_model)
+    files = directory / "dev-step-4.jsonl", evaluated / "dev-step-0.jsonl"
+    before, after = ([row["generation"] for row in read_jsonl(file)] for file in files)
+    assert before == after and any(before)
+    output = tmp_path / "exported"
+    export_huggingface.main(["--model_path", str(directory), "--output_directory", str(output)])
+    exported = load_reader(str(output / "reader"), dropout=None)
+    merged = load(saved, training=False, reader_model_type=flags["reader_model_type"]).reader
+    for name, parameter in merged.named_parameters():
+        assert_close(parameter, exported.get_parameter(name), atol=0, rtol=0)

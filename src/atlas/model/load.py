@@ -264,8 +264,9 @@ def _adapt(
             merge_saved(model, name, encoders, model_name, checkpoint)
         return None
     base = base_of(HALF_OF[name], encoders, model_name, checkpoint)
-    flag, task = {"reader": ("lora", "SEQ_2_SEQ_LM"), "query_encoder": ("retriever_lora", "FEATURE_EXTRACTION")}[name]
-    add_adapters(model, layers, lora, flag, task=task)
+    flag = {"reader": "lora", "query_encoder": "retriever_lora"}[name]
+    of_reader = "SEQ_2_SEQ_LM" if getattr(model, "fuses", False) else "CAUSAL_LM"
+    add_adapters(model, layers, lora, flag, task=of_reader if name == "reader" else "FEATURE_EXTRACTION")
     if (saved := _saved_adapter(name, checkpoint)) is not None:
         restore_adapters(model, saved, checkpoint.file(f"{name}_adapter/adapter_model"), flag)
     return base
