@@ -235,6 +235,7 @@ def test_every_optimizer_on_two_ranks(flags, sharded):
     assert state.keys() == again.keys() and all(torch.equal(state[name], again[name]) for name in state)
 
 
+@pytest.mark.slow
 def test_a_run_in_8_bits_goes_on(tmp_path):
     """Stopped and continued on 2 ranks, to the last bit, as one that was not stopped."""
     flags = {"eval_data": None, "scheduler_steps": 4, "optimizer": "adamw8bit", **RETRIEVER, **KINDS["both"]}
