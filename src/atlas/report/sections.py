@@ -111,7 +111,7 @@ def _tile(name: str, last: Evaluation, against: Evaluation | None, said: str) ->
 
 def _what_was_run(record: Record, titled: bool) -> str:
     facts = {name: value for name, value in _facts(record) if value}
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{_unbroken(escape(value))}</dd>" for name, value in facts.items())
     changed = {name: flag for name, flag in record.flags.items() if flag.default is not None}
     flags = "".join(
         f"<tr><th>--{escape(name)}</th><td>{escape(flag.value)}</td><td>{escape(flag.default or 'none')}</td></tr>"
@@ -123,6 +123,11 @@ def _what_was_run(record: Record, titled: bool) -> str:
         flags += f'<div class="wide">{rows_of_flags}</div></details>'
     title = f"What was run: {record.name}" if titled else "What was run"
     return _section(title, f'<dl class="facts">{rows}</dl>{flags}' if rows or flags else "")
+
+
+def _unbroken(text: str) -> str:
+    """Browsers break lines after the hyphens of a flag."""
+    return re.sub(r"--\w+", r'<span class="flag">\g<0></span>', text)
 
 
 def _facts(record: Record) -> Iterable[tuple[str, str]]:
