@@ -126,7 +126,7 @@ class Planner:
         if self.shapes.reader is not None:
             settings = self.settings(config)
             counted = self._step(settings)
-            parts |= self._held(settings) | {"working memory": counted.working}
+            parts |= self._held(settings, config.model.int8_reader) | {"working memory": counted.working}
             if not self.training:
                 parts["keys and values"] = self._keys_and_values(settings)
             step = counted.flops / self._rate(settings.precision)
@@ -171,14 +171,13 @@ class Planner:
             self._steps[settings] = memory.fake_step(self.shapes.reader, retriever, settings, ranks)
         return self._steps[settings]
 
-    def _held(self, settings: Settings) -> dict[str, int]:
+    def _held(self, settings: Settings, int8: bool) -> dict[str, int]:
         if self.training:
             return memory.held(self.shapes.reader, self.shapes.retriever, settings, self.machine.gpus)._asdict()
-        half = settings.precision in ("fp16", "bf16")
-        vocabulary = self.shapes.reader.vocab_size
-        # all but embeddings and scores of words become 16 bits
+        of_layers = 1 if int8 else 2 if settings.precision in ("fp16", "bf16") else 4  # bytes
+        vocabulary = self.shapes.reader.vocab_size  # embeddings and scores of words stay fp32
         shapes = [weight.shape for weight in memory.weights_of_reader(self.shapes.reader, memory.Settings())]
-        sizes = [shape.numel() * (2 if half and shape[0] != vocabulary else 4) for shape in shapes]
+        sizes = [shape.numel() * (4 if shape[0] == vocabulary else of_layers) for shape in shapes]
         encoder = _weights(self.shapes.retriever) if self.shapes.retriever else 0
         return {"weights": sum(sizes) + 4 * (2 if settings.query_side else 1) * encoder}
 
@@ -257,6 +256,8 @@ def changes(config: Config, machine: Machine) -> Iterator[Change]:
         yield Change(f"--per_gpu_batch_size 1 --accumulation_steps {steps}", "some time", values)
     if flags["per_gpu_eval_batch_size"] != 1:
         yield Change("--per_gpu_eval_batch_size 1", "slower evaluations", {"per_gpu_eval_batch_size": 1})
+    if not flags["int8_reader"]:
+        yield Change("--int8_reader", "almost the same answers, of evaluations", {"int8_reader": True})
     if not flags["offload_optimizer"]:
         yield Change("--offload_optimizer", "moments cross the bus in every update", {"offload_optimizer": True})
     if config.model.retrieves and config.index.index_mode == "flat":

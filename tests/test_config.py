@@ -74,6 +74,7 @@ DEFAULTS = {
         "retriever_normalize": None,
         "retriever_query_prefix": None,
         "retriever_passage_prefix": None,
+        "int8_reader": False,
         "text_maxlength": 200,
         "target_maxlength": None,
         "n_context": 1,

@@ -145,6 +145,8 @@ def test_an_evaluation_holds_no_gradients(steps):
     need = planner_of(config, training=False).need(config)
     assert set(need.parts) == {"weights", "working memory", "keys and values", "index", "CUDA, NCCL, gaps"}
     assert not steps[0].training and steps[0].per_gpu_batch_size == 2**15 // (40 * 384)
+    in_int8 = changed(config, {"int8_reader": True})
+    assert planner_of(in_int8, training=False).need(in_int8).parts["weights"] < 0.85 * need.parts["weights"]
     smaller = changed(config, {"per_gpu_eval_batch_size": 1})
     assert planner_of(smaller, training=False).need(smaller).parts["working memory"] == 4 * WORKING
     # 12 layers, keys and values of 2 questions of 40 passages of 384 tokens, 768 numbers of 2 bytes

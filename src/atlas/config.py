@@ -225,6 +225,10 @@ class Model:
     retriever_passage_prefix: str | None = flag(
         None, "prefix of every passage, such as 'passage: ' (its config)", blank=True
     )
+    int8_reader: bool = flag(
+        False,
+        "evaluate and ask with the reader's matrices in 8 bits: half of the memory of bf16, almost the same answers",
+    )
     text_maxlength: int = flag(200, "tokens per query and passage, with those that mark start and end", least=3)
     target_maxlength: int | None = flag(None, "tokens per target; unset or -1: no truncation", least=-1)
     n_context: int = flag(1, "passages given to the reader", least=1)

@@ -218,6 +218,7 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
     """The same for flags of what learns, and how."""
     training, optimisation, trains = config.retriever_training, config.optimisation, bool(config.run.train_data)
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
+    yield "int8_reader", not (trains or config.model.retrieve_only), "in training, nor without a reader"
     yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
     yield "gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"
     yield "shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"

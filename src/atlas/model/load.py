@@ -19,6 +19,7 @@ from atlas.model.adapters import (
     restore_adapters,
 )
 from atlas.model.inputs import Inputs
+from atlas.model.int8 import round_to_int8
 from atlas.model.interface import Reader
 from atlas.model.reader import load_reader
 from atlas.model.retriever import DualEncoder, is_constant, load_retriever, load_retriever_state, state_is_untied
@@ -71,7 +72,8 @@ class Model:
             bases: dict[str, Base | None] = {}
             if not settings.retrieve_only:
                 learns = training and not learning.freeze_reader
-                reader, bases["reader"] = _load_reader(settings, optimisation, checkpoint, device, learns)
+                in_int8 = settings.int8_reader and not training  # a frozen one is saved with the retriever
+                reader, bases["reader"] = _load_reader(settings, optimisation, checkpoint, device, learns, in_int8)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
                 loaded = _load_retriever(settings, learning, optimisation, checkpoint, training)
@@ -144,6 +146,7 @@ def _load_reader(
     checkpoint: Checkpoint | None,
     device: torch.device,
     learns: bool,
+    in_int8: bool,
 ) -> tuple[Reader, Base | None]:
     """The reader, and what it is based on if adapters are trained."""
     from_checkpoint = checkpoint is not None and bool(checkpoint.reader)
@@ -168,6 +171,8 @@ def _load_reader(
         return reader, base
     if not learns:
         reader.requires_grad_(False)
+        if in_int8:
+            round_to_int8(reader.blocks)
         if dtype is not None:
             # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
             for block in reader.blocks:
