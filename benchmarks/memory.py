@@ -453,6 +453,8 @@ def _send_step(
             wait_for_gradients(atlas)
             optimizers.step(0)  # creates the moments
             wait_for_gradients(atlas)
+        elif dtype := devices.compute_dtype(settings.precision):
+            lower_frozen(atlas.reader.requires_grad_(False), dtype)  # as a run does that evaluates
         with LiveMemory() as live:
             if settings.training:
                 update(atlas, optimizers, batch, settings.precision)

@@ -12,7 +12,7 @@ from atlas.config import OF_THE_MODEL, flags_parser, sentence
 
 HOST, PORT = "127.0.0.1", 8000
 INSTEAD = {
-    "What it runs on": ("device", "precision", "embedder_precision", "verify"),
+    "What it runs on": ("device", "precision", "int8_reader", "embedder_precision", "verify"),
     "What it searches": (
         *("passages", "max_passages", "save_index_path", "allow_other_index", "faiss_nprobe", "refine_factor"),
         *("retrieve_with_rerank", "n_to_rerank_with_retrieve_with_rerank"),
