@@ -16,6 +16,7 @@ from transformers import AutoConfig, BertConfig, T5Config
 
 from atlas.config import Config
 from atlas.index.codec import FLAT, Compression, code_size
+from atlas.index.passages import open_passages
 from atlas.model.pretrained import pretrained_errors, quiet_loading
 from atlas.model.retriever import Contriever
 from atlas.runtime.device import evaluation_batch_size
@@ -100,13 +101,7 @@ def passages_of(config: Config) -> int | None:
         return sum(segment["size"] for segment in segments) or None
     if not index.passages or not all(Path(file).is_file() for file in index.passages):
         return None
-    found = sum(_lines(Path(file)) for file in index.passages)
-    return found if index.max_passages < 0 else min(found, index.max_passages)
-
-
-def _lines(file: Path) -> int:
-    with open(file, "rb") as lines:
-        return sum(block.count(b"\n") for block in iter(lambda: lines.read(2**24), b""))
+    return len(open_passages(index.passages, index.max_passages))
 
 
 class Planner:

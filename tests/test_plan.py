@@ -1,5 +1,6 @@
 """The planner: what a command needs on a GPU, whether that fits, and which flags would make it fit."""
 
+import gzip
 import json
 import re
 
@@ -168,6 +169,9 @@ def test_passages_are_counted_where_they_are(tmp_path):
         load_index_path=None,
     )
     assert passages_of(changed(without, {"load_index_path": None})) == 6
+    with gzip.open(tmp_path / "corpus.tsv.gz", "wt") as file:
+        file.write("id\ttext\ttitle\n1\tone\tA\n2\ttwo\tB\n")
+    assert passages_of(changed(without, {"load_index_path": None, "passages": (file.name,)})) == 2
 
 
 def test_the_index_is_as_large_as_its_kind():
