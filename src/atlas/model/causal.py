@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
-from atlas.model.pretrained import check_memory, difference
+from atlas.model.pretrained import check_fit, check_memory, difference
 from atlas.model.prompts import PromptInputs
 from atlas.model.tokenization import load_prompt_tokenizer, pad_rows
 
@@ -112,14 +112,7 @@ class CausalReader(nn.Module):
         """
         expected = dict(self.named_parameters())
         state = {name: part for name, part in state.items() if name in expected or name not in self.state_dict()}
-        missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-        shapes = [
-            f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
-        if missing or unexpected or shapes:
-            raise ValueError(f"these weights do not fit the reader: {difference(missing, unexpected, shapes)}")
+        check_fit(expected, state)
         self.load_state_dict(dict(state), strict=False)
 
     def _answer(self, row: list[int]) -> list[int]:

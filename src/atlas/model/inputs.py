@@ -1,7 +1,7 @@
 """From text to tensors: the inputs of the reader and the retriever, padded to the longest row of the batch."""
 
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,21 +115,20 @@ class Inputs:
         """Encoder input. Without passages (None, or none for a query) the reader is given the query alone."""
         passages = [[]] * len(queries) if passages is None else passages
         k = max([1, *map(len, passages)])
-        texts, rows = [], []
+        texts = []
         for query, of_query in zip(queries, passages, strict=True):
             own = [self._of_passage(self.settings.encoder_format, passage, query=query) for passage in of_query]
-            own = own or [self._cut(query, LONGEST_FORMATTED)]
-            rows.append(len(own))
-            texts += own
-        tokens = self.reader_tokenizer.encode(texts, max_length=self.settings.text_maxlength)
-        filled: list[list[int]] = []  # B·K rows, empty where there is no passage
-        start = 0
-        for n in rows:
-            filled += tokens[start : start + n] + [[]] * (k - n)
-            start += n
+            texts.append(own or [self._cut(query, LONGEST_FORMATTED)])
+        flat = [text for of_query in texts for text in of_query]
+        tokens = iter(self.reader_tokenizer.encode(flat, max_length=self.settings.text_maxlength))
+        return self._rows([list(islice(tokens, len(of_query))) for of_query in texts], k)
+
+    def _rows(self, rows: Sequence[Sequence[list[int]]], k: int) -> ReaderRows:
+        """K rows of tokens for each query, empty where it has fewer."""
+        filled = [row for of_query in rows for row in [*of_query, *[[]] * (k - len(of_query))]]
         ids, mask = self._pad(filled, self.reader_tokenizer.pad_id)
         lengths = np.array([len(row) for row in filled], np.int64)
-        return ReaderRows(*(part.reshape(len(queries), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
+        return ReaderRows(*(part.reshape(len(rows), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
 
     def training(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
         """The input to learn from. Of the passages, `Atlas` reads the first `--n_context`."""

@@ -130,6 +130,18 @@ def checkpoint_activations(module: PreTrainedModel, every: int = 1) -> None:
         layer.gradient_checkpointing = number % every == 0
 
 
+def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless a reader's weights are those that are expected, by name and shape."""
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    if missing or unexpected or shapes:
+        raise ValueError(f"these weights do not fit the reader: {difference(missing, unexpected, shapes)}")
+
+
 def difference(missing: Iterable[str], unexpected: Iterable[str], shapes: Sequence[str]) -> str:
     """What is wrong with the names and shapes of weights, as a part of a sentence."""
     parts = [f"missing {', '.join(sorted(missing))}"] if missing else []

@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from atlas.model.inputs import LONGEST_FORMATTED, Inputs, Judged, ReaderRows, Targets
 from atlas.model.tokenization import LONGEST_PASSAGE, fill_in
 from atlas.runtime.tracking import log
@@ -143,13 +141,6 @@ class PromptInputs(Inputs):
         template = with_lines(self.settings.reader_prompt_format)
         prompt = fill_in(template, 100 * LONGEST_PASSAGE, **fields).strip("\n")
         return self.reader_tokenizer.chat(prompt) if self._chats else prompt
-
-    def _rows(self, rows: Sequence[Sequence[list[int]]], k: int) -> ReaderRows:
-        """K prompts for each query; other queries have rows without a token."""
-        filled = [row for of_query in rows for row in [*of_query, *[[]] * (k - len(of_query))]]
-        ids, mask = self._pad(filled, self.reader_tokenizer.pad_id)
-        lengths = np.array([len(row) for row in filled], np.int64)
-        return ReaderRows(*(part.reshape(len(rows), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
 
 
 def with_lines(template: str) -> str:

@@ -22,6 +22,7 @@ from atlas.model.grouping import encode_by_length
 from atlas.model.inputs import Inputs
 from atlas.model.pretrained import (
     CAUSAL_TYPES,
+    check_fit,
     check_sizes,
     checkpoint_activations,
     difference,
@@ -275,14 +276,7 @@ def load_reader_state(reader: FusionInDecoder, state: Mapping[str, Tensor]) -> N
     expected = {name: tensor for name, tensor in reader.state_dict().items() if name not in ALIASES}
     if tied:
         del expected["lm_head.weight"]
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or unexpected or shapes:
-        raise ValueError(f"these weights do not fit the reader: {difference(missing, unexpected, shapes)}")
+    check_fit(expected, state)
     assign = reader.shared.weight.is_meta
     reader.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False, assign=assign)
     reader.set_input_embeddings(reader.shared)
