@@ -15,7 +15,7 @@ from atlas.model.inputs import Inputs
 from atlas.model.losses import distillation_loss, emdr_loss, retriever_scores
 from atlas.model.reader import load_reader
 from atlas.model.retriever import load_retriever
-from atlas.model.signals import MODES, Reading
+from atlas.model.signals import MODES, Mode, Reading
 from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer
 from tests.kit import logged, read_jsonl, run, run_on, world
 
@@ -267,15 +267,13 @@ def test_the_passages_of_other_queries_take_a_part_of_the_retrievers_distributio
 
 
 def test_a_query_is_not_taught_that_its_own_passages_are_useless():
-    atlas, embeddings = (
-        Atlas(None, SimpleNamespace(embed_queries=lambda ids, mask: ids), n_context=1),
-        torch.randn(2, 2, 4),
-    )
+    retriever, embeddings = SimpleNamespace(embed_queries=lambda ids, mask: ids), torch.randn(2, 2, 4)
     queries, found = torch.randn(2, 4), torch.tensor([[7, 3], [3, 9]])
     batch = TrainingTensors(*[None] * 4, queries, passage_embeddings=embeddings, found=found)
-    (alone,) = atlas._retriever_scores(batch)
-    atlas.gather = lambda rows: rows
-    scores, others = atlas._retriever_scores(batch)
+    mode = Mode(lambda reading: None, lambda *scores: None)
+    (alone,) = Atlas(None, retriever, n_context=1, mode=mode)._retriever_scores(batch)
+    mode = mode._replace(gather=lambda rows: rows)
+    scores, others = Atlas(None, retriever, n_context=1, mode=mode)._retriever_scores(batch)
     assert torch.equal(scores, alone) and torch.isinf(others).tolist() == [
         [True, True, True, False],
         [False, True, True, True],

@@ -1,6 +1,6 @@
 """The model as one module: from a batch of tensors to the reader's loss and the retriever's loss."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,13 +80,7 @@ class Atlas(nn.Module):
         correlate: whether to correlate the gold scores with the decoder's attention.
         group_by_length: whether the reader may encode passages of similar length together. Ranks that share its weights
             must call it equally often.
-
-    Attributes:
-        gather: for in-batch negatives, what puts the rows of all ranks together, (n, …) -> (W·n, …), with gradients.
-            None: a query is compared with its own passages alone.
     """
-
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -152,7 +146,7 @@ class Atlas(nn.Module):
         return self.reader.encode(rows.ids, rows.mask, rows.lengths if self.group_by_length else None)
 
     def _retriever_scores(self, batch: TrainingTensors) -> tuple[torch.Tensor, ...]:
-        """(B, K), and with `gather` (B, M) of the other queries' passages, -inf where they are the query's own.
+        """(B, K), and with `Mode.gather` (B, M) of the other queries' passages, -inf where they are the query's own.
 
         Gradients flow into the query encoder, and into the passage encoder if it is the same module.
         """
@@ -163,8 +157,8 @@ class Atlas(nn.Module):
             passages = self.retriever.embed_passages(*rows)  # (B·K, D)
             passages = passages.view(len(queries), -1, passages.shape[-1])
         scores = retriever_scores(queries, passages)
-        if self.gather is None:
+        if (gather := self.mode.gather) is None:
             return (scores,)
-        everybody = self.gather(passages.flatten(0, 1)).expand(len(queries), -1, -1)  # (B, W·B·K, D)
-        own = (batch.found[..., None] == self.gather(batch.found.flatten())).any(1)  # (B, K, 1) -> (B, W·B·K)
+        everybody = gather(passages.flatten(0, 1)).expand(len(queries), -1, -1)  # (B, W·B·K, D)
+        own = (batch.found[..., None] == gather(batch.found.flatten())).any(1)  # (B, K, 1) -> (B, W·B·K)
         return scores, retriever_scores(queries, everybody).masked_fill(own, -torch.inf)

@@ -181,11 +181,13 @@ class Mode(NamedTuple):
     """How the reader scores the passages, and the loss that teaches the retriever.
 
     `loss` takes the retriever's scores (B, K), the signal's result, the reading, `temperature_score`, and perhaps its
-    scores of the passages of other queries (B, M).
+    scores of the passages of other queries (B, M): there are these with `gather`, which puts the rows of all ranks
+    together, (n, …) -> (W·n, …), with gradients. Without it a query is compared with its own passages alone.
     """
 
     signal: Signal
     loss: Callable[..., torch.Tensor]
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def _distil(
@@ -250,10 +252,10 @@ PROMPT_MODES: dict[str, Mode] = {
 
 def mode_of(settings: config.RetrieverTraining, reader: Reader) -> Mode:
     """How this reader scores passages. `preflight` has refused the modes that it has not."""
-    signal, loss = (MODES if reader.fuses else PROMPT_MODES)[settings.gold_score_mode]
-    if signal is likelihood_of_question:
-        signal = partial(signal, weight=settings.gold_question_weight)
-    return Mode(signal, loss)
+    mode = (MODES if reader.fuses else PROMPT_MODES)[settings.gold_score_mode]
+    if mode.signal is likelihood_of_question:
+        mode = mode._replace(signal=partial(mode.signal, weight=settings.gold_question_weight))
+    return mode
 
 
 def judgements(mode: Mode, reading: Reading) -> torch.Tensor:

@@ -320,18 +320,19 @@ def _joint_model(model: Model, settings: config.Config) -> Atlas:
     """Reader and retriever as one module that computes both losses."""
     learning = settings.retriever_training
     shares_weights = settings.optimisation.shard_grads and not learning.freeze_reader
-    atlas = Atlas(
+    mode = mode_of(learning, model.reader) if learning.train_retriever else None
+    if mode is not None and learning.in_batch_negatives:
+        mode = mode._replace(gather=distributed.gather_alike)
+    return Atlas(
         model.reader,
         model.retriever,
         n_context=1 if settings.model.closed_book else settings.model.n_context,
-        mode=mode_of(learning, model.reader) if learning.train_retriever else None,
+        mode=mode,
         temperature_gold=learning.temperature_gold,
         temperature_score=learning.temperature_score,
         correlate=learning.compute_crossattention_stats,
         group_by_length=not (shares_weights and distributed.world_size() > 1),
     )
-    atlas.gather = distributed.gather_alike if learning.in_batch_negatives else None
-    return atlas
 
 
 def _mix(seed: int, example: int) -> int:
