@@ -66,9 +66,11 @@ def ways(dimension: int, lists: int) -> list[Way]:
         Way(f"PQ{nibbles}x4fs"),
         Way(f"PQ{nibbles}x4fs", refine_factor=4),
         Way(f"PQ{nibbles // 2}x4fs", refine_factor=4),
+        Way(f"RR{dimension},RaBitQ", refine_factor=4),
         Way(f"IVF{lists},SQfp16", nprobe=probes),
         Way(f"IVF{lists},PQ{dimension // 6}", nprobe=probes),
         Way(f"IVF{lists},PQ{nibbles}x4fs", nprobe=probes, refine_factor=4),
+        Way(f"RR{dimension},IVF{lists},RaBitQ", nprobe=probes, refine_factor=4),
     ]
 
 

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # One for every class of quantizer, with and without lists and transforms
 FAST = ["PQ12x4fs", "IVF3,PQ12x4fs", "RR24,PQ6x4fs", "OPQ6_12,IVF3,PQ6x4fs"]
 TYPES = ["pq", "ivfpq", "ivfsq", "ivfflat", "OPQ8_16,PQ8", "RR24,IVF3,PQ8", "PCAR16,SQ8", "IVF2,SQfp16", "SQ4"]
-TYPES += ["PQ8x4", "IVF3,PQ8x4", *FAST]
+BITS = ["RR24,RaBitQ", "IVF3,RaBitQ"]
+TYPES += ["PQ8x4", "IVF3,PQ8x4", *FAST, *BITS]
 SMALL = [kind for kind in TYPES if "OPQ" not in kind]  # which takes a second to train
 
 
@@ -75,7 +76,7 @@ def plain_faiss(quantizer):
 def own_scores(kind, n, queries, ties=True):
     """The score (b, n) that the type gives every row, and by how much (b, 1) a search may round it differently."""
     quantizer, codes, _ = trained(kind, n, ties)
-    if quantizer.fast_scan:
+    if quantizer.fast_scan or kind in BITS:  # tables, or estimates that depend on the query
         scores, rows = quantizer.searchable(codes).search(quantizer.rotate(queries).numpy(), n)
         return torch.from_numpy(np.take_along_axis(scores, rows.argsort(1), 1)), torch.zeros(len(queries), 1)
     decoded, rotated = torch.from_numpy(quantizer.decode(codes)), quantizer.rotate(queries)
@@ -368,7 +369,7 @@ def test_factory_strings(compression, size, factory):
         (Compression("IVF4,PQ8x4fsr"), "makes an index of class IndexIVFPQFastScan"),
         (Compression("PQ8x6"), "makes product quantizer codes of 6 bits"),
         (Compression("HNSW32"), "makes an index of class IndexHNSWFlat"),
-        (Compression("IVF4,RaBitQ"), "makes an index of class IndexIVFRaBitQ"),
+        (Compression("IVF4,RaBitQfs"), "makes an index of class IndexIVFRaBitQFastScan"),
         (Compression("IDMap,PQ8"), "makes an index of class IndexIDMap"),
         (Compression("IVF40_HNSW8,PQ8"), "makes lists that are not searched exactly"),
         (Compression("OPQ5_16,PQ8"), "the 16 numbers that OPQ5 rotates to are not a multiple of 5"),

@@ -109,6 +109,7 @@ DEFAULTS = {
         "n_to_rerank_with_retrieve_with_rerank": 128,
         "filtering_overretrieve_ratio": 2,
         "compute_crossattention_stats": False,
+        "cache_judgements": None,  # ours
     },
     "optimisation": {
         "total_steps": 1000,

@@ -206,7 +206,8 @@ def _load_hostile(path, factory, n, seed):
 @pytest.mark.processes
 @pytest.mark.skipif(not hasattr(faiss, "set_deserialization_vector_byte_limit"), reason="this Faiss knows no limits")
 @pytest.mark.parametrize(
-    ("factory", "n"), sizes("OPQ2_4,PQ2", "IVF4,PQ4", "IVF4,Flat", "SQ8", "PCA4,IVF4,SQ4", "L2norm,PQ4x4fs")
+    ("factory", "n"),
+    sizes("OPQ2_4,PQ2", "IVF4,PQ4", "IVF4,Flat", "SQ8", "PCA4,IVF4,SQ4", "L2norm,PQ4x4fs", "RR8,IVF4,RaBitQ"),
 )
 def test_a_quantizer_of_hostile_bytes_neither_crashes_nor_takes_all_memory(tmp_path, factory, n):
     process = warm.Process(target=_load_hostile, args=(tmp_path / "said", factory, n, 0))

@@ -152,6 +152,8 @@ KINDS = [
     Compression("PQ6x4"),
     Compression("PQ12x4fs"),
     Compression("IVF6,PQ12x4fs", nprobe=2),
+    Compression("RR12,RaBitQ"),
+    Compression("IVF6,RaBitQ", nprobe=2),
 ]
 
 
@@ -179,6 +181,8 @@ REFINED = [
     Compression("pq", 2, refine_factor=2),
     Compression("PQ6x4fs", refine_factor=4),
     Compression("IVF4,PQ6x4fs", nprobe=2, refine_factor=2),
+    Compression("RR12,RaBitQ", refine_factor=4),
+    Compression("IVF4,RaBitQ", nprobe=2, refine_factor=4),
 ]
 
 

@@ -34,7 +34,7 @@ from tests.test_retrieval import make
 from update_index import main, parse_options, read_ids
 
 DIMENSION = 8
-KINDS = ("flat", "pq", "ivfpq", "PQ8x4fs")
+KINDS = ("flat", "pq", "ivfpq", "PQ8x4fs", "RR8,RaBitQ")
 
 
 def embed(passages):

@@ -296,6 +296,9 @@ class RetrieverTraining:
     retrieve_with_rerank: bool = flag(False, "re-embed the retrieved passages with the current encoder and sort again")
     n_to_rerank_with_retrieve_with_rerank: int = flag(128, "passages to re-embed per query", least=1)
     filtering_overretrieve_ratio: int = flag(2, "retrieve this many times k when passages are filtered out", least=1)
+    cache_judgements: str | None = flag(
+        None, "file for what a language model that does not learn thinks of passages: computed once for all runs (none)"
+    )
     compute_crossattention_stats: bool = flag(False, "log how attention agrees with the gold scores")
 
 

@@ -63,7 +63,8 @@ def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer |
     if tokenizer is None:
         return
     fuses, learning = tokenizer.fuses, config.retriever_training
-    for name in ("encoder_format",) if not fuses else ("reader_prompt_format", "passage_format", "chat_template"):
+    of_prompts = ("reader_prompt_format", "passage_format", "chat_template", "cache_judgements")
+    for name in of_prompts if fuses else ("encoder_format",):
         if config.flags()[name] != FIELDS[name].default:
             log.info("--%s has no effect: it is for a %s reader", name, "decoder-only" if fuses else "T5")
     if fuses and config.model.rerank_by_reader is not None:
@@ -220,6 +221,9 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
     yield "int8_reader", not (trains or config.model.retrieve_only), "in training, nor without a reader"
     yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
+    judges = training.train_retriever and training.freeze_reader if trains else config.model.rerank_by_reader is not None
+    judges = judges or (not trains and config.run.write_evidence)
+    yield "cache_judgements", judges, "where no reader that does not learn judges passages"
     yield "gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"
     yield "shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"
     yield "use_gradient_checkpoint_reader", not training.freeze_reader, "with --freeze_reader"

@@ -42,7 +42,7 @@ class Answering:
         device: torch.device,
         precision: str,
     ) -> None:
-        self.reader, self.inputs = model.reader, model.inputs
+        self.reader, self.inputs, self.known = model.reader, model.inputs, model.known
         self.settings, self.learning = settings, learning
         self.device, self.precision = device, precision
 
@@ -66,7 +66,7 @@ class Answering:
         with self.computing():
             passages = [of_query[:first] for of_query in found.passages]
             judged = self.inputs.judging(queries, passages, [[] for _ in queries], "question")
-            scores = likelihood_of_question(reading_of(self.reader, judged, 1.0))  # (B, first)
+            scores = likelihood_of_question(reading_of(self.reader, judged, 1.0, self.known))  # (B, first)
         order = scores.masked_fill(~judged.rows.mask.any(-1), -torch.inf).argsort(dim=1, descending=True, stable=True)
         rest = torch.arange(order.shape[1], found.ids.shape[1], device=order.device).expand(len(queries), -1)
         return found.select(torch.cat([order, rest], dim=1)[:, :k])
@@ -108,5 +108,5 @@ class Answering:
         if judged is None:  # by what was read
             reading = self.reading(encoded, rows)
         else:
-            reading = reading_of(self.reader, judged, self.learning.temperature_gold)
+            reading = reading_of(self.reader, judged, self.learning.temperature_gold, self.known)
         return judgements(mode_of(self.learning, self.reader), reading).tolist()

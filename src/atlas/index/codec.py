@@ -30,7 +30,7 @@ FLAT = ("flat", "Flat")  # exact search
 _BLOCK_ROWS = 1024  # encoded at a time
 _ROWS_PER_CENTROID = 256
 _PROBED_SHARE, _FEWEST_PROBED = 32, 16  # of the lists, one in so many is searched by default, but never fewer than 16
-_ENCODERS = ("IndexPQ", "IndexScalarQuantizer", "IndexIVFPQ", "IndexIVFScalarQuantizer")
+_ENCODERS = tuple(f"Index{lists}{codes}" for lists in ("", "IVF") for codes in ("PQ", "ScalarQuantizer", "RaBitQ"))
 _MOST_LISTS, _MOST_NUMBERS = 2**22, 2**16  # in a factory string: Faiss makes room for what it names
 _ALWAYS_ALLOWED = 2**24  # bytes that Faiss may take for an array of what it reads, however short that is
 _EXACT_LISTS = re.compile(r"(.*IVF\d+),Flat")
@@ -508,7 +508,8 @@ def _check_encoder(factory: str, inner: faiss.Index) -> None:
         return
     raise ValueError(
         f"--faiss_index_type {factory} makes {found}: use flat, {', '.join(KINDS)}, or a factory string of PQ with 8 "
-        "or 4 bits, of 4-bit fast scan or of SQ, with transforms and IVF lists as you like, such as OPQ64_256,PQ64"
+        "or 4 bits, of 4-bit fast scan, of SQ or of RaBitQ, with transforms and IVF lists as you like, such as "
+        "OPQ64_256,PQ64"
     )
 
 

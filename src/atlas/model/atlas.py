@@ -78,7 +78,7 @@ class Atlas(nn.Module):
         mode: how the reader scores passages (`atlas.model.signals`); None when the retriever is not trained.
         n_context: number of passages that the reader reads; the retriever learns from all retrieved passages.
         correlate: whether to correlate the gold scores with the decoder's attention.
-        group_by_length: whether the reader may encode passages of similar length together. Ranks that share its weights
+        group_by_length: whether the reader may compute rows of similar length together. Ranks that share its weights
             must call it equally often.
     """
 
@@ -131,7 +131,9 @@ class Atlas(nn.Module):
             hidden: (B, n_context·L, d): the encodings that the reader's loss was computed from.
         """
         if batch.judged is not None:
-            return reading_of(self.reader, batch.judged, self.temperature_gold)
+            rows = batch.judged.rows
+            rows = rows._replace(lengths=rows.lengths if self.group_by_length else None)
+            return reading_of(self.reader, batch.judged._replace(rows=rows), self.temperature_gold, self.mode.known)
         k = batch.reader_ids.shape[1]
         rows = batch.read(0, k)
         if self.reader.has_dropout:

@@ -1,6 +1,6 @@
 """Less of what is computed is padding: rows of similar length are encoded together, and passages fused without any."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -70,12 +70,41 @@ def encode_by_length(
     order = np.concatenate(groups)
     place = devices.move(torch.from_numpy(np.argsort(order)), ids.device)
     rows = devices.move(torch.from_numpy(order), ids.device).split([len(group) for group in groups])
-    multiple, parts = devices.pad_multiple(ids.device), []
+    parts = []
     for group, of_group in zip(groups, rows, strict=True):
-        width = min(longest, -(-max(1, lengths[group].max()) // multiple) * multiple)
+        width = _width(lengths[group], longest, ids.device)
         encoded = encoder(ids[of_group, :width], mask[of_group, :width])
         parts.append(F.pad(encoded, (0, 0, 0, longest - width)) if encoded.dim() == 3 else encoded)
     return torch.cat(parts)[place]
+
+
+def calls_by_length(
+    rows: np.ndarray, lengths: np.ndarray | None, most: int, longest: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Which rows of a batch to compute in one call, with how many tokens each; together, all of them.
+
+    Args:
+        rows: (m,) numbers of rows.
+        lengths: (n,) tokens of every row of the batch. None: the rows as they are, padded as they are, so that the
+            number of calls depends on nothing else.
+        most: rows of a call.
+        longest: tokens that the batch is padded to.
+    """
+    if lengths is not None:
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+    for start in range(0, len(rows), most):
+        some = rows[start : start + most]
+        if lengths is None:
+            yield some, longest
+            continue
+        for group in length_groups(lengths[some], devices.tokens_of_a_call(device)):
+            yield some[group], _width(lengths[some[group]], longest, device)
+
+
+def _width(lengths: np.ndarray, longest: int, device: torch.device) -> int:
+    """What rows of these lengths are padded to."""
+    multiple = devices.pad_multiple(device)
+    return min(longest, -(-max(1, lengths.max()) // multiple) * multiple)
 
 
 def length_groups(lengths: np.ndarray, overhead: int) -> list[np.ndarray]:

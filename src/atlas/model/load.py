@@ -21,6 +21,7 @@ from atlas.model.adapters import (
 from atlas.model.inputs import Inputs
 from atlas.model.int8 import round_to_int8
 from atlas.model.interface import Reader
+from atlas.model.likelihoods import KnownLikelihoods
 from atlas.model.reader import load_reader
 from atlas.model.retriever import DualEncoder, is_constant, load_retriever, load_retriever_state, state_is_untied
 from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer, load_retriever_tokenizer
@@ -42,6 +43,7 @@ class Model:
     unused_retriever_config: dict[str, Any] | None = None
     unused_adapters: dict[str, Adapter] = field(default_factory=dict)
     bases: dict[str, Base] = field(default_factory=dict)  # of the halves that are not to be saved themselves
+    known: KnownLikelihoods | None = None  # of a language model that does not learn, with --cache_judgements
 
     @classmethod
     def load(
@@ -67,13 +69,15 @@ class Model:
         if checkpoint is not None:
             _check_halves(settings, checkpoint, training)
         with distributed.busy():  # ranks may read large files at very different speeds
-            reader = retriever = retriever_tokenizer = None
+            reader = retriever = retriever_tokenizer = known = None
             unused: dict[str, Any] = {}
             bases: dict[str, Base | None] = {}
             if not settings.retrieve_only:
                 learns = training and not learning.freeze_reader
                 in_int8 = settings.int8_reader and not training  # a frozen one is saved with the retriever
                 reader, bases["reader"] = _load_reader(settings, optimisation, checkpoint, device, learns, in_int8)
+                if not (learns or reader.fuses):
+                    known = KnownLikelihoods.open(learning.cache_judgements, reader, optimisation.precision)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
                 loaded = _load_retriever(settings, learning, optimisation, checkpoint, training)
@@ -91,7 +95,8 @@ class Model:
                 retriever=retriever,
             )
         distributed.wait_for_all("loading the model")
-        return cls(reader, retriever, inputs, **unused, bases={half: base for half, base in bases.items() if base})
+        bases = {half: base for half, base in bases.items() if base}
+        return cls(reader, retriever, inputs, **unused, bases=bases, known=known)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """This rank's weights that are to be saved, by their published names, `reader.…` and `retriever.…`."""

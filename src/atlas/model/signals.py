@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from atlas import config
-from atlas.model.grouping import Fused, fuse
+from atlas.model.grouping import Fused, calls_by_length, fuse
 from atlas.model.inputs import Judged, Targets
 from atlas.model.interface import Reader
+from atlas.model.likelihoods import KnownLikelihoods
 from atlas.model.losses import distillation_loss, emdr_loss
 from atlas.model.reader import token_log_probabilities
+from atlas.runtime import device as devices
 
 # `leave_one_out` scores this many passages in one call of the decoder. More of them take more memory but need fewer
 # projections of keys and values. It must not depend on the data: where weights are sharded, all ranks must call the
@@ -40,6 +42,7 @@ class Reading(NamedTuple):
     lengths: np.ndarray | None = None  # (B, K) tokens, on the CPU; None: unknown
     together: Fused | None = None  # what `fused` is, where that is there already
     asked: torch.Tensor | None = None  # (B, T) bool: the targets' tokens that are the question
+    known: KnownLikelihoods | None = None  # of a reader that does not learn
 
     @property
     def counts(self) -> torch.Tensor:
@@ -51,11 +54,13 @@ class Reading(NamedTuple):
         return self.together or fuse(self.hidden.flatten(1, 2), self.mask, self.lengths)
 
 
-def reading_of(reader: Reader, judged: Judged, temperature_gold: float) -> Reading:
+def reading_of(
+    reader: Reader, judged: Judged, temperature_gold: float, known: KnownLikelihoods | None = None
+) -> Reading:
     """A reading of what `Inputs.judging` made."""
     rows, targets, asked = judged
     hidden = reader.encode(rows.ids, rows.mask).unflatten(1, rows.ids.shape[1:])  # (B, K·L, d) -> (B, K, L, d)
-    return Reading(reader, hidden, rows.mask, targets, temperature_gold, rows.lengths, asked=asked)
+    return Reading(reader, hidden, rows.mask, targets, temperature_gold, rows.lengths, asked=asked, known=known)
 
 
 Signal = Callable[[Reading], torch.Tensor]
@@ -67,6 +72,8 @@ def token_log_likelihoods(reading: Reading, temperature: float) -> torch.Tensor:
     Returns:
         (B, K, T), 0 where the label is -100.
     """
+    if not reading.reader.fuses:
+        return _behind_prompts(reading, temperature)
     targets, found = reading.targets, []
     passages = zip(reading.hidden.split(SCORED_AT_ONCE, dim=1), reading.mask.split(SCORED_AT_ONCE, dim=1), strict=True)
     for hidden, mask in passages:  # (B, n, L, d), (B, n, L)
@@ -76,6 +83,27 @@ def token_log_likelihoods(reading: Reading, temperature: float) -> torch.Tensor:
         logits = reading.reader.logits(hidden.flatten(0, 1), mask.flatten(0, 1), decoder_ids)  # (B·n, T, V)
         found.append(token_log_probabilities(logits.float().div_(temperature), labels).unflatten(0, (-1, n)))
     return torch.cat(found, dim=1)
+
+
+def _behind_prompts(reading: Reading, temperature: float) -> torch.Tensor:  # (B, K, T)
+    """`token_log_likelihoods` of a reader that judges by prompts. Those of similar length are computed together."""
+    (b, k, longest), known, device = reading.mask.shape, reading.known, reading.mask.device
+    ids, mask = reading.hidden.flatten(0, 1), reading.mask.flatten(0, 1)  # (n, L, 1), (n, L) with n = B·K
+    labels, decoder_ids = (part.repeat_interleave(k, dim=0) for part in reading.targets)  # (n, T)
+    found, left, keys = torch.zeros(labels.shape, device=device), np.arange(b * k), []
+    if known is not None:
+        rows = (part.cpu().numpy() for part in (ids[..., 0], mask, labels, decoder_ids))
+        keys = [known.key(*row, temperature) for row in zip(*rows, strict=True)]
+        recalled, left = known.recall(keys, labels.shape[1])
+        found = devices.move(torch.from_numpy(recalled), device)
+    lengths = None if reading.lengths is None else reading.lengths.flatten()
+    for rows, width in calls_by_length(left, lengths, SCORED_AT_ONCE * b, longest, device):
+        at = devices.move(torch.from_numpy(rows), device)
+        logits = reading.reader.logits(ids[at, :width], mask[at, :width], decoder_ids[at])  # (m, T, V)
+        found[at] = token_log_probabilities(logits.float().div_(temperature), labels[at])
+    if known is not None:
+        known.keep([keys[row] for row in left], found[left].cpu().numpy())
+    return found.unflatten(0, (b, k))
 
 
 def perplexity(reading: Reading) -> torch.Tensor:
@@ -188,6 +216,7 @@ class Mode(NamedTuple):
     signal: Signal
     loss: Callable[..., torch.Tensor]
     gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+    known: KnownLikelihoods | None = None  # of a reader that does not learn
 
 
 def _distil(

@@ -323,6 +323,8 @@ def _joint_model(model: Model, settings: config.Config) -> Atlas:
     mode = mode_of(learning, model.reader) if learning.train_retriever else None
     if mode is not None and learning.in_batch_negatives:
         mode = mode._replace(gather=distributed.gather_alike)
+    if mode is not None:
+        mode = mode._replace(known=model.known)
     return Atlas(
         model.reader,
         model.retriever,
