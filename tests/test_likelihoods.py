@@ -139,7 +139,9 @@ def test_other_files_are_left_as_they_are(tmp_path, content):
             file.execute("CREATE TABLE theirs (a)")
     before = path.read_bytes()
     reader = load_reader(str(language_model()), dropout=None)
-    with pytest.raises(ValueError, match=r"--cache_judgements .*theirs.db: (file is not a database|it holds something)"):
+    with pytest.raises(
+        ValueError, match=r"--cache_judgements .*theirs.db: (file is not a database|it holds something)"
+    ):
         KnownLikelihoods(path, reader, "fp32")
     assert path.read_bytes() == before
 

@@ -221,7 +221,9 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
     yield "int8_reader", not (trains or config.model.retrieve_only), "in training, nor without a reader"
     yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
-    judges = training.train_retriever and training.freeze_reader if trains else config.model.rerank_by_reader is not None
+    judges = (
+        training.train_retriever and training.freeze_reader if trains else config.model.rerank_by_reader is not None
+    )
     judges = judges or (not trains and config.run.write_evidence)
     yield "cache_judgements", judges, "where no reader that does not learn judges passages"
     yield "gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"

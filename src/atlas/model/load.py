@@ -76,8 +76,8 @@ class Model:
                 learns = training and not learning.freeze_reader
                 in_int8 = settings.int8_reader and not training  # a frozen one is saved with the retriever
                 reader, bases["reader"] = _load_reader(settings, optimisation, checkpoint, device, learns, in_int8)
-                if not (learns or reader.fuses):
-                    known = KnownLikelihoods.open(learning.cache_judgements, reader, optimisation.precision)
+                path = None if learns or reader.fuses else learning.cache_judgements
+                known = KnownLikelihoods.open(path, reader, optimisation.precision)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
                 loaded = _load_retriever(settings, learning, optimisation, checkpoint, training)
@@ -95,8 +95,8 @@ class Model:
                 retriever=retriever,
             )
         distributed.wait_for_all("loading the model")
-        bases = {half: base for half, base in bases.items() if base}
-        return cls(reader, retriever, inputs, **unused, bases=bases, known=known)
+        kept = {half: base for half, base in bases.items() if base}
+        return cls(reader, retriever, inputs, **unused, bases=kept, known=known)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """This rank's weights that are to be saved, by their published names, `reader.…` and `retriever.…`."""
