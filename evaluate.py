@@ -44,7 +44,7 @@ def measure(config: Config, run: "Session") -> None:
     run.reports.start(config, run.device, step)
 
     # Data: every line is read once, so that a bad one is found before anything expensive starts.
-    reads = not config.model.retrieve_only or config.tasks.task in TOKENIZING_TASKS
+    reads = config.model.uses_reader or config.tasks.task in TOKENIZING_TASKS
     tokenizer = load_reader_tokenizer(config.model.reader_model_type) if reads else None
     preflight.check_reader(config, tokenizer)
     data = Data.open_each(config, tokenizer, run.device)

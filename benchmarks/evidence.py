@@ -14,12 +14,8 @@ question's value is its mean over the seeds.
 
 import argparse
 import importlib.util
-import os
 import random
 import re
-import shlex
-import subprocess
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,6 +26,7 @@ import numpy as np
 
 from atlas.metrics import exact_match, retrieval_metrics
 from benchmarks.compressed import only_of, table
+from benchmarks.runs import run_once
 from example_scripts.demo import (
     DEPTHS,
     FINE_TUNING,
@@ -92,7 +89,6 @@ class Bench:
     def __init__(self, home: Path, pretraining: Path) -> None:
         self.home, self.data, self.pretraining = home, home / "data", pretraining
         prepare(self.data)
-        (ROOT / home / "logs").mkdir(exist_ok=True)
         self.questions, self.train = (read(ROOT / self.data / f"{name}.jsonl") for name in ("test", "train"))
         models = [ROOT / pretraining / f"{name}/reader/model.safetensors" for name in ("start", "models")]
         only_of(ROOT / home, ROOT / self.data / "test.jsonl", *models)
@@ -102,18 +98,8 @@ class Bench:
                 write_jsonl(ROOT / self._examples(shots, seed), balance(drawn, shots))
 
     def script(self, name: str, done: Path, *words: object) -> None:
-        """Run a script with one thread, unless `done` exists and comes from the same command. Raises: SystemExit."""
-        log = ROOT / self.home / f"logs/{name}.log"
-        command = [sys.executable, *map(str, words)]
-        line = f"$ {shlex.join(command).replace(sys.executable, 'python')}\n"
-        if done.exists() and log.exists() and log.read_text().startswith(line):
-            return
-        print(line, end="", flush=True)
-        with log.open("w") as output:
-            print(line, end="", file=output, flush=True)
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            if subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode:
-                raise SystemExit(f"{words[0]} failed: see {log}")
+        """Run a script with one thread, unless that has been done. Raises: SystemExit."""
+        run_once(ROOT / self.home / f"logs/{name}.log", done, *words)
 
     def embed(self, models: Path) -> None:
         """Save an index of the corpus for all runs with the same passage encoder."""

@@ -211,8 +211,8 @@ def test_passages_are_encoded_once_where_that_can_be(parts, mode, monkeypatch):
         assert encoded == expected
         assert reader.training
         read_all = loss if read_all is None else read_all
-        # attention hardly differs between passages: a loss of 1e-5 is the difference of numbers near 1
-        assert loss == pytest.approx(read_all, rel=1e-4, abs=1e-8)
+        # the difference of numbers near 1, which fp32 rounds by 1e-7; for attention, which hardly differs, it is 1e-5
+        assert loss == pytest.approx(read_all, rel=1e-4, abs=1.2e-7)
 
 
 @pytest.mark.parametrize("mode", MODES)

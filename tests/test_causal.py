@@ -21,7 +21,7 @@ from atlas.model.interface import Reader
 from atlas.model.pretrained import CAUSAL_TYPES
 from atlas.model.prompts import PromptInputs
 from atlas.model.reader import FusionInDecoder, load_reader
-from atlas.model.signals import PROMPT_MODES, mode_of, reading_of
+from atlas.model.signals import PROMPT_MODES, mode_of, reading_of, token_log_likelihoods
 from atlas.model.tokenization import load_reader_tokenizer
 from tests.kit import command_line, language_model, logged, read_jsonl, run, run_on, slow, world
 from tests.test_parallel import KINDS as PARALLEL
@@ -322,7 +322,7 @@ def test_gold_scores_are_likelihoods_of_the_answer_behind_prompts(mode, monkeypa
     queries, reading = judged(mode, reader, make, passages, answers)
     assert reading.counts.tolist() == [[True] * 3, [True, False, False], [False] * 3]
     gold = mode_of(learning(mode), reader).signal(reading)
-    monkeypatch.setattr("atlas.model.signals.SCORED_AT_ONCE", 2)
+    monkeypatch.setattr("atlas.model.signals.PROMPTS_AT_ONCE", 2)
     assert_close(mode_of(learning(mode), reader).signal(reading), gold, atol=1e-5, rtol=0)
     if mode == "emdr":
         assert gold.shape == (3, 3, reading.targets.labels.shape[1]) and gold.isfinite().all()
@@ -376,6 +376,27 @@ def test_the_likelihood_of_the_question_behind_each_passage_and_of_the_answer(ki
         for weight, scores in gold.items():
             assert scores[0, i].item() == pytest.approx(weight * question + (1 - weight) * answer, abs=1e-5)
     assert found.rows.mask.any(-1).tolist() == [[True] * 3, [True, False, False]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_what_several_questions_share_is_computed_once_and_equals_what_each_computes(kind, monkeypatch):
+    reader, make = load_reader(str(language_model(kind)), dropout=None), inputs_of(kind)
+    queries, answers = [f"what is {word}?" for word in ("it", "Kobari", "that", "")], ["Selnu", "Pelzor", "a", "b"]
+    passages = [PASSAGES, PASSAGES[::-1], PASSAGES[1:], []]
+    found = make.judging(queries, passages, make.target_tokens(answers), "question")
+    computed, behind = [], type(reader).logits_behind
+
+    def counting(self, hidden, *others):
+        computed.append(len(hidden))
+        return behind(self, hidden, *others)
+
+    monkeypatch.setattr(type(reader).__mro__[1], "logits_behind", counting)
+    shared = token_log_likelihoods(reading_of(reader, found, 0.5), 0.7)
+    assert sum(computed) == 4  # three passages, and no passage
+    monkeypatch.setattr("atlas.model.signals.SHARED", 99)
+    assert_close(token_log_likelihoods(reading_of(reader, found, 0.5), 0.7), shared, atol=1e-5, rtol=0)
+    assert sum(computed) == 4
 
 
 def test_a_prompt_that_changes_the_question_cannot_judge_by_it():
@@ -570,6 +591,11 @@ def test_passages_are_read_in_the_order_of_the_question_s_likelihood(tmp_path, a
         assert [p["score"] for p in after["passages"]] == [candidates[i]["score"] for i in best]
         moved += best != [0, 1]
     assert moved > 3
+    alone = run(
+        tmp_path, "evaluate", name="alone", model_path=asked, **flags, rerank_by_reader=4, retrieve_only=True
+    )  # the reader judges and does not write
+    for row, without in zip(*(read_jsonl(one / "dev-step-0.jsonl") for one in (ordered, alone)), strict=True):
+        assert without["passages"] == row["passages"] and "generation" not in without
     log = logging.getLogger("atlas")
     log.propagate = True
     log.handlers.clear()

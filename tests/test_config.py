@@ -413,7 +413,11 @@ REFUSED = [
         {"gold_score_mode": "question", "train_retriever": True, "reader_prompt_format": "{query} {passages}"},
         "--gold_score_mode question needs {passages} and {query} in this order",
     ),
-    ("evaluate", {"rerank_by_reader": 5, "retrieve_only": True}, "--rerank_by_reader 5 needs a reader"),
+    (
+        "evaluate",
+        {"rerank_by_reader": 5, "retrieve_only": True, "reader_model_type": None},
+        "--reader_model_type is missing",
+    ),
     ("train", {"gold_question_weight": 1.5}, "--gold_question_weight 1.5 is too large: it must be at most 1"),
     ("train", {"freeze_reader": True}, "--freeze_reader leaves nothing that learns: give --train_retriever"),
     (

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from atlas.model.causal import CausalReader
 from atlas.model.likelihoods import KnownLikelihoods
 from atlas.model.reader import load_reader
 from atlas.model.signals import PROMPT_MODES, mode_of, reading_of
@@ -20,15 +21,19 @@ FROZEN = read_with(train_retriever=True, freeze_reader=True, gold_score_mode="qu
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many prompts the reader has computed."""
-    counted, (kind,) = [], {type(load_reader(str(language_model()), dropout=None)).__mro__[1]}
-    logits = kind.logits
+    """How many answers the reader has computed likelihoods of, by call."""
+    counted, of_one_each, of_shared = [], CausalReader.logits, CausalReader.logits_behind
 
-    def counting(self, hidden, mask, decoder_ids):
-        counted.append(len(hidden))
-        return logits(self, hidden, mask, decoder_ids)
+    def logits(self, hidden, mask, decoder_ids):
+        counted.append(len(decoder_ids))
+        return of_one_each(self, hidden, mask, decoder_ids)
 
-    monkeypatch.setattr(kind, "logits", counting)
+    def logits_behind(self, hidden, mask, which, decoder_ids):
+        counted.append(len(decoder_ids))
+        return of_shared(self, hidden, mask, which, decoder_ids)
+
+    monkeypatch.setattr(CausalReader, "logits", logits)
+    monkeypatch.setattr(CausalReader, "logits_behind", logits_behind)
     return counted
 
 

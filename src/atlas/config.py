@@ -240,7 +240,7 @@ class Model:
         "in evaluations, order this many passages by how likely the reader finds the question behind each (none)",
         least=2,
     )
-    retrieve_only: bool = flag(False, "evaluate retrieval alone; no reader is loaded")
+    retrieve_only: bool = flag(False, "evaluate retrieval alone; a reader is loaded for --rerank_by_reader only")
     use_file_passages: bool = flag(False, "read the passages in the data files; no retriever, no index")
     closed_book: bool = flag(False, "no passages: the reader sees the query alone")
     encoder_format: str = flag(
@@ -266,6 +266,11 @@ class Model:
     generation_length_penalty: float = flag(
         1.0, "exponent of the length that beam scores are divided by", least=-10, most=10
     )
+
+    @property
+    def uses_reader(self) -> bool:
+        """Whether anything is read, or judged by the reader."""
+        return not self.retrieve_only or self.rerank_by_reader is not None
 
     @property
     def retrieves(self) -> bool:
@@ -826,13 +831,11 @@ def _check_combinations(config: Config, training: bool) -> None:
         raise ValueError(f"--task is missing: give one of {', '.join(TASK_NAMES)}")
     if model.retrieve_only and training:
         raise ValueError("--retrieve_only cannot be trained with: use evaluate.py, or leave the flag out")
-    if model.retrieve_only and model.rerank_by_reader is not None:
-        raise ValueError(f"--rerank_by_reader {model.rerank_by_reader} needs a reader: leave out --retrieve_only")
     if model.closed_book and model.use_file_passages:
         raise ValueError("--closed_book and --use_file_passages exclude each other: leave one out")
     if model.retrieve_only and not model.retrieves:
         raise ValueError("--retrieve_only needs an index: leave out --closed_book and --use_file_passages")
-    if model.reader_model_type is None and not model.retrieve_only:
+    if model.reader_model_type is None and model.uses_reader:
         raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
     if model.reader_model_type is None and task in TOKENIZING_TASKS:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")

@@ -219,7 +219,7 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
     """The same for flags of what learns, and how."""
     training, optimisation, trains = config.retriever_training, config.optimisation, bool(config.run.train_data)
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
-    yield "int8_reader", not (trains or config.model.retrieve_only), "in training, nor without a reader"
+    yield "int8_reader", config.model.uses_reader and not trains, "in training, nor without a reader"
     yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
     judges = (
         training.train_retriever and training.freeze_reader if trains else config.model.rerank_by_reader is not None

@@ -59,7 +59,7 @@ def load(
         if saved.kind == "ours":
             session.verification.check(str(checkpoint.path), checkpoint.recorded)
         name = config.model.reader_model_type
-        tokenizer = load_reader_tokenizer(name) if name and not config.model.retrieve_only else None
+        tokenizer = load_reader_tokenizer(name) if name and config.model.uses_reader else None
         learning = config.retriever_training
         model = Model.load(
             config.model, learning, config.optimisation, checkpoint, tokenizer, session.device, training=False

@@ -101,7 +101,7 @@ class AnsweringModel:
             ValueError: an empty question, or one without the fields that the task needs; k below 1.
         """
         k = self._checked(k)
-        if self.model.reader is None:
+        if self.config.model.retrieve_only:
             raise ValueError(f"{self.name} has no reader, so it can search but not answer")
         if isinstance(question, str | Mapping):
             if stream:

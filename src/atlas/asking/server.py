@@ -151,7 +151,7 @@ class Server(ThreadingHTTPServer):
     def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """`{"question": "…", "k": 20}` -> `Answer.to_dict`. Raises: Refused."""
         _check_fields(body, ("question", "k"))
-        if self.model.model.reader is None:
+        if self.model.config.model.retrieve_only:
             raise Refused(HTTPStatus.NOT_FOUND, "this model has no reader: it can only be asked to /retrieve")
         k = self._count(body, "k", MOST_READ)
         (answer,) = self._wait("ask", k, [self._question(body.get("question"), "question")])

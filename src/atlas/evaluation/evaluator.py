@@ -35,7 +35,7 @@ class Evaluator:
     """Retrieves, reads, generates, scores, writes.
 
     Args:
-        model: without a reader, retrieval alone is evaluated.
+        model: without a reader, or with one that is to judge alone, retrieval alone is evaluated.
         retrieval: None for a closed book and for passages that come with the data.
         files: name of the file without its ending -> data.
     """
@@ -128,7 +128,7 @@ class Evaluator:
                 if not judged and any(relevance > 0 for relevance in example.judged.relevance.values()):
                     self._unmeasured.add(example.judged.field)
         readings = [_Reading()] * len(examples)
-        if self.reader is not None and examples:
+        if examples and not self.settings.retrieve_only:
             readings = self._read(examples, queries, passages)
             for example, reading in zip(examples, readings, strict=True):
                 compared = _in_nfc(reading.generation, example) if self.in_nfc else (reading.generation, example)

@@ -1,7 +1,7 @@
 """Search among the codes of one rank, by Faiss or, where that is faster, by torch.
 
 Rows come in the order of the type's own score: the inner product with what a code stands for, for 4-bit fast scan the
-sum in its look-up tables, for RaBitQ an estimate. That score of a row does not depend on how the rows are cut into ranks.
+sum in its look-up tables, for RaBitQ an estimate. How rows are cut into ranks does not change the score of any.
 """
 
 import numpy as np

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from inspect import signature
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PretrainedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from atlas.model.pretrained import check_fit, check_memory, difference
@@ -53,6 +54,27 @@ class CausalReader(nn.Module):
             use_cache=False,
             logits_to_keep=decoder_ids.shape[1],
         ).logits
+
+    def logits_behind(self, hidden: Tensor, mask: Tensor, which: Tensor, decoder_ids: Tensor) -> Tensor:
+        """`logits` of answers of which several stand behind the same prompt, which is computed once.
+
+        (u, S, 1), (u, S), (m,) the number of each answer's prompt, (m, T) -> (m, T, V). Without gradients.
+        """
+        ids, mask = _to_the_right(hidden[..., 0], mask)
+        mask = torch.cat([mask[:, :-1], torch.ones_like(mask[:, :1])], dim=1)  # as in `logits`
+        name = "cache" if "cache" in signature(self.forward).parameters else "past_key_values"  # of older versions
+        kept = {name: DynamicCache(config=self.config), "use_cache": True}
+
+        def computed(ids: Tensor, mask: Tensor, last: int) -> Tensor:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            return self(ids, attention_mask=mask.long(), position_ids=positions, logits_to_keep=last, **kept).logits
+
+        first, answers = computed(ids, mask, 1)[which], decoder_ids[:, 1:]  # (m, 1, V), (m, T - 1)
+        if not answers.shape[1]:
+            return first
+        kept[name].batch_select_indices(which)
+        mask = torch.cat([mask[which], torch.ones_like(answers, dtype=torch.bool)], dim=1)
+        return torch.cat([first, computed(answers, mask, answers.shape[1])], dim=1)
 
     @torch.no_grad()
     def write(

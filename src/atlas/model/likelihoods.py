@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 from torch import nn
 
+from atlas import config
 from atlas.model.pretrained import add_weights
 
 APPLICATION = 0x41746C73  # marks our files among SQLite's: "Atls"
@@ -53,9 +54,9 @@ class KnownLikelihoods:
                 self._file.execute("CREATE TABLE IF NOT EXISTS likelihoods (key BLOB PRIMARY KEY, found BLOB NOT NULL)")
 
     @classmethod
-    def open(cls, path: str | None, reader: nn.Module, precision: str) -> Self | None:
-        """None without a path."""
-        return cls(Path(path), reader, precision) if path else None
+    def open(cls, path: str | None, reader: nn.Module, settings: config.Optimisation) -> Self | None:
+        """None without a path, and for a reader that does not judge by prompts."""
+        return cls(Path(path), reader, settings.precision) if path and not reader.fuses else None
 
     def key(
         self, prompt: np.ndarray, mask: np.ndarray, labels: np.ndarray, decoder_ids: np.ndarray, temperature: float

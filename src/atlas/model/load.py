@@ -72,12 +72,11 @@ class Model:
             reader = retriever = retriever_tokenizer = known = None
             unused: dict[str, Any] = {}
             bases: dict[str, Base | None] = {}
-            if not settings.retrieve_only:
+            if settings.uses_reader:
                 learns = training and not learning.freeze_reader
                 in_int8 = settings.int8_reader and not training  # a frozen one is saved with the retriever
                 reader, bases["reader"] = _load_reader(settings, optimisation, checkpoint, device, learns, in_int8)
-                path = None if learns or reader.fuses else learning.cache_judgements
-                known = KnownLikelihoods.open(path, reader, optimisation.precision)
+                known = KnownLikelihoods.open(None if learns else learning.cache_judgements, reader, optimisation)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
                 loaded = _load_retriever(settings, learning, optimisation, checkpoint, training)
@@ -130,7 +129,7 @@ def _check_halves(settings: config.Model, checkpoint: Checkpoint, training: bool
     if not checkpoint.holds("reader") and not checkpoint.holds("retriever"):
         raise ValueError(f"{checkpoint.path} holds no weights at all: give another --model_path, or none")
     halves = (
-        ("reader", not settings.retrieve_only, "--reader_model_type", settings.reader_model_type),
+        ("reader", settings.uses_reader, "--reader_model_type", settings.reader_model_type),
         ("retriever", settings.retrieves, "--retriever_model_path", settings.retriever_model_path),
     )
     for half, needed, flag, name in halves:

@@ -28,6 +28,8 @@ from atlas.runtime import device as devices
 LEFT_OUT_AT_ONCE = 10
 # The same for the passages of a query that are scored one by one: what they take is mostly logits, (B, n, T, V).
 SCORED_AT_ONCE = 10
+PROMPTS_AT_ONCE = 64  # of all queries together
+SHARED = 1.5  # answers to a prompt, on average, from which on prompts are computed first, and then what follows them
 PUBLISHED_SCALE = 256  # the published attention scores are divided by it, and temperatures are tuned to that
 
 
@@ -96,14 +98,28 @@ def _behind_prompts(reading: Reading, temperature: float) -> torch.Tensor:  # (B
         keys = [known.key(*row, temperature) for row in zip(*rows, strict=True)]
         recalled, left = known.recall(keys, labels.shape[1])
         found = devices.move(torch.from_numpy(recalled), device)
+    same = _same_prompts(reading)
     lengths = None if reading.lengths is None else reading.lengths.flatten()
-    for rows, width in calls_by_length(left, lengths, SCORED_AT_ONCE * b, longest, device):
+    for rows, width in calls_by_length(left[np.argsort(same[left])], lengths, PROMPTS_AT_ONCE, longest, device):
         at = devices.move(torch.from_numpy(rows), device)
-        logits = reading.reader.logits(ids[at, :width], mask[at, :width], decoder_ids[at])  # (m, T, V)
+        _, first, which = np.unique(same[rows], return_index=True, return_inverse=True)
+        if lengths is None or len(first) > len(rows) / SHARED:
+            logits = reading.reader.logits(ids[at, :width], mask[at, :width], decoder_ids[at])  # (m, T, V)
+        else:
+            prompts, which = (devices.move(torch.from_numpy(part), device) for part in (rows[first], which))
+            logits = reading.reader.logits_behind(ids[prompts, :width], mask[prompts, :width], which, decoder_ids[at])
         found[at] = token_log_probabilities(logits.float().div_(temperature), labels[at])
     if known is not None:
         known.keep([keys[row] for row in left], found[left].cpu().numpy())
     return found.unflatten(0, (b, k))
+
+
+def _same_prompts(reading: Reading) -> np.ndarray:
+    """A number for each of the B·K prompts, the same for equal ones: those of a passage, where the question follows."""
+    if reading.asked is None:
+        return np.arange(reading.mask.shape[0] * reading.mask.shape[1])
+    prompts = reading.hidden[..., 0].masked_fill(~reading.mask, -1).flatten(0, 1).cpu().numpy()
+    return np.unique(prompts, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def perplexity(reading: Reading) -> torch.Tensor:
