@@ -16,6 +16,7 @@ import atlas
 import export_huggingface
 from atlas import config, preflight
 from atlas.config import parse_config
+from atlas.model.causal import CausalReader
 from atlas.model.inputs import Inputs
 from atlas.model.interface import Reader
 from atlas.model.pretrained import CAUSAL_TYPES
@@ -322,7 +323,7 @@ def test_gold_scores_are_likelihoods_of_the_answer_behind_prompts(mode, monkeypa
     queries, reading = judged(mode, reader, make, passages, answers)
     assert reading.counts.tolist() == [[True] * 3, [True, False, False], [False] * 3]
     gold = mode_of(learning(mode), reader).signal(reading)
-    monkeypatch.setattr("atlas.model.signals.PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr("atlas.model.behind_prompts.AT_ONCE", 2)
     assert_close(mode_of(learning(mode), reader).signal(reading), gold, atol=1e-5, rtol=0)
     if mode == "emdr":
         assert gold.shape == (3, 3, reading.targets.labels.shape[1]) and gold.isfinite().all()
@@ -385,16 +386,16 @@ def test_what_several_questions_share_is_computed_once_and_equals_what_each_comp
     queries, answers = [f"what is {word}?" for word in ("it", "Kobari", "that", "")], ["Selnu", "Pelzor", "a", "b"]
     passages = [PASSAGES, PASSAGES[::-1], PASSAGES[1:], []]
     found = make.judging(queries, passages, make.target_tokens(answers), "question")
-    computed, behind = [], type(reader).logits_behind
+    computed, begin = [], CausalReader.begin
 
-    def counting(self, hidden, *others):
+    def counting(self, hidden, mask):
         computed.append(len(hidden))
-        return behind(self, hidden, *others)
+        return begin(self, hidden, mask)
 
-    monkeypatch.setattr(type(reader).__mro__[1], "logits_behind", counting)
+    monkeypatch.setattr(CausalReader, "begin", counting)
     shared = token_log_likelihoods(reading_of(reader, found, 0.5), 0.7)
     assert sum(computed) == 4  # three passages, and no passage
-    monkeypatch.setattr("atlas.model.signals.SHARED", 99)
+    monkeypatch.setattr("atlas.model.behind_prompts.SHARED", 99)
     assert_close(token_log_likelihoods(reading_of(reader, found, 0.5), 0.7), shared, atol=1e-5, rtol=0)
     assert sum(computed) == 4
 

@@ -28,9 +28,9 @@ def calls(monkeypatch):
         counted.append(len(decoder_ids))
         return of_one_each(self, hidden, mask, decoder_ids)
 
-    def logits_behind(self, hidden, mask, which, decoder_ids):
+    def logits_behind(self, begun, which, decoder_ids):
         counted.append(len(decoder_ids))
-        return of_shared(self, hidden, mask, which, decoder_ids)
+        return of_shared(self, begun, which, decoder_ids)
 
     monkeypatch.setattr(CausalReader, "logits", logits)
     monkeypatch.setattr(CausalReader, "logits_behind", logits_behind)

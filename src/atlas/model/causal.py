@@ -6,9 +6,11 @@ transformers' own model is used as it is, under the names that its weights have 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,14 @@ from transformers.generation.streamers import BaseStreamer
 from atlas.model.pretrained import check_fit, check_memory, difference
 from atlas.model.prompts import PromptInputs
 from atlas.model.tokenization import load_prompt_tokenizer, pad_rows
+
+
+class Begun(NamedTuple):
+    """Prompts that are computed, and what is to be known of them to go on."""
+
+    logits: Tensor  # (u, 1, V): of the first token behind them
+    mask: Tensor  # (u, S) bool, with the padding on the left
+    cache: DynamicCache
 
 
 class CausalReader(nn.Module):
@@ -55,26 +65,34 @@ class CausalReader(nn.Module):
             logits_to_keep=decoder_ids.shape[1],
         ).logits
 
-    def logits_behind(self, hidden: Tensor, mask: Tensor, which: Tensor, decoder_ids: Tensor) -> Tensor:
-        """`logits` of answers of which several stand behind the same prompt, which is computed once.
-
-        (u, S, 1), (u, S), (m,) the number of each answer's prompt, (m, T) -> (m, T, V). Without gradients.
-        """
+    def begin(self, hidden: Tensor, mask: Tensor) -> Begun:
+        """Compute prompts that several answers stand behind: (u, S, 1), (u, S). Without gradients."""
         ids, mask = _to_the_right(hidden[..., 0], mask)
         mask = torch.cat([mask[:, :-1], torch.ones_like(mask[:, :1])], dim=1)  # as in `logits`
-        name = "cache" if "cache" in signature(self.forward).parameters else "past_key_values"  # of older versions
-        kept = {name: DynamicCache(config=self.config), "use_cache": True}
+        cache = DynamicCache(config=self.config)
+        return Begun(self._continued(ids, mask, cache, 1), mask, cache)
 
-        def computed(ids: Tensor, mask: Tensor, last: int) -> Tensor:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            return self(ids, attention_mask=mask.long(), position_ids=positions, logits_to_keep=last, **kept).logits
-
-        first, answers = computed(ids, mask, 1)[which], decoder_ids[:, 1:]  # (m, 1, V), (m, T - 1)
+    def logits_behind(self, begun: Begun, which: Tensor, decoder_ids: Tensor) -> Tensor:
+        """`logits` of answers, (m, T) -> (m, T, V), behind prompts that are begun, (m,) the number of each one's."""
+        first, answers = begun.logits[which], decoder_ids[:, 1:]  # (m, 1, V), (m, T - 1)
         if not answers.shape[1]:
             return first
-        kept[name].batch_select_indices(which)
-        mask = torch.cat([mask[which], torch.ones_like(answers, dtype=torch.bool)], dim=1)
-        return torch.cat([first, computed(answers, mask, answers.shape[1])], dim=1)
+        cache = copy.deepcopy(begun.cache)
+        cache.batch_select_indices(which)
+        mask = torch.cat([begun.mask[which], torch.ones_like(answers, dtype=torch.bool)], dim=1)
+        return torch.cat([first, self._continued(answers, mask, cache, answers.shape[1])], dim=1)
+
+    def _continued(self, ids: Tensor, mask: Tensor, cache: DynamicCache, last: int) -> Tensor:
+        """Logits of the last tokens of ids, (n, T) -> (n, last, V), behind those of the cache; mask: (n, S) of all."""
+        name = "cache" if "cache" in signature(self.forward).parameters else "past_key_values"  # of older versions
+        return self(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+            logits_to_keep=last,
+            use_cache=True,
+            **{name: cache},
+        ).logits
 
     @torch.no_grad()
     def write(

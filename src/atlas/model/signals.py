@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from atlas import config
-from atlas.model.grouping import Fused, calls_by_length, fuse
+from atlas.model.behind_prompts import Rows, log_likelihoods
+from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import Judged, Targets
 from atlas.model.interface import Reader
 from atlas.model.likelihoods import KnownLikelihoods
 from atlas.model.losses import distillation_loss, emdr_loss
 from atlas.model.reader import token_log_probabilities
-from atlas.runtime import device as devices
 
 # `leave_one_out` scores this many passages in one call of the decoder. More of them take more memory but need fewer
 # projections of keys and values. It must not depend on the data: where weights are sharded, all ranks must call the
@@ -28,8 +28,6 @@ from atlas.runtime import device as devices
 LEFT_OUT_AT_ONCE = 10
 # The same for the passages of a query that are scored one by one: what they take is mostly logits, (B, n, T, V).
 SCORED_AT_ONCE = 10
-PROMPTS_AT_ONCE = 64  # of all queries together
-SHARED = 1.5  # answers to a prompt, on average, from which on prompts are computed first, and then what follows them
 PUBLISHED_SCALE = 256  # the published attention scores are divided by it, and temperatures are tuned to that
 
 
@@ -88,38 +86,18 @@ def token_log_likelihoods(reading: Reading, temperature: float) -> torch.Tensor:
 
 
 def _behind_prompts(reading: Reading, temperature: float) -> torch.Tensor:  # (B, K, T)
-    """`token_log_likelihoods` of a reader that judges by prompts. Those of similar length are computed together."""
-    (b, k, longest), known, device = reading.mask.shape, reading.known, reading.mask.device
-    ids, mask = reading.hidden.flatten(0, 1), reading.mask.flatten(0, 1)  # (n, L, 1), (n, L) with n = B·K
-    labels, decoder_ids = (part.repeat_interleave(k, dim=0) for part in reading.targets)  # (n, T)
-    found, left, keys = torch.zeros(labels.shape, device=device), np.arange(b * k), []
-    if known is not None:
-        rows = (part.cpu().numpy() for part in (ids[..., 0], mask, labels, decoder_ids))
-        keys = [known.key(*row, temperature) for row in zip(*rows, strict=True)]
-        recalled, left = known.recall(keys, labels.shape[1])
-        found = devices.move(torch.from_numpy(recalled), device)
-    same = _same_prompts(reading)
-    lengths = None if reading.lengths is None else reading.lengths.flatten()
-    for rows, width in calls_by_length(left[np.argsort(same[left])], lengths, PROMPTS_AT_ONCE, longest, device):
-        at = devices.move(torch.from_numpy(rows), device)
-        _, first, which = np.unique(same[rows], return_index=True, return_inverse=True)
-        if lengths is None or len(first) > len(rows) / SHARED:
-            logits = reading.reader.logits(ids[at, :width], mask[at, :width], decoder_ids[at])  # (m, T, V)
-        else:
-            prompts, which = (devices.move(torch.from_numpy(part), device) for part in (rows[first], which))
-            logits = reading.reader.logits_behind(ids[prompts, :width], mask[prompts, :width], which, decoder_ids[at])
-        found[at] = token_log_probabilities(logits.float().div_(temperature), labels[at])
-    if known is not None:
-        known.keep([keys[row] for row in left], found[left].cpu().numpy())
-    return found.unflatten(0, (b, k))
-
-
-def _same_prompts(reading: Reading) -> np.ndarray:
-    """A number for each of the B·K prompts, the same for equal ones: those of a passage, where the question follows."""
-    if reading.asked is None:
-        return np.arange(reading.mask.shape[0] * reading.mask.shape[1])
-    prompts = reading.hidden[..., 0].masked_fill(~reading.mask, -1).flatten(0, 1).cpu().numpy()
-    return np.unique(prompts, axis=0, return_inverse=True)[1].reshape(-1)
+    """`token_log_likelihoods` of a reader that judges by prompts."""
+    b, k, _ = reading.mask.shape
+    labels, decoder_ids = (part.repeat_interleave(k, dim=0) for part in reading.targets)  # (B·K, T)
+    rows = Rows(
+        ids=reading.hidden.flatten(0, 1),
+        mask=reading.mask.flatten(0, 1),
+        labels=labels,
+        decoder_ids=decoder_ids,
+        lengths=None if reading.lengths is None else reading.lengths.flatten(),
+        repeated=reading.asked is not None,  # a prompt is a passage then, and the question follows
+    )
+    return log_likelihoods(reading.reader, rows, temperature, reading.known).unflatten(0, (b, k))
 
 
 def perplexity(reading: Reading) -> torch.Tensor:

@@ -1,0 +1,62 @@
+"""Let a language model judge the passages of many questions beforehand, for runs that learn from that.
+
+    python -m benchmarks.judge RESULTS K FLAGS OF train.py, or of evaluate.py with --rerank_by_reader
+
+Fills --cache_judgements with what the script will ask about the first K passages of each question in a result file of
+evaluate.py. Pairs of both come passage by passage, because what is computed of a passage serves all of its questions:
+several times as fast as in training, where the questions of a batch share little. When it is done, it writes RESULTS with
+the ending `.judged`.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from atlas.config import Config, parse_config, quiet_until_started
+from atlas.files.jsonl import JsonlCorpus
+from atlas.model.load import Model
+from atlas.model.signals import likelihood_of_question, reading_of
+from atlas.model.tokenization import load_reader_tokenizer
+from atlas.runtime.device import autocast
+
+TOGETHER = 256  # pairs of question and passage
+CPU = torch.device("cpu")
+
+
+def judge(config: Config, lines: Sequence[dict], k: int) -> None:
+    """Judge the first k passages of each line of a result file as a frozen reader does."""
+    files = [line for path in config.run.train_data for line in JsonlCorpus(path)]
+    targets = {line["id"]: f"<extra_id_0> {line['target']}" for line in files}
+    tokenizer = load_reader_tokenizer(config.model.reader_model_type)
+    model = Model.load(
+        config.model, config.retriever_training, config.optimisation, None, tokenizer, CPU, training=bool(targets)
+    )
+    pairs = [(line, passage) for line in lines for passage in line["passages"][:k]]
+    pairs.sort(key=lambda pair: (len(pair[1]["text"]), pair[1]["id"]))
+    started = time.monotonic()
+    for at in range(0, len(pairs), TOGETHER):
+        some = pairs[at : at + TOGETHER]
+        rows = [[]] * len(some)  # in an evaluation nothing but the question is judged
+        if targets:
+            rows = model.inputs.target_tokens([targets[line["id"]] for line, _ in some])
+        queries, passages = [line["query"] for line, _ in some], [[passage] for _, passage in some]
+        judged = model.inputs.judging(queries, passages, rows, "question")
+        with torch.no_grad(), autocast(CPU, config.optimisation.precision):
+            likelihood_of_question(reading_of(model.reader, judged, 1.0, model.known))
+        seconds = time.monotonic() - started
+        print(f"{at + len(some)} of {len(pairs)} passages, {seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    results, k, *flags = sys.argv[1:]
+    program = "train" if "--train_data" in flags else "evaluate"
+    judge(parse_config(flags, program=program), list(JsonlCorpus(Path(results))), int(k))
+    Path(results).with_suffix(".judged").touch()
+
+
+if __name__ == "__main__":
+    quiet_until_started()
+    main()
