@@ -228,6 +228,7 @@ def draw(measured: list[tuple[Contender, float, list]], about: str, file: Path) 
     lowest = min(found for _, found, _ in measured)
     for axis, batch, place in zip(axes, BATCHES, range(len(BATCHES)), strict=True):
         axis.set(yscale="log", xlim=(lowest - 0.02, 1.0 + 0.3 * (1.02 - lowest)), ylabel="queries a second")
+        axis.set_xticks([tenth / 10 for tenth in range(11) if tenth / 10 > lowest - 0.02])
         axis.set_title(f"{batch} {'query' if batch == 1 else 'queries'} at once", loc="left", fontsize=10)
         axis.grid(alpha=0.25)
         for maker, colour in colours.items():
