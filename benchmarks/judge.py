@@ -4,8 +4,8 @@
 
 Fills --cache_judgements with what the script will ask about the first K passages of each question in a result file of
 evaluate.py. Pairs of both come passage by passage, because what is computed of a passage serves all of its questions:
-several times as fast as in training, where the questions of a batch share little. When it is done, it writes RESULTS with
-the ending `.judged`.
+several times as fast as in training, where the questions of a batch share little. It ends with writing RESULTS with the
+ending `.judged`.
 """
 
 import sys

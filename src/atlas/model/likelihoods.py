@@ -48,10 +48,12 @@ class KnownLikelihoods:
             with self._file:
                 self._file.execute("BEGIN IMMEDIATE")
                 ((known,),) = self._file.execute("PRAGMA application_id")
-                if known != APPLICATION and self._file.execute("SELECT 1 FROM sqlite_master").fetchone():
+                if known == APPLICATION:
+                    return
+                if self._file.execute("SELECT 1 FROM sqlite_master").fetchone():
                     raise ValueError("it holds something else, give another file")
                 self._file.execute(f"PRAGMA application_id = {APPLICATION}")
-                self._file.execute("CREATE TABLE IF NOT EXISTS likelihoods (key BLOB PRIMARY KEY, found BLOB NOT NULL)")
+                self._file.execute("CREATE TABLE likelihoods (key BLOB PRIMARY KEY, found BLOB NOT NULL)")
 
     @classmethod
     def open(cls, path: str | None, reader: nn.Module, settings: config.Optimisation) -> Self | None:
@@ -86,6 +88,8 @@ class KnownLikelihoods:
     def keep(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
         """Write what was computed, (n, T): all of it or nothing."""
         values = [(key, np.trim_zeros(row.astype("<f4"), "b").tobytes()) for key, row in zip(keys, rows, strict=True)]
+        if not values:
+            return
         with self._explaining(), self._file:
             self._file.executemany("INSERT OR REPLACE INTO likelihoods VALUES (?, ?)", values)
 

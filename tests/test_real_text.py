@@ -1,0 +1,191 @@
+"""The page about real text without its models: commands that parse, what becomes of their results, and its bar."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atlas.config import parse_config
+from atlas.model import signals
+from atlas.model.prompts import PromptInputs
+from benchmarks import from_labels, judge, real_text
+from benchmarks.real_text import Bench, Row
+from tests.indices import save, write_corpus
+from tests.kit import language_model, logged, read_jsonl, run, world
+from tests.test_causal import read_with
+
+TOWNS = [f"Town_{i}" for i in range(12)]
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A directory in which the texts are."""
+    data = tmp_path / "data"
+    data.mkdir()
+    corpus = [
+        {"id": f"{town}-0", "title": town, "text": f"{town} lies near {TOWNS[i - 1]}."} for i, town in enumerate(TOWNS)
+    ]
+    (data / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    for number, split in enumerate(("train", "dev", "test")):
+        lines = [
+            {
+                "id": f"{split}-{i}",
+                "question": f"What is near {town} ({split})?",
+                "answers": [TOWNS[i - 1], "there"],
+                "metadata": {"passage": f"{town}-0", "article": town},
+            }
+            for i, town in enumerate(TOWNS[4 * number :][:4])
+        ] * 30
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return tmp_path
+
+
+@pytest.fixture
+def commands(home, monkeypatch):
+    """What would be run, with results that find a question's paragraph by chance, sooner if that was learnt."""
+    called = []
+
+    def run_once(log, done, *words, threads):
+        words = [str(word) for word in words]
+        if log.exists() and log.read_text().startswith(f"$ {words}\n"):
+            return 1.0
+        called.append(words)
+        if words[0] in ("train.py", "evaluate.py") or words[1:2] == ["benchmarks.from_labels"]:
+            program = "evaluate" if words[0] == "evaluate.py" else "train"
+            given = words[2 if words[0] == "-m" else 1 :]
+            models = [i for i, word in enumerate(given) if word == "--model_path"]
+            assert all((Path(given[i + 1]) / "trained").exists() for i in models)
+            given = [word for i, word in enumerate(given) if not {i, i - 1} & set(models)]
+            parsed = parse_config(given, program=program)
+            assert done.is_relative_to(Path(parsed.run.checkpoint_dir) / parsed.run.name)
+            if parsed.index.save_index_path:
+                save_index(parsed.index.save_index_path)
+            if program == "evaluate":
+                write_results(parsed, done, knows=bool(models))
+            else:
+                done.parents[1].mkdir(parents=True)  # no name stands for two commands
+                (done.parents[1] / "trained").touch()
+        elif words[1:2] == ["benchmarks.judge"]:
+            assert Path(words[2]).exists() and done == Path(words[2]).with_suffix(".judged")
+        log.parent.mkdir(exist_ok=True)
+        log.write_text(f"$ {words}\n\nseconds: 3600.0")
+        return 1.0
+
+    monkeypatch.setattr(real_text, "run_once", run_once)
+    return called
+
+
+def save_index(path):
+    Path(path).parent.mkdir(exist_ok=True)
+    save(Path(path), write_corpus(Path(path).parent / "corpus.jsonl", 3), torch.zeros(3, 8))
+
+
+def write_results(parsed, done, knows):
+    (asked,) = parsed.run.eval_data
+    rng, rows = random.Random(0), []
+    for line in read_jsonl(Path(asked)):
+        found = [{"id": f"{town}-0", "text": town} for town in TOWNS]
+        rng.shuffle(found)
+        if knows:
+            found.sort(key=lambda passage: passage["id"] != line["metadata"]["passage"])
+        said = {} if parsed.model.retrieve_only else {"generation": rng.choice(line["answers"])}
+        rows.append(line | {"query": line["question"], "passages": found} | said)
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_headline(home, commands):
+    text = real_text.headline(home, threads=2)
+    assert "BM25 alone: recall@1, 5 and 20 of " in text
+    start, trained = (line.split(" | ") for line in text.splitlines() if line.startswith(("| MiniLM", "| both")))
+    assert float(start[1]) < 30 and trained[1:4] == ["100.0"] * 3 and trained[-1] == "< 0.0001 |"
+    assert "| book closed, 64 examples | " in text and "| three passages, 64 examples | " in text
+    assert sum(words[0] == "train.py" for words in commands) == 4  # the retriever, and the reader in three ways
+
+
+def test_the_page(home, commands):
+    text = real_text.page(home, threads=2)
+    for group in real_text.groups():
+        assert f"## {group.title}" in text
+        assert all(f"\n| {row.name} | " in text for row in group.rows)
+    assert " ± " in text and text.rstrip().endswith("core-hours.") and text.startswith("# What a language model")
+    trained = [words for words in commands if words[0] == "train.py" or "benchmarks.from_labels" in words]
+    names = [words[words.index("--name") + 1] for words in trained]
+    by_name = dict(zip(names, trained, strict=True))
+    assert len(trained) == len(by_name) > 30
+
+
+def test_ranks_and_what_is_made_of_them():
+    lines = [
+        {"metadata": {"passage": "b"}, "passages": [{"id": name} for name in found]} for found in ("abc", "bc", "ac")
+    ]
+    ranks = np.array([real_text.rank_in(line) for line in lines])
+    assert ranks.tolist() == [2, 1, 0]
+    assert real_text.recall(ranks, 1).tolist() == [0, 1, 0] and real_text.recall(ranks, 2).tolist() == [1, 1, 0]
+    assert real_text.ndcg(ranks).tolist() == pytest.approx([1 / np.log2(3), 1, 0])
+    assert real_text.ndcg(ranks, 1).tolist() == [0, 1, 0]
+    assert real_text.contained("It was the Nile.", ["nile"]) and not real_text.contained("Niles", ["nile"])
+
+
+def test_questions_are_those_that_the_seed_draws(home, commands):
+    bench = Bench(home, asked=5, answered=3)
+    bench.prepare()
+    drawn = [read_jsonl(bench.examples(6, seed)) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and all(len(lines) == 6 for lines in drawn)
+    for line in drawn[0]:
+        assert line["target"] == line["answers"][0] and line["passages"][0]["id"] == line["metadata"]["passage"]
+    assert len(read_jsonl(home / "test-5.jsonl")) == 5 and len(read_jsonl(home / "test-3.jsonl")) == 3
+    assert Row("a, b", questions=7).key(2) == "a-b-7-2"
+
+
+def test_labels_teach_the_right_paragraph_and_nothing_where_it_is_not_found(tmp_path, monkeypatch):
+    """The reader is not asked: what is learnt depends on the labels alone."""
+    search = {"train_data": None, "retrieve_only": True, "reader_model_type": None, "n_context": 2}
+    search |= {"retriever_model_path": world() / "models/retriever", "qa_prompt_format": "{question}"}
+    found = run(tmp_path, "evaluate", name="found", **search, eval_data=world() / "train.jsonl") / "train-step-0.jsonl"
+    gold = {line["query"]: line["passages"][1]["id"] for line in read_jsonl(found)}
+    monkeypatch.setattr(PromptInputs, "judging", PromptInputs.judging)
+    monkeypatch.setitem(signals.PROMPT_MODES, "ppmean", signals.PROMPT_MODES["ppmean"])
+    flags = read_with(train_retriever=True, freeze_reader=True, total_steps=3, eval_data=None)
+    losses = {}
+    for name, labels in (("right", gold), ("nowhere", dict.fromkeys(gold, "nothing"))):
+        labelled = from_labels.Labelled(labels)
+        labelled.install()
+        losses[name] = logged(run(tmp_path, name=name, **flags), "loss/retriever_loss")
+    assert set(losses["nowhere"]) == {0.0} and max(losses["right"]) > 0
+
+
+def test_what_is_judged_beforehand_is_what_training_asks_for(tmp_path, monkeypatch):
+    questions, kept = tmp_path / "asked.jsonl", tmp_path / "known.sqlite"
+    lines = [
+        line | {"id": f"q{i}", "target": line["answers"][0], "metadata": {"passage": "?"}}
+        for i, line in enumerate(read_jsonl(world() / "dev.jsonl"))
+    ]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = {"retriever_model_path": world() / "models/retriever", "qa_prompt_format": "{question}"}
+    search = {"train_data": None, "retrieve_only": True, "reader_model_type": None, "n_context": 5} | model
+    found = run(tmp_path, "evaluate", name="found", **search, eval_data=questions) / "asked-step-0.jsonl"
+    flags = read_with(train_retriever=True, freeze_reader=True, gold_score_mode="question", gold_question_weight=0.7)
+    flags |= {"retriever_n_context": 3, "train_data": questions, "eval_data": None, "total_steps": 4}
+    words = [
+        "--task",
+        "qa",
+        "--passages",
+        str(world() / "passages.jsonl"),
+        "--name",
+        "judge",
+        "--train_data",
+        str(questions),
+    ]
+    words += ["--reader_model_type", str(language_model()), "--qa_prompt_format", "{question}", "--n_context", "2"]
+    words += ["--freeze_reader", "--train_retriever", "--gold_score_mode", "question", "--cache_judgements", str(kept)]
+    words += ["--text_maxlength", "64", "--retriever_model_path", str(world() / "models/retriever")]
+    monkeypatch.setattr("sys.argv", ["judge.py", str(found), "5", *words])
+    judge.main()
+    assert found.with_suffix(".judged").exists()
+    before = kept.read_bytes()
+    run(tmp_path, name="learns", **flags, lr_retriever=0, cache_judgements=kept)
+    assert kept.read_bytes() == before  # nothing had to be computed
