@@ -15,7 +15,7 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ MINILM, RESET = "minilm", "minilm_reset_2"
 RATE = {MINILM: "2e-5", RESET: "1e-4"}
 QUESTION = ("--gold_score_mode", "question")
 BOTH = (*QUESTION, "--gold_question_weight", "0.75")
-FUSED, RERANKED = ("--bm25_weight", "0.67"), ("--rerank_by_reader", "20")
+FUSED, RERANKED = ("--bm25_weight", "0.67"), ("--rerank_by_reader", "10")
 SHOTS, SHOT_EPOCHS = 64, 3
 TUNING = (
     *("--per_gpu_batch_size", str(BATCH), "--lr", "2e-5", "--weight_decay", "0", "--scheduler", "linear"),
@@ -65,6 +65,7 @@ class Row:
     questions: int = 1000
     flags: tuple[str, ...] = ()  # more flags of train.py
     labels: bool = False
+    rerank: bool = False  # also measured in the order of the reader's judgement
 
     def key(self, seed: int) -> str:
         """Its name in file names."""
@@ -143,14 +144,14 @@ class Bench:
         write(path, [line | {"target": line["answers"][0]} for line in lines[:n]])
         return path
 
-    def search(self, row: Row, seed: int = 0, *, rerank: bool = False) -> Ranks:
+    def search(self, row: Row, seed: int) -> Ranks:
         """Where each question's paragraph is found: by the row's retriever, with BM25, and in the reader's order."""
         name, index, model = row.key(seed), self.index(row, seed), self.model(row, seed)
         corpus = ("--passages", self.data / "corpus.jsonl", "--save_index_path", index)
         found = [self._ranks(f"{name}-alone", *model, *corpus)]
         fused = (*model, "--load_index_path", index, *FUSED)
         found.append(self._ranks(f"{name}-fused", *fused))
-        if rerank:
+        if row.rerank:
             reranked = (*fused, *RERANKED, *self.reader)
             results = self._results(f"{self.split}-{self.asked}-{name}-fused", self.asked)
             self._judge(
@@ -302,7 +303,7 @@ differences."""  # noqa: E501
 ANSWERS = """What the language model answers when it is given no passage, three passages, or the right one; before, and after it was
 trained on 64 questions (all weights)."""  # noqa: E501
 START, RESET_START = Row("MiniLM as it is"), Row("last two layers reset", RESET)
-TRAINED = Row("both encoders, from question and answer", judged=BOTH)
+TRAINED = Row("both encoders, from question and answer", judged=BOTH, rerank=True)
 
 
 def groups() -> list[Group]:
@@ -313,9 +314,9 @@ def groups() -> list[Group]:
             "What is learnt, and from what",
             "Trained on 1,000 questions.",
             (
-                START,
+                replace(START, rerank=True),
                 TRAINED,
-                Row("both, from the question alone", judged=QUESTION),
+                Row("both, from the question alone", judged=QUESTION, rerank=True),
                 Row("both, from the answer alone", judged=()),
                 Row("both, from labels", labels=True),
                 Row("query encoder, from question and answer", judged=BOTH, flags=("--query_side_retriever_training",)),
@@ -359,16 +360,17 @@ def groups() -> list[Group]:
     ]
 
 
-def retrieval_table(bench: Bench, group: Group, seeds: int, rerank: bool) -> str:
+def retrieval_table(bench: Bench, group: Group, seeds: int) -> str:
     """Recall and nDCG of each row, and how certain the difference of recall@1 from the first row is."""
-    start, lines = None, []
+    start, lines, rerank = None, [], any(row.rerank for row in group.rows)
     for row in group.rows:
         trained = row.judged is not None or row.labels
-        found = [bench.search(row, seed, rerank=rerank) for seed in range(min(seeds, group.seeds) if trained else 1)]
+        found = [bench.search(row, seed) for seed in range(min(seeds, group.seeds) if trained else 1)]
         cells = [row.name, *(percent([recall(one.alone, k) for one in found]) for k in DEPTHS)]
         cells.append(percent([ndcg(one.alone) for one in found]))
         cells.append(percent([recall(one.fused, 1) for one in found]))
-        cells += [percent([recall(one.reranked, 1) for one in found])] if rerank else []
+        if rerank:
+            cells.append(percent([recall(one.reranked, 1) for one in found]) if row.rerank else "")
         firsts = [recall(one.alone, 1) for one in found]
         cells.append("" if start is None else verdict(significance(firsts, start)))
         start = firsts if start is None else start
@@ -400,8 +402,8 @@ def headline(home: Path, threads: int) -> str:
     """What `make real` prints."""
     bench = Bench(home, asked=500, answered=100, threads=threads)
     bench.prepare()
-    row = Row("both encoders, from the question alone", judged=QUESTION, questions=250)
-    found = retrieval_table(bench, Group("", "", (START, row)), 1, rerank=True)
+    row = Row("both encoders, from the question alone", judged=QUESTION, questions=250, rerank=True)
+    found = retrieval_table(bench, Group("", "", (START, row)), 1)
     retriever = {"three passages": (*bench.model(row, 0), "--load_index_path", bench.index(row, 0), *FUSED)}
     return "\n\n".join([bm25_line(bench), found, answers_table(bench, retriever, 1, (SHOTS,))])
 
@@ -412,7 +414,7 @@ def page(home: Path, threads: int) -> str:
     bench.prepare()
     parts = [INTRODUCTION.format(asked=bench.asked), bm25_line(bench)]
     for group in groups():
-        parts += [f"## {group.title}", group.text, retrieval_table(bench, group, 3, rerank=group.seeds > 1)]
+        parts += [f"## {group.title}", group.text, retrieval_table(bench, group, 3)]
     retrievers: dict[str, tuple[object, ...]] = {
         "three passages of BM25": (
             *bench.model(START, 0),
