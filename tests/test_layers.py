@@ -1,7 +1,10 @@
 """The house rules: who may import whom, and what is kept in one place."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +127,13 @@ def test_nothing_is_unpickled_or_run_by_chance():
                 assert keywords.get("trust_remote_code") is False, (
                     path
                 )  # else transformers asks, and runs it after a "y"
+
+
+@pytest.mark.processes
+def test_benchmarks_start_from_the_root_without_the_paths_of_the_tests():
+    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(f'benchmarks.{name}')"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, "-c", code, *names]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
