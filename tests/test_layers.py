@@ -129,6 +129,7 @@ def test_nothing_is_unpickled_or_run_by_chance():
                 )  # else transformers asks, and runs it after a "y"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_benchmarks_start_from_the_root_without_the_paths_of_the_tests():
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
