@@ -78,7 +78,9 @@ def test_another_reader_or_precision_or_answer_is_not_known(tmp_path, calls):
     reader.model.norm.weight.data[0] += 1
     assert (computed(), computed()) == (3, 0)
     reader.config.rms_norm_eps *= 2
-    assert computed() == 3
+    assert (computed(), computed()) == (3, 0)
+    reader.config._name_or_path = "elsewhere"
+    assert computed() == 0
 
 
 @torch.no_grad()

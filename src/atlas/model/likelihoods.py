@@ -38,7 +38,8 @@ class KnownLikelihoods:
     def __init__(self, path: Path, reader: nn.Module, precision: str) -> None:
         self.path = path
         digest = hashlib.sha256(precision.encode())
-        facts = {name: value for name, value in reader.config.to_dict().items() if name != "transformers_version"}
+        facts = reader.config.to_dict()
+        facts = {name: facts[name] for name in facts if name != "transformers_version" and name[0] != "_"}  # its path
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         add_weights(digest, reader.state_dict())
         self._reader = digest.digest()
