@@ -12,7 +12,6 @@ from atlas.model.reader import load_reader
 from atlas.model.signals import PROMPT_MODES, mode_of, reading_of
 from tests.kit import language_model, logged, read_jsonl, run, run_on, world
 from tests.test_causal import PASSAGES, inputs_of, learning, read_with
-from tests.test_parallel import assert_same_run
 
 QUERIES, ANSWERS = ["what is the river of Kobari?", "who?", "what is it?"], ["Selnu", "Pelzor Kobari", "a"]
 FOUND = [PASSAGES, PASSAGES[:1], []]
@@ -105,10 +104,11 @@ def test_epochs_and_runs_share_it_and_learn_the_same(tmp_path, calls):
     kept = run(tmp_path, name="kept", **flags, cache_judgements=tmp_path / "known.sqlite")
     between = sum(calls)
     again = run(tmp_path, name="again", **flags, cache_judgements=tmp_path / "known.sqlite")
-    assert sum(calls) - between < (between - computed) / 2  # the reader's own loss alone
+    assert 0 < between - computed <= computed and sum(calls) == between  # the second run computes nothing
     for directory in (kept, again):
-        for name in ("loss/reader_loss", "loss/retriever_loss"):
-            assert logged(directory, name) == pytest.approx(logged(without, name), abs=1e-5)
+        losses = logged(without, "loss/retriever_loss")
+        assert logged(directory, "loss/retriever_loss") == pytest.approx(losses, abs=1e-5)
+        assert not logged(directory, "loss/reader_loss")
 
 
 @pytest.mark.processes
@@ -118,7 +118,10 @@ def test_ranks_share_it(tmp_path, ranks):
     without = run_on(ranks, tmp_path, name="without", **flags)
     for name in ("kept", "again"):
         directory = run_on(ranks, tmp_path, name=name, **flags, cache_judgements=tmp_path / "known.sqlite")
-        assert_same_run(without, directory, 3, 3)
+        for loss in zip(*(logged(one, "loss/retriever_loss") for one in (without, directory)), strict=True):
+            assert loss[0] == pytest.approx(loss[1], abs=1e-5)
+        answers = [[row["generation"] for row in read_jsonl(one / "dev-step-3.jsonl")] for one in (without, directory)]
+        assert answers[0] == answers[1]
     with sqlite3.connect(tmp_path / "known.sqlite") as file:
         ((n,),) = file.execute("SELECT count(*) FROM likelihoods")
     assert n > 0

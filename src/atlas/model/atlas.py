@@ -47,15 +47,17 @@ class TrainingTensors:
 
 
 class Losses(NamedTuple):
-    """Scalars. `retriever` is None when it is not trained, `correlations` is empty unless `correlate` is set."""
+    """Scalars; None of a half that is not trained. `correlations` is empty unless `correlate` is set."""
 
-    reader: torch.Tensor
+    reader: torch.Tensor | None
     retriever: torch.Tensor | None
     correlations: Mapping[str, Correlation]
 
     @property
     def total(self) -> torch.Tensor:
-        return self.reader if self.retriever is None else self.reader + self.retriever
+        if self.reader is None or self.retriever is None:
+            return self.retriever if self.reader is None else self.reader
+        return self.reader + self.retriever
 
 
 @contextmanager
@@ -108,12 +110,8 @@ class Atlas(nn.Module):
         """The losses of one batch. The retriever has one only if the batch contains its tensors."""
         rows = batch.read(0, self.n_context)
         hidden = self._encode(rows)  # (B, K, L) -> (B, K·L, d)
-        fused = fuse(hidden, rows.mask, rows.lengths)  # (B, S, d)
-        logits = self.reader.logits(fused.hidden, fused.mask, batch.targets.decoder_ids)  # (B, T, V)
-        labels = batch.targets.labels
-        reader_loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        ) / (labels != IGNORE).sum().clamp(min=1)
+        learns = any(parameter.requires_grad for parameter in self.reader.parameters())
+        reader_loss = self._reader_loss(hidden, rows, batch.targets) if learns else None
         if batch.query_ids is None:
             return Losses(reader_loss, None, {})
         with torch.no_grad(), evaluating(self.reader):
@@ -123,6 +121,14 @@ class Atlas(nn.Module):
         scores, *others = self._retriever_scores(batch)
         retriever_loss = self.mode.loss(scores, gold, reading, self.temperature_score, *others)
         return Losses(reader_loss, retriever_loss, correlated)
+
+    def _reader_loss(self, hidden: torch.Tensor, rows: ReaderRows, targets: Targets) -> torch.Tensor:
+        fused = fuse(hidden, rows.mask, rows.lengths)  # (B, K·L, d) -> (B, S, d)
+        logits = self.reader.logits(fused.hidden, fused.mask, targets.decoder_ids)  # (B, T, V)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        return losses / (targets.labels != IGNORE).sum().clamp(min=1)
 
     def _reading(self, batch: TrainingTensors, hidden: torch.Tensor) -> Reading:
         """All K passages, encoded without dropout. Passages already encoded without dropout are not encoded again.

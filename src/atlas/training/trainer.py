@@ -304,9 +304,9 @@ class Trainer:
 
     def _count(self, losses: Losses) -> None:
         self._means.add("loss/train_loss", losses.total)
-        self._means.add("loss/reader_loss", losses.reader)
-        if losses.retriever is not None:
-            self._means.add("loss/retriever_loss", losses.retriever)
+        for name, loss in (("reader", losses.reader), ("retriever", losses.retriever)):
+            if loss is not None:
+                self._means.add(f"loss/{name}_loss", loss)
         for name, correlation in losses.correlations.items():
             self._means.add(f"corr/{name}", correlation.mean, correlation.examples)
         self._means.add("runtime/retrieve", self._prepared - self._started)
