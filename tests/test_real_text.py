@@ -11,8 +11,8 @@ import torch
 from atlas.config import parse_config
 from atlas.model import signals
 from atlas.model.prompts import PromptInputs
-from benchmarks import from_labels, judge, real_text
-from benchmarks.real_text import Bench, Row
+from benchmarks import from_labels, judge, real_bench, real_text
+from benchmarks.real_bench import Bench, Kept, Row
 from tests.indices import save, write_corpus
 from tests.kit import language_model, logged, read_jsonl, run, world
 from tests.test_causal import read_with
@@ -74,7 +74,7 @@ def commands(home, monkeypatch):
         log.write_text(f"$ {words}\n\nseconds: 3600.0")
         return 1.0
 
-    monkeypatch.setattr(real_text, "run_once", run_once)
+    monkeypatch.setattr(real_bench, "run_once", run_once)
     return called
 
 
@@ -107,7 +107,8 @@ def test_the_headline(home, commands):
 
 
 def test_the_page(home, commands):
-    text = real_text.page(home, threads=2)
+    results = home / "results.json"
+    text = real_text.page(home, 2, Kept(results))
     for group in real_text.groups():
         assert f"## {group.title}" in text
         assert all(f"\n| {row.name} | " in text for row in group.rows)
@@ -116,18 +117,21 @@ def test_the_page(home, commands):
     names = [words[words.index("--name") + 1] for words in trained]
     by_name = dict(zip(names, trained, strict=True))
     assert len(trained) == len(by_name) > 30
+    commands.clear()
+    assert real_text.page(home, 2, Kept(results)) == text  # nothing is run again, wherever its runs are
+    assert not commands and results.stat().st_size > 1000
 
 
 def test_ranks_and_what_is_made_of_them():
     lines = [
         {"metadata": {"passage": "b"}, "passages": [{"id": name} for name in found]} for found in ("abc", "bc", "ac")
     ]
-    ranks = np.array([real_text.rank_in(line) for line in lines])
+    ranks = np.array([real_bench.rank_in(line) for line in lines])
     assert ranks.tolist() == [2, 1, 0]
-    assert real_text.recall(ranks, 1).tolist() == [0, 1, 0] and real_text.recall(ranks, 2).tolist() == [1, 1, 0]
-    assert real_text.ndcg(ranks).tolist() == pytest.approx([1 / np.log2(3), 1, 0])
-    assert real_text.ndcg(ranks, 1).tolist() == [0, 1, 0]
-    assert real_text.contained("It was the Nile.", ["nile"]) and not real_text.contained("Niles", ["nile"])
+    assert real_bench.recall(ranks, 1).tolist() == [0, 1, 0] and real_bench.recall(ranks, 2).tolist() == [1, 1, 0]
+    assert real_bench.ndcg(ranks).tolist() == pytest.approx([1 / np.log2(3), 1, 0])
+    assert real_bench.ndcg(ranks, 1).tolist() == [0, 1, 0]
+    assert real_bench.contained("It was the Nile.", ["nile"]) and not real_bench.contained("Niles", ["nile"])
 
 
 def test_questions_are_those_that_the_seed_draws(home, commands):

@@ -1,0 +1,313 @@
+"""What benchmarks.real_text measures, one row at a time: the commands, what is kept of them, the figures."""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from atlas.files.jsonl import JsonlCorpus, replacing
+from atlas.metrics import exact_match, f1, normalize_answer
+from benchmarks.runs import run_once
+
+DEPTHS = (1, 5, 20)
+QA = ("--task", "qa", "--qa_prompt_format", "{question}")
+READING = (*QA, "--text_maxlength", "256", "--no-chat_template", "--precision", "bf16", "--embedder_precision", "bf16")
+BATCH, EPOCHS, JUDGED = 8, 2, 12
+# Chosen on dev.jsonl.
+TRAINING = (
+    *("--freeze_reader", "--train_retriever", "--in_batch_negatives", "--n_context", "1", "--dropout", "0.1"),
+    *("--retriever_n_context", "8", "--bm25_weight", "0.5", "--per_gpu_batch_size", str(BATCH), "--shuffle"),
+    *("--temperature_gold", "0.4", "--temperature_score", "0.0026"),
+    *("--scheduler", "linear", "--warmup_steps", "10", "--weight_decay", "0.01"),
+)
+MINILM, RESET = "minilm", "minilm_reset_2"
+RATE = {MINILM: "2e-5", RESET: "1e-4"}
+QUESTION = ("--gold_score_mode", "question")
+BOTH = (*QUESTION, "--gold_question_weight", "0.75")
+FUSED, RERANKED = ("--bm25_weight", "0.67"), ("--rerank_by_reader", "10")
+SHOTS, SHOT_EPOCHS = 64, 3
+TUNING = (
+    *("--per_gpu_batch_size", str(BATCH), "--lr", "2e-5", "--weight_decay", "0", "--scheduler", "linear"),
+    *("--warmup_steps", "3", "--dropout", "0", "--shuffle", "--target_maxlength", "32"),
+)
+ANSWERING = ("--n_context", "3", "--retriever_n_context", "3", "--generation_max_length", "32")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A retriever: where it starts, and what it learns from.
+
+    `judged`: flags that say how its passages are judged; None: it is not trained. `labels`: by the right paragraph.
+    """
+
+    name: str
+    start: str = MINILM
+    judged: tuple[str, ...] | None = None
+    questions: int = 1000
+    flags: tuple[str, ...] = ()  # more flags of train.py
+    labels: bool = False
+    rerank: bool = False  # also measured in the order of the reader's judgement
+
+    @property
+    def trained(self) -> bool:
+        return self.judged is not None or self.labels
+
+    def key(self, seed: int) -> str:
+        """Its name in file names."""
+        return key_of(f"{self.name} {self.questions} {seed}")
+
+
+class Ranks(NamedTuple):
+    """The rank (from 1) at which each question's own paragraph was found; 0: not among the first 20. (n,) each."""
+
+    alone: np.ndarray
+    fused: np.ndarray | None = None  # with BM25
+    reranked: np.ndarray | None = None  # fused, and the first 20 in the order of the reader's judgement
+
+
+class Kept:
+    """What was measured, in a file: the same recipe is not run again, on whichever machine it was."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.found: dict[str, dict] = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def put(self, recipe: str, row: str, seconds: float, figures: dict[str, list[float]]) -> dict:
+        """Keep the figures of all questions, and what they took, and return both."""
+        self.found[recipe] = {"row": row, "core_seconds": round(seconds), **figures}
+        if self.path:
+            with replacing(self.path) as beside:
+                lines = (f"{json.dumps(key)}: {json.dumps(one)}" for key, one in sorted(self.found.items()))
+                beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        return self.found[recipe]
+
+
+@dataclass
+class Bench:
+    """Runs what is measured, once, and reads the results. `asked` questions are evaluated, of the split's first.
+
+    `spent`: core-seconds of the scripts that were run, or had been, since that was last set to 0.
+    """
+
+    home: Path
+    asked: int
+    answered: int
+    split: str = "test"
+    threads: int = 1
+    kept: Kept = field(default_factory=lambda: Kept(None))
+    spent: float = 0.0
+
+    def prepare(self) -> None:
+        """Fetch texts and models, and write the questions to ask: those of an article one after the other."""
+        self.run(
+            "prepare",
+            self.data / "smollm2/config.json",
+            "preprocessing/prepare_real.py",
+            "--output_directory",
+            self.data,
+        )
+        for n in {self.asked, self.answered}:
+            lines = sorted(self._lines(self.split)[:n], key=lambda line: line["metadata"]["passage"])
+            write(self.home / f"{self.split}-{n}.jsonl", lines)
+
+    @property
+    def data(self) -> Path:
+        return self.home / "data"
+
+    @property
+    def reader(self) -> tuple[object, ...]:
+        return "--reader_model_type", self.data / "smollm2", "--cache_judgements", self.home / "judgements.sqlite"
+
+    def run(self, name: str, done: Path, *words: object) -> None:
+        """Run a script, unless the same command has made `done`."""
+        log = self.home / "logs" / f"{name}.log"
+        self.spent += self.threads * run_once(log, done, *words, threads=self.threads)
+
+    def recipe(self, *facts: object) -> str:
+        """A hash of everything that a figure depends on."""
+        how = READING, TRAINING, RATE, BATCH, EPOCHS, FUSED, RERANKED, TUNING, SHOT_EPOCHS, ANSWERING, self.split
+        return hashlib.sha256(repr((how, facts)).encode()).hexdigest()[:16]
+
+    # ---- retrieval
+
+    def train(self, row: Row, seed: int) -> Path:
+        """The directory of a run that trains a row's retriever."""
+        name, steps, examples = row.key(seed), EPOCHS * row.questions // BATCH, self.examples(row.questions, seed)
+        flags = (
+            *(*TRAINING, *self.reader, "--train_data", examples, "--passages", self.data / "corpus.jsonl"),
+            *("--retriever_model_path", self.data / row.start, "--lr_retriever", RATE[row.start]),
+            *(row.judged or ()),
+        )
+        if QUESTION[1] in flags:
+            self._judge_examples(f"judge-{name}", examples, row.start, *flags)
+        script = ("-m", "benchmarks.from_labels") if row.labels else ("train.py",)
+        self.run(
+            *(f"train-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", *script, *READING, *flags),
+            *("--name", name, "--checkpoint_dir", self.home / "runs", "--restart", "--seed", seed),
+            *("--total_steps", steps, "--save_freq", steps, "--log_freq", max(1, steps // 20)),
+            *("--refresh_index", max(1, steps // 4), *row.flags),
+        )
+        return self.home / "runs" / name
+
+    def examples(self, n: int, seed: int) -> Path:
+        """A file of n training questions, which the seed draws, each with one of its answers as the target."""
+        path = self.home / f"train-{n}-{seed}.jsonl"
+        lines = self._lines("train")
+        random.Random(seed).shuffle(lines)
+        write(path, [line | {"target": line["answers"][0]} for line in lines[:n]])
+        return path
+
+    def search(self, row: Row, seed: int) -> Ranks:
+        """Where each question's paragraph is found: by the row's retriever, with BM25, and in the reader's order."""
+        recipe = self.recipe(self.asked, {name: value for name, value in asdict(row).items() if name != "name"}, seed)
+        found = self.kept.found.get(recipe)
+        if found is None:
+            self.spent = 0.0
+            ranks = dict(zip(Ranks._fields, self._search(row, seed), strict=False))
+            found = self.kept.put(recipe, row.key(seed), self.spent, {kind: list(r) for kind, r in ranks.items()})
+        return Ranks(*(np.array(found[kind]) for kind in Ranks._fields if kind in found))
+
+    def _search(self, row: Row, seed: int) -> list[list[int]]:
+        name, index, model = row.key(seed), self.index(row, seed), self.model(row, seed)
+        fused = (*model, "--load_index_path", index, *FUSED)
+        found = [
+            self._ranks(f"{name}-alone", *model, "--passages", self.data / "corpus.jsonl", "--save_index_path", index),
+            self._ranks(f"{name}-fused", *fused),
+        ]
+        if row.rerank:
+            reranked = (*fused, *RERANKED, *self.reader)
+            results = self._results(f"{self.split}-{self.asked}-{name}-fused", self.asked)
+            asked = ("--eval_data", self.home / f"{self.split}-{self.asked}.jsonl")
+            self._judge(f"judge-{self.split}-{name}", results, RERANKED[1], *reranked, *asked)
+            found.append(self._ranks(f"{name}-reranked", *reranked))
+        return found
+
+    def model(self, row: Row, seed: int) -> tuple[object, ...]:
+        """Flags that name a row's retriever."""
+        trained = ("--model_path", self.train(row, seed)) if row.trained else ()
+        return "--retriever_model_path", self.data / row.start, *trained
+
+    def index(self, row: Row, seed: int) -> Path:
+        """The saved index of a row's passages, which `search` makes."""
+        return self.home / "indices" / row.key(seed)
+
+    def bm25(self) -> Ranks:
+        """The same for BM25 alone."""
+        recipe = self.recipe(self.asked, "bm25")
+        if (found := self.kept.found.get(recipe)) is None:
+            self.spent = 0.0
+            model = ("--retriever_model_path", self.data / MINILM, "--passages", self.data / "corpus.jsonl")
+            ranks = self._ranks("bm25", *model, "--bm25_weight", "1")
+            found = self.kept.put(recipe, "bm25", self.spent, {"alone": ranks})
+        return Ranks(np.array(found["alone"]))
+
+    def _ranks(self, name: str, *flags: object) -> list[int]:
+        name = f"{self.split}-{self.asked}-{name}"
+        self._evaluate(name, self.asked, "--retrieve_only", "--n_context", max(DEPTHS), *flags)
+        return [rank_in(line) for line in JsonlCorpus(self._results(name, self.asked))]
+
+    def _judge_examples(self, name: str, examples: Path, start: str, *flags: object) -> None:
+        """Let the reader judge what the start finds for the examples."""
+        found = self.home / "runs" / name / f"{examples.stem}-step-0.jsonl"
+        model = ("--retriever_model_path", self.data / start, "--passages", self.data / "corpus.jsonl")
+        where = ("--name", name, "--checkpoint_dir", self.home / "runs", "--eval_data", examples)
+        search = ("--retrieve_only", "--per_gpu_batch_size", 64, "--write_results", "--bm25_weight", "0.5")
+        self.run(f"{name}-found", found, "evaluate.py", *READING, *model, *where, *search, "--n_context", JUDGED)
+        self._judge(name, found, JUDGED, *flags)
+
+    def _judge(self, name: str, results: Path, k: int | str, *flags: object) -> None:
+        """Let the reader judge the first k passages of each question of a result file, passage by passage."""
+        where = ("--name", name, "--checkpoint_dir", self.home / "runs")
+        done = results.with_suffix(".judged")
+        self.run(name, done, "-m", "benchmarks.judge", results, k, *READING, *flags, *where)
+
+    # ---- answers
+
+    def answers(
+        self, name: str, row: Row | None, *flags: object, shots: int = SHOTS, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """What the language model answers with the passages of a row, after so many examples: metric to (n,)."""
+        recipe = self.recipe("answers", self.answered, asdict(row) if row else None, flags, shots, seed)
+        if (found := self.kept.found.get(recipe)) is None:
+            self.spent = 0.0
+            pairs = self._answers(f"answers-{key_of(name)}-{shots}-{seed}", row, flags, shots, seed)
+            found = {
+                "exact match": [int(exact_match(*pair)) for pair in pairs],
+                "F1": [round(f1(*pair), 3) for pair in pairs],
+                "answer contained": [int(contained(*pair)) for pair in pairs],
+            }
+            found = self.kept.put(recipe, f"{name} {shots} {seed}", self.spent, found)
+        return {name: np.array(found[name], float) for name in ("exact match", "F1", "answer contained")}
+
+    def _answers(
+        self, name: str, row: Row | None, flags: Sequence[object], shots: int, seed: int
+    ) -> list[tuple[str, list[str]]]:
+        """Each answer, and the right ones."""
+        steps, model = SHOT_EPOCHS * shots // BATCH, self.reader[:2]
+        if row is not None:
+            flags = (*self.model(row, 0), "--load_index_path", self.index(row, 0), *flags)
+        if shots:
+            self.run(
+                *(f"tune-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", "train.py", *READING),
+                *(*TUNING, *ANSWERING, *model, "--train_data", self.examples(shots, seed), "--total_steps", steps),
+                *("--save_freq", steps, "--log_freq", 4, "--name", name, "--checkpoint_dir", self.home / "runs"),
+                *("--restart", "--seed", seed, *flags),
+            )
+            model = (*model, "--model_path", self.home / "runs" / name)
+        name = f"{self.split}-{self.answered}-{name}"
+        self._evaluate(name, self.answered, *ANSWERING, *flags, *model)
+        return [(line["generation"], line["answers"]) for line in JsonlCorpus(self._results(name, self.answered))]
+
+    def _evaluate(self, name: str, n: int, *flags: object) -> None:
+        asked = self.home / f"{self.split}-{n}.jsonl"
+        where = ("--name", name, "--checkpoint_dir", self.home / "runs", "--eval_data", asked, "--write_results")
+        batch = ("--per_gpu_batch_size", 64 if "--retrieve_only" in flags else 8)
+        self.run(name, self._results(name, n), "evaluate.py", *READING, *batch, *where, *flags)
+
+    def _results(self, name: str, n: int) -> Path:
+        return self.home / "runs" / name / f"{self.split}-{n}-step-0.jsonl"
+
+    def _lines(self, split: str) -> list[dict]:
+        """Questions, each with its own paragraph, for runs that are given it (--use_file_passages)."""
+        passages = {passage["id"]: passage for passage in JsonlCorpus(self.data / "corpus.jsonl")}
+        lines = JsonlCorpus(self.data / f"{split}.jsonl")
+        return [line | {"passages": [passages[line["metadata"]["passage"]]]} for line in lines]
+
+
+def key_of(name: str) -> str:
+    """A name for files."""
+    return re.sub(r"\W+", "-", name)
+
+
+def write(path: Path, lines: Sequence[dict]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def rank_in(line: dict) -> int:
+    """The rank of a question's own paragraph in a line of results; 0: it is not there."""
+    found = [passage["id"] for passage in line["passages"]]
+    return found.index(line["metadata"]["passage"]) + 1 if line["metadata"]["passage"] in found else 0
+
+
+def recall(ranks: np.ndarray, k: int) -> np.ndarray:
+    """Whether each question's paragraph is among the first k, (n,)."""
+    return ((ranks > 0) & (ranks <= k)).astype(float)
+
+
+def ndcg(ranks: np.ndarray, k: int = 10) -> np.ndarray:
+    """nDCG@k of each question, of which one passage is relevant, (n,)."""
+    return np.where((ranks > 0) & (ranks <= k), 1 / np.log2(np.maximum(ranks, 1) + 1), 0.0)
+
+
+def contained(generation: str, answers: Sequence[str]) -> bool:
+    """Whether an answer stands somewhere in what was written, both normalized as for exact match."""
+    said = f" {normalize_answer(generation)} "
+    return any(f" {normalize_answer(answer)} " in said for answer in answers)
