@@ -158,7 +158,8 @@ class Planner:
         return Settings(**known)
 
     def _step(self, settings: Settings) -> Step:
-        settings = settings._replace(shard_optim=False)  # it changes what is held alone
+        # These change what is held alone, for no update is the step's peak; and Adafactor reads values.
+        settings = settings._replace(shard_optim=False, optimizer="adamw", offload_optimizer=False)
         if settings not in self._steps:
             ranks = self.machine.gpus if settings.shard_grads else 1
             retriever = self.shapes.retriever or BertConfig()

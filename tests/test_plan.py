@@ -114,6 +114,8 @@ def test_steps_that_take_the_same_are_taken_once(steps):
     found = planner_of(config, gpus=4)
     found.need(changed(config, {"shard_grads": False}))
     found.need(changed(config, {"shard_grads": False, "shard_optim": False, "index_mode": "faiss"}))
+    found.need(changed(config, {"shard_grads": False, "optimizer": "adafactor"}))
+    found.need(changed(config, {"shard_grads": False, "offload_optimizer": True}))
     assert len(steps) == 1
 
 
