@@ -7,6 +7,7 @@ Wikipedia.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from atlas.config import Config, parse_config
@@ -81,20 +82,16 @@ def _said(planner: Planner, reader: str, flags: str, need: Need) -> list[str]:
     return [*said, *([f"{tokens:,.0f}"] if planner.training else []), f"{questions:.2g}"]
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    marks = ["---", "---", "---", *["---:"] * (len(header) - 3)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *lines))
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Print both tables."""
+    """Print both tables, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=READERS, default=list(READERS), help="of the reader")
     sizes = parser.parse_args(arguments).sizes
-    header = ["card", "reader", "flags to add", "GiB"]
-    print(table([*header, "tokens/s", "questions/s"], rows(sizes, training=True)) + "\n")
-    print(table([*header, "questions/s"], rows(sizes, training=False)))
+    for training, numbers in ((True, ["GiB", "tokens/s", "questions/s"]), (False, ["GiB", "questions/s"])):
+        header = [["card", "reader", "flags to add", *numbers], ["---", "---", "---", *["---:"] * len(numbers)]]
+        for cells in itertools.chain(header, rows(sizes, training=training)):
+            print("| " + " | ".join(cells) + " |", flush=True)
+        print()
 
 
 if __name__ == "__main__":
