@@ -310,6 +310,23 @@ def batch_of(settings: Settings, vocabulary: int, embedding: int, device: torch.
     return TrainingTensors(*reading, *query, passage_embeddings=torch.randn(n, k, embedding, device=device))
 
 
+class FusedNorm(torch.autograd.Function):
+    """What CUDA's kernel for T5's norm keeps and makes; on a CPU it falls into parts that keep their results."""
+
+    @staticmethod
+    def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """(…, d), (d,) -> (…, d)."""
+        normed, of_rows = torch.ops.aten._fused_rms_norm(hidden, weight.shape, weight, eps)  # (…, d), (…, 1)
+        context.save_for_backward(hidden, weight, of_rows)
+        return normed
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """Of hidden and weight: of the right size, without values."""
+        hidden, weight, _ = context.saved_tensors
+        return torch.empty_like(hidden), torch.empty_like(weight) if context.needs_input_grad[1] else None, None
+
+
 def use_cuda_kernels() -> None:
     """Use CUDA's kernels for attention, norms and dropout from now on: those of a CPU keep more tensors.
 
@@ -325,7 +342,7 @@ def use_cuda_kernels() -> None:
         return efficient(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
 
     def rms_norm(hidden, shape, weight=None, eps=None):
-        return torch.ops.aten._fused_rms_norm(hidden, shape, weight, eps)[0]
+        return FusedNorm.apply(hidden, weight, eps)
 
     def dropout(hidden, p=0.5, training=True, inplace=False):
         return torch.native_dropout(hidden, p, True)[0] if training and p > 0 else hidden

@@ -121,9 +121,8 @@ class Planner:
         if self.shapes.reader is not None:
             settings = self.settings(config)
             counted = self._step(settings)
-            parts |= self._held(settings, config.model.int8_reader) | {"working memory": counted.working}
-            if not self.training:
-                parts["keys and values"] = self._keys_and_values(settings)
+            working = counted.working if self.training else max(counted.working, self._answering(settings))
+            parts |= self._held(settings, config.model.int8_reader) | {"working memory": working}
             step = counted.flops / self._rate(settings.precision)
         elif self.shapes.retriever is not None:
             parts["weights"] = 4 * _weights(self.shapes.retriever)
@@ -159,7 +158,8 @@ class Planner:
         return Settings(**known)
 
     def _step(self, settings: Settings) -> Step:
-        settings = settings._replace(shard_optim=False)  # it changes what is held alone
+        # These change what is held alone, for no update is the step's peak; and Adafactor reads values.
+        settings = settings._replace(shard_optim=False, optimizer="adamw", offload_optimizer=False)
         if settings not in self._steps:
             ranks = self.machine.gpus if settings.shard_grads else 1
             retriever = self.shapes.retriever or BertConfig()
@@ -176,11 +176,14 @@ class Planner:
         encoder = _weights(self.shapes.retriever) if self.shapes.retriever else 0
         return {"weights": sum(sizes) + 4 * (2 if settings.query_side else 1) * encoder}
 
-    def _keys_and_values(self, settings: Settings) -> int:
-        """Of the passages, which every layer of the decoder keeps while it writes."""
+    def _answering(self, settings: Settings) -> int:
+        """What the decoder works with, when the encoder has finished: the passages' hidden states, and their keys and
+        values, which every layer keeps; those of one layer exist twice while they are made.
+        """
         reader, numbers = self.shapes.reader, 2 if settings.precision in ("fp16", "bf16") else 4
         tokens = settings.per_gpu_batch_size * settings.n_context * settings.text_maxlength
-        return 2 * reader.num_decoder_layers * tokens * reader.num_heads * reader.d_kv * numbers
+        of_layers = 2 * (reader.num_decoder_layers + 1) * reader.num_heads * reader.d_kv
+        return tokens * (reader.d_model + of_layers) * numbers
 
     def index_bytes(self, config: Config) -> int | None:
         """Of a GPU's share of the index; None if there is none, or if nobody knows how large it is.

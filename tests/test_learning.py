@@ -41,6 +41,14 @@ def copying_lesson(rng, towns, facts):
     return asked | {"passages": passages}
 
 
+def in_other_words(lesson):
+    """The same lesson, in sentences that the reader has not learnt to read."""
+    for each in lesson["passages"]:
+        kind, fact = re.fullmatch(r"The (\w+) here is (\w+)\.", each["text"]).groups()
+        each["text"] = f"Here, {fact} is the {kind}."
+    return lesson
+
+
 @pytest.fixture(scope="module")
 def school(tmp_path_factory):
     """A corpus with questions, an untrained retriever, and a reader that has learnt to copy, from other towns."""
@@ -54,6 +62,9 @@ def school(tmp_path_factory):
     write_jsonl(home / "test.jsonl", [question(OTHER_WORDING, *row) for row in known])
     write_jsonl(home / "lessons.jsonl", lessons[100:])
     write_jsonl(home / "exam.jsonl", lessons[:100])
+    other = [in_other_words(copying_lesson(rng, towns, facts)) for _ in range(60 * 16 + 400)]
+    write_jsonl(home / "other_lessons.jsonl", other[400:])
+    write_jsonl(home / "other_exam.jsonl", other[:400])
     texts = [f"{p['title']} {p['text']}" for row in [{"passages": corpus}, *lessons[:300]] for p in row["passages"]]
     texts += [row["question"] for row in lessons[:300]]
     build_tiny_models(texts, home / "models", vocabulary_size=300)
@@ -135,3 +146,45 @@ def test_a_frozen_retriever_does_not_learn(school):
     assert train_in(school, "untrained", total_steps=20) == start
     waiting = {"train_retriever": True, "freeze_retriever_steps": 20, "weight_decay": 0}
     assert train_in(school, "waiting", total_steps=20, **waiting) == start
+
+
+# Chosen with seed 7; the seeds of the test are others.
+WAYS = {"full": {"lr": 1e-3}, "lora": {"lr": 5e-3, "lora_rank": 16}, "8 bits": {"lr": 1e-3, "optimizer": "adamw8bit"}}
+
+
+def read_in_other_words(school, name, program="train", **flags):
+    """Exact match, of questions on sentences that the reader has not learnt to read."""
+    directory = run(
+        school,
+        program,
+        name=name,
+        model_path=school / "reader",
+        reader_model_type=school / "models/reader",
+        train_data=school / "other_lessons.jsonl" if program == "train" else None,
+        eval_data=school / "other_exam.jsonl",
+        passages=None,
+        use_file_passages=True,
+        shuffle=True,
+        per_gpu_batch_size=16,
+        per_gpu_eval_batch_size=20,
+        total_steps=60,
+        scheduler="linear",
+        warmup_steps=5,
+        write_results=False,
+        log_freq=60,
+        **flags,
+    )
+    return last_metrics(directory)["exact_match"]
+
+
+@pytest.mark.slow
+def test_adapters_and_moments_in_8_bits_learn_as_much(school):
+    """In 60 steps. Means of three seeds: LoRA within 2 points of exact match of full fine-tuning, 8 bits within 1."""
+    assert read_in_other_words(school, "other-before", "evaluate") < 20
+    learnt = {
+        way: sum(read_in_other_words(school, f"{way}-{seed}", seed=seed, **flags) for seed in (0, 1, 2)) / 3
+        for way, flags in WAYS.items()
+    }
+    assert learnt["full"] > 80
+    assert learnt["lora"] > learnt["full"] - 2
+    assert abs(learnt["8 bits"] - learnt["full"]) < 1

@@ -17,6 +17,7 @@ from benchmarks.memory import (
     PASSAGES,
     READERS,
     SHARDINGS,
+    FusedNorm,
     Held,
     LiveMemory,
     Settings,
@@ -79,6 +80,16 @@ def test_gradients_are_added_in_place_unless_something_holds_them(hooked):
         sum(loss.sum() for loss in losses).backward()
     tensors = 3 if hooked else 2
     assert tensors * size <= live.peak < tensors * size + 1000
+
+
+def test_a_norm_keeps_what_the_kernel_of_cuda_keeps():
+    """Beside what it is given and what it gives, one number for each row."""
+    hidden, weight = torch.zeros(64, 256, requires_grad=True), torch.ones(256, requires_grad=True)
+    with LiveMemory() as live:
+        normed = FusedNorm.apply(hidden, weight, 1e-6)
+        assert live.now == normed.nbytes + 64 * 4
+        normed.sum().backward()
+    assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)
 
 
 @pytest.mark.processes
