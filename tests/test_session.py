@@ -75,6 +75,19 @@ def test_ctrl_c_in_an_evaluation(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out.splitlines()[-1].endswith("evaluations are saved; the same command starts again")
 
 
+def test_a_full_gpu_ends_with_where_advice_is(tmp_path, monkeypatch, capfd):
+    def retrieve(trainer, step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nSee the documentation")
+
+    monkeypatch.setattr(Trainer, "retrieve", retrieve)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, total_steps=1)
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 1 and "Traceback" not in said and "See the documentation" not in said
+    assert "the GPU's memory is full" in said and "`python plan.py --card ... " in said
+    assert said.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB)")
+
+
 def test_a_second_ctrl_c_after_a_while_ends_at_once_and_one_that_is_ignored_stays_so(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     ended = []
