@@ -112,7 +112,7 @@ def test_judgements_of_a_field_that_no_passage_has_are_reported(tmp_path, caplog
     monkeypatch.setattr("atlas.runtime.tracking.log.propagate", True)
     config = parse_config(command_line(tmp_path, **SEARCH), program="evaluate")
     session = SimpleNamespace(directory=tmp_path, device=torch.device("cpu"))
-    evaluator = Evaluator(config, SimpleNamespace(reader=None, inputs=None), None, {}, session)
+    evaluator = Evaluator(config, SimpleNamespace(reader=None, inputs=None, known=None), None, {}, session)
     evaluator._passages = lambda examples, *rest: ([[{"id": "5", "text": "x"}]] * len(examples), None)
     examples, totals = [Example("q", "", [], judged=Judged({"5": 1}, "wikipedia_id"))] * 2, {}
     evaluator._evaluate_batch(examples, SimpleNamespace(task=make_task("kilt")), totals)
@@ -152,7 +152,7 @@ def evaluated(tmp_path, task, generation, answer, **flags):
     """What an evaluation measures of one answer, without the models that would write it."""
     config = parse_config(command_line(tmp_path, train_data=None, task=task, **flags), program="evaluate")
     session = SimpleNamespace(directory=tmp_path, device=torch.device("cpu"))
-    evaluator = Evaluator(config, SimpleNamespace(reader=object(), inputs=None), None, {}, session)
+    evaluator = Evaluator(config, SimpleNamespace(reader=object(), inputs=None, known=None), None, {}, session)
     evaluator._read = lambda *examples: [_Reading(generation, 0.0)]
     example, totals = Example("q", "", [answer]), {}
     (row,) = evaluator._evaluate_batch([example], SimpleNamespace(task=make_task(task)), totals)
