@@ -472,6 +472,7 @@ def _send_step(
             wait_for_gradients(atlas)
         elif dtype := devices.compute_dtype(settings.precision):
             lower_frozen(atlas.reader.requires_grad_(False), dtype)  # as a run does that evaluates
+            atlas.reader.requires_grad_(True)  # what is frozen would not read the target
         with LiveMemory() as live:
             if settings.training:
                 update(atlas, optimizers, batch, settings.precision)

@@ -225,3 +225,12 @@ def test_the_documented_tables(capsys):
     (line,) = (line for line in DOCS.splitlines() if line.startswith(f"| xl | 8, {presets} |"))
     assert line.split("|")[-2] == f" {total / GIB:.1f} "
     assert total + PASSAGES * PASSAGE_BYTES["flat (fp16)"] / 8 < 0.75 * 80e9
+
+
+@pytest.mark.processes
+def test_an_evaluation_reads_the_target_too():
+    settings = STEP._replace(training=False, precision="bf16")
+    short, long = (
+        fake_step(SHAPE, RETRIEVER, settings._replace(target_maxlength=n), 1, cuda=False).flops for n in (16, 32)
+    )
+    assert short < long
