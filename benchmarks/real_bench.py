@@ -49,7 +49,7 @@ class Row:
     name: str
     start: str = MINILM
     judged: tuple[str, ...] | None = None
-    questions: int = 1000
+    questions: int = 500
     flags: tuple[str, ...] = ()  # more flags of train.py
     labels: bool = False
     rerank: bool = False  # also measured in the order of the reader's judgement

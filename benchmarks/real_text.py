@@ -68,7 +68,7 @@ def groups() -> list[Group]:
     return [
         Group(
             "What is learnt, and from what",
-            "Trained on 1,000 questions.",
+            "Trained on 500 questions.",
             (
                 replace(START, rerank=True),
                 TRAINED,
@@ -88,7 +88,7 @@ def groups() -> list[Group]:
         Group(
             "How many questions",
             "From question and answer.",
-            (START, *(Row(f"{n:,} questions", judged=BOTH, questions=n) for n in (few, 1000, 2500, 8500))),
+            (START, *(Row(f"{n:,} questions", judged=BOTH, questions=n) for n in (few, 500, 1000, 2500))),
         ),
         Group(
             "How the reader judges",
