@@ -67,8 +67,7 @@ def rows(readers: Sequence[str], *, training: bool) -> Iterator[list[str]]:
     found = planners(readers, training=training)
     for name in ONES:
         for reader in readers:
-            planner = found[reader]
-            planner.machine = Machine(CARDS[name], gpus=1)
+            planner = found[reader].on(Machine(CARDS[name], gpus=1))
             best = best_training(planner, reader) if training else fitting(planner, reader, [(f,) for f in EVALUATED])
             start = [f"{CARDS[name].gigabytes} GB ({name})", reader]
             yield [*start, *(_said(planner, reader, *best) if best else ["none fits", *["–"] * (2 + training)])]

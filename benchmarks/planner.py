@@ -113,7 +113,13 @@ class Planner:
 
     def __init__(self, shapes: Shapes, machine: Machine, *, training: bool) -> None:
         self.shapes, self.machine, self.training = shapes, machine, training
-        self._steps: dict[Settings, Step] = {}
+        self._steps: dict[tuple[Settings, int], Step] = {}
+
+    def on(self, machine: Machine) -> "Planner":
+        """The same for another machine; they share their fake steps."""
+        other = Planner(self.shapes, machine, training=self.training)
+        other._steps = self._steps
+        return other
 
     def need(self, config: Config) -> Need:
         """Raises: ValueError if the index cannot be made; RuntimeError if the fake step crashes."""
@@ -160,11 +166,11 @@ class Planner:
     def _step(self, settings: Settings) -> Step:
         # These change what is held alone, for no update is the step's peak; and Adafactor reads values.
         settings = settings._replace(shard_optim=False, optimizer="adamw", offload_optimizer=False)
-        if settings not in self._steps:
-            ranks = self.machine.gpus if settings.shard_grads else 1
+        key = settings, self.machine.gpus if settings.shard_grads else 1
+        if key not in self._steps:
             retriever = self.shapes.retriever or BertConfig()
-            self._steps[settings] = memory.fake_step(self.shapes.reader, retriever, settings, ranks)
-        return self._steps[settings]
+            self._steps[key] = memory.fake_step(self.shapes.reader, retriever, *key)
+        return self._steps[key]
 
     def _held(self, settings: Settings, int8: bool) -> dict[str, int]:
         if self.training:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -76,24 +76,23 @@ class Kept:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.found: dict[str, dict] = json.loads(path.read_text()) if path and path.exists() else {}
+        kept = json.loads(path.read_text()) if path and path.exists() else {"figures": {}, "core_seconds": {}}
+        self.figures: dict[str, dict] = kept["figures"]  # of all questions, by recipe
+        self.core_seconds: dict[str, float] = kept["core_seconds"]  # of every run, by its name
 
-    def put(self, recipe: str, row: str, seconds: float, figures: dict[str, list[float]]) -> dict:
-        """Keep the figures of all questions, and what they took, and return both."""
-        self.found[recipe] = {"row": row, "core_seconds": round(seconds), **figures}
-        if self.path:
-            with replacing(self.path) as beside:
-                lines = (f"{json.dumps(key)}: {json.dumps(one)}" for key, one in sorted(self.found.items()))
-                beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        return self.found[recipe]
+    def measured(self, recipe: str, name: str, measure: Callable[[], dict[str, list[float]]]) -> dict:
+        """The figures of a recipe, measured unless they are there; kept with a name, for those who read the file."""
+        if recipe not in self.figures:
+            self.figures[recipe] = measure() | {"name": name}
+            if self.path:
+                with replacing(self.path) as beside:
+                    beside.write_text(json.dumps({"figures": self.figures, "core_seconds": self.core_seconds}))
+        return self.figures[recipe]
 
 
 @dataclass
 class Bench:
-    """Runs what is measured, once, and reads the results. `asked` questions are evaluated, of the split's first.
-
-    `spent`: core-seconds of the scripts that were run, or had been, since that was last set to 0.
-    """
+    """Runs what is measured, once, and reads the results. `asked` questions are evaluated, of the split's first."""
 
     home: Path
     asked: int
@@ -101,7 +100,6 @@ class Bench:
     split: str = "test"
     threads: int = 1
     kept: Kept = field(default_factory=lambda: Kept(None))
-    spent: float = 0.0
 
     def prepare(self) -> None:
         """Fetch texts and models, and write the questions to ask: those of an article one after the other."""
@@ -126,8 +124,8 @@ class Bench:
 
     def run(self, name: str, done: Path, *words: object) -> None:
         """Run a script, unless the same command has made `done`."""
-        log = self.home / "logs" / f"{name}.log"
-        self.spent += self.threads * run_once(log, done, *words, threads=self.threads)
+        seconds = run_once(self.home / "logs" / f"{name}.log", done, *words, threads=self.threads)
+        self.kept.core_seconds[name] = round(self.threads * seconds)
 
     def recipe(self, *facts: object) -> str:
         """A hash of everything that a figure depends on."""
@@ -166,45 +164,38 @@ class Bench:
     def search(self, row: Row, seed: int) -> Ranks:
         """Where each question's paragraph is found: by the row's retriever, with BM25, and in the reader's order."""
         recipe = self.recipe(self.asked, {name: value for name, value in asdict(row).items() if name != "name"}, seed)
-        found = self.kept.found.get(recipe)
-        if found is None:
-            self.spent = 0.0
-            ranks = dict(zip(Ranks._fields, self._search(row, seed), strict=False))
-            found = self.kept.put(recipe, row.key(seed), self.spent, {kind: list(r) for kind, r in ranks.items()})
+        found = self.kept.measured(recipe, row.key(seed), lambda: self._search(row, seed))
         return Ranks(*(np.array(found[kind]) for kind in Ranks._fields if kind in found))
 
-    def _search(self, row: Row, seed: int) -> list[list[int]]:
-        name, index, model = row.key(seed), self.index(row, seed), self.model(row, seed)
-        fused = (*model, "--load_index_path", index, *FUSED)
-        found = [
-            self._ranks(f"{name}-alone", *model, "--passages", self.data / "corpus.jsonl", "--save_index_path", index),
-            self._ranks(f"{name}-fused", *fused),
-        ]
+    def _search(self, row: Row, seed: int) -> dict[str, list[int]]:
+        name, (alone, saved) = row.key(seed), self._alone(row, seed)
+        fused = (*saved, *FUSED)
+        found = {"alone": alone, "fused": self._ranks(f"{name}-fused", *fused)}
         if row.rerank:
             reranked = (*fused, *RERANKED, *self.reader)
             results = self._results(f"{self.split}-{self.asked}-{name}-fused", self.asked)
             asked = ("--eval_data", self.home / f"{self.split}-{self.asked}.jsonl")
             self._judge(f"judge-{self.split}-{name}", results, RERANKED[1], *reranked, *asked)
-            found.append(self._ranks(f"{name}-reranked", *reranked))
+            found["reranked"] = self._ranks(f"{name}-reranked", *reranked)
         return found
+
+    def _alone(self, row: Row, seed: int) -> tuple[list[int], tuple[object, ...]]:
+        """The ranks by a row's retriever, and flags that name it and the index that is saved on the way."""
+        name, model, index = row.key(seed), self.model(row, seed), self.home / "indices" / row.key(seed)
+        corpus = ("--passages", self.data / "corpus.jsonl", "--save_index_path", index)
+        return self._ranks(f"{name}-alone", *model, *corpus), (*model, "--load_index_path", index)
 
     def model(self, row: Row, seed: int) -> tuple[object, ...]:
         """Flags that name a row's retriever."""
         trained = ("--model_path", self.train(row, seed)) if row.trained else ()
         return "--retriever_model_path", self.data / row.start, *trained
 
-    def index(self, row: Row, seed: int) -> Path:
-        """The saved index of a row's passages, which `search` makes."""
-        return self.home / "indices" / row.key(seed)
-
     def bm25(self) -> Ranks:
         """The same for BM25 alone."""
+        flags = ("--retriever_model_path", self.data / MINILM, "--passages", self.data / "corpus.jsonl")
+        flags += ("--bm25_weight", "1")
         recipe = self.recipe(self.asked, "bm25")
-        if (found := self.kept.found.get(recipe)) is None:
-            self.spent = 0.0
-            model = ("--retriever_model_path", self.data / MINILM, "--passages", self.data / "corpus.jsonl")
-            ranks = self._ranks("bm25", *model, "--bm25_weight", "1")
-            found = self.kept.put(recipe, "bm25", self.spent, {"alone": ranks})
+        found = self.kept.measured(recipe, "bm25", lambda: {"alone": self._ranks("bm25", *flags)})
         return Ranks(np.array(found["alone"]))
 
     def _ranks(self, name: str, *flags: object) -> list[int]:
@@ -234,16 +225,9 @@ class Bench:
     ) -> dict[str, np.ndarray]:
         """What the language model answers with the passages of a row, after so many examples: metric to (n,)."""
         recipe = self.recipe("answers", self.answered, asdict(row) if row else None, flags, shots, seed)
-        if (found := self.kept.found.get(recipe)) is None:
-            self.spent = 0.0
-            pairs = self._answers(f"answers-{key_of(name)}-{shots}-{seed}", row, flags, shots, seed)
-            found = {
-                "exact match": [int(exact_match(*pair)) for pair in pairs],
-                "F1": [round(f1(*pair), 3) for pair in pairs],
-                "answer contained": [int(contained(*pair)) for pair in pairs],
-            }
-            found = self.kept.put(recipe, f"{name} {shots} {seed}", self.spent, found)
-        return {name: np.array(found[name], float) for name in ("exact match", "F1", "answer contained")}
+        name = f"answers-{key_of(name)}-{shots}-{seed}"
+        found = self.kept.measured(recipe, name, lambda: scores(self._answers(name, row, flags, shots, seed)))
+        return {metric: np.array(found[metric], float) for metric in METRICS}
 
     def _answers(
         self, name: str, row: Row | None, flags: Sequence[object], shots: int, seed: int
@@ -251,7 +235,7 @@ class Bench:
         """Each answer, and the right ones."""
         steps, model = SHOT_EPOCHS * shots // BATCH, self.reader[:2]
         if row is not None:
-            flags = (*self.model(row, 0), "--load_index_path", self.index(row, 0), *flags)
+            flags = (*self._alone(row, 0)[1], *flags)
         if shots:
             self.run(
                 *(f"tune-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", "train.py", *READING),
@@ -307,7 +291,15 @@ def ndcg(ranks: np.ndarray, k: int = 10) -> np.ndarray:
     return np.where((ranks > 0) & (ranks <= k), 1 / np.log2(np.maximum(ranks, 1) + 1), 0.0)
 
 
+def scores(pairs: Sequence[tuple[str, list[str]]]) -> dict[str, list[float]]:
+    """Each of the `METRICS` of answers, each with the right ones."""
+    return {metric: [round(float(score(*pair)), 3) for pair in pairs] for metric, score in METRICS.items()}
+
+
 def contained(generation: str, answers: Sequence[str]) -> bool:
     """Whether an answer stands somewhere in what was written, both normalized as for exact match."""
     said = f" {normalize_answer(generation)} "
     return any(f" {normalize_answer(answer)} " in said for answer in answers)
+
+
+METRICS = {"exact match": exact_match, "F1": f1, "answer contained": contained}

@@ -185,7 +185,7 @@ def page(home: Path, threads: int, kept: Kept) -> str:
         "the same, fused with BM25": Way(TRAINED, FUSED),
     }
     parts += ["## Answers", ANSWERS, answers_table(bench, retrievers, 3, (0, SHOTS))]
-    hours = sum(one["core_seconds"] for one in kept.found.values()) / 3600
+    hours = sum(kept.core_seconds.values()) / 3600
     parts.append(f"All of this took {hours:.1f} core-hours.")
     return "\n\n".join(parts) + "\n"
 

@@ -21,8 +21,9 @@ def run_once(log: Path, done: Path, *words: object, threads: int = 1) -> float:
     """
     command = [sys.executable, *map(str, words)]
     line = f"$ {shlex.join(command).replace(sys.executable, 'python')}\n"
-    if done.exists() and log.exists() and (text := log.read_text()).startswith(line):
-        return float(text.rsplit("\nseconds: ", 1)[-1])
+    text, _, took = log.read_text().rpartition("\nseconds: ") if log.exists() else ("", "", "")
+    if done.exists() and text.startswith(line):
+        return float(took)
     print(line, end="", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:

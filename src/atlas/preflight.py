@@ -221,10 +221,9 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
     yield "int8_reader", config.model.uses_reader and not trains, "in training, nor without a reader"
     yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
-    judges = (
-        training.train_retriever and training.freeze_reader if trains else config.model.rerank_by_reader is not None
-    )
-    judges = judges or (not trains and config.run.write_evidence)
+    judges = config.model.rerank_by_reader is not None or config.run.write_evidence
+    if trains:
+        judges = training.train_retriever and training.freeze_reader
     yield "cache_judgements", judges, "where no reader that does not learn judges passages"
     yield "gold_question_weight", training.gold_score_mode == "question", "without --gold_score_mode question"
     yield "shard_grads", not training.freeze_reader, "with --freeze_reader: the reader has no gradients to share"

@@ -52,6 +52,8 @@ def log_likelihoods(
         keys = [known.key(*parts_of_row, temperature) for parts_of_row in zip(*parts, strict=True)]
         recalled, left = known.recall(keys, rows.labels.shape[1])
         found = devices.move(torch.from_numpy(recalled), device)
+        if not len(left):
+            return found
     same = _same(rows)
     for some, width in calls_by_length(left[np.argsort(same[left])], rows.lengths, AT_ONCE, longest, device):
         of_call = rows.at(some, width)

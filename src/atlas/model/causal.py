@@ -56,14 +56,7 @@ class CausalReader(nn.Module):
         ids = torch.cat([ids, answers], dim=1)
         # The last place of a prompt without any token is attended to, so that its logits are finite.
         mask = torch.cat([mask[:, :-1], torch.ones_like(decoder_ids, dtype=torch.bool)], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return self(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=decoder_ids.shape[1],
-        ).logits
+        return self._continued(ids, mask, None, decoder_ids.shape[1])
 
     def begin(self, hidden: Tensor, mask: Tensor) -> Begun:
         """Compute prompts that several answers stand behind: (u, S, 1), (u, S). Without gradients."""
@@ -82,16 +75,19 @@ class CausalReader(nn.Module):
         mask = torch.cat([begun.mask[which], torch.ones_like(answers, dtype=torch.bool)], dim=1)
         return torch.cat([first, self._continued(answers, mask, cache, answers.shape[1])], dim=1)
 
-    def _continued(self, ids: Tensor, mask: Tensor, cache: DynamicCache, last: int) -> Tensor:
+    def _continued(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, last: int) -> Tensor:
         """Logits of the last tokens of ids, (n, T) -> (n, last, V), behind those of the cache; mask: (n, S) of all."""
-        name = "cache" if "cache" in signature(self.forward).parameters else "past_key_values"  # of older versions
+        kept: dict[str, DynamicCache] = {}
+        if cache is not None:
+            older = "cache" not in signature(self.forward).parameters
+            kept = {"past_key_values" if older else "cache": cache}
         return self(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
             logits_to_keep=last,
-            use_cache=True,
-            **{name: cache},
+            use_cache=cache is not None,
+            **kept,
         ).logits
 
     @torch.no_grad()
