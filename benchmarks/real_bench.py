@@ -4,7 +4,10 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +20,7 @@ from benchmarks.runs import run_once
 
 DEPTHS = (1, 5, 20)
 QA = ("--task", "qa", "--qa_prompt_format", "{question}")
-READING = (*QA, "--text_maxlength", "256", "--no-chat_template", "--precision", "bf16", "--embedder_precision", "bf16")
+READING = (*QA, "--text_maxlength", "256", "--no-chat_template")
 BATCH, EPOCHS, JUDGED = 8, 2, 12
 # Chosen on dev.jsonl.
 TRAINING = (
@@ -37,6 +40,7 @@ TUNING = (
     *("--warmup_steps", "3", "--dropout", "0", "--shuffle", "--target_maxlength", "32"),
 )
 ANSWERING = ("--n_context", "3", "--retriever_n_context", "3", "--generation_max_length", "32")
+WORDS, MASKED = 8, re.compile(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: [A-Z][\w'-]+)*|\d[\d,.]*\d|\d)")  # of a cloze question
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Row:
     questions: int = 500
     flags: tuple[str, ...] = ()  # more flags of train.py
     labels: bool = False
+    cloze: bool = False  # sentences of the training passages with a masked name or number, in the place of questions
     rerank: bool = False  # also measured in the order of the reader's judgement
 
     @property
@@ -60,7 +65,7 @@ class Row:
 
     def key(self, seed: int) -> str:
         """Its name in file names."""
-        return key_of(f"{self.name} {self.questions} {seed}")
+        return key_of(f"{self.name} {self.questions} {seed}") if self.trained else self.start
 
 
 class Ranks(NamedTuple):
@@ -71,35 +76,49 @@ class Ranks(NamedTuple):
     reranked: np.ndarray | None = None  # fused, and the first 20 in the order of the reader's judgement
 
 
-class Kept:
-    """What was measured, in a file: the same recipe is not run again, on whichever machine it was."""
+class NotMeasured(Exception):
+    """A figure is not there, and nothing may be run."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+
+class Kept:
+    """What was measured, in a file: the same recipe is not run again, on whichever machine it was. `only`: none is."""
+
+    def __init__(self, path: Path | None, only: bool = False) -> None:
+        self.path, self.only = path, only
         kept = json.loads(path.read_text()) if path and path.exists() else {"figures": {}, "core_seconds": {}}
         self.figures: dict[str, dict] = kept["figures"]  # of all questions, by recipe
         self.core_seconds: dict[str, float] = kept["core_seconds"]  # of every run, by its name
+        self.writing = threading.Lock()
 
     def measured(self, recipe: str, name: str, measure: Callable[[], dict[str, list[float]]]) -> dict:
         """The figures of a recipe, measured unless they are there; kept with a name, for those who read the file."""
         if recipe not in self.figures:
-            self.figures[recipe] = measure() | {"name": name}
-            if self.path:
-                with replacing(self.path) as beside:
-                    beside.write_text(json.dumps({"figures": self.figures, "core_seconds": self.core_seconds}))
+            if self.only:
+                raise NotMeasured(name)
+            figures = measure() | {"name": name}
+            with self.writing:
+                self.figures[recipe] = figures
+                if self.path:
+                    with replacing(self.path) as beside:
+                        beside.write_text(json.dumps({"figures": self.figures, "core_seconds": self.core_seconds}))
         return self.figures[recipe]
 
 
 @dataclass
 class Bench:
-    """Runs what is measured, once, and reads the results. `asked` questions are evaluated, of the split's first."""
+    """Runs what is measured, once, and reads the results. `asked` questions are evaluated, of the split's first.
+
+    Several threads may measure at a time: what two of them need, the second one waits for.
+    """
 
     home: Path
     asked: int
     answered: int
     split: str = "test"
-    threads: int = 1
+    precision: str = "bf16"
+    threads: int = 1  # of each run
     kept: Kept = field(default_factory=lambda: Kept(None))
+    one_at_a_time: dict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
     def prepare(self) -> None:
         """Fetch texts and models, and write the questions to ask: those of an article one after the other."""
@@ -119,46 +138,53 @@ class Bench:
         return self.home / "data"
 
     @property
+    def reading(self) -> tuple[object, ...]:
+        return *READING, "--precision", self.precision, "--embedder_precision", self.precision
+
+    @property
     def reader(self) -> tuple[object, ...]:
         return "--reader_model_type", self.data / "smollm2", "--cache_judgements", self.home / "judgements.sqlite"
 
     def run(self, name: str, done: Path, *words: object) -> None:
         """Run a script, unless the same command has made `done`."""
-        seconds = run_once(self.home / "logs" / f"{name}.log", done, *words, threads=self.threads)
-        self.kept.core_seconds[name] = round(self.threads * seconds)
+        with self.one_at_a_time[name]:
+            seconds = run_once(self.home / "logs" / f"{name}.log", done, *words, threads=self.threads)
+            self.kept.core_seconds[name] = round(self.threads * seconds)
 
     def recipe(self, *facts: object) -> str:
         """A hash of everything that a figure depends on."""
-        how = READING, TRAINING, RATE, BATCH, EPOCHS, FUSED, RERANKED, TUNING, SHOT_EPOCHS, ANSWERING, self.split
+        how = self.reading, TRAINING, RATE, BATCH, EPOCHS, FUSED, RERANKED, TUNING, SHOT_EPOCHS, ANSWERING, self.split
         return hashlib.sha256(repr((how, facts)).encode()).hexdigest()[:16]
 
     # ---- retrieval
 
     def train(self, row: Row, seed: int) -> Path:
         """The directory of a run that trains a row's retriever."""
-        name, steps, examples = row.key(seed), EPOCHS * row.questions // BATCH, self.examples(row.questions, seed)
-        flags = (
-            *(*TRAINING, *self.reader, "--train_data", examples, "--passages", self.data / "corpus.jsonl"),
-            *("--retriever_model_path", self.data / row.start, "--lr_retriever", RATE[row.start]),
-            *(row.judged or ()),
-        )
+        name, steps, examples = row.key(seed), EPOCHS * row.questions // BATCH, self.examples(row, seed)
+        start = self._alone(Row("start", row.start), seed)[1]
+        flags = (*TRAINING, *self.reader, "--train_data", examples, *start, "--lr_retriever", RATE[row.start])
+        flags += row.judged or ()
         if QUESTION[1] in flags:
-            self._judge_examples(f"judge-{name}", examples, row.start, *flags)
+            self._judge_examples(f"judge-{row.start}-{examples.stem}", examples, start, *flags)
         script = ("-m", "benchmarks.from_labels") if row.labels else ("train.py",)
         self.run(
-            *(f"train-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", *script, *READING, *flags),
+            *(f"train-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", *script, *self.reading, *flags),
             *("--name", name, "--checkpoint_dir", self.home / "runs", "--restart", "--seed", seed),
             *("--total_steps", steps, "--save_freq", steps, "--log_freq", max(1, steps // 20)),
-            *("--refresh_index", max(1, steps // 4), *row.flags),
+            *("--refresh_index", -(-steps // 4), *row.flags),
         )
         return self.home / "runs" / name
 
-    def examples(self, n: int, seed: int) -> Path:
-        """A file of n training questions, which the seed draws, each with one of its answers as the target."""
-        path = self.home / f"train-{n}-{seed}.jsonl"
-        lines = self._lines("train")
-        random.Random(seed).shuffle(lines)
-        write(path, [line | {"target": line["answers"][0]} for line in lines[:n]])
+    def examples(self, row: Row, seed: int) -> Path:
+        """A file of a row's training questions, which the seed draws, each with one of its answers as the target."""
+        rng, lines = random.Random(seed), self._lines("train")
+        if row.cloze:
+            passages = {line["metadata"]["passage"]: line["passages"][0] for line in lines}
+            lines = [line for passage in passages.values() for line in cloze(passage, rng)]
+        rng.shuffle(lines)
+        path = self.home / f"{'cloze' if row.cloze else 'train'}-{row.questions}-{seed}.jsonl"
+        with self.one_at_a_time[path.name]:
+            write(path, [line | {"target": line["answers"][0]} for line in lines[: row.questions]])
         return path
 
     def search(self, row: Row, seed: int) -> Ranks:
@@ -203,20 +229,19 @@ class Bench:
         self._evaluate(name, self.asked, "--retrieve_only", "--n_context", max(DEPTHS), *flags)
         return [rank_in(line) for line in JsonlCorpus(self._results(name, self.asked))]
 
-    def _judge_examples(self, name: str, examples: Path, start: str, *flags: object) -> None:
+    def _judge_examples(self, name: str, examples: Path, start: Sequence[object], *flags: object) -> None:
         """Let the reader judge what the start finds for the examples."""
         found = self.home / "runs" / name / f"{examples.stem}-step-0.jsonl"
-        model = ("--retriever_model_path", self.data / start, "--passages", self.data / "corpus.jsonl")
         where = ("--name", name, "--checkpoint_dir", self.home / "runs", "--eval_data", examples)
         search = ("--retrieve_only", "--per_gpu_batch_size", 64, "--write_results", "--bm25_weight", "0.5")
-        self.run(f"{name}-found", found, "evaluate.py", *READING, *model, *where, *search, "--n_context", JUDGED)
+        self.run(f"{name}-found", found, "evaluate.py", *self.reading, *start, *where, *search, "--n_context", JUDGED)
         self._judge(name, found, JUDGED, *flags)
 
     def _judge(self, name: str, results: Path, k: int | str, *flags: object) -> None:
         """Let the reader judge the first k passages of each question of a result file, passage by passage."""
         where = ("--name", name, "--checkpoint_dir", self.home / "runs")
         done = results.with_suffix(".judged")
-        self.run(name, done, "-m", "benchmarks.judge", results, k, *READING, *flags, *where)
+        self.run(name, done, "-m", "benchmarks.judge", results, k, *self.reading, *flags, *where)
 
     # ---- answers
 
@@ -237,11 +262,12 @@ class Bench:
         if row is not None:
             flags = (*self._alone(row, 0)[1], *flags)
         if shots:
+            examples = self.examples(Row("", questions=shots), seed)
             self.run(
-                *(f"tune-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", "train.py", *READING),
-                *(*TUNING, *ANSWERING, *model, "--train_data", self.examples(shots, seed), "--total_steps", steps),
-                *("--save_freq", steps, "--log_freq", 4, "--name", name, "--checkpoint_dir", self.home / "runs"),
-                *("--restart", "--seed", seed, *flags),
+                *(f"tune-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", "train.py", *self.reading),
+                *(*TUNING, *ANSWERING, *model, "--train_data", examples, "--total_steps", steps, "--save_freq", steps),
+                *("--log_freq", 4, "--name", name, "--checkpoint_dir", self.home / "runs", "--restart", "--seed", seed),
+                *flags,
             )
             model = (*model, "--model_path", self.home / "runs" / name)
         name = f"{self.split}-{self.answered}-{name}"
@@ -252,7 +278,7 @@ class Bench:
         asked = self.home / f"{self.split}-{n}.jsonl"
         where = ("--name", name, "--checkpoint_dir", self.home / "runs", "--eval_data", asked, "--write_results")
         batch = ("--per_gpu_batch_size", 64 if "--retrieve_only" in flags else 8)
-        self.run(name, self._results(name, n), "evaluate.py", *READING, *batch, *where, *flags)
+        self.run(name, self._results(name, n), "evaluate.py", *self.reading, *batch, *where, *flags)
 
     def _results(self, name: str, n: int) -> Path:
         return self.home / "runs" / name / f"{self.split}-{n}-step-0.jsonl"
@@ -262,6 +288,29 @@ class Bench:
         passages = {passage["id"]: passage for passage in JsonlCorpus(self.data / "corpus.jsonl")}
         lines = JsonlCorpus(self.data / f"{split}.jsonl")
         return [line | {"passages": [passages[line["metadata"]["passage"]]]} for line in lines]
+
+
+def all_at_once(jobs: int, tasks: Iterable[Callable[[], object]]) -> None:
+    """Run tasks in this order, so many at a time. One that fails ends all, but what runs already is waited for."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in [pool.submit(task) for task in tasks]:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def cloze(passage: dict, rng: random.Random) -> list[dict]:
+    """Sentences of a passage, each with a name or a number masked, as questions that it answers."""
+    lines = []
+    for i, sentence in enumerate(re.split(r"(?<=[.!?]) +(?=[A-Z])", passage["text"])):
+        if len(sentence.split()) >= WORDS and (spans := list(MASKED.finditer(sentence))):
+            span = rng.choice(spans)
+            question = f"{sentence[: span.start()]}___{sentence[span.end() :]}"
+            of_passage = {"metadata": {"passage": passage["id"]}, "passages": [passage]}
+            lines.append({"id": f"{passage['id']}-{i}", "question": question, "answers": [span.group()]} | of_passage)
+    return lines
 
 
 def key_of(name: str) -> str:

@@ -1,38 +1,50 @@
 """What a language model's judgement teaches a retriever on real text: Wikipedia's paragraphs and SQuAD's questions.
 
     make real                                 the headline rows on one seed: at most an hour on two cores
-    python -m benchmarks.real_text --all      every row on all seeds; writes docs/real-text.md
+    python -m benchmarks.real_text --all      every row on --seeds seeds; writes docs/real-text.md
 
 Everything is done by the scripts: prepare_real.py, train.py, evaluate.py. What was run is kept in --directory and not
 run again, and all runs share what the language model thinks of a passage (--cache_judgements). The figures of --all are
-in --results as well: rows that are there are not run at all. Settings were chosen on questions of dev.jsonl, about
-articles that no training or test question is about, and are frozen in real_bench.py. Differences are tested by randomly
-flipping the signs of the questions' differences.
+in --results as well: rows that are there are not run at all, so that a page can be made on several machines, and
+--kept_only writes what there is so far. Settings were chosen on questions of dev.jsonl, about articles that no training
+or test question is about, and are frozen in real_bench.py. Differences are tested by randomly flipping the signs of the
+questions' differences.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from atlas.runtime.device import available_cores
+import numpy as np
+import torch
+
+from atlas.runtime.device import available_cores, cpu_prefers_bf16
 from benchmarks.compressed import table
 from benchmarks.evidence import percent, significance, verdict
 from benchmarks.real_bench import (
     BOTH,
     DEPTHS,
     FUSED,
+    METRICS,
     QUESTION,
     RESET,
     SHOTS,
     Bench,
     Kept,
+    NotMeasured,
+    Ranks,
     Row,
+    all_at_once,
     ndcg,
     recall,
 )
+
+Found = TypeVar("Found")
+Measure = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,23 @@ seeds, which draw the questions; p compares recall@1 with the first row, by rand
 differences."""  # noqa: E501
 ANSWERS = """What the language model answers when it is given no passage, three passages, or the right one; before, and after it was
 trained on 64 questions (all weights)."""  # noqa: E501
+
+
+class Way(NamedTuple):
+    """Where the passages that the language model is given come from: of a row's index, or as the flags say."""
+
+    row: Row | None
+    flags: tuple[object, ...] = ()
+
+
 START, RESET_START = Row("MiniLM as it is"), Row("last two layers reset", RESET)
 TRAINED = Row("both encoders, from question and answer", judged=BOTH, rerank=True)
+RETRIEVERS = {
+    "three passages of BM25": Way(START, ("--bm25_weight", "1")),
+    "three passages of MiniLM": Way(START),
+    "three of the trained retriever": Way(TRAINED),
+    "the same, fused with BM25": Way(TRAINED, FUSED),
+}
 
 
 def groups() -> list[Group]:
@@ -116,22 +143,47 @@ def groups() -> list[Group]:
     ]
 
 
+def if_measured(measure: Callable[[], Found]) -> Found | None:
+    """What is measured, or None where it is not and nothing may be run."""
+    try:
+        return measure()
+    except NotMeasured:
+        return None
+
+
+def of_seeds(bench: Bench, row: Row, seeds: int) -> list[Ranks]:
+    """Of each seed that is there."""
+    found = (if_measured(partial(bench.search, row, seed)) for seed in range(seeds if row.trained else 1))
+    return [one for one in found if one is not None]
+
+
+def firsts(found: Sequence[Ranks]) -> list[np.ndarray]:
+    """Whether each question's paragraph is first, by seed."""
+    return [recall(one.alone, 1) for one in found]
+
+
 def retrieval_table(bench: Bench, group: Group, seeds: int) -> str:
     """Recall and nDCG of each row, and how certain the difference of recall@1 from the first row is."""
     start, lines, rerank = None, [], any(row.rerank for row in group.rows)
     for row in group.rows:
-        found = [bench.search(row, seed) for seed in range(min(seeds, group.seeds) if row.trained else 1)]
-        cells = [row.name, *(percent([recall(one.alone, k) for one in found]) for k in DEPTHS)]
+        if not (found := of_seeds(bench, row, min(seeds, group.seeds))):
+            continue
+        cells = [
+            row.name,
+            str(len(found)) if row.trained else "",
+            *(percent([recall(one.alone, k) for one in found]) for k in DEPTHS),
+        ]
         cells.append(percent([ndcg(one.alone) for one in found]))
         cells.append(percent([recall(one.fused, 1) for one in found]))
         if rerank:
             cells.append(percent([recall(one.reranked, 1) for one in found]) if row.rerank else "")
-        firsts = [recall(one.alone, 1) for one in found]
-        cells.append("" if start is None else verdict(significance(firsts, start)))
-        start = firsts if start is None else start
+        cells.append("" if start is None else verdict(significance(firsts(found), start)))
+        start = firsts(found) if start is None else start
         lines.append(cells)
     more = ["@1 fused and reranked"] if rerank else []
-    return table(["", *(f"recall@{k}" for k in DEPTHS), "nDCG@10", "@1 fused with BM25", *more, "p (recall@1)"], lines)
+    return table(
+        ["", "seeds", *(f"recall@{k}" for k in DEPTHS), "nDCG@10", "@1 fused with BM25", *more, "p (recall@1)"], lines
+    )
 
 
 def bm25_line(bench: Bench) -> str:
@@ -140,52 +192,62 @@ def bm25_line(bench: Bench) -> str:
     return f"BM25 alone: recall@1, 5 and 20 of {at}, nDCG@10 of {100 * ndcg(ranks).mean():.1f}."
 
 
-class Way(NamedTuple):
-    """Where the passages that the language model is given come from: of a row's index, or as the flags say."""
-
-    row: Row | None
-    flags: tuple[object, ...] = ()
-
-
-def answers_table(bench: Bench, retrievers: dict[str, Way], seeds: int, shots: Sequence[int]) -> str:
-    """Exact match, F1 and answer contained, by what the language model is given and after how many examples."""
+def answers_of(bench: Bench, retrievers: dict[str, Way], shots: Sequence[int], seeds: int) -> dict[str, list[Measure]]:
+    """What has to be measured for a table of answers: by its row, one for each seed."""
     ways = {"book closed": Way(None, ("--closed_book",))} | retrievers
     ways["the right paragraph"] = Way(None, ("--use_file_passages", "--n_context", "1"))
+    return {
+        f"{name}, {n or 'no'} examples": [
+            partial(bench.answers, name, way.row, *way.flags, shots=n, seed=seed) for seed in range(seeds if n else 1)
+        ]
+        for name, way in ways.items()
+        for n in shots
+    }
+
+
+def answers_table(rows: dict[str, list[Measure]]) -> str:
+    """Exact match, F1 and answer contained, by what the language model is given and after how many examples."""
     lines = []
-    for name, way in ways.items():
-        for n in shots:
-            runs = range(seeds if n else 1)
-            measured = [bench.answers(name, way.row, *way.flags, shots=n, seed=seed) for seed in runs]
-            cells = [percent([one[key] for one in measured]) for key in measured[0]]
-            lines.append([f"{name}, {n} examples" if n else f"{name}, no examples", *cells])
-    return table(["", "exact match", "F1", "answer contained"], lines)
+    for name, seeds in rows.items():
+        if measured := [one for one in map(if_measured, seeds) if one is not None]:
+            lines.append([name, str(len(measured)), *(percent([one[key] for one in measured]) for key in METRICS)])
+    return table(["", "seeds", *METRICS], lines)
 
 
-def headline(home: Path, threads: int) -> str:
+def headline(bench: Bench, jobs: int) -> str:
     """What `make real` prints."""
-    bench = Bench(home, asked=500, answered=100, threads=threads)
     bench.prepare()
-    row = Row("both encoders, from the question alone", judged=QUESTION, questions=250, rerank=True)
-    found = retrieval_table(bench, Group("", "", (START, row)), 1)
-    answers = answers_table(bench, {"three passages": Way(row, FUSED)}, 1, (SHOTS,))
-    return "\n\n".join([bm25_line(bench), found, answers])
+    row = Row("both encoders, from the question alone", judged=QUESTION, rerank=True)
+    answers = answers_of(bench, {"three passages": Way(row, FUSED)}, (SHOTS,), 1)
+    search = [partial(bench.search, one, 0) for one in (START, row)]
+    all_at_once(jobs, [search[1], *(measure for seeds in answers.values() for measure in seeds), search[0], bench.bm25])
+    return "\n\n".join(
+        [bm25_line(bench), retrieval_table(bench, Group("", "", (START, row)), 1), answers_table(answers)]
+    )
 
 
-def page(home: Path, threads: int, kept: Kept) -> str:
+def everything(bench: Bench, answers: dict[str, list[Measure]], seeds: int) -> Iterator[Measure]:
+    """All that the page needs, of the first seed first."""
+    yield bench.bm25
+    for seed in range(seeds):
+        for group in groups():
+            yield from (
+                partial(bench.search, row, seed) for row in group.rows if seed < (group.seeds if row.trained else 1)
+            )
+        yield from (of_seed for row in answers.values() for of_seed in row[seed : seed + 1])
+
+
+def page(bench: Bench, jobs: int, seeds: int) -> str:
     """The text of docs/real-text.md."""
-    bench = Bench(home, asked=1000, answered=300, threads=threads, kept=kept)
-    bench.prepare()
+    answers = answers_of(bench, RETRIEVERS, (0, SHOTS), seeds)
+    if not bench.kept.only:
+        bench.prepare()
+        all_at_once(jobs, everything(bench, answers, seeds))
     parts = [INTRODUCTION.format(asked=bench.asked), bm25_line(bench)]
     for group in groups():
-        parts += [f"## {group.title}", group.text, retrieval_table(bench, group, 3)]
-    retrievers = {
-        "three passages of BM25": Way(START, ("--bm25_weight", "1")),
-        "three passages of MiniLM": Way(START),
-        "three of the trained retriever": Way(TRAINED),
-        "the same, fused with BM25": Way(TRAINED, FUSED),
-    }
-    parts += ["## Answers", ANSWERS, answers_table(bench, retrievers, 3, (0, SHOTS))]
-    hours = sum(kept.core_seconds.values()) / 3600
+        parts += [f"## {group.title}", group.text, retrieval_table(bench, group, seeds)]
+    parts += ["## Answers", ANSWERS, answers_table(answers)]
+    hours = sum(bench.kept.core_seconds.values()) / 3600
     parts.append(f"All of this took {hours:.1f} core-hours.")
     return "\n\n".join(parts) + "\n"
 
@@ -193,16 +255,24 @@ def page(home: Path, threads: int, kept: Kept) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("real"), help="where all runs are kept (real)")
-    parser.add_argument("--all", action="store_true", help="every row, on three seeds; write the page")
+    parser.add_argument("--all", action="store_true", help="every row; write the page")
+    parser.add_argument("--seeds", type=int, default=3, help="of --all (3)")
+    parser.add_argument("--kept_only", action="store_true", help="with --all: run nothing, leave out what is missing")
     parser.add_argument("--results", type=Path, default=Path("docs/real-text.json"), help="figures of --all")
     parser.add_argument("--output", type=Path, default=Path("docs/real-text.md"), help="the page of --all")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="of each run (all cores)")
+    parser.add_argument("--jobs", type=int, default=min(2, available_cores()), help="runs at a time (2, or 1)")
+    fast = "bf16" if cpu_prefers_bf16(torch.device("cpu")) else "fp32"
+    parser.add_argument("--precision", default=fast, help=f"of all runs ({fast}, the faster one on this CPU)")
     options = parser.parse_args()
+    threads = max(1, available_cores() // options.jobs)
     if options.all:
-        options.output.write_text(page(options.directory, options.threads, Kept(options.results)), encoding="utf-8")
+        kept = Kept(options.results, options.kept_only)
+        bench = Bench(options.directory, 1000, 300, precision=options.precision, threads=threads, kept=kept)
+        options.output.write_text(page(bench, options.jobs, options.seeds), encoding="utf-8")
         print(options.output)
     else:
-        print(headline(options.directory, options.threads))
+        bench = Bench(options.directory, 500, 100, precision=options.precision, threads=threads)
+        print(headline(bench, options.jobs))
 
 
 if __name__ == "__main__":
