@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import atlas
 import export_huggingface
 from atlas import config, preflight
+from atlas.checkpoint import load_checkpoint
 from atlas.config import parse_config
+from atlas.model.adapters import merge_saved
 from atlas.model.causal import CausalReader
 from atlas.model.inputs import Inputs
 from atlas.model.interface import Reader
@@ -564,13 +567,44 @@ def test_a_frozen_reader_judges_and_does_not_learn(tmp_path, reader):
     reader = language_model() if reader is None else world() / reader
     directory = run(tmp_path, **read_with(**flags, reader_model_type=reader))
     saved = load_file(directory / "checkpoint/latest/model.safetensors")
-    for name, parameter in load_reader(str(reader), dropout=None).named_parameters():
-        assert torch.equal(saved[f"reader.{name}"], parameter)
+    assert not any(name.startswith("reader.") for name in saved)  # it is named instead
+    assert load_checkpoint(directory).bases["reader"].model == str(reader)
     start = load_file(world() / "models/retriever/model.safetensors")
     name = "embeddings.word_embeddings.weight"
     assert not torch.equal(saved[f"retriever.contriever.{name}"], start[name])
     moments = load_file(directory / "checkpoint/latest/optimizer.safetensors")
     assert {key.split("/")[0] for key in moments} == {"retriever", "skipped"}
+
+
+@pytest.mark.parametrize("reader", ["models/reader", None])
+def test_a_frozen_reader_is_named_by_checkpoints_or_else_saved_by_them(tmp_path, reader):
+    """Of a checkpoint, it is saved again, as that may go. Resuming, evaluating and exporting find it either way."""
+    reader = language_model() if reader is None else world() / reader
+    flags = read_with(train_retriever=True, freeze_reader=True, total_steps=4, eval_data=None, reader_model_type=reader)
+    straight = run(tmp_path, name="straight", **flags)
+    run(tmp_path, name="stopped", **flags | {"total_steps": 2})
+    resumed = run(tmp_path, name="stopped", **flags)
+    weights = [load_file(one / "checkpoint/latest/model.safetensors") for one in (straight, resumed)]
+    assert_close(*weights, rtol=0, atol=0)
+    taught = run(tmp_path, name="taught", **read_with(total_steps=1, eval_data=None, reader_model_type=reader))
+    of_taught = run(tmp_path, name="of_taught", model_path=taught, **flags | {"save_freq": 2, "keep_checkpoints": 1})
+    once = load_file(taught / "checkpoint/latest/model.safetensors")
+    again = load_file(of_taught / "checkpoint/latest/model.safetensors")
+    kept = {name: weight for name, weight in again.items() if name.startswith("reader.")}
+    assert_close(kept, {name: once[name] for name in kept}, rtol=0, atol=0)
+    shutil.rmtree(taught)
+    asked = {"train_data": None, "total_steps": None, "freeze_reader": None, "train_retriever": None}
+    asked = flags | asked | {"eval_data": world() / "dev.jsonl"}
+    for one, expected in ((resumed, load_reader(str(reader), dropout=None)), (of_taught, None)):
+        run(tmp_path, "evaluate", name=f"{one.name}-asked", model_path=one, **asked)
+        export_huggingface.main(["--model_path", str(one), "--output_directory", str(one / "export")])
+        exported = load_reader(str(one / "export/reader"), dropout=None)
+        for name, parameter in exported.named_parameters():
+            assert torch.equal(parameter, kept[f"reader.{name}"] if expected is None else expected.get_parameter(name))
+    changed = load_checkpoint(resumed)
+    changed.bases["reader"] = replace(changed.bases["reader"], fingerprint="0" * 16)
+    with pytest.raises(ValueError, match="belongs to other weights of the reader than those of"):
+        merge_saved(exported, "reader", [exported], str(reader), changed)
 
 
 @torch.no_grad()

@@ -73,10 +73,10 @@ class Model:
             unused: dict[str, Any] = {}
             bases: dict[str, Base | None] = {}
             if settings.uses_reader:
-                learns = training and not learning.freeze_reader
-                in_int8 = settings.int8_reader and not training  # a frozen one is saved with the retriever
-                reader, bases["reader"] = _load_reader(settings, optimisation, checkpoint, device, learns, in_int8)
-                known = KnownLikelihoods.open(None if learns else learning.cache_judgements, reader, optimisation)
+                loaded = _load_reader(settings, learning, optimisation, checkpoint, device, training)
+                reader, bases["reader"] = loaded
+                cache = None if training and not learning.freeze_reader else learning.cache_judgements
+                known = KnownLikelihoods.open(cache, reader, optimisation)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
                 loaded = _load_retriever(settings, learning, optimisation, checkpoint, training)
@@ -146,13 +146,14 @@ def _check_halves(settings: config.Model, checkpoint: Checkpoint, training: bool
 
 def _load_reader(
     settings: config.Model,
+    learning: config.RetrieverTraining,
     optimisation: config.Optimisation,
     checkpoint: Checkpoint | None,
     device: torch.device,
-    learns: bool,
-    in_int8: bool,
+    training: bool,
 ) -> tuple[Reader, Base | None]:
-    """The reader, and what it is based on if adapters are trained."""
+    """The reader, and what it is based on if it is not to be saved itself."""
+    learns = training and not learning.freeze_reader
     from_checkpoint = checkpoint is not None and bool(checkpoint.reader)
     reader = load_reader(
         settings.reader_model_type,
@@ -165,7 +166,11 @@ def _load_reader(
     if from_checkpoint:
         _load_half(type(reader).load_state, reader, checkpoint.reader, checkpoint)
     lora = optimisation.lora("reader") if learns else None
-    base = _adapt(reader, reader.blocks, "reader", lora, [reader], settings.reader_model_type, checkpoint)
+    name = settings.reader_model_type
+    base = _adapt(reader, reader.blocks, "reader", lora, [reader], name, checkpoint)
+    stays = training and not learns and _saved_adapter("reader", checkpoint) is None
+    if stays and (not from_checkpoint or "reader" in checkpoint.bases):
+        base = base_of("reader", [reader], name, checkpoint)  # a reader of a checkpoint is saved again: it may go
     if lora and optimisation.frozen_precision == "bf16":
         lower_frozen(reader, torch.bfloat16)
     dtype = devices.compute_dtype(optimisation.precision)
@@ -175,7 +180,7 @@ def _load_reader(
         return reader, base
     if not learns:
         reader.requires_grad_(False)
-        if in_int8:
+        if settings.int8_reader and not training:
             round_to_int8(reader.blocks)
         if dtype is not None:
             # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
