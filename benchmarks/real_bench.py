@@ -7,7 +7,6 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -291,14 +290,31 @@ class Bench:
 
 
 def all_at_once(jobs: int, tasks: Iterable[Callable[[], object]]) -> None:
-    """Run tasks in this order, so many at a time. One that fails ends all, but what runs already is waited for."""
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            for future in [pool.submit(task) for task in tasks]:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    """Run tasks in this order, so many at a time. After one that fails no further one begins.
+
+    Raises:
+        BaseException: of the task that failed first, when those that ran beside it are done.
+    """
+    waiting, taking, failures = iter(tasks), threading.Lock(), []
+
+    def work() -> None:
+        while not failures:
+            with taking:
+                task = next(waiting, None)
+            if task is None:
+                return
+            try:
+                task()
+            except BaseException as error:
+                failures.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if failures:
+        raise failures[0]
 
 
 def cloze(passage: dict, rng: random.Random) -> list[dict]:

@@ -164,4 +164,7 @@ def test_where_nothing_is_judged_it_is_said(tmp_path):
     flags |= {"reader_model_type": world() / "models/reader", "freeze_reader": True}
     log = (run(tmp_path, name="t5", **flags, cache_judgements=kept) / "run.log").read_text()
     assert "--cache_judgements has no effect: it is for a decoder-only reader" in log
+    asked = read_with(train_data=None) | {"passages": None, "closed_book": True}
+    log = (run(tmp_path, "evaluate", name="closed", **asked, cache_judgements=kept) / "run.log").read_text()
+    assert "--cache_judgements has no effect where no reader that does not learn judges passages" in log
     assert not kept.exists()
