@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +24,13 @@ READING = (*QA, "--text_maxlength", "256", "--no-chat_template")
 BATCH, EPOCHS, JUDGED = 8, 2, 12
 # Chosen on dev.jsonl.
 TRAINING = (
-    *("--freeze_reader", "--train_retriever", "--in_batch_negatives", "--n_context", "1", "--dropout", "0.1"),
+    *("--freeze_reader", "--train_retriever", "--in_batch_negatives", "--n_context", "1", "--dropout", "0"),
     *("--retriever_n_context", "8", "--bm25_weight", "0.5", "--per_gpu_batch_size", str(BATCH), "--shuffle"),
     *("--temperature_gold", "0.4", "--temperature_score", "0.0026"),
     *("--scheduler", "linear", "--warmup_steps", "10", "--weight_decay", "0.01"),
 )
 MINILM, RESET = "minilm", "minilm_reset_2"
-RATE = {MINILM: "2e-5", RESET: "1e-4"}
+RATE = {MINILM: "5e-5", RESET: "1e-4"}
 QUESTION = ("--gold_score_mode", "question")
 BOTH = (*QUESTION, "--gold_question_weight", "0.75")
 FUSED, RERANKED = ("--bm25_weight", "0.67"), ("--rerank_by_reader", "10")
@@ -52,7 +53,7 @@ class Row:
     name: str
     start: str = MINILM
     judged: tuple[str, ...] | None = None
-    questions: int = 500
+    questions: int = 250
     flags: tuple[str, ...] = ()  # more flags of train.py
     labels: bool = False
     cloze: bool = False  # sentences of the training passages with a masked name or number, in the place of questions
@@ -63,8 +64,12 @@ class Row:
         return self.judged is not None or self.labels
 
     def key(self, seed: int) -> str:
-        """Its name in file names."""
-        return key_of(f"{self.name} {self.questions} {seed}") if self.trained else self.start
+        """What it is called in file names, by everything that its training depends on."""
+        if not self.trained:
+            return self.start
+        taught = "labels" if self.labels else "-".join(word.removeprefix("--") for word in self.judged or ())
+        what = "cloze" if self.cloze else "questions"
+        return key_of(f"{self.start} {taught or 'answer'} {self.questions} {what} {' '.join(self.flags)} {seed}")
 
 
 class Ranks(NamedTuple):
@@ -87,20 +92,24 @@ class Kept:
         kept = json.loads(path.read_text()) if path and path.exists() else {"figures": {}, "core_seconds": {}}
         self.figures: dict[str, dict] = kept["figures"]  # of all questions, by recipe
         self.core_seconds: dict[str, float] = kept["core_seconds"]  # of every run, by its name
+        self.measuring: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by recipe
         self.writing = threading.Lock()
 
     def measured(self, recipe: str, name: str, measure: Callable[[], dict[str, list[float]]]) -> dict:
         """The figures of a recipe, measured unless they are there; kept with a name, for those who read the file."""
-        if recipe not in self.figures:
-            if self.only:
-                raise NotMeasured(name)
-            figures = measure() | {"name": name}
-            with self.writing:
-                self.figures[recipe] = figures
-                if self.path:
-                    with replacing(self.path) as beside:
-                        beside.write_text(json.dumps({"figures": self.figures, "core_seconds": self.core_seconds}))
+        with self.measuring[recipe]:
+            if recipe not in self.figures:
+                if self.only:
+                    raise NotMeasured(name)
+                self._keep(recipe, measure() | {"name": name})
         return self.figures[recipe]
+
+    def _keep(self, recipe: str, figures: dict) -> None:
+        with self.writing:
+            self.figures[recipe] = figures
+            if self.path:
+                with replacing(self.path) as beside:
+                    beside.write_text(json.dumps({"figures": self.figures, "core_seconds": self.core_seconds}))
 
 
 @dataclass
@@ -188,21 +197,29 @@ class Bench:
 
     def search(self, row: Row, seed: int) -> Ranks:
         """Where each question's paragraph is found: by the row's retriever, with BM25, and in the reader's order."""
-        recipe = self.recipe(self.asked, {name: value for name, value in asdict(row).items() if name != "name"}, seed)
-        found = self.kept.measured(recipe, row.key(seed), lambda: self._search(row, seed))
-        return Ranks(*(np.array(found[kind]) for kind in Ranks._fields if kind in found))
+        names = {"name", "rerank"}
+        what = self.asked, {name: value for name, value in asdict(row).items() if name not in names}, seed
+        key = row.key(seed)
+        found = self.kept.measured(self.recipe(*what), key, lambda: self._search(row, seed))
+        ranks = Ranks(np.array(found["alone"]), np.array(found["fused"]))
+        if not row.rerank:
+            return ranks
+        ordered = partial(self._reranked, row, seed)
+        reranked = self.kept.measured(self.recipe(*what, "reranked"), f"{key}-reranked", ordered)["reranked"]
+        return ranks._replace(reranked=np.array(reranked))
 
     def _search(self, row: Row, seed: int) -> dict[str, list[int]]:
-        name, (alone, saved) = row.key(seed), self._alone(row, seed)
-        fused = (*saved, *FUSED)
-        found = {"alone": alone, "fused": self._ranks(f"{name}-fused", *fused)}
-        if row.rerank:
-            reranked = (*fused, *RERANKED, *self.reader)
-            results = self._results(f"{self.split}-{self.asked}-{name}-fused", self.asked)
-            asked = ("--eval_data", self.home / f"{self.split}-{self.asked}.jsonl")
-            self._judge(f"judge-{self.split}-{name}", results, RERANKED[1], *reranked, *asked)
-            found["reranked"] = self._ranks(f"{name}-reranked", *reranked)
-        return found
+        alone, saved = self._alone(row, seed)
+        return {"alone": alone, "fused": self._ranks(f"{row.key(seed)}-fused", *saved, *FUSED)}
+
+    def _reranked(self, row: Row, seed: int) -> dict[str, list[int]]:
+        name, fused = row.key(seed), (*self._alone(row, seed)[1], *FUSED)
+        self._ranks(f"{name}-fused", *fused)
+        reranked = (*fused, *RERANKED, *self.reader)
+        results = self._results(f"{self.split}-{self.asked}-{name}-fused", self.asked)
+        asked = ("--eval_data", self.home / f"{self.split}-{self.asked}.jsonl")
+        self._judge(f"judge-{self.split}-{name}", results, RERANKED[1], *reranked, *asked)
+        return {"reranked": self._ranks(f"{name}-reranked", *reranked)}
 
     def _alone(self, row: Row, seed: int) -> tuple[list[int], tuple[object, ...]]:
         """The ranks by a row's retriever, and flags that name it and the index that is saved on the way."""

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -158,7 +159,21 @@ def test_questions_are_those_that_the_seed_draws(home, commands):
     for line in drawn[0]:
         assert line["target"] == line["answers"][0] and line["passages"][0]["id"] == line["metadata"]["passage"]
     assert len(read_jsonl(home / "test-5.jsonl")) == 5 and len(read_jsonl(home / "test-3.jsonl")) == 3
-    assert Row("a, b", labels=True, questions=7).key(2) == "a-b-7-2" and Row("a, b").key(2) == "minilm"
+    one = Row("a, b", judged=real_bench.BOTH, questions=7, flags=("--refresh_index", "-1"))
+    assert one.key(2) == "minilm-gold_score_mode-question-gold_question_weight-0-75-7-questions-refresh_index-1-2"
+    assert replace(one, name="c", rerank=True).key(2) == one.key(2) and Row("a, b").key(2) == "minilm"
+    others = {"seed": one.key(3)} | {
+        str(change): replace(one, **change).key(2)
+        for change in (
+            {"labels": True},
+            {"cloze": True},
+            {"judged": ()},
+            {"start": "x"},
+            {"questions": 8},
+            {"flags": ()},
+        )
+    }
+    assert len({one.key(2), *others.values()}) == 1 + len(others)
 
 
 def test_a_cloze_question_is_a_sentence_without_a_name_or_number():
