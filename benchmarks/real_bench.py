@@ -25,7 +25,7 @@ BATCH, EPOCHS, JUDGED = 8, 2, 12
 # Chosen on dev.jsonl.
 TRAINING = (
     *("--freeze_reader", "--train_retriever", "--in_batch_negatives", "--n_context", "1", "--dropout", "0"),
-    *("--retriever_n_context", "8", "--bm25_weight", "0.5", "--per_gpu_batch_size", str(BATCH), "--shuffle"),
+    *("--retriever_n_context", "6", "--bm25_weight", "0.5", "--per_gpu_batch_size", str(BATCH), "--shuffle"),
     *("--temperature_gold", "0.4", "--temperature_score", "0.0026"),
     *("--scheduler", "linear", "--warmup_steps", "10", "--weight_decay", "0.01"),
 )
