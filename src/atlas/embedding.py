@@ -31,6 +31,7 @@ from atlas.runtime.tracking import log, progress_bar
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
 MOST_WAITING = 2  # windows that are embedded and not yet stored
+MINUTES = 10_000  # passages that take a CPU minutes
 Embedder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids (n, L), mask (n, L) -> embeddings (n, D) fp32
 Store = Callable[[int, torch.Tensor], None]  # place of the first row in this rank's share, embeddings (n, D) fp16
 
@@ -303,6 +304,8 @@ class CorpusEmbedder:
         there = f", {rows - left} are there" if left < rows else ""
         kept = f", {rows - untokenized} are kept as token ids" if untokenized < rows else ""
         log.info("Embedding %d passages%s%s%s", left, _share(), there, kept)
+        if left >= MINUTES and self.precision == "fp32" and devices.cpu_prefers_bf16(self.device):
+            log.info("--embedder_precision bf16 would take little more than half of the time on this CPU")
 
     def _report(self, passages: int, seconds: float, writer: TokenWriter | None) -> None:
         """Say how long it took, and where token ids were written, or why they were not."""
