@@ -121,6 +121,9 @@ def test_the_page(home, commands):
     for group in real_text.groups():
         assert f"## {group.title}" in text
         assert all(f"\n| {row.name} | " in text for row in group.rows)
+    aims = text.split("## What was aimed at")[1].split("\n\n")[1].splitlines()[2:]
+    assert len(aims) == 9 and all(line.split(" | ")[2].startswith(("reached", "missed")) for line in aims)
+    assert "| +0.0 (250 questions, p 1: not shown) | reached |" in "\n".join(aims)  # labels: both find everything
     assert " ± " in text and text.rstrip().endswith("core-hours.") and text.startswith("# What a language model")
     trained = [words for words in commands if words[0] == "train.py" or "benchmarks.from_labels" in words]
     names = [words[words.index("--name") + 1] for words in trained]

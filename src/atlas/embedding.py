@@ -31,7 +31,7 @@ from atlas.runtime.tracking import log, progress_bar
 
 WINDOW = 4096  # consecutive passages that are sorted by length together, and tokenized by one process at a time
 MOST_WAITING = 2  # windows that are embedded and not yet stored
-MINUTES = 10_000  # passages that take a CPU minutes
+MINUTES = 30_000  # passages that take a CPU minutes
 Embedder = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids (n, L), mask (n, L) -> embeddings (n, D) fp32
 Store = Callable[[int, torch.Tensor], None]  # place of the first row in this rank's share, embeddings (n, D) fp16
 
