@@ -137,6 +137,10 @@ def test_the_page(home, commands):
     results.write_text(json.dumps(kept))
     part = page(only=True)  # the rest of the page is the same, and nothing is run for it
     assert not commands and "| book closed, " not in part and set(part.splitlines()) < set(text.splitlines())
+    unordered = kept | {"figures": {i: one for i, one in kept["figures"].items() if "reranked" not in one}}
+    (home / "unordered.json").write_text(json.dumps(unordered))
+    part = real_text.page(Bench(home, 1000, 300, kept=Kept(home / "unordered.json", only=True)), 1, 3)
+    assert f"\n| {real_text.TRAINED.name} | 3 | 100.0 ± 0.0 | " in part and "| 100.0 ± 0.0 |  | < 0.0001 |" in part
     for directory in ("runs", "logs", "indices"):
         shutil.rmtree(home / directory)
     assert page() == text and commands  # on another machine, what answers need is made again
