@@ -77,7 +77,7 @@ class Ranks(NamedTuple):
 
     alone: np.ndarray
     fused: np.ndarray | None = None  # with BM25
-    reranked: np.ndarray | None = None  # fused, and the first 20 in the order of the reader's judgement
+    reranked: np.ndarray | None = None  # fused, and the first 10 in the order of the reader's judgement
 
 
 class NotMeasured(Exception):
@@ -103,6 +103,11 @@ class Kept:
                     raise NotMeasured(name)
                 self._keep(recipe, measure() | {"name": name})
         return self.figures[recipe]
+
+    def spent(self, name: str, core_seconds: float) -> None:
+        """Note what a run took."""
+        with self.writing:
+            self.core_seconds[name] = round(core_seconds)
 
     def _keep(self, recipe: str, figures: dict) -> None:
         with self.writing:
@@ -157,7 +162,7 @@ class Bench:
         """Run a script, unless the same command has made `done`."""
         with self.one_at_a_time[name]:
             seconds = run_once(self.home / "logs" / f"{name}.log", done, *words, threads=self.threads)
-            self.kept.core_seconds[name] = round(self.threads * seconds)
+            self.kept.spent(name, self.threads * seconds)
 
     def recipe(self, *facts: object) -> str:
         """A hash of everything that a figure depends on."""
