@@ -34,7 +34,7 @@ RATE = {MINILM: "5e-5", RESET: "1e-4"}
 QUESTION = ("--gold_score_mode", "question")
 BOTH = (*QUESTION, "--gold_question_weight", "0.75")
 FUSED, RERANKED = ("--bm25_weight", "0.67"), ("--rerank_by_reader", "10")
-SHOTS, SHOT_EPOCHS = 64, 3
+SHOTS, SHOT_EPOCHS = 64, 2
 TUNING = (
     *("--per_gpu_batch_size", str(BATCH), "--lr", "2e-5", "--weight_decay", "0", "--scheduler", "linear"),
     *("--warmup_steps", "3", "--dropout", "0", "--shuffle", "--target_maxlength", "32"),
@@ -62,6 +62,10 @@ class Row:
     @property
     def trained(self) -> bool:
         return self.judged is not None or self.labels
+
+    def facts(self) -> dict[str, object]:
+        """Everything that its figures depend on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "rerank")}
 
     def key(self, seed: int) -> str:
         """What it is called in file names, by everything that its training depends on."""
@@ -165,8 +169,8 @@ class Bench:
             self.kept.spent(name, self.threads * seconds)
 
     def recipe(self, *facts: object) -> str:
-        """A hash of everything that a figure depends on."""
-        how = self.reading, TRAINING, RATE, BATCH, EPOCHS, FUSED, RERANKED, TUNING, SHOT_EPOCHS, ANSWERING, self.split
+        """A hash of everything that a figure of retrieval depends on; of answers, facts say what else."""
+        how = self.reading, TRAINING, RATE, BATCH, EPOCHS, FUSED, RERANKED, self.split
         return hashlib.sha256(repr((how, facts)).encode()).hexdigest()[:16]
 
     # ---- retrieval
@@ -202,9 +206,7 @@ class Bench:
 
     def search(self, row: Row, seed: int) -> Ranks:
         """Where each question's paragraph is found: by the row's retriever, with BM25, and in the reader's order."""
-        names = {"name", "rerank"}
-        what = self.asked, {name: value for name, value in asdict(row).items() if name not in names}, seed
-        key = row.key(seed)
+        what, key = (self.asked, row.facts(), seed), row.key(seed)
         found = self.kept.measured(self.recipe(*what), key, lambda: self._search(row, seed))
         ranks = Ranks(np.array(found["alone"]), np.array(found["fused"]))
         if not row.rerank or seed > 0:
@@ -270,7 +272,8 @@ class Bench:
         self, name: str, row: Row | None, *flags: object, shots: int = SHOTS, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """What the language model answers with the passages of a row, after so many examples: metric to (n,)."""
-        recipe = self.recipe("answers", self.answered, asdict(row) if row else None, flags, shots, seed)
+        how = (TUNING, SHOT_EPOCHS, shots, seed) if shots else ()
+        recipe = self.recipe("answers", self.answered, row and row.facts(), flags, ANSWERING, *how)
         name = f"answers-{key_of(name)}-{shots}-{seed}"
         found = self.kept.measured(recipe, name, lambda: scores(self._answers(name, row, flags, shots, seed)))
         return {metric: np.array(found[metric], float) for metric in METRICS}
