@@ -95,62 +95,59 @@ RETRIEVERS = {
 }
 
 
-def groups() -> list[Group]:
-    """Everything that is measured of retrieval."""
-    start = replace(START, rerank=False)
-    few = replace(TRAINED, rerank=False)
-    return [
-        Group(
-            "What is learnt, and from what",
-            "From 250 questions, or as many sentences.",
-            (
-                START,
-                TRAINED,
-                UNLABELLED,
-                ANSWER,
-                LABELS,
-                Row("query encoder, from question and answer", judged=BOTH, flags=("--query_side_retriever_training",)),
-                Row("both, from sentences with a gap", judged=BOTH, cloze=True),
-            ),
-            seeds=3,
+BARE, PLAIN = replace(START, rerank=False), replace(TRAINED, rerank=False)
+GROUPS = (
+    Group(
+        "What is learnt, and from what",
+        "From 250 questions, or as many sentences.",
+        (
+            START,
+            TRAINED,
+            UNLABELLED,
+            ANSWER,
+            LABELS,
+            Row("query encoder, from question and answer", judged=BOTH, flags=("--query_side_retriever_training",)),
+            Row("both, from sentences with a gap", judged=BOTH, cloze=True),
         ),
-        Group(
-            "From low down",
-            "The same encoder with random weights in its last two layers: what they knew of retrieval is gone.",
-            (RESET_START, RESET_TRAINED, Row("both, from labels", RESET, labels=True)),
-            seeds=3,
+        seeds=3,
+    ),
+    Group(
+        "From low down",
+        "The same encoder with random weights in its last two layers: what they knew of retrieval is gone.",
+        (RESET_START, RESET_TRAINED, Row("both, from labels", RESET, labels=True)),
+        seeds=3,
+    ),
+    Group(
+        "How many questions",
+        "From question and answer, where the row does not say otherwise.",
+        (
+            BARE,
+            replace(PLAIN, name="250 questions"),
+            *MORE,
+            MORE_LABELS,
         ),
-        Group(
-            "How many questions",
-            "From question and answer, where the row does not say otherwise.",
-            (
-                start,
-                replace(few, name="250 questions"),
-                *MORE,
-                MORE_LABELS,
-            ),
+    ),
+    Group(
+        "How the reader judges",
+        "By the answer behind each passage: `ppmean` is its mean likelihood.",
+        (
+            BARE,
+            replace(ANSWER, name="ppmean"),
+            *(Row(mode, judged=("--gold_score_mode", mode)) for mode in ("pdist", "emdr")),
         ),
-        Group(
-            "How the reader judges",
-            "By the answer behind each passage: `ppmean` is its mean likelihood.",
-            (
-                start,
-                replace(ANSWER, name="ppmean"),
-                *(Row(mode, judged=("--gold_score_mode", mode)) for mode in ("pdist", "emdr")),
-            ),
+    ),
+    Group(
+        "Where candidates come from",
+        "From question and answer.",
+        (
+            BARE,
+            replace(PLAIN, name="from the index and BM25"),
+            Row("from the index alone", judged=BOTH, flags=("--bm25_weight", "0")),
+            Row("without a refresh", judged=BOTH, flags=("--refresh_index", "-1")),
+            Row("no negatives of other questions", judged=BOTH, flags=("--no-in_batch_negatives",)),
         ),
-        Group(
-            "Where candidates come from",
-            "From question and answer.",
-            (
-                start,
-                replace(few, name="from the index and BM25"),
-                Row("from the index alone", judged=BOTH, flags=("--bm25_weight", "0")),
-                Row("without a refresh", judged=BOTH, flags=("--refresh_index", "-1")),
-                Row("no negatives of other questions", judged=BOTH, flags=("--no-in_batch_negatives",)),
-            ),
-        ),
-    ]
+    ),
+)
 
 
 def if_measured(measure: Callable[[], Found]) -> Found | None:
@@ -286,7 +283,7 @@ def aims(bench: Bench, answers: dict[str, list[Measure]], seeds: int) -> str:
 def everything(bench: Bench, answers: dict[str, list[Measure]], seeds: int) -> Iterator[Measure]:
     """All that the page needs, of the first seed first, and what takes longest last."""
     yield bench.bm25
-    rows = [(row, group.seeds) for group in groups() for row in group.rows]
+    rows = [(row, group.seeds) for group in GROUPS for row in group.rows]
     rows.sort(key=lambda one: one[0].questions)
     for seed in range(seeds):
         plain = [replace(row, rerank=False) for row, of_row in rows if seed < (of_row if row.trained else 1)]
@@ -302,10 +299,13 @@ def page(bench: Bench, jobs: int, seeds: int) -> str:
         bench.prepare()
         all_at_once(jobs, everything(bench, answers, seeds))
     parts = [INTRODUCTION.format(asked=bench.asked), bm25_line(bench)]
-    for group in groups():
+    for group in GROUPS:
         parts += [f"## {group.title}", group.text, retrieval_table(bench, group, seeds)]
     parts += ["## Answers", ANSWERS, answers_table(answers)]
     parts += ["## What was aimed at", aims(bench, answers, seeds)]
+    missing = [f"{row.name} ({group.title})" for group in GROUPS for row in group.rows if not of_seeds(bench, row, 1)]
+    if missing:
+        parts.append(f"Not measured yet: {'; '.join(missing)}.")
     hours = sum(bench.kept.core_seconds.values()) / 3600
     parts.append(f"All of this took {hours:.1f} core-hours.")
     return "\n\n".join(parts) + "\n"

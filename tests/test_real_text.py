@@ -118,7 +118,7 @@ def test_the_page(home, commands):
         return real_text.page(Bench(home, 1000, 300, kept=Kept(results, **kept)), jobs, seeds)
 
     text = page()
-    for group in real_text.groups():
+    for group in real_text.GROUPS:
         assert f"## {group.title}" in text
         assert all(f"\n| {row.name} | " in text for row in group.rows)
     aims = text.split("## What was aimed at")[1].split("\n\n")[1].splitlines()[2:]
@@ -140,10 +140,20 @@ def test_the_page(home, commands):
     unordered = kept | {"figures": {i: one for i, one in kept["figures"].items() if "reranked" not in one}}
     (home / "unordered.json").write_text(json.dumps(unordered))
     part = real_text.page(Bench(home, 1000, 300, kept=Kept(home / "unordered.json", only=True)), 1, 3)
+    assert "Not measured yet" not in part
     assert f"\n| {real_text.TRAINED.name} | 3 | 100.0 ± 0.0 | " in part and "| 100.0 ± 0.0 |  | < 0.0001 |" in part
+    none = real_text.page(Bench(home, 1000, 300, kept=empty_but_bm25(results, home / "bm25.json")), 1, 3)
+    assert "Not measured yet: MiniLM as it is (What is learnt, and from what); both encoders, from" in none
     for directory in ("runs", "logs", "indices"):
         shutil.rmtree(home / directory)
     assert page() == text and commands  # on another machine, what answers need is made again
+
+
+def empty_but_bm25(results, path):
+    kept = json.loads(results.read_text())
+    figures = {recipe: one for recipe, one in kept["figures"].items() if one["name"] == "bm25"}
+    path.write_text(json.dumps(kept | {"figures": figures}))
+    return Kept(path, only=True)
 
 
 def test_ranks_and_what_is_made_of_them():
