@@ -59,9 +59,12 @@ class Group:
 
 INTRODUCTION = """# What a language model teaches a retriever on real text
 
-Written by `python -m benchmarks.real_text --all`. Passages are the 3,648 Wikipedia paragraphs of SQuAD's development set and of
-SQuADShifts, questions those asked about them; {asked:,} test questions are about articles that no training question is about. The
-right passage is the paragraph that a question was asked about, and nothing else.
+You need this page if you want to know whether a small language model can teach a retriever, or order what it finds, on text of
+your own. Written by `python -m benchmarks.real_text --all`; `make real` repeats two of its rows in less than an hour.
+
+Passages are the 3,648 Wikipedia paragraphs of SQuAD's development set and of SQuADShifts, questions those asked about them;
+{asked:,} test questions are about articles that no training question is about. The right passage is the paragraph that a question
+was asked about, and nothing else.
 
 The retriever is MiniLM, which has seen SQuAD's training questions, but none of these. The teacher is SmolLM2-135M-Instruct, of which
 4 bits a weight are known; it is never trained, but where answers are counted. A question is judged by how likely the language model
