@@ -307,6 +307,7 @@ def page(bench: Bench, jobs: int, seeds: int) -> str:
     parts += ["## Answers", ANSWERS, answers_table(answers)]
     parts += ["## What was aimed at", aims(bench, answers, seeds)]
     missing = [f"{row.name} ({group.title})" for group in GROUPS for row in group.rows if not of_seeds(bench, row, 1)]
+    missing += [f"{name} (Answers)" for name, (first, *_) in answers.items() if if_measured(first) is None]
     if missing:
         parts.append(f"Not measured yet: {'; '.join(missing)}.")
     hours = sum(bench.kept.core_seconds.values()) / 3600
