@@ -576,6 +576,7 @@ def test_a_frozen_reader_judges_and_does_not_learn(tmp_path, reader):
     assert {key.split("/")[0] for key in moments} == {"retriever", "skipped"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("reader", ["models/reader", None])
 def test_a_frozen_reader_is_named_by_checkpoints_or_else_saved_by_them(tmp_path, reader):
     """Of a checkpoint, it is saved again, as that may go. Resuming, evaluating and exporting find it either way."""
