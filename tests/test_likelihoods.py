@@ -139,6 +139,19 @@ def test_evaluations_order_passages_by_what_is_known(tmp_path, calls):
     assert read_jsonl(paths[0]) == read_jsonl(paths[1])
 
 
+def test_evidence_is_judged_by_what_is_known(tmp_path, calls):
+    flags = read_with() | {"train_data": None, "model_path": None, "write_evidence": True}
+    flags |= {"retriever_model_path": world() / "models/retriever"}
+    rows, computed = [], []
+    for name in ("first", "second"):
+        before, kept = sum(calls), tmp_path / "known.sqlite"
+        directory = run(tmp_path, "evaluate", name=name, **flags, cache_judgements=kept)
+        assert "--cache_judgements has no effect" not in (directory / "run.log").read_text()
+        rows.append(read_jsonl(directory / "dev-step-0.jsonl"))
+        computed.append(sum(calls) - before)
+    assert computed[0] > computed[1] and rows[0] == rows[1]
+
+
 @pytest.mark.parametrize("content", [b"not a database\n" * 200, "another"])
 def test_other_files_are_left_as_they_are(tmp_path, content):
     path = tmp_path / "theirs.db"

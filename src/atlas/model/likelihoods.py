@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -27,7 +29,7 @@ class KnownLikelihoods:
     Several processes of one machine may read and write it at a time.
 
     Args:
-        path: is made if it does not exist.
+        path: is checked if it exists, and else made where somebody judges.
         reader: its weights and its config are part of what is kept.
         precision: of the computation, likewise.
 
@@ -45,16 +47,24 @@ class KnownLikelihoods:
         self._reader = digest.digest()
         with self._explaining():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = sqlite3.connect(path, timeout=WAIT)
-            with self._file:
-                self._file.execute("BEGIN IMMEDIATE")
-                ((known,),) = self._file.execute("PRAGMA application_id")
-                if known == APPLICATION:
-                    return
-                if self._file.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    raise ValueError("it holds something else, give another file")
-                self._file.execute(f"PRAGMA application_id = {APPLICATION}")
-                self._file.execute("CREATE TABLE likelihoods (key BLOB PRIMARY KEY, found BLOB NOT NULL)")
+            if path.exists():
+                self._file  # noqa: B018 (what is wrong with it is said before any work)
+            elif not os.access(path.parent, os.W_OK):
+                raise PermissionError(f"nothing can be written in {path.parent}")
+
+    @cached_property
+    def _file(self) -> sqlite3.Connection:
+        file = sqlite3.connect(self.path, timeout=WAIT)
+        with file:
+            file.execute("BEGIN IMMEDIATE")
+            ((known,),) = file.execute("PRAGMA application_id")
+            if known == APPLICATION:
+                return file
+            if file.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise ValueError("it holds something else, give another file")
+            file.execute(f"PRAGMA application_id = {APPLICATION}")
+            file.execute("CREATE TABLE likelihoods (key BLOB PRIMARY KEY, found BLOB NOT NULL)")
+        return file
 
     @classmethod
     def open(cls, path: str | None, reader: nn.Module, settings: config.Optimisation) -> Self | None:

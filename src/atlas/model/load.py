@@ -75,8 +75,8 @@ class Model:
             if settings.uses_reader:
                 loaded = _load_reader(settings, learning, optimisation, checkpoint, device, training)
                 reader, bases["reader"] = loaded
-                judges = learning.freeze_reader if training else settings.rerank_by_reader is not None
-                known = KnownLikelihoods.open(learning.cache_judgements if judges else None, reader, optimisation)
+                learns = training and not learning.freeze_reader
+                known = KnownLikelihoods.open(None if learns else learning.cache_judgements, reader, optimisation)
             if settings.retrieves:
                 retriever_tokenizer = load_retriever_tokenizer(settings.retriever_model_path)
                 loaded = _load_retriever(settings, learning, optimisation, checkpoint, training)
