@@ -89,7 +89,10 @@ class NotMeasured(Exception):
 
 
 class Kept:
-    """What was measured, in a file: the same recipe is not run again, on whichever machine it was. `only`: none is."""
+    """What was measured, in a file: the same recipe is not run again, on whichever machine it was.
+
+    `only`: nothing is run any more; what is not there raises NotMeasured.
+    """
 
     def __init__(self, path: Path | None, only: bool = False) -> None:
         self.path, self.only = path, only
@@ -107,6 +110,10 @@ class Kept:
                     raise NotMeasured(name)
                 self._keep(recipe, measure() | {"name": name})
         return self.figures[recipe]
+
+    def close(self) -> None:
+        """Nothing is run from here on: writing about figures must not start runs."""
+        self.only = True
 
     def spent(self, name: str, core_seconds: float) -> None:
         """Note what a run took."""
@@ -212,8 +219,11 @@ class Bench:
         if not row.rerank or seed > 0:
             return ranks
         ordered = partial(self._reranked, row, seed)
-        reranked = self.kept.measured(self.recipe(*what, "reranked"), f"{key}-reranked", ordered)["reranked"]
-        return ranks._replace(reranked=np.array(reranked))
+        try:
+            found = self.kept.measured(self.recipe(*what, "reranked"), f"{key}-reranked", ordered)
+        except NotMeasured:  # the others are there
+            return ranks
+        return ranks._replace(reranked=np.array(found["reranked"]))
 
     def _search(self, row: Row, seed: int) -> dict[str, list[int]]:
         alone, saved = self._alone(row, seed)

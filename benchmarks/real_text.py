@@ -13,7 +13,8 @@ questions' differences.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ from benchmarks.real_bench import (
 )
 
 Found = TypeVar("Found")
-Measure = Callable[[], object]
+Answers = dict[tuple[str, int], list[Callable[[], dict[str, np.ndarray]]]]  # by row and examples, one for each seed
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,12 @@ LABELS = Row("both, from labels", labels=True)
 RESET_TRAINED = Row("both, from question and answer", RESET, BOTH)
 MORE = tuple(replace(TRAINED, name=f"{n:,} questions", questions=n, rerank=False) for n in (1000, 2500))
 MORE_LABELS = Row("1,000 questions, from labels", labels=True, questions=1000)
+CLOSED, WITH_RETRIEVAL = "book closed", "the same, fused with BM25"
 RETRIEVERS = {
     "three passages of BM25": Way(START, ("--bm25_weight", "1")),
     "three passages of MiniLM": Way(START),
     "three of the trained retriever": Way(TRAINED),
-    "the same, fused with BM25": Way(TRAINED, FUSED),
+    WITH_RETRIEVAL: Way(TRAINED, FUSED),
 }
 
 
@@ -153,22 +155,18 @@ GROUPS = (
 )
 
 
-def if_measured(measure: Callable[[], Found]) -> Found | None:
-    """What is measured, or None where it is not and nothing may be run."""
-    try:
-        return measure()
-    except NotMeasured:
-        return None
+def measured(measures: Iterable[Callable[[], Found]]) -> list[Found]:
+    """Those that are there, or may be measured."""
+    found = []
+    for measure in measures:
+        with suppress(NotMeasured):
+            found.append(measure())
+    return found
 
 
 def of_seeds(bench: Bench, row: Row, seeds: int) -> list[Ranks]:
-    """Of each seed that is there, with the reader's order or, as long as that is not there, without it."""
-    plain = replace(row, rerank=False)
-    each = range(seeds if row.trained else 1)
-    found = (
-        next(filter(None, (if_measured(partial(bench.search, one, i)) for one in (row, plain))), None) for i in each
-    )
-    return [one for one in found if one is not None]
+    """Of each seed that is there."""
+    return measured(partial(bench.search, row, seed) for seed in range(seeds if row.trained else 1))
 
 
 def firsts(found: Sequence[Ranks]) -> list[np.ndarray]:
@@ -206,14 +204,14 @@ def bm25_line(bench: Bench) -> str:
     return f"BM25 alone: recall@1, 5 and 20 of {at}, nDCG@10 of {100 * ndcg(ranks).mean():.1f}."
 
 
-def answers_of(bench: Bench, retrievers: dict[str, Way], shots: Sequence[int], seeds: int) -> dict[str, list[Measure]]:
-    """What has to be measured for a table of answers: by its row, one for each seed."""
+def answers_of(bench: Bench, retrievers: dict[str, Way], shots: Sequence[int], seeds: int) -> Answers:
+    """What has to be measured for a table of answers."""
     ways = {
-        "book closed": Way(None, ("--closed_book",)),
+        CLOSED: Way(None, ("--closed_book",)),
         "the right paragraph": Way(None, ("--use_file_passages", "--n_context", "1")),
     } | retrievers
     return {
-        f"{name}, {n or 'no'} examples": [
+        (name, n): [
             partial(bench.answers, name, way.row, *way.flags, shots=n, seed=seed) for seed in range(seeds if n else 1)
         ]
         for name, way in ways.items()
@@ -221,12 +219,17 @@ def answers_of(bench: Bench, retrievers: dict[str, Way], shots: Sequence[int], s
     }
 
 
-def answers_table(rows: dict[str, list[Measure]]) -> str:
+def titled(name: str, shots: int) -> str:
+    """What a row of answers is called on the page."""
+    return f"{name}, {shots or 'no'} examples"
+
+
+def answers_table(answers: Answers) -> str:
     """Exact match, F1 and answer contained, by what the language model is given and after how many examples."""
     lines = []
-    for name, seeds in rows.items():
-        if measured := [one for one in map(if_measured, seeds) if one is not None]:
-            lines.append([name, str(len(measured)), *(percent([one[key] for one in measured]) for key in METRICS)])
+    for row, seeds in answers.items():
+        if found := measured(seeds):
+            lines.append([titled(*row), str(len(found)), *(percent([one[key] for one in found]) for key in METRICS)])
     return table(["", "seeds", *METRICS], lines)
 
 
@@ -249,7 +252,7 @@ def difference(bench: Bench, one: Row, other: Row, seeds: int) -> tuple[float, s
     return 100 * float(np.mean(sides[0]) - np.mean(sides[1])), f"p {verdict(significance(*sides))}"
 
 
-def aims(bench: Bench, answers: dict[str, list[Measure]], seeds: int) -> str:
+def aims(bench: Bench, answers: Answers, seeds: int) -> str:
     """A table of the goals that were set beforehand, and of the results."""
     compared = (
         ("recall@1 of MiniLM, by judgement alone: 8 points more", 8, [(row, START) for row in (TRAINED, *MORE)]),
@@ -269,21 +272,18 @@ def aims(bench: Bench, answers: dict[str, list[Measure]], seeds: int) -> str:
         more = 100 * float(best - recall(bench.bm25().alone, 1).mean())
         reached = "reached" if more >= 4 else f"missed by {4 - more:.1f}"
         lines.append(["without any label, fused or reranked: 4 points more than BM25", f"{more:+.1f}", reached])
-    for start, aim, right in (
-        ("the same, fused", "above 25", lambda em: em > 25),
-        ("book", "below 3", lambda em: em < 3),
+    for name, what, aim, right in (
+        (WITH_RETRIEVAL, "with retrieval", "above 25", lambda em: em > 25),
+        (CLOSED, "book closed", "below 3", lambda em: em < 3),
     ):
-        of_row = next(seeds for name, seeds in answers.items() if name.startswith(start) and f" {SHOTS} " in name)
-        if measured := [one["exact match"] for one in map(if_measured, of_row) if one is not None]:
-            em = 100 * float(np.mean(measured))
-            name = (
-                f"exact match after {SHOTS} examples, {'book closed' if start == 'book' else 'with retrieval'}: {aim}"
-            )
-            lines.append([name, f"{em:.1f}", "reached" if right(em) else "missed"])
+        if found := measured(answers[name, SHOTS]):
+            em = 100 * float(np.mean([one["exact match"] for one in found]))
+            reached = "reached" if right(em) else "missed"
+            lines.append([f"exact match after {SHOTS} examples, {what}: {aim}", f"{em:.1f}", reached])
     return table(["aim", "found", ""], lines)
 
 
-def everything(bench: Bench, answers: dict[str, list[Measure]], seeds: int) -> Iterator[Measure]:
+def everything(bench: Bench, answers: Answers, seeds: int) -> Iterator[Callable[[], object]]:
     """All that the page needs, of the first seed first, and what takes longest last."""
     yield bench.bm25
     rows = [(row, group.seeds) for group in GROUPS for row in group.rows]
@@ -301,13 +301,14 @@ def page(bench: Bench, jobs: int, seeds: int) -> str:
     if not bench.kept.only:
         bench.prepare()
         all_at_once(jobs, everything(bench, answers, seeds))
+        bench.kept.close()
     parts = [INTRODUCTION.format(asked=bench.asked), bm25_line(bench)]
     for group in GROUPS:
         parts += [f"## {group.title}", group.text, retrieval_table(bench, group, seeds)]
     parts += ["## Answers", ANSWERS, answers_table(answers)]
     parts += ["## What was aimed at", aims(bench, answers, seeds)]
     missing = [f"{row.name} ({group.title})" for group in GROUPS for row in group.rows if not of_seeds(bench, row, 1)]
-    missing += [f"{name} (Answers)" for name, (first, *_) in answers.items() if if_measured(first) is None]
+    missing += [f"{titled(*row)} (Answers)" for row, of_row in answers.items() if not measured(of_row)]
     if missing:
         parts.append(f"Not measured yet: {'; '.join(missing)}.")
     hours = sum(bench.kept.core_seconds.values()) / 3600

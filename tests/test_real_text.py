@@ -129,6 +129,7 @@ def test_the_page(home, commands):
     names = [words[words.index("--name") + 1] for words in trained]
     by_name = dict(zip(names, trained, strict=True))
     assert len(trained) == len(by_name) > 30
+    assert sum("-1000-questions" in name for name in by_name) == 2  # on one seed, whatever is compared with whatever
     commands.clear()
     assert page(jobs=1) == page(only=True) == text  # nothing is run again, wherever its runs are
     assert not commands and results.stat().st_size > 1000
