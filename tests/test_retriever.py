@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config
 
 from atlas.model.retriever import (
+    ATTENTION,
     Contriever,
     DualEncoder,
     fingerprint,
@@ -21,6 +22,7 @@ from atlas.model.retriever import (
     use_uncentered_layer_norm,
 )
 from atlas.model.tokenization import load_retriever_tokenizer, pad_rows
+from atlas.runtime.device import autocast
 from tests.kit import is_checkpointing
 from tests.parity import parity_kit
 
@@ -163,6 +165,34 @@ def test_embedding_never_waits_for_the_device(uncentered):
 
 
 # two encoders
+
+
+class AttentionDtypes(TorchDispatchMode):
+    """Notes in which dtypes the fused attention of a CPU, and its gradients, are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__.startswith("_scaled_dot_product_flash_attention_for_cpu"):
+            self.seen.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_of_attention_are_computed_in_fp32_on_a_cpu(precision, learns, tmp_path):
+    model, (ids, mask) = contriever_of().eval().requires_grad_(learns), texts()
+    with autocast(torch.device("cpu"), precision), AttentionDtypes() as noted:
+        embeddings = model(ids, mask)
+        if learns:
+            embeddings.sum().backward()
+    assert noted.seen == {torch.bfloat16 if precision == "bf16" and not learns else torch.float32}
+    model.set_attn_implementation("sdpa")
+    assert_close(embeddings, model(ids, mask), atol=0.0 if precision == "fp32" else 0.05, rtol=0)
+    model.save_pretrained(tmp_path)
+    assert ATTENTION not in (tmp_path / "config.json").read_text()
 
 
 def test_tied_is_one_encoder():

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig, BertModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, BertConfig, BertModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from atlas.model.grouping import encode_by_length
 from atlas.model.pretrained import (
@@ -29,8 +31,10 @@ from atlas.model.pretrained import (
     quiet_loading,
     set_dropout,
 )
+from atlas.runtime.device import attention_learns_in_fp32
 
 FLAG = "--retriever_model_path"
+ATTENTION = "atlas_sdpa"  # the name of `fused_attention` in transformers
 POOLINGS = ("average", "sqrt", "cls")
 SETTINGS: dict[str, Any] = {  # keys that this project adds to a BERT's config, with their defaults
     "pooling": "average",
@@ -57,6 +61,7 @@ class Contriever(BertModel):
     """
 
     def __init__(self, config: BertConfig) -> None:
+        config._attn_implementation = ATTENTION
         super().__init__(config, add_pooling_layer=False)
         for key, default in SETTINGS.items():
             value = getattr(config, key, default)
@@ -144,6 +149,22 @@ class DualEncoder(nn.Module):
         if self.query_side:
             self.passage_contriever.eval()
         return self
+
+
+def fused_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' `sdpa`, (n, H, L, d) -> (n, L, H, d), in fp32 where the device has its gradients faster so."""
+    learns = torch.is_grad_enabled() and query.requires_grad
+    if not (learns and attention_learns_in_fp32(query)):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    with torch.autocast(query.device.type, enabled=False):
+        parts = query.float(), key.float(), value.float()
+        return sdpa_attention_forward(module, *parts, attention_mask, **options)[0].to(query.dtype), None
+
+
+AttentionInterface.register(ATTENTION, fused_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class UncenteredLayerNorm(nn.LayerNorm):
