@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -15,9 +16,12 @@ import pytest
 import torch
 
 from atlas.index import codec, compressed
+from atlas.index.build import IndexBuilder
 from atlas.index.codec import Codec, Compression, make_empty, train, training_rows
 from atlas.index.compressed import CompressedIndex
+from atlas.index.passages import open_passages
 from benchmarks.search import process_memory
+from tests.indices import write_corpus
 from tests.kit import slow
 from tests.test_flat import assert_same, made_up
 
@@ -527,6 +531,33 @@ def test_beside_gpus_faiss_has_all_cores_of_the_rank(monkeypatch):
     assert 4 not in asked
     make_index("SQ4", 200, device=CUDA)
     assert 4 in asked and faiss.omp_get_max_threads() == before
+
+
+@pytest.mark.parametrize(("device", "threads"), [(torch.device("cpu"), 3), (CUDA, 4)])
+def test_another_thread_encodes_with_as_many_as_the_rank_has(monkeypatch, tmp_path, device, threads):
+    """OpenMP's number of threads is that of the calling thread, and it is another one that encodes at a refresh."""
+    monkeypatch.setattr(compressed.devices, "available_cores", lambda: 16)
+    monkeypatch.setattr(compressed.distributed, "local_world_size", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    workers = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, most, **settings):
+            workers.append(most)
+            super().__init__(most, **settings)
+
+    monkeypatch.setattr(codec, "ThreadPoolExecutor", Pool)
+    embeddings, _ = embeddings_of(200)
+    passages = open_passages(write_corpus(tmp_path / "corpus.jsonl", 200), -1)
+    first = IndexBuilder(passages, D, ask("SQ4"), device)
+    first.add(0, embeddings)
+    index = first.finish()
+    assert set(workers) == {threads}
+    again = IndexBuilder(passages, D, ask("SQ4"), device, previous=index)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(faiss.omp_set_num_threads, 1).result()
+        thread.submit(again.add, 0, embeddings).result()
+    assert set(workers) == {threads} and np.array_equal(again.finish().compressed.codes(), index.compressed.codes())
 
 
 # Without Faiss

@@ -70,6 +70,22 @@ def test_a_window_that_cannot_be_stored_ends_the_build(monkeypatch, windows_at_f
     assert broken.index is None and len(asked) <= windows_at_fault[0] + embedding.MOST_WAITING + 1
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [1, 29, 30, 300])
+def test_windows_end_where_those_of_the_whole_corpus_do(monkeypatch, n, world_size):
+    """So the blocks that a quantizer encodes are whole ones, whatever a rank's share."""
+    monkeypatch.setattr(embedding, "WINDOW", 30)
+    found = []
+    for rank in range(world_size):
+        rows = distributed.shard_rows(n, rank, world_size)
+        windows = embedding.Windows([], rows, None, 100)
+        spans = [range(rows.start + start, rows.start + end) for start, end in windows.spans]
+        assert all(span.stop % 30 == 0 or span.stop == rows.stop for span in spans)
+        assert windows.passages_left == len(rows) and all(1 <= len(span) <= 30 for span in spans)
+        found += [row for span in spans for row in span]
+    assert found == list(range(n))
+
+
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
 def test_batches_change_nothing(one_by_one, max_tokens):
     fast = make(world(), max_tokens)

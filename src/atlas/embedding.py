@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,15 +80,16 @@ class Windows(Dataset):
         done = np.zeros(len(rows), bool) if done is None else done
         self.passages, self.rows, self.inputs, self.max_tokens = passages, rows, inputs, max_tokens
         self.cache = cache
-        self.size = WINDOW  # goes with the object to the processes that read it
-        self.starts = [start for start in range(0, len(rows), WINDOW) if not done[start : start + WINDOW].all()]
-        self.passages_left = sum(min(WINDOW, len(rows) - start) for start in self.starts)
+        # They end at multiples of WINDOW of the whole corpus, where the blocks that a quantizer encodes end as well.
+        cuts = [0, *range(WINDOW - rows.start % WINDOW, len(rows), WINDOW), len(rows)]
+        self.spans = [(start, end) for start, end in pairwise(cuts) if not done[start:end].all()]
+        self.passages_left = sum(end - start for start, end in self.spans)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.spans)
 
     def __getitem__(self, i: int) -> Window:
-        rows = self.rows[self.starts[i] : self.starts[i] + self.size]
+        rows = self.rows[slice(*self.spans[i])]
         kept = self.cache.read(rows) if self.cache is not None else None
         tokens = self.inputs.passage_tokens(self.passages[rows.start : rows.stop]) if kept is None else kept
         lengths = np.array([len(row) for row in tokens], np.int32)
@@ -279,7 +281,7 @@ class CorpusEmbedder:
             writer or contextlib.nullcontext(),
             ThreadPoolExecutor(1) as thread,
         ):
-            for start, window in zip(windows.starts, windows.read_ahead(), strict=True):
+            for (start, _), window in zip(windows.spans, windows.read_ahead(), strict=True):
                 embeddings = self._embed_window(window, embed, embedded)
                 stored.append(thread.submit(keep, start, embeddings, window))
                 if len(stored) > MOST_WAITING:

@@ -14,6 +14,7 @@ from atlas.index.compressed import CompressedIndex, explain_probes
 from atlas.index.flat import FlatIndex, measure_largest_norm
 from atlas.index.live import LiveRows
 from atlas.index.sharded import ShardedIndex, Stored
+from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.distributed import shard_rows
 from atlas.runtime.tracking import log, progress_bar
@@ -54,6 +55,7 @@ class IndexBuilder:
         if compressed and compression.kind is None:
             compression = replace(compression, kind=previous.type, nlist=None)
         self._passages, self._compression, self._device = passages, compression, device
+        self._threads = devices.cpu_threads(device, distributed.local_world_size())  # `add` is called by another thread
         self._codec = compressed.codec if compressed and not retrain else None
         self._embeddings = self._codes = None
         self._largest_norm = 0.0  # bounds those of the codes, or of the embeddings where there are no codes yet
@@ -75,7 +77,7 @@ class IndexBuilder:
         """
         end, first_row = start + len(embeddings), self.rows.start + start
         if self._codes is not None:
-            self._codes[start:end], norm = self._codec.encode(embeddings, first_row)
+            self._codes[start:end], norm = self._codec.encode(embeddings, first_row, self._threads)
         else:
             norm = measure_largest_norm(embeddings, first_row)
         self._largest_norm = max(self._largest_norm, norm)
@@ -134,7 +136,7 @@ def compress(
     if factory == "flat":
         return ShardedIndex(index.passages, copy_to(index.embeddings, device), stored=index.stored)
     codec = codec or train_codec(index, factory, compression)
-    codes, largest_norm = encode(codec, index)
+    codes, largest_norm = encode(codec, index, devices.cpu_threads(device, distributed.local_world_size()))
     return index_of_codes(
         index.passages, index.embeddings, codec, codes, largest_norm, compression, device, stored=index.stored
     )
@@ -165,13 +167,13 @@ def index_of_codes(
     return ShardedIndex(passages, embeddings, local, refine_factor=compression.refine_factor, stored=stored)
 
 
-def encode(codec: Codec, index: ShardedIndex) -> tuple[np.ndarray, float]:
+def encode(codec: Codec, index: ShardedIndex, threads: int | None = None) -> tuple[np.ndarray, float]:
     """Codes `(n, code_size)` of this rank's embeddings and what bounds the norms of what they stand for. Collective."""
     codes = np.empty((len(index.rows), codec.code_size), np.uint8)
 
     def fill() -> float:
         largest_norm = 0.0
-        for start, part, norm in encode_parts(codec, index):
+        for start, part, norm in encode_parts(codec, index, threads):
             codes[start : start + len(part)] = part
             largest_norm = max(largest_norm, norm)
         return largest_norm
@@ -179,7 +181,9 @@ def encode(codec: Codec, index: ShardedIndex) -> tuple[np.ndarray, float]:
     return codes, distributed.on_every_rank("encoding the passages", fill)
 
 
-def encode_parts(codec: Codec, index: ShardedIndex) -> Iterator[tuple[int, np.ndarray, float]]:
+def encode_parts(
+    codec: Codec, index: ShardedIndex, threads: int | None = None
+) -> Iterator[tuple[int, np.ndarray, float]]:
     """Codes of this rank's embeddings part by part: its first row, codes `(m, code_size)`, what bounds their norms.
 
     Raises:
@@ -188,7 +192,7 @@ def encode_parts(codec: Codec, index: ShardedIndex) -> Iterator[tuple[int, np.nd
     step = 2**14
     with progress_bar("encoding", len(index.rows), "passages") as bar:
         for start in range(0, len(index.rows), step):
-            codes, norm = codec.encode(index.embeddings[start : start + step], index.rows.start + start)
+            codes, norm = codec.encode(index.embeddings[start : start + step], index.rows.start + start, threads)
             yield start, codes, norm
             bar.update(len(codes))
 

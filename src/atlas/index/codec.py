@@ -285,12 +285,13 @@ class Codec:
     def serialize(self) -> bytes:
         return faiss.serialize_index(self._index).tobytes()
 
-    def encode(self, embeddings: torch.Tensor, first_row: int) -> tuple[np.ndarray, float]:
+    def encode(self, embeddings: torch.Tensor, first_row: int, threads: int | None = None) -> tuple[np.ndarray, float]:
         """Codes `(n, code_size)` uint8 of embeddings `(n, D)`, and what bounds the norms of the vectors they stand for.
 
         Args:
             first_row: number of the first row in the whole corpus. With it the codes depend on nothing but the row's
                 embedding and number, however the rows are cut into calls.
+            threads: that encode; by default those that Faiss has in the calling thread.
 
         Raises:
             ValueError: an embedding is not finite.
@@ -313,7 +314,7 @@ class Codec:
             return measure_largest_norm(torch.from_numpy(self.decode(codes[low:high])))
 
         # Matrix products round differently with the number of threads, too: one for each block.
-        threads = faiss.omp_get_max_threads()
+        threads = threads or faiss.omp_get_max_threads()
         with ThreadPoolExecutor(threads, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
             largest = max(pool.map(encode_block, range(-(first_row % _BLOCK_ROWS), n, _BLOCK_ROWS)), default=0.0)
         return codes, largest

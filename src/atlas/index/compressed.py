@@ -56,8 +56,8 @@ class CompressedIndex:
         self.codec, self.largest_norm, self._n = codec, largest_norm, len(codes)
         self._nprobe = min(nprobe or codec.lists, codec.lists)
         gpu = device if device is not None and device.type != "cpu" else None
-        if gpu is not None:  # the cores are idle then, and torchrun sets the number of threads to one
-            faiss.omp_set_num_threads(devices.cores_per_rank(distributed.local_world_size()))
+        if gpu is not None:
+            faiss.omp_set_num_threads(devices.cpu_threads(gpu, distributed.local_world_size()))
         centroids = codec.centroids()
         if gpu is not None and (reason := _why_not_on_gpu(codec, self._nprobe)):
             log.warning("The CPU searches the index: %s", reason)
@@ -188,6 +188,7 @@ def _copy_to_gpu(index: "faiss.IndexIVF", device: torch.device) -> "faiss.Index 
     """Faiss's copy of an inverted file on the GPU, or None where it cannot make one, with the reason in the log."""
     try:
         options, pq = faiss.GpuClonerOptions(), getattr(index, "pq", None)
+        options.use_cuvs = False  # cuVS has no search in lists that are given, `search_preassigned`
         if pq is not None and 4 * pq.M * pq.ksub > _SHARED_MEMORY:
             options.useFloat16 = True
             log.info("Look-up tables of %d bytes a passage fit a GPU in fp16 only: scores are rounded to it", pq.M)

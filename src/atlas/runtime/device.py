@@ -74,6 +74,14 @@ def cores_per_rank(local_world_size: int) -> int:
     return max(1, available_cores() // local_world_size)
 
 
+def cpu_threads(device: torch.device, local_world_size: int) -> int:
+    """Threads of what the CPU does for a process that computes on this device. To be asked in the main thread.
+
+    Beside a GPU they are the rank's share of the cores, which are idle, while torchrun has set the number to one.
+    """
+    return cores_per_rank(local_world_size) if device.type == "cuda" else torch.get_num_threads()
+
+
 def check_precision(device: torch.device, precision: str, flag: str) -> None:
     """Raises ValueError if the device cannot compute in this precision."""
     if precision == "fp16" and device.type != "cuda":
