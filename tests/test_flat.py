@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from atlas.index import flat
 from atlas.index.flat import FlatIndex, error_bound, fixed_inner_products
@@ -72,6 +73,17 @@ def test_few_rows_are_looked_at_closely_and_only_doubt_takes_a_second_look(monke
             found = FlatIndex(rows, chunk_rows=chunk_rows).search(asked, 10)
             assert_same(found, brute_force(rows, asked, 10))
             assert len(again) == (doubtful or way != "as on a GPU")
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("kept", [1, 20, 1000])
+def test_the_best_scores_are_in_the_best_tiles(n, kept):
+    kept = min(kept, n)
+    scores = torch.randint(0, 50, (3, n), generator=torch.Generator().manual_seed(n)).float()
+    tiles = F.pad(scores, (0, -n % 64), value=-torch.inf).unflatten(1, (-1, 64))
+    best, columns = flat._best_by_tiles(tiles, kept)
+    assert torch.equal(best, scores.topk(kept).values) and torch.equal(scores.gather(1, columns), best)
+    assert all(len(set(row)) == kept for row in columns.tolist())
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 3, 10, 64, 199, 200, 1000])

@@ -9,6 +9,7 @@ fp32 elsewhere. A GPU first keeps a few more rows than are wanted, and looks clo
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -87,11 +88,11 @@ class FlatIndex:
 
     def _fp32_pass(self, queries: torch.Tensor) -> FirstPass:
         """Rows become fp32 block by block, each small enough for a CPU's caches."""
-        block = self._block(torch.float32)
+        block = cache(lambda: self._block(torch.float32))  # where nothing is scored, it takes no memory
 
         def score(start: int, end: int, out: torch.Tensor) -> None:
             for part, into in self._blocks(start, end, out):
-                torch.mm(queries, block[: len(part)].copy_(part).T, out=into)
+                torch.mm(queries, block()[: len(part)].copy_(part).T, out=into)
 
         return FirstPass(score, error_bound(queries, self.largest_norm))
 
@@ -199,10 +200,12 @@ def _top_k_of_a_few_more(
     total = queries.new_zeros(())  # not finite if any score is not
     for start in range(0, n, step):
         end = min(start + step, n)
-        approximate = queries.new_empty(b, end - start)
+        tiles = queries.new_full((b, -(-(end - start) // _TILE), _TILE), -torch.inf)
+        approximate = tiles.flatten(1)[:, : end - start]
         first_pass.score(start, end, approximate)
         total = total + approximate.sum()
-        best, column = approximate.topk(min(kept, end - start), dim=1)
+        best, column = _best_by_tiles(tiles, min(kept, end - start))
+        column = column.clamp(max=end - start - 1)  # padding is found only beside scores that are not finite
         scores, place = torch.cat([scores, best], dim=1).topk(kept, dim=1)
         rows = torch.cat([rows, column + start], dim=1).gather(1, place)
     rows = rows.sort(dim=1).values
@@ -212,6 +215,16 @@ def _top_k_of_a_few_more(
     sure = exact[:, k - 1] > scores[:, -1] + first_pass.error[:, 0]
     certain = total.isfinite() & (sure.all() if kept < n else first_pass.error.isfinite().all())
     return (exact[:, :k], rows.gather(1, order[:, :k])) if certain else None
+
+
+def _best_by_tiles(tiles: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scores of each row of (b, t, _TILE), and their columns of (b, t · _TILE): (b, kept) each.
+
+    They are in the tiles whose best is among the best of all tiles: so most scores are read once.
+    """
+    number = tiles.amax(2).topk(min(kept, tiles.shape[1])).indices  # (b, m)
+    scores, place = tiles.gather(1, number[..., None].expand(-1, -1, _TILE)).flatten(1).topk(kept)
+    return scores, number.gather(1, place // _TILE) * _TILE + place % _TILE
 
 
 def _top_k_by_chunks(

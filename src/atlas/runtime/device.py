@@ -150,8 +150,11 @@ def embedding_tokens(device: torch.device, rows: int, length: int) -> int:
 
 
 def search_chunk_rows(device: torch.device) -> int:
-    """Number of index rows compared with the queries at a time; limits the memory of a search."""
-    return 2**18 if device.type == "cuda" else 2**15
+    """Number of index rows compared with the queries at a time; limits the memory of a search.
+
+    On a GPU every chunk costs the start of some twenty kernels; there only the number of scores has a limit.
+    """
+    return 2**24 if device.type == "cuda" else 2**15
 
 
 def waits_cost_much(device: torch.device) -> bool:
