@@ -93,14 +93,17 @@ class Way(NamedTuple):
     kind: str
     nprobe: int | None = None
     refine_factor: int = 1
+    by_torch: bool = False  # compared with torch's product of all embeddings, in fp32, in the place of Faiss
 
     def __str__(self) -> str:
         probes = f" nprobe {self.nprobe}" if self.nprobe else ""
-        return self.kind + probes + (f" refine {self.refine_factor}" if self.refine_factor > 1 else "")
+        torchs = ", in the place of Faiss `(queries @ embeddings.T).topk(k)`" if self.by_torch else ""
+        return self.kind + probes + (f" refine {self.refine_factor}" if self.refine_factor > 1 else "") + torchs
 
 
 WAYS = [
     Way("flat"),
+    Way("flat", by_torch=True),
     Way("PQ64"),
     Way("PQ128x4fs"),
     Way("PQ128x4fs", refine_factor=4),
@@ -148,7 +151,10 @@ def in_fp16(embeddings: torch.Tensor) -> faiss.Index:
 def faiss_search(
     way: Way, index: ShardedIndex, embeddings: torch.Tensor
 ) -> Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
-    """Faiss's own search of the same codes."""
+    """Faiss's own search of the same codes, or torch's of the embeddings."""
+    if way.by_torch:
+        rows = embeddings.float()
+        return lambda queries, k: tuple(part.numpy() for part in (torch.from_numpy(queries) @ rows.T).topk(k))
     if index.compressed is None:
         flat = faiss.IndexFlatIP(index.dimension)
         for part in embeddings.split(2**14):

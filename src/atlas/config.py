@@ -168,7 +168,10 @@ class Index:
     save_index_n_shards: int = flag(128, "accepted for compatibility: our format has no shards", least=1)
     faiss_nlist: int | None = flag(None, "lists of an ivf index (square root of the number of passages)", least=1)
     faiss_nprobe: int | None = flag(
-        None, "lists of an ivf index searched per query (1 in 32, at least 16; --faiss_nlist or more: all)", least=1
+        None,
+        "lists of an ivf index searched per query (1 in 32, at least 16: of 640 lists these find 93 % of the best "
+        "passages, 1 in 8 99 %; --faiss_nlist or more: all)",
+        least=1,
     )
     faiss_train_size: int | None = flag(None, "rows the quantizer is trained on (256 per centroid)", least=1)
     faiss_retrain: bool = flag(False, "train the quantizer again at every refresh")
