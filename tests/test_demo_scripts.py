@@ -130,6 +130,13 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.parametrize(("gpus", "started"), [(0, 2), (1, 1), (2, 2), (6, 4), (8, 8), (32, 16)])
+def test_the_demo_starts_a_process_for_each_gpu_or_two_on_a_cpu(monkeypatch, gpus, started):
+    """A power of two, so that its batches divide."""
+    monkeypatch.setattr(demo.torch.cuda, "device_count", lambda: gpus)
+    assert demo.processes.__wrapped__() == started
+
+
 def pretrain(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["demo_pretrain.py", *flags])
     demo_pretrain.main()

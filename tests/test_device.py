@@ -36,6 +36,28 @@ def gpus(monkeypatch, count, warning=None):
     monkeypatch.setattr(devices, "_choose_kernels", lambda: None)
 
 
+def test_what_a_gpu_is_told_before_it_computes(monkeypatch):
+    """No plan of cuDNN's for every shape, and sums of 16-bit products in fp32, which exact search counts on."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [torch.backends.cuda.cudnn_sdp_enabled(), *(getattr(matmul, name) for name in names)]
+    choose = devices._choose_kernels
+    gpus(monkeypatch, 1)
+    monkeypatch.setattr(devices, "_choose_kernels", choose)
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        for name in names:
+            setattr(matmul, name, True)
+        assert pick_device("cpu", 0).type == "cpu" and torch.backends.cuda.cudnn_sdp_enabled()
+        pick_device("auto", 0)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not any(getattr(matmul, name) for name in names)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        for name, value in zip(names, before[1:], strict=True):
+            setattr(matmul, name, value)
+
+
 def test_every_process_gets_its_own_gpu(monkeypatch):
     gpus(monkeypatch, 2)
     assert [pick_device("auto", rank) for rank in (0, 1)] == [torch.device("cuda", rank) for rank in (0, 1)]
