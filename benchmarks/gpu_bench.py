@@ -44,6 +44,7 @@ class Row(NamedTuple):
     measured: str
     share: str = ""  # of the card's limit
     ok: bool = True
+    reached: bool = True  # the goal of its speed, if it has one
 
 
 @dataclass(frozen=True)
@@ -235,13 +236,17 @@ class Bench:
         """What training computes in on this device."""
         return "bf16" if self.on_gpu else devices.cpu_precision()
 
-    def share_of_peak(self, flops: float, seconds: float) -> str:
+    def share_of_peak(self, flops: float, seconds: float) -> float:
         """These operations in this time, as a share of the fastest matrix product."""
-        return f"{flops / seconds / self.limits.flops:.0%} of the matrix product"
+        return flops / seconds / self.limits.flops
 
-    def share_of_bandwidth(self, read: float, seconds: float) -> str:
+    def share_of_bandwidth(self, read: float, seconds: float) -> float:
         """The time that reading these bytes once takes, as a share of this time."""
-        return f"{read / self.limits.bytes / seconds:.0%} of the bandwidth"
+        return read / self.limits.bytes / seconds
+
+    def reaches(self, figure: float, goal: float) -> bool:
+        """Whether a goal of speed is reached; the short form has none, because its speeds mean nothing."""
+        return self.sizes is not FULL or figure >= goal
 
     def to_read(self, read: float) -> str:
         """How long it takes to read these bytes once."""
