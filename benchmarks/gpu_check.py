@@ -26,14 +26,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 import torch
 
 from atlas.runtime import device as devices
-from benchmarks import gpu_fast, gpu_right, gpu_search
+from benchmarks import gpu_fast, gpu_options, gpu_right, gpu_search
 from benchmarks.gpu_bench import CPU, FULL, MODELS, ROOT, SHORT, Bench, Check, Row, World, free, has_module
 from benchmarks.gpu_ranks import several_ranks
 from benchmarks.memory import table
 
 COLUMNS = ("check", "expected", "measured", "share of the card's limit")
 WRONG, BELOW = "**wrong**", "**below the goal**"
-CHECKS = (gpu_fast.limits, *gpu_right.CHECKS, *gpu_search.CHECKS, *gpu_fast.CHECKS, several_ranks)
+RIGHT = (*gpu_right.CHECKS, *gpu_options.CHECKS, *gpu_search.CHECKS)
+CHECKS = (gpu_fast.limits, *RIGHT, *gpu_fast.CHECKS, several_ranks)
 
 
 def output_of(*words: str) -> str:

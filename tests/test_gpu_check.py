@@ -1,6 +1,7 @@
 """The check for GPUs: its short form on this CPU, what it says when something is wrong, and its own k-means."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from atlas.index.codec import faiss
 from atlas.model.grouping import fuse
 from benchmarks import gpu_check, gpu_fast, gpu_ranks, gpu_search
 from benchmarks.gpu_bench import CPU, FULL, MODELS, SHORT, Bench, Limits, Row, World
+from benchmarks.memory import Settings
 from benchmarks.step import models, tokens
 from tests.patience import HANG_SECONDS
 
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # what a bare machine lacks, before anything is imported
 BARE = """
 import runpy, sys
-for name in ("faiss", "rouge"):
+for name in ("faiss", "rouge", "peft"):
     sys.modules[name] = None
 runpy.run_module("benchmarks.gpu_check", run_name="__main__", alter_sys=True)
 """
@@ -46,7 +48,7 @@ def test_the_short_form_on_a_bare_machine():
     not_run = [name for name, cells in rows.items() if cells[2].startswith("not run")]
     assert len([name for name in not_run if "PQ8" in name or "IVF" in name]) == 5
     assert set(not_run) >= {"the demo's commands", "losses and search under torchrun"}
-    assert len(rows) - len(not_run) > 35
+    assert len(rows) - len(not_run) > 50
 
 
 @pytest.mark.skipif(faiss is None, reason="needs Faiss")
@@ -78,6 +80,17 @@ def test_what_is_wrong_is_shown(monkeypatch, capsys):
 
 def test_memory_is_compared_with_the_documented_figures():
     assert gpu_fast.documented_memory().keys() >= FULL.readers.keys()
+    assert gpu_fast.expected_memory("xl", Settings()) == (54.3, "docs/training.md")
+    assert gpu_fast.expected_memory("tiny", Settings()) is None
+
+
+@pytest.mark.slow
+def test_memory_without_checkpointing_is_counted():
+    documented = re.search(
+        r"\| base, no checkpointing \| ([\d.]+) ", (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    )
+    found = gpu_fast.expected_memory("base", Settings(gradient_checkpoint=False))
+    assert (f"{found.gib:.1f}", found.source) == (documented[1], "counted")
 
 
 def test_goals_are_those_of_the_full_form(bench):
