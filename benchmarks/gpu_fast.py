@@ -252,22 +252,20 @@ def timed_answers(bench: Bench, reader: FusionInDecoder, encoded: Encoded, beams
     check = f"answers, {n} × {sizes.step.n_context} × up to {encoded.mask.shape[2]}, {sizes.tokens} tokens, "
     check += f"{f'{beams} beams' if beams > 1 else 'greedy'}, {bench.precision}"
     with devices.autocast(device, bench.precision):
-        taken = seconds(write, sizes.repeats, device)
-        waited = waits(write, device)
-        read = sum(
-            parameter.nbytes for part in (reader.decoder.block, reader.lm_head) for parameter in part.parameters()
-        )
-        itemsize = (devices.compute_dtype(bench.precision) or torch.float32).itemsize
-        read += 2 * sizes.layers * fused.hidden.numel() * itemsize  # keys and values, as wide as d
-        measured = f"{n * sizes.tokens / taken:.4g} tokens/s, {1e3 * taken / sizes.tokens:.3g} ms a token"
-        share = of_bandwidth(bench.share_of_bandwidth(sizes.tokens * read, taken))
-        yield Row(check, f"a token: {bench.to_read(read)}", measured + times_waited(waited), share)
-        check, expected = f"{check}, plain", f"goal: {ANSWER_GOAL} × as long as above"
-        try:
+        taken, waited = seconds(write, sizes.repeats, device), waits(write, device)
+    read = sum(parameter.nbytes for part in (reader.decoder.block, reader.lm_head) for parameter in part.parameters())
+    itemsize = (devices.compute_dtype(bench.precision) or torch.float32).itemsize
+    read += 2 * sizes.layers * fused.hidden.numel() * itemsize  # keys and values, as wide as d
+    measured = f"{n * sizes.tokens / taken:.4g} tokens/s, {1e3 * taken / sizes.tokens:.3g} ms a token"
+    share = of_bandwidth(bench.share_of_bandwidth(sizes.tokens * read, taken))
+    yield Row(check, f"a token: {bench.to_read(read)}", measured + times_waited(waited), share)
+    check, expected = f"{check}, plain", f"goal: {ANSWER_GOAL} × as long as above"
+    try:
+        with devices.autocast(device, bench.precision):
             ratio = seconds(plain, sizes.repeats, device) / taken
-        except torch.OutOfMemoryError:
-            yield Row(check, expected, "out of memory")
-            return
+    except torch.OutOfMemoryError:
+        yield Row(check, expected, "out of memory")
+        return
     measured = f"{1e3 * ratio * taken / sizes.tokens:.3g} ms a token: {ratio:.1f} × as long"
     yield Row(check, expected, measured, reached=bench.reaches(ratio, ANSWER_GOAL))
 

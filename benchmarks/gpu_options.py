@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,9 +26,11 @@ def save_language_model(directory: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.2}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "initializer_range": 0.1}
     ends = {"bos_token_id": None, "eos_token_id": tokens.index(END)}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokens), **shape, **ends)).save_pretrained(directory)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same model, whatever ran before
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokens), **shape, **ends)).save_pretrained(directory)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(directory)
     return directory
 
