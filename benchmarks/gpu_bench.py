@@ -1,5 +1,7 @@
 """What the parts of `benchmarks.gpu_check` share: sizes, rows of the table, made-up passages, clocks."""
 
+import contextlib
+import copy
 import gc
 import importlib.util
 import json
@@ -20,9 +22,12 @@ from atlas.files.jsonl import JsonlCorpus
 from atlas.index.passages import open_passages
 from atlas.model.atlas import TrainingTensors
 from atlas.model.inputs import Inputs
-from atlas.model.reader import FusionInDecoder, load_reader
+from atlas.model.interface import Reader
+from atlas.model.prompts import PromptInputs
+from atlas.model.reader import load_reader
 from atlas.model.retriever import DualEncoder, load_retriever
 from atlas.model.tokenization import (
+    PromptTokenizer,
     ReaderTokenizer,
     RetrieverTokenizer,
     load_reader_tokenizer,
@@ -44,6 +49,7 @@ class Row(NamedTuple):
     measured: str
     share: str = ""  # of the card's limit
     ok: bool = True
+    reached: bool = True  # the goal of its speed, if it has one
 
 
 @dataclass(frozen=True)
@@ -182,10 +188,17 @@ class World:
         return open_passages([path])
 
     @cached_property
-    def _tokenizers(self) -> tuple[ReaderTokenizer, RetrieverTokenizer]:
+    def _tokenizers(self) -> tuple[ReaderTokenizer | PromptTokenizer, RetrieverTokenizer]:
         return load_reader_tokenizer(self._reader), load_retriever_tokenizer(self._retriever)
 
-    def reader(self) -> FusionInDecoder:
+    def read_by(self, reader: Path) -> "World":
+        """The same passages and questions for another reader."""
+        world = copy.copy(self)
+        world._reader = str(reader)
+        vars(world).pop("_tokenizers", None)  # they are the other one's
+        return world
+
+    def reader(self) -> Reader:
         """The tiny reader, without dropout, on the CPU."""
         return load_reader(self._reader, dropout=0.0)
 
@@ -196,7 +209,8 @@ class World:
     def inputs(self, device: torch.device) -> Inputs:
         """Tensors of texts, with the same shapes on every device."""
         settings = config.Model(text_maxlength=self.sizes.text_maxlength, n_context=self.sizes.read)
-        inputs = Inputs(settings, *self._tokenizers, device=device)
+        kind = Inputs if self._tokenizers[0].fuses else PromptInputs
+        inputs = kind(settings, *self._tokenizers, device=device)
         inputs.pad_multiple = devices.pad_multiple(torch.device("cuda"))
         return inputs
 
@@ -206,13 +220,17 @@ class World:
         drawn = [rng.sample(self.passages, k - i % 2) for i in range(len(self.questions[rows]))]
         return [(of_query + of_query)[:k] for of_query in drawn]
 
-    def batch(self, rows: slice, device: torch.device, k: int) -> TrainingTensors:
+    def batch(self, rows: slice, device: torch.device, k: int, mode: str = "pdist") -> TrainingTensors:
         """A batch of questions with k passages each, which the retriever embeds again."""
         inputs, queries, passages = self.inputs(device), self.questions[rows], self.questions_with_passages(rows, k)
         flat = [passage for of_query in passages for passage in of_query]
-        targets = inputs.targets(queries, self.targets[rows])
+        tokens = inputs.target_tokens(self.targets[rows])
         return TrainingTensors(
-            *inputs.reader(queries, passages), targets, *inputs.queries(queries), *inputs.passages(flat)
+            *inputs.training(queries, passages),
+            inputs.target_rows(queries, tokens),
+            *inputs.queries(queries),
+            *inputs.passages(flat),
+            judged=inputs.judging(queries, passages, tokens, mode),
         )
 
 
@@ -235,13 +253,17 @@ class Bench:
         """What training computes in on this device."""
         return "bf16" if self.on_gpu else devices.cpu_precision()
 
-    def share_of_peak(self, flops: float, seconds: float) -> str:
+    def share_of_peak(self, flops: float, seconds: float) -> float:
         """These operations in this time, as a share of the fastest matrix product."""
-        return f"{flops / seconds / self.limits.flops:.0%} of the matrix product"
+        return flops / seconds / self.limits.flops
 
-    def share_of_bandwidth(self, read: float, seconds: float) -> str:
+    def share_of_bandwidth(self, read: float, seconds: float) -> float:
         """The time that reading these bytes once takes, as a share of this time."""
-        return f"{read / self.limits.bytes / seconds:.0%} of the bandwidth"
+        return read / self.limits.bytes / seconds
+
+    def reaches(self, figure: float, goal: float) -> bool:
+        """Whether a goal of speed is reached; the short form has none, because its speeds mean nothing."""
+        return self.sizes is not FULL or figure >= goal
 
     def to_read(self, read: float) -> str:
         """How long it takes to read these bytes once."""
@@ -273,6 +295,16 @@ def waits(work: Callable[[], object], device: torch.device) -> int | None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Multiply matrices of fp32 numbers inside the block as `--precision` says, and in fp32 afterwards."""
+    devices.set_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        devices.set_matmul_precision("fp32")
 
 
 def free(device: torch.device) -> None:

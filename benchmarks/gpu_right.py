@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -22,18 +22,20 @@ from atlas.checkpoint import Contents, load_checkpoint, save_checkpoint
 from atlas.config import Optimisation
 from atlas.embedding import passage_embedder
 from atlas.model.atlas import Atlas, Losses
-from atlas.model.reader import IGNORE, FusionInDecoder, load_reader_state
+from atlas.model.interface import Reader
+from atlas.model.reader import IGNORE, load_reader_state
 from atlas.model.retriever import load_retriever_state
-from atlas.model.signals import MODES
+from atlas.model.signals import MODES, PROMPT_MODES, Mode
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import gathered_weights, shard_weights
 from atlas.training.optim import Optimizers
-from benchmarks.gpu_bench import CPU, FULL, MODELS, ROOT, Bench, Row, World, distance, has_module
+from benchmarks.gpu_bench import CPU, FULL, MODELS, ROOT, Bench, Row, World, distance, has_module, products_in
 from benchmarks.memory import update
 from benchmarks.step import models
 
 LOSS_LIMITS = {"fp32": 1e-3, "bf16": 5e-2}  # relative distance to the CPU's fp32
+SAME_ANSWERS = {"fp32": 0.95, "bf16": 0.6}  # at least this share
 
 
 def embeddings(bench: Bench) -> Iterator[Row]:
@@ -60,14 +62,16 @@ def close(check: str, found: float, limit: float) -> Row:
 def joint_model(world: World, mode: str) -> Atlas:
     """The tiny models together; the retriever learns from more passages than the reader reads."""
     temperatures = {"temperature_gold": 0.1, "temperature_score": 0.1}
-    halves = world.reader(), world.retriever(query_side=False)
-    return Atlas(*halves, n_context=world.sizes.read, mode=MODES[mode], correlate=True, **temperatures).train()
+    reader, retriever = world.reader(), world.retriever(query_side=False)
+    modes = MODES if reader.fuses else PROMPT_MODES
+    options = {"n_context": world.sizes.read, "mode": modes[mode], "correlate": True}
+    return Atlas(reader, retriever, **options, **temperatures).train()
 
 
-def distinct_modes() -> dict[str, str]:
-    """All gold-score modes, each once: the name that it is asked for by -> all its names."""
+def distinct_modes(modes: Mapping[str, Mode] = MODES) -> dict[str, str]:
+    """All these gold-score modes, each once: the name that it is asked for by -> all its names."""
     names: dict[int, list[str]] = {}
-    for name, mode in MODES.items():
+    for name, mode in modes.items():
         names.setdefault(hash(mode), []).append(name)
     return {same[0]: ", ".join(same) for same in names.values()}
 
@@ -85,26 +89,35 @@ def gradient_distance(found: Atlas, wanted: Atlas) -> float:
 
 
 def losses(bench: Bench) -> Iterator[Row]:
-    """Both losses of every gold-score mode, and the gradients of all weights."""
+    """Both losses of every gold-score mode, and in one mode those of tf32."""
+    yield from compare_losses(bench, MODES)
+    yield from compare_losses(bench, {"pdist": MODES["pdist"]}, {"tf32": 5e-3})
+
+
+def compare_losses(
+    bench: Bench, modes: Mapping[str, Mode], limits: Mapping[str, float] = LOSS_LIMITS, of: str = ""
+) -> Iterator[Row]:
+    """Both losses in each mode and precision, and the gradients of all weights. `of`: which reader they are of."""
     rows, k = slice(0, 2), bench.sizes.retrieved
-    for mode, names in distinct_modes().items():
+    for mode, names in distinct_modes(modes).items():
         model = joint_model(bench.world, mode)
-        wanted = model(bench.world.batch(rows, CPU, k))
+        wanted = model(bench.world.batch(rows, CPU, k, mode))
         wanted.total.backward()
         there = copy.deepcopy(model).to(bench.device)
-        for precision, limit in LOSS_LIMITS.items():
+        for precision, limit in limits.items():
             there.zero_grad()
-            with devices.autocast(bench.device, precision):
-                found = there(bench.world.batch(rows, bench.device, k))
-            found.total.backward()
+            with products_in(precision):
+                with devices.autocast(bench.device, precision):
+                    found = there(bench.world.batch(rows, bench.device, k, mode))
+                found.total.backward()
             off = [distance(a, b) for a, b in ((found.reader, wanted.reader), (found.retriever, wanted.retriever))]
             off.append(gradient_distance(there, model))
-            limits = [limit, 10 * limit, 10 * limit]
+            most = [limit, 10 * limit, 10 * limit]
             yield Row(
-                f"losses, {names}, {precision}",
-                "reader ± {:.0e}, retriever ± {:.0e}, gradients ± {:.0e}".format(*limits),
+                f"losses, {of}{names}, {precision}",
+                "reader ± {:.0e}, retriever ± {:.0e}, gradients ± {:.0e}".format(*most),
                 "{:.1e}, {:.1e}, {:.1e} off the CPU's fp32".format(*off),
-                ok=all(map(math.isfinite, off)) and all(a <= b for a, b in zip(off, limits, strict=True)),
+                ok=all(map(math.isfinite, off)) and all(a <= b for a, b in zip(off, most, strict=True)),
             )
 
 
@@ -173,7 +186,7 @@ def kernels(bench: Bench) -> Iterator[Row]:
         yield Row(f"attention kernel, {name}", expected, str(seen), ok=fused or not bench.on_gpu)
 
 
-def write_answers(reader: FusionInDecoder, world: World, device: torch.device, beams: int) -> list[list[int]]:
+def write_answers(reader: Reader, world: World, device: torch.device, beams: int) -> list[list[int]]:
     """Tokens of the answers to all questions."""
     everything = slice(0, len(world.questions))
     inputs, passages = world.inputs(device), world.questions_with_passages(everything, world.sizes.read)
@@ -189,19 +202,26 @@ def same_answers(check: str, found: list[list[int]], wanted: list[list[int]], le
 
 def answers(bench: Bench) -> Iterator[Row]:
     """Greedy and beam search."""
-    reader, there = bench.world.reader(), bench.world.reader().to(bench.device)
     for name, beams in {"greedy": 1, "3 beams": 3}.items():
-        wanted = write_answers(reader, bench.world, CPU, beams)
-        for precision, least in {"fp32": 0.95, "bf16": 0.6}.items():
-            with devices.autocast(bench.device, precision):
-                found = write_answers(there, bench.world, bench.device, beams)
-            yield same_answers(f"answers, {name}, {precision}", found, wanted, least, "as the CPU's fp32")
+        yield from compare_answers(bench, bench.world.reader(), name, beams)
 
 
-def optimizers_of(model: Atlas) -> Optimizers:
-    """AdamW with a constant learning rate."""
+def compare_answers(
+    bench: Bench, reader: Reader, name: str, beams: int = 1, shares: Mapping[str, float] = SAME_ANSWERS
+) -> Iterator[Row]:
+    """Of a reader on the CPU, and of its copy on the device."""
+    wanted = write_answers(reader, bench.world, CPU, beams)
+    there = copy.deepcopy(reader).to(bench.device)
+    for precision, least in shares.items():
+        with devices.autocast(bench.device, precision):
+            found = write_answers(there, bench.world, bench.device, beams)
+        yield same_answers(f"answers, {name}, {precision}", found, wanted, least, "as the CPU's fp32")
+
+
+def optimizers_of(model: Atlas, **changes: str | bool) -> Optimizers:
+    """AdamW with a constant learning rate, but for other flags."""
     flags = {"lr": 1e-3, "lr_retriever": 1e-3, "scheduler": "fixed", "warmup_steps": 0, "total_steps": 100}
-    return Optimizers(Optimisation(**flags), {"reader": model.reader, "retriever": model.retriever})
+    return Optimizers(Optimisation(**flags | changes), {"reader": model.reader, "retriever": model.retriever})
 
 
 def train(bench: Bench, model: Atlas, optimizers: Optimizers, steps: range, precision: str) -> list[Losses]:
@@ -213,18 +233,24 @@ def train(bench: Bench, model: Atlas, optimizers: Optimizers, steps: range, prec
 
 def steps(bench: Bench) -> Iterator[Row]:
     """Losses of a few steps."""
-    model, totals = joint_model(bench.world, "pdist"), {}
-    for name, device, precision in (("wanted", CPU, "fp32"), *((p, bench.device, p) for p in LOSS_LIMITS)):
+    yield from compare_steps(bench, joint_model(bench.world, "pdist"))
+
+
+def compare_steps(
+    bench: Bench, model: Atlas, of: str = "", limits: Mapping[str, float] = LOSS_LIMITS, **flags: str | bool
+) -> Iterator[Row]:
+    """Losses of a few steps of a model on the CPU, and of its copies on the device. `of`: what the flags are."""
+    totals = {}
+    for name, device, precision in (("wanted", CPU, "fp32"), *((p, bench.device, p) for p in limits)):
         trained = copy.deepcopy(model).to(device)
-        of_steps = train(bench, trained, optimizers_of(trained), range(bench.sizes.steps), precision)
+        of_steps = train(bench, trained, optimizers_of(trained, **flags), range(bench.sizes.steps), precision)
         totals[name] = torch.stack([losses.total.detach().cpu() for losses in of_steps])
-    for precision, limit in LOSS_LIMITS.items():
+    for precision, limit in limits.items():
         worst = (totals[precision] / totals["wanted"] - 1).abs().max().item()
         text = " ".join(f"{loss:.4f}" for loss in totals[precision].tolist())
         expected = f"CPU's fp32 ± {limit:.0e}"
-        yield Row(
-            f"losses of {bench.sizes.steps} steps, {precision}", expected, f"{text}: {worst:.1e} off", ok=worst <= limit
-        )
+        check = f"losses of {bench.sizes.steps} steps, {of}{precision}"
+        yield Row(check, expected, f"{text}: {worst:.1e} off", ok=worst <= limit)
 
 
 def resume(bench: Bench) -> Iterator[Row]:
@@ -270,44 +296,61 @@ def one_rank(device: torch.device) -> Iterator[None]:
 
 
 def sharded(bench: Bench) -> Iterator[Row]:
-    """A reader whose weights are sharded (FSDP2), on one rank: its answers, and a training step."""
+    """A reader whose weights are sharded (FSDP2), on one rank: its answers, and training steps; bf16 as in presets."""
     world, device = bench.world, bench.device
-    plain = joint_model(world, "pdist").to(device)
-    wanted = write_answers(plain.reader, world, device, beams=1)
-    wanted_losses = train(bench, plain, optimizers_of(plain), range(2), "fp32")
-    with one_rank(device):
-        model = joint_model(world, "pdist")
-        model.retriever.to(device)
-        shard_weights(model.reader, model.reader.blocks, device, block_dtype=None, forward_methods=("encode",))
-        with gathered_weights(model.reader):
-            found = write_answers(model.reader, world, device, beams=1)
-        found_losses = train(bench, model, optimizers_of(model), range(2), "fp32")
-        off = max(distance(a.total, b.total) for a, b in zip(found_losses, wanted_losses, strict=True))
-    yield same_answers("answers, sharded weights on 1 rank", found, wanted, 0.95, "as with whole weights")
-    yield Row("losses of 2 steps, the same", "those with whole weights ± 1e-4", f"{off:.1e} off", ok=off <= 1e-4)
+    for precision, limit in {"fp32": 1e-4, "bf16": 2e-2}.items():
+        plain = joint_model(world, "pdist").to(device)
+        with devices.autocast(device, precision):
+            wanted = write_answers(plain.reader, world, device, beams=1)
+        wanted_losses = train(bench, plain, optimizers_of(plain), range(2), precision)
+        with one_rank(device):
+            model, dtype = joint_model(world, "pdist"), devices.compute_dtype(precision)
+            model.retriever.to(device)
+            shard_weights(model.reader, model.reader.blocks, device, block_dtype=dtype, forward_methods=("encode",))
+            with gathered_weights(model.reader), devices.autocast(device, precision):
+                found = write_answers(model.reader, world, device, beams=1)
+            found_losses = train(bench, model, optimizers_of(model), range(2), precision)
+            off = max(distance(a.total, b.total) for a, b in zip(found_losses, wanted_losses, strict=True))
+        check = f"sharded weights on 1 rank, {precision}"
+        yield same_answers(f"answers, {check}", found, wanted, SAME_ANSWERS[precision], "as with whole weights")
+        expected = f"those with whole weights ± {limit:.0e}"
+        yield Row(f"losses of 2 steps, {check}", expected, f"{off:.1e} off", ok=off <= limit)
+
+
+def demo_data(bench: Bench) -> tuple[Path, str]:
+    """Where the demo's data is, and what is missing; the full form makes it, which needs packages but no network."""
+    if missing := [name for name in ("regex", "rouge") if not has_module(name)]:
+        return bench.demo, f"no {' and no '.join(missing)}"
+    if (bench.demo / "passages.jsonl").is_file():
+        return bench.demo, ""
+    if bench.sizes is not FULL:
+        return bench.demo, f"no {bench.demo}, which the full form makes"
+    made = bench.world.scratch / "demo-data"
+    command = [sys.executable, "preprocessing/prepare_demo.py", "--output_directory", str(made)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return made, (done.stderr.strip().splitlines() or ["it says nothing"])[-1] if done.returncode else ""
 
 
 def demo(bench: Bench) -> Iterator[Row]:
     """`evaluate.py` and `finetune_qa.py` as the demo calls them, in one process."""
-    missing = [name for name in ("regex", "rouge") if not has_module(name)]
-    if missing or not (bench.demo / "passages.jsonl").is_file():
-        why = f"no {' and no '.join(missing)}" if missing else f"no {bench.demo}"
-        yield Row("the demo's commands", "exact match rises", f"not run: {why}")
+    data, missing = demo_data(bench)
+    if missing:
+        yield Row("the demo's commands", "exact match rises", f"not run: {missing}")
         return
     from example_scripts.demo import FINE_TUNING, FINE_TUNING_STEPS, READING  # needs what was looked for
 
     home, short = bench.world.scratch / "demo", bench.sizes is not FULL
     test = home / "test.jsonl"
     home.mkdir()
-    lines = (bench.demo / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = (data / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     test.write_text("".join(lines[: 16 if short else None]), encoding="utf-8")
     common = ["--eval_data", test, "--checkpoint_dir", home, "--retriever_model_path", MODELS / "retriever", *READING]
     common += ["--reader_model_type", MODELS / "reader", "--precision", bench.precision, "--per_gpu_batch_size", "16"]
     index = home / "index"
     last = 6 if short else FINE_TUNING_STEPS
-    build = ["--passages", bench.demo / "passages.jsonl", "--save_index_path", index]
+    build = ["--passages", data / "passages.jsonl", "--save_index_path", index]
     build += ["--max_passages", "400"] if short else []
-    tune = [*FINE_TUNING, "--train_data", bench.demo / "train.64-shot.jsonl", "--load_index_path", index]
+    tune = [*FINE_TUNING, "--train_data", data / "train.64-shot.jsonl", "--load_index_path", index]
     tune += ["--total_steps", str(last), "--eval_freq", str(last // 2)]
     before = exact_match_of(home / "before", ["evaluate.py", *common, *build])
     after = exact_match_of(home / "after", ["finetune_qa.py", *common, *tune])

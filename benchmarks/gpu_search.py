@@ -14,7 +14,7 @@ from atlas.index.store import open_index, save_index
 from atlas.model.load import Model
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
-from benchmarks.gpu_bench import CPU, Bench, Row, has_module
+from benchmarks.gpu_bench import CPU, Bench, Row, has_module, products_in
 
 NO_FAISS = "not run: no Faiss"
 K = 50
@@ -32,7 +32,7 @@ def found_rows(check: str, found: torch.Tensor, wanted: torch.Tensor, least: flo
 
 
 def flat(bench: Bench) -> Iterator[Row]:
-    """Exact search, with ties and in small chunks."""
+    """Exact search, with ties, in small chunks, and where products are less exact."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(bench.sizes.compared, bench.sizes.dimension, generator=generator).half()
     rows[1000:1100] = rows[0]
@@ -40,8 +40,14 @@ def flat(bench: Bench) -> Iterator[Row]:
     queries[0] = rows[0].float()
     wanted = FlatIndex(rows).search(queries, 110)
     there = rows.to(bench.device)
-    for name, chunk_rows in {"": None, ", in chunks of 777": 777}.items():
-        scores, found = FlatIndex(there, chunk_rows=chunk_rows).search(queries.to(bench.device), 110)
+    kinds = {
+        "": (FlatIndex(there), "fp32"),
+        ", in chunks of 777": (FlatIndex(there, chunk_rows=777), "fp32"),
+        ", fp32 rows in tf32": (FlatIndex(there.float()), "tf32"),
+    }
+    for name, (index, precision) in kinds.items():
+        with products_in(precision):
+            scores, found = index.search(queries.to(bench.device), 110)
         row = found_rows(f"flat search of {len(rows)} rows with ties{name}", found, wanted[1])
         off = (scores.cpu() - wanted[0]).abs().max().item()
         yield row._replace(measured=f"{row.measured}, scores {off:.0e} off", ok=row.ok and off < 1e-3)
