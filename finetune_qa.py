@@ -7,13 +7,19 @@ from train import train
 
 
 def often(options: argparse.Namespace) -> int:
-    """10; 9 or 8 if that would evaluate one step before the end"""
-    return next((steps for steps in (10, 9, 8, 7, 11) if (options.total_steps - 1) % steps), 10)
+    """10; 9 or 8 if that would evaluate one step before the end; of fewer steps the last is evaluated"""
+    total = options.total_steps
+    return min(total, next((steps for steps in (10, 9, 8, 7, 11) if (total - 1) % steps), 10))
 
 
 def at_the_end(options: argparse.Namespace) -> int:
     """once, at the end"""
     return options.total_steps
+
+
+def a_few(options: argparse.Namespace) -> int:
+    """5, or all steps but the last"""
+    return min(5, options.total_steps - 1)
 
 
 PRESET = {
@@ -41,7 +47,7 @@ PRESET = {
     "lr_retriever": 4e-5,
     "weight_decay": 0.01,
     "scheduler": "linear",
-    "warmup_steps": 5,
+    "warmup_steps": a_few,
     "eval_freq": often,
     "log_freq": 5,
     "save_freq": at_the_end,

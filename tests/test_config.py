@@ -249,6 +249,16 @@ def test_the_preset_neither_evaluates_nor_saves_one_step_before_the_end(files, t
     assert [step for step in steps if plan.saves_after(step) and plan.evaluates_after(step)] == [total - 1, total]
 
 
+@pytest.mark.parametrize("total", range(1, 11))
+def test_the_preset_suits_a_run_of_few_steps(files, total):
+    config = parse_config(words(files, total_steps=total), program="finetune_qa", **finetune_qa.PRESET)
+    plan, steps = Plan.of(config), range(1, total + 1)
+    assert config.optimisation.warmup_steps == min(5, total - 1)
+    assert [step for step in steps if plan.saves_after(step)] == [total]
+    evaluated = [step for step in steps if plan.evaluates_after(step)]
+    assert evaluated[-1] == total and total - 1 not in evaluated
+
+
 def test_help_says_what_a_preset_computes(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"], program="finetune_qa", **finetune_qa.PRESET)
@@ -405,8 +415,8 @@ REFUSED = [
     ("train", {"load_index_path": "x" * 300}, "--load_index_path: there is no directory xxx"),
     ("evaluate", {"model_path": "x" * 300}, "--model_path: there is no directory xxx"),
     ("evaluate", {"model_path": "nowhere", "reader_model_type": None}, "--model_path: there is no directory nowhere"),
-    ("finetune_qa", {"total_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
-    ("finetune_qa", {"total_steps": 9}, "--eval_freq 10 must be below --total_steps 9"),
+    ("finetune_qa", {"total_steps": 5, "warmup_steps": 5}, "--warmup_steps 5 must be below --total_steps 5"),
+    ("finetune_qa", {"total_steps": 9, "eval_freq": 10}, "--eval_freq 10 must not be above --total_steps 9"),
     ("finetune_qa", {"total_steps": 31, "save_freq": 32}, "--save_freq 32 must not be above --total_steps 31"),
     (
         "train",

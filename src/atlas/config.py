@@ -996,8 +996,8 @@ def _check_few_steps(config: Config) -> None:
     total = config.optimisation.total_steps
     for name, value, least in (
         ("warmup_steps", config.optimisation.warmup_steps, 1),
-        ("save_freq", config.run.save_freq, 0),  # the preset saves at the end
-        ("eval_freq", config.run.eval_freq, 1),
+        ("save_freq", config.run.save_freq, 0),  # the last step is saved and evaluated anyway
+        ("eval_freq", config.run.eval_freq, 0),
     ):
         if value > total - least:
             raise ValueError(f"--{name} {value} must {'be below' if least else 'not be above'} --total_steps {total}")
