@@ -5,18 +5,20 @@
 Fills --cache_judgements with what the script will ask about the first K passages of each question in a result file of
 evaluate.py. Pairs of both come passage by passage, because what is computed of a passage serves all of its questions:
 several times as fast as in training, where the questions of a batch share little. It ends with writing RESULTS with the
-ending `.judged`.
+ending `.judged`, a line for each pair: the ids, and the mean log-likelihoods of the question and, if there is one, of
+the answer.
 """
 
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from atlas.config import Config, parse_config, quiet_until_started
-from atlas.files.jsonl import JsonlCorpus
+from atlas.files.jsonl import JsonlCorpus, replacing
 from atlas.model.load import Model
 from atlas.model.signals import likelihood_of_question, reading_of
 from atlas.model.tokenization import load_reader_tokenizer
@@ -26,8 +28,8 @@ TOGETHER = 256  # pairs of question and passage
 CPU = torch.device("cpu")
 
 
-def judge(config: Config, lines: Sequence[dict], k: int) -> None:
-    """Judge the first k passages of each line of a result file as a frozen reader does."""
+def judge(config: Config, lines: Sequence[dict], k: int) -> Iterator[dict[str, str | float]]:
+    """Judge the first k passages of each line of a result file as a frozen reader does: what is found of each pair."""
     files = [line for path in config.run.train_data for line in JsonlCorpus(path)]
     targets = {line["id"]: f"<extra_id_0> {line['target']}" for line in files}
     tokenizer = load_reader_tokenizer(config.model.reader_model_type)
@@ -45,7 +47,12 @@ def judge(config: Config, lines: Sequence[dict], k: int) -> None:
         queries, passages = [line["query"] for line, _ in some], [[passage] for _, passage in some]
         judged = model.inputs.judging(queries, passages, rows, "question")
         with torch.no_grad(), autocast(CPU, config.optimisation.precision):
-            likelihood_of_question(reading_of(model.reader, judged, 1.0, model.known))
+            reading = reading_of(model.reader, judged, 1.0, model.known)
+            found = {"question": likelihood_of_question(reading)}
+            if targets:
+                found["answer"] = likelihood_of_question(reading, weight=0.0)  # known by now
+        for i, (line, passage) in enumerate(some):
+            yield {"id": line["id"], "passage": passage["id"]} | {name: part[i].item() for name, part in found.items()}
         seconds = time.monotonic() - started
         print(f"{at + len(some)} of {len(pairs)} passages, {seconds:.0f} s", flush=True)
 
@@ -53,8 +60,9 @@ def judge(config: Config, lines: Sequence[dict], k: int) -> None:
 def main() -> None:
     results, k, *flags = sys.argv[1:]
     program = "train" if "--train_data" in flags else "evaluate"
-    judge(parse_config(flags, program=program), list(JsonlCorpus(Path(results))), int(k))
-    Path(results).with_suffix(".judged").touch()
+    judged = judge(parse_config(flags, program=program), list(JsonlCorpus(Path(results))), int(k))
+    with replacing(Path(results).with_suffix(".judged")) as beside, open(beside, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(pair) + "\n" for pair in judged)
 
 
 if __name__ == "__main__":

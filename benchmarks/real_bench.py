@@ -40,6 +40,8 @@ TUNING = (
     *("--warmup_steps", "3", "--dropout", "0", "--shuffle", "--target_maxlength", "32"),
 )
 ANSWERING = ("--n_context", "3", "--retriever_n_context", "3", "--generation_max_length", "32")
+# By what the judged passages are ordered: what the likelihoods of question and answer count.
+TEACHERS = {"found": (0, 0), "answer": (0, 1), "question": (1, 0), "both": (0.75, 0.25)}
 WORDS, MASKED = 8, re.compile(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: [A-Z][\w'-]+)*|\d[\d,.]*\d|\d)")  # of a cloze question
 
 
@@ -184,12 +186,9 @@ class Bench:
 
     def train(self, row: Row, seed: int) -> Path:
         """The directory of a run that trains a row's retriever."""
-        name, steps, examples = row.key(seed), EPOCHS * row.questions // BATCH, self.examples(row, seed)
-        start = self._alone(Row("start", row.start), seed)[1]
-        flags = (*TRAINING, *self.reader, "--train_data", examples, *start, "--lr_retriever", RATE[row.start])
-        flags += row.judged or ()
+        name, steps, flags = row.key(seed), EPOCHS * row.questions // BATCH, self._learning(row, seed)
         if QUESTION[1] in flags:
-            self._judge_examples(f"judge-{row.start}-{examples.stem}", examples, start, *flags)
+            self._judge_examples(row, seed)
         script = ("-m", "benchmarks.from_labels") if row.labels else ("train.py",)
         self.run(
             *(f"train-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", *script, *self.reading, *flags),
@@ -198,6 +197,12 @@ class Bench:
             *("--refresh_index", -(-steps // 4), *row.flags),
         )
         return self.home / "runs" / name
+
+    def _learning(self, row: Row, seed: int) -> tuple[object, ...]:
+        """What a row learns from, and where it starts."""
+        start = self._alone(Row("start", row.start), seed)[1]
+        data = "--train_data", self.examples(row, seed)
+        return *TRAINING, *self.reader, *data, *start, "--lr_retriever", RATE[row.start], *(row.judged or ())
 
     def examples(self, row: Row, seed: int) -> Path:
         """A file of a row's training questions, which the seed draws, each with one of its answers as the target."""
@@ -262,13 +267,38 @@ class Bench:
         self._evaluate(name, self.asked, "--retrieve_only", "--n_context", max(DEPTHS), *flags)
         return [rank_in(line) for line in JsonlCorpus(self._results(name, self.asked))]
 
-    def _judge_examples(self, name: str, examples: Path, start: Sequence[object], *flags: object) -> None:
-        """Let the reader judge what the start finds for the examples."""
+    def teacher(self, row: Row, seed: int) -> dict[str, np.ndarray]:
+        """Of the questions whose own paragraph is judged, whether it is the best of those that are judged: as the start
+        and BM25 find them, by the likelihood of the answer behind it, of the question, and of both, (n,) each.
+        `judged`, (m,): whether it is judged, for all questions.
+        """
+        recipe = self.recipe("teacher", row.facts(), JUDGED, seed)
+        found = self.kept.measured(recipe, f"teacher-{row.key(seed)}", lambda: self._teacher(row, seed))
+        return {name: np.array(values, float) for name, values in found.items() if name != "name"}
+
+    def _teacher(self, row: Row, seed: int) -> dict[str, list[float]]:
+        results = self._judge_examples(row, seed)
+        pairs = {(pair["id"], pair["passage"]): pair for pair in JsonlCorpus(results.with_suffix(".judged"))}
+        firsts: dict[str, list[float]] = {name: [] for name in ("judged", *TEACHERS)}
+        for line in JsonlCorpus(results):
+            own, ids = line["metadata"]["passage"], [passage["id"] for passage in line["passages"][:JUDGED]]
+            firsts["judged"].append(own in ids)
+            for name, (question, answer) in TEACHERS.items() if own in ids else ():
+                by = [pairs[line["id"], key] for key in ids]
+                scores = [question * pair["question"] + answer * pair["answer"] for pair in by]
+                firsts[name].append(ids[int(np.argmax(scores))] == own)  # the first of those that are equal
+        return {name: [float(value) for value in values] for name, values in firsts.items()}
+
+    def _judge_examples(self, row: Row, seed: int) -> Path:
+        """Let the reader judge what the start finds for the examples: the result file of what was found."""
+        examples, start = self.examples(row, seed), self._alone(Row("start", row.start), seed)[1]
+        name = f"judge-{row.start}-{examples.stem}"
         found = self.home / "runs" / name / f"{examples.stem}-step-0.jsonl"
         where = ("--name", name, "--checkpoint_dir", self.home / "runs", "--eval_data", examples)
         search = ("--retrieve_only", "--per_gpu_batch_size", 64, "--write_results", "--bm25_weight", "0.5")
         self.run(f"{name}-found", found, "evaluate.py", *self.reading, *start, *where, *search, "--n_context", JUDGED)
-        self._judge(name, found, JUDGED, *flags)
+        self._judge(name, found, JUDGED, *self._learning(row, seed))
+        return found
 
     def _judge(self, name: str, results: Path, k: int | str, *flags: object) -> None:
         """Let the reader judge the first k passages of each question of a result file, passage by passage."""

@@ -30,6 +30,7 @@ from benchmarks.real_bench import (
     BOTH,
     DEPTHS,
     FUSED,
+    JUDGED,
     METRICS,
     QUESTION,
     RESET,
@@ -72,6 +73,8 @@ The retriever is MiniLM, which has seen SQuAD's training questions, but none of 
 finds it behind a passage, and the answer behind both. Settings were chosen on dev articles. A ± is the standard deviation over
 seeds, which draw the questions; p compares recall@1 with the first row, by randomly flipping the signs of the questions'
 differences."""  # noqa: E501
+TEACHER = """The language model judges the {k} passages that BM25 and MiniLM together find first. For {judged:.1f} % of {questions:,} training
+questions the right paragraph is among them. For these, it is the best one so often:"""  # noqa: E501
 ANSWERS = """What the language model answers when it is given no passage, three passages, or the right one; before, and after it was
 trained on 64 questions (all weights)."""  # noqa: E501
 
@@ -113,6 +116,7 @@ GROUPS = (
             ANSWER,
             LABELS,
             Row("query encoder, from question and answer", judged=BOTH, flags=("--query_side_retriever_training",)),
+            Row("query encoder, from labels", labels=True, flags=("--query_side_retriever_training",)),
             Row("both, from sentences with a gap", judged=BOTH, cloze=True),
         ),
         seeds=3,
@@ -239,6 +243,23 @@ def answers_table(answers: Answers) -> str:
     return table(["", "seeds", *METRICS], lines)
 
 
+def teacher_part(bench: Bench) -> str | None:
+    """How often the reader's judgement puts the right paragraph first, where that was measured."""
+    try:
+        found = bench.teacher(MORE[-1], 0)
+    except NotMeasured:
+        return None
+    names = {
+        "BM25 and MiniLM together, as they find them": "found",
+        "likelihood of the answer behind passage and question": "answer",
+        "likelihood of the question behind the passage": "question",
+        "both, 1 to 3": "both",
+    }
+    rows = table(["best by", "right paragraph first"], [[name, percent([found[key]])] for name, key in names.items()])
+    text = TEACHER.format(questions=len(found["judged"]), judged=100 * found["judged"].mean(), k=JUDGED)
+    return f"## What the teacher knows\n\n{text}\n\n{rows}"
+
+
 def headline(bench: Bench, jobs: int) -> str:
     """What `make real` prints."""
     bench.prepare()
@@ -298,6 +319,7 @@ def everything(bench: Bench, answers: Answers, seeds: int) -> Iterator[Callable[
         plain = [replace(row, rerank=False) for row, of_row in rows if seed < (of_row if row.trained else 1)]
         yield from (partial(bench.search, row, seed) for row in plain)
         yield from (of_seed for row in answers.values() for of_seed in row[seed : seed + 1])
+    yield partial(bench.teacher, MORE[-1], 0)
     yield from (partial(bench.search, row, 0) for row, _ in rows if row.rerank)
 
 
@@ -309,6 +331,7 @@ def page(bench: Bench, jobs: int, seeds: int) -> str:
         all_at_once(jobs, everything(bench, answers, seeds))
         bench.kept.close()
     parts = [INTRODUCTION.format(asked=bench.asked), bm25_line(bench)]
+    parts += filter(None, [teacher_part(bench)])
     for group in GROUPS:
         parts += [f"## {group.title}", group.text, retrieval_table(bench, group, seeds)]
     parts += ["## Answers", ANSWERS, answers_table(answers)]

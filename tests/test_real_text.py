@@ -73,7 +73,7 @@ def commands(home, monkeypatch):
                 done.parents[1].mkdir(parents=True)  # no name stands for two commands
                 (done.parents[1] / "trained").touch()
         elif words[1:2] == ["benchmarks.judge"]:
-            assert Path(words[2]).exists() and done == Path(words[2]).with_suffix(".judged")
+            write_judgements(Path(words[2]), done)
         log.parent.mkdir(exist_ok=True)
         log.write_text(f"$ {words}\n\nseconds: 3600.0")
         return 1.0
@@ -86,6 +86,19 @@ def save_index(path):
     Path(path).parent.mkdir(exist_ok=True)
     corpus = Path(path).with_suffix(".jsonl")  # of its own: two may be saved at a time
     save(Path(path), write_corpus(corpus, 3), torch.zeros(3, 8))
+
+
+def write_judgements(results, done):
+    """The question is most likely behind its own paragraph, the answer behind all alike."""
+    lines = read_jsonl(results)
+    own = {line["id"]: line["metadata"]["passage"] for line in lines}
+    pairs = [(line["id"], passage["id"]) for line in lines for passage in line["passages"][:8]]
+    judged = [
+        {"id": key, "passage": passage, "question": -1.0 - (own[key] != passage), "answer": -2.0}
+        for key, passage in pairs
+    ]
+    assert done == results.with_suffix(".judged")
+    done.write_text("".join(json.dumps(pair) + "\n" for pair in judged))
 
 
 def write_results(parsed, done, knows):
@@ -122,14 +135,19 @@ def test_the_page(home, commands):
         assert f"## {group.title}" in text
         assert all(f"\n| {row.name} | " in text for row in group.rows)
     aims = text.split("## What was aimed at")[1].split("\n\n")[1].splitlines()[2:]
-    assert len(aims) == 9 and all(line.split(" | ")[2].startswith(("reached", "missed")) for line in aims)
+    assert len(aims) == 11 and all(line.split(" | ")[2].startswith(("reached", "missed")) for line in aims)
     assert "| +0.0 (250 questions, p 1: not shown) | reached |" in "\n".join(aims)  # labels: both find everything
+    assert "| likelihood of the question behind the passage | 100.0 |\n| both, 1 to 3 | 100.0 |" in text
+    (found, answer) = (
+        line.split(" | ")[1] for line in text.splitlines() if line.startswith(("| BM25 and", "| likelihood of the a"))
+    )
+    assert found == answer and float(found.rstrip(" |")) < 40  # it knows no better
     assert " ± " in text and text.rstrip().endswith("core-hours.") and text.startswith("# What a language model")
     trained = [words for words in commands if words[0] == "train.py" or "benchmarks.from_labels" in words]
     names = [words[words.index("--name") + 1] for words in trained]
     by_name = dict(zip(names, trained, strict=True))
     assert len(trained) == len(by_name) > 30
-    assert sum("-1000-questions" in name for name in by_name) == 2  # on one seed, whatever is compared with whatever
+    assert sum("-1000-questions" in name for name in by_name) == 3  # on one seed, whatever is compared with whatever
     commands.clear()
     assert page(jobs=1) == page(only=True) == text  # nothing is run again, wherever its runs are
     assert not commands and results.stat().st_size > 1000
@@ -264,7 +282,11 @@ def test_what_is_judged_beforehand_is_what_training_asks_for(tmp_path, monkeypat
     words += ["--text_maxlength", "64", "--retriever_model_path", str(world() / "models/retriever")]
     monkeypatch.setattr("sys.argv", ["judge.py", str(found), "5", *words])
     judge.main()
-    assert found.with_suffix(".judged").exists()
+    judged = read_jsonl(found.with_suffix(".judged"))
+    pairs = {(line["id"], passage["id"]) for line in read_jsonl(found) for passage in line["passages"][:5]}
+    assert {(pair["id"], pair["passage"]) for pair in judged} == pairs and len(judged) == len(pairs) > 5
+    assert all(pair["question"] < 0 and pair["answer"] < 0 for pair in judged)
+    assert len({pair["answer"] for pair in judged}) > 5
     before = kept.read_bytes()
     run(tmp_path, name="learns", **flags, lr_retriever=0, cache_judgements=kept)
     assert kept.read_bytes() == before  # nothing had to be computed
