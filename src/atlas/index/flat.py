@@ -198,12 +198,10 @@ def _top_k_of_a_few_more(
     scores = queries.new_full((b, kept), -torch.inf)
     rows = torch.zeros_like(scores, dtype=torch.int64)
     total = queries.new_zeros(())  # not finite if any score is not
+    tiles = queries.new_empty(b, -(-step // _TILE), _TILE)
     for start in range(0, n, step):
         end = min(start + step, n)
-        tiles = queries.new_full((b, -(-(end - start) // _TILE), _TILE), -torch.inf)
-        approximate = tiles.flatten(1)[:, : end - start]
-        first_pass.score(start, end, approximate)
-        total = total + approximate.sum()
+        total = total + _score(first_pass, start, end, tiles).sum()
         best, column = _best_by_tiles(tiles, min(kept, end - start))
         column = column.clamp(max=end - start - 1)  # padding is found only beside scores that are not finite
         scores, place = torch.cat([scores, best], dim=1).topk(kept, dim=1)
@@ -215,6 +213,14 @@ def _top_k_of_a_few_more(
     sure = exact[:, k - 1] > scores[:, -1] + first_pass.error[:, 0]
     certain = total.isfinite() & (sure.all() if kept < n else first_pass.error.isfinite().all())
     return (exact[:, :k], rows.gather(1, order[:, :k])) if certain else None
+
+
+def _score(first_pass: FirstPass, start: int, end: int, tiles: torch.Tensor) -> torch.Tensor:
+    """Approximate scores of these rows, (b, end - start), in the memory of tiles (b, t, _TILE); its rest is -inf."""
+    approximate = tiles.flatten(1)[:, : end - start]
+    tiles.flatten(1)[:, end - start :] = -torch.inf
+    first_pass.score(start, end, approximate)
+    return approximate
 
 
 def _best_by_tiles(tiles: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,9 +274,7 @@ def _candidates(
         queries' numbers `(m,)` and rows `(m,)`, by query, then by row.
     """
     k, error = scores.shape[1], first_pass.error
-    approximate = tiles.flatten(1)[:, : end - start]  # (b, c)
-    tiles.flatten(1)[:, end - start :] = -torch.inf
-    first_pass.score(start, end, approximate)
+    approximate = _score(first_pass, start, end, tiles)  # (b, c)
     if not approximate.sum().isfinite():
         raise ValueError(f"rows {start} to {end - 1} of this rank hold damaged embeddings: build the index anew")
     # Few rows qualify, so whole tiles are passed over by their best. No padding qualifies: it is below every number.
