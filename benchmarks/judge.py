@@ -20,7 +20,7 @@ import torch
 from atlas.config import Config, parse_config, quiet_until_started
 from atlas.files.jsonl import JsonlCorpus, replacing
 from atlas.model.load import Model
-from atlas.model.signals import likelihood_of_question, reading_of
+from atlas.model.signals import likelihoods_of_question_and_answer, reading_of
 from atlas.model.tokenization import load_reader_tokenizer
 from atlas.runtime.device import autocast
 
@@ -47,12 +47,10 @@ def judge(config: Config, lines: Sequence[dict], k: int) -> Iterator[dict[str, s
         queries, passages = [line["query"] for line, _ in some], [[passage] for _, passage in some]
         judged = model.inputs.judging(queries, passages, rows, "question")
         with torch.no_grad(), autocast(CPU, config.optimisation.precision):
-            reading = reading_of(model.reader, judged, 1.0, model.known)
-            found = {"question": likelihood_of_question(reading)}
-            if targets:
-                found["answer"] = likelihood_of_question(reading, weight=0.0)  # known by now
-        for i, (line, passage) in enumerate(some):
-            yield {"id": line["id"], "passage": passage["id"]} | {name: part[i].item() for name, part in found.items()}
+            found = likelihoods_of_question_and_answer(reading_of(model.reader, judged, 1.0, model.known))
+        names = ("question", "answer") if targets else ("question",)
+        for (line, passage), *of_pair in zip(some, *(part.flatten().tolist() for part in found), strict=True):
+            yield {"id": line["id"], "passage": passage["id"], **dict(zip(names, of_pair, strict=False))}
         seconds = time.monotonic() - started
         print(f"{at + len(some)} of {len(pairs)} passages, {seconds:.0f} s", flush=True)
 

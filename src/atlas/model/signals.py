@@ -249,12 +249,12 @@ MODES: dict[str, Mode] = {
 }
 
 
-def likelihood_of_question(reading: Reading, weight: float = 1.0) -> torch.Tensor:
+def likelihoods_of_question_and_answer(reading: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     """How likely the question is behind each passage (UPR, Sachan et al. 2022, arXiv 2204.07496), and the answer.
 
     Returns:
-        (B, K): `weight` times the mean over the question's tokens of log P(token | passage k), plus the rest of the
-        weight times the mean over the answer's tokens of log P(token | passage k, question). Both are of one pass.
+        (B, K): the mean over the question's tokens of log P(token | passage k).
+        (B, K): the mean over the answer's tokens of log P(token | passage k, question). Both are of one pass.
     """
     found, asked = token_log_likelihoods(reading, temperature=1.0), reading.asked  # (B, K, T), (B, T)
     answered = (reading.targets.labels != -100) & ~asked
@@ -262,6 +262,12 @@ def likelihood_of_question(reading: Reading, weight: float = 1.0) -> torch.Tenso
         found.masked_fill(~part[:, None], 0.0).sum(-1) / part.sum(-1).clamp(min=1)[:, None]
         for part in (asked, answered)
     )
+    return question, answer
+
+
+def likelihood_of_question(reading: Reading, weight: float = 1.0) -> torch.Tensor:
+    """`weight` times the likelihood of the question, and the rest of the weight times that of the answer: (B, K)."""
+    question, answer = likelihoods_of_question_and_answer(reading)
     return weight * question + (1 - weight) * answer
 
 
