@@ -1,7 +1,6 @@
 """What the parts of `benchmarks.gpu_check` share: sizes, rows of the table, made-up passages, clocks."""
 
 import contextlib
-import copy
 import gc
 import importlib.util
 import json
@@ -146,11 +145,12 @@ class World:
     Args:
         models: a directory with `reader` and `retriever`.
         scratch: a directory to write into.
+        reader: another reader than that of `models`.
     """
 
-    def __init__(self, models: Path, scratch: Path, sizes: Sizes) -> None:
+    def __init__(self, models: Path, scratch: Path, sizes: Sizes, reader: Path | None = None) -> None:
         self.sizes, self.scratch = sizes, scratch
-        self._reader, self._retriever = str(models / "reader"), str(models / "retriever")
+        self._reader, self._retriever = str(reader or models / "reader"), str(models / "retriever")
         rng = random.Random(0)
         places = ["river", "capital", "mountain", "company", "language", "king", "airport", "element"]
         names = ["".join(rng.choices("aeioubcdfglmnprst", k=rng.randint(4, 9))).capitalize() for _ in range(400)]
@@ -190,13 +190,6 @@ class World:
     @cached_property
     def _tokenizers(self) -> tuple[ReaderTokenizer | PromptTokenizer, RetrieverTokenizer]:
         return load_reader_tokenizer(self._reader), load_retriever_tokenizer(self._retriever)
-
-    def read_by(self, reader: Path) -> "World":
-        """The same passages and questions for another reader."""
-        world = copy.copy(self)
-        world._reader = str(reader)
-        vars(world).pop("_tokenizers", None)  # they are the other one's
-        return world
 
     def reader(self) -> Reader:
         """The tiny reader, without dropout, on the CPU."""

@@ -13,7 +13,7 @@ from atlas.config import Lora
 from atlas.model.adapters import add_adapters
 from atlas.model.int8 import round_to_int8
 from atlas.model.signals import PROMPT_MODES
-from benchmarks.gpu_bench import Bench, Row, has_module
+from benchmarks.gpu_bench import MODELS, Bench, Row, World, has_module
 from benchmarks.gpu_right import LOSS_LIMITS, SAME_ANSWERS, compare_answers, compare_losses, compare_steps, joint_model
 
 END = "<|end|>"
@@ -37,7 +37,9 @@ def save_language_model(directory: Path) -> Path:
 
 def language_model(bench: Bench) -> Iterator[Row]:
     """A decoder-only reader: the losses of its gold-score modes, and its answers."""
-    there = replace(bench, world=bench.world.read_by(save_language_model(bench.world.scratch / "language-model")))
+    scratch = bench.world.scratch
+    reader = save_language_model(scratch / "language-model")
+    there = replace(bench, world=World(MODELS, scratch, bench.sizes, reader))
     yield from compare_losses(there, PROMPT_MODES, of="language model, ")
     # In bf16 a model with random weights often has two words that are as good.
     in_fp32 = {"fp32": SAME_ANSWERS["fp32"]}

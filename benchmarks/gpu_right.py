@@ -19,13 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atlas.checkpoint import Contents, load_checkpoint, save_checkpoint
-from atlas.config import Optimisation
+from atlas.config import Optimisation, RetrieverTraining
 from atlas.embedding import passage_embedder
 from atlas.model.atlas import Atlas, Losses
 from atlas.model.interface import Reader
 from atlas.model.reader import IGNORE, load_reader_state
 from atlas.model.retriever import load_retriever_state
-from atlas.model.signals import MODES, PROMPT_MODES, Mode
+from atlas.model.signals import MODES, Mode, mode_of
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import gathered_weights, shard_weights
@@ -63,8 +63,8 @@ def joint_model(world: World, mode: str) -> Atlas:
     """The tiny models together; the retriever learns from more passages than the reader reads."""
     temperatures = {"temperature_gold": 0.1, "temperature_score": 0.1}
     reader, retriever = world.reader(), world.retriever(query_side=False)
-    modes = MODES if reader.fuses else PROMPT_MODES
-    options = {"n_context": world.sizes.read, "mode": modes[mode], "correlate": True}
+    of_reader = mode_of(RetrieverTraining(gold_score_mode=mode), reader)
+    options = {"n_context": world.sizes.read, "mode": of_reader, "correlate": True}
     return Atlas(reader, retriever, **options, **temperatures).train()
 
 
