@@ -32,7 +32,8 @@ TRAINING = (
 MINILM, RESET = "minilm", "minilm_reset_2"
 RATE = {MINILM: "5e-5", RESET: "1e-4"}
 QUESTION = ("--gold_score_mode", "question")
-BOTH = (*QUESTION, "--gold_question_weight", "0.75")
+QUESTION_WEIGHT = 0.75
+BOTH = (*QUESTION, "--gold_question_weight", str(QUESTION_WEIGHT))
 FUSED, RERANKED = ("--bm25_weight", "0.67"), ("--rerank_by_reader", "10")
 SHOTS, SHOT_EPOCHS = 64, 2
 TUNING = (
@@ -41,7 +42,7 @@ TUNING = (
 )
 ANSWERING = ("--n_context", "3", "--retriever_n_context", "3", "--generation_max_length", "32")
 # By what the judged passages are ordered: what the likelihoods of question and answer count.
-TEACHERS = {"found": (0, 0), "answer": (0, 1), "question": (1, 0), "both": (0.75, 0.25)}
+TEACHERS = {"found": (0, 0), "answer": (0, 1), "question": (1, 0), "both": (QUESTION_WEIGHT, 1 - QUESTION_WEIGHT)}
 WORDS, MASKED = 8, re.compile(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: [A-Z][\w'-]+)*|\d[\d,.]*\d|\d)")  # of a cloze question
 
 
@@ -186,9 +187,10 @@ class Bench:
 
     def train(self, row: Row, seed: int) -> Path:
         """The directory of a run that trains a row's retriever."""
-        name, steps, flags = row.key(seed), EPOCHS * row.questions // BATCH, self._learning(row, seed)
+        name, steps, given = row.key(seed), EPOCHS * row.questions // BATCH, self._given(row, seed)
+        flags = self._learning(row, *given)
         if QUESTION[1] in flags:
-            self._judge_examples(row, seed)
+            self._judge_examples(row, *given)
         script = ("-m", "benchmarks.from_labels") if row.labels else ("train.py",)
         self.run(
             *(f"train-{name}", self.home / "runs" / name / f"checkpoint/step-{steps}", *script, *self.reading, *flags),
@@ -198,11 +200,25 @@ class Bench:
         )
         return self.home / "runs" / name
 
-    def _learning(self, row: Row, seed: int) -> tuple[object, ...]:
-        """What a row learns from, and where it starts."""
-        start = self._alone(Row("start", row.start), seed)[1]
-        data = "--train_data", self.examples(row, seed)
-        return *TRAINING, *self.reader, *data, *start, "--lr_retriever", RATE[row.start], *(row.judged or ())
+    def losses(self, row: Row, seed: int) -> np.ndarray:
+        """The retriever's loss in each pass over a row's examples, (EPOCHS,)."""
+        recipe = self.recipe("losses", row.facts(), seed)
+        found = self.kept.measured(recipe, f"losses-{row.key(seed)}", lambda: {"passes": self._losses(row, seed)})
+        return np.array(found["passes"])
+
+    def _losses(self, row: Row, seed: int) -> list[float]:
+        logged = [line for line in JsonlCorpus(self.train(row, seed) / "metrics.jsonl") if line["kind"] == "train"]
+        passes = np.array_split([line["loss/retriever_loss"] for line in logged], EPOCHS)
+        return [round(float(one.mean()), 4) for one in passes]
+
+    def _given(self, row: Row, seed: int) -> tuple[Path, tuple[object, ...]]:
+        """What a row's retriever is given: its examples, and flags that name where it starts."""
+        return self.examples(row, seed), self._alone(Row("start", row.start), seed)[1]
+
+    def _learning(self, row: Row, examples: Path, start: Sequence[object]) -> tuple[object, ...]:
+        """Flags of its training."""
+        rate = "--lr_retriever", RATE[row.start]
+        return *TRAINING, *self.reader, "--train_data", examples, *start, *rate, *(row.judged or ())
 
     def examples(self, row: Row, seed: int) -> Path:
         """A file of a row's training questions, which the seed draws, each with one of its answers as the target."""
@@ -277,7 +293,7 @@ class Bench:
         return {name: np.array(values, float) for name, values in found.items() if name != "name"}
 
     def _teacher(self, row: Row, seed: int) -> dict[str, list[float]]:
-        results = self._judge_examples(row, seed)
+        results = self._judge_examples(row, *self._given(row, seed))
         pairs = {(pair["id"], pair["passage"]): pair for pair in JsonlCorpus(results.with_suffix(".judged"))}
         firsts: dict[str, list[float]] = {name: [] for name in ("judged", *TEACHERS)}
         for line in JsonlCorpus(results):
@@ -289,15 +305,14 @@ class Bench:
                 firsts[name].append(ids[int(np.argmax(scores))] == own)  # the first of those that are equal
         return {name: [float(value) for value in values] for name, values in firsts.items()}
 
-    def _judge_examples(self, row: Row, seed: int) -> Path:
+    def _judge_examples(self, row: Row, examples: Path, start: Sequence[object]) -> Path:
         """Let the reader judge what the start finds for the examples: the result file of what was found."""
-        examples, start = self.examples(row, seed), self._alone(Row("start", row.start), seed)[1]
         name = f"judge-{row.start}-{examples.stem}"
         found = self.home / "runs" / name / f"{examples.stem}-step-0.jsonl"
         where = ("--name", name, "--checkpoint_dir", self.home / "runs", "--eval_data", examples)
         search = ("--retrieve_only", "--per_gpu_batch_size", 64, "--write_results", "--bm25_weight", "0.5")
         self.run(f"{name}-found", found, "evaluate.py", *self.reading, *start, *where, *search, "--n_context", JUDGED)
-        self._judge(name, found, JUDGED, *self._learning(row, seed))
+        self._judge(name, found, JUDGED, *self._learning(row, examples, start))
         return found
 
     def _judge(self, name: str, results: Path, k: int | str, *flags: object) -> None:
