@@ -8,9 +8,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +40,7 @@ TUNING = (
     *("--warmup_steps", "3", "--dropout", "0", "--shuffle", "--target_maxlength", "32"),
 )
 ANSWERING = ("--n_context", "3", "--retriever_n_context", "3", "--generation_max_length", "32")
+RANKS = "0123456789abcdefghijk"  # how a rank is kept
 # By what the judged passages are ordered: what the likelihoods of question and answer count.
 TEACHERS = {"found": (0, 0), "answer": (0, 1), "question": (1, 0), "both": (QUESTION_WEIGHT, 1 - QUESTION_WEIGHT)}
 WORDS, MASKED = 8, re.compile(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: [A-Z][\w'-]+)*|\d[\d,.]*\d|\d)")  # of a cloze question
@@ -60,7 +60,6 @@ class Row:
     flags: tuple[str, ...] = ()  # more flags of train.py
     labels: bool = False
     cloze: bool = False  # sentences of the training passages with a masked name or number, in the place of questions
-    rerank: bool = False  # also measured in the order of the reader's judgement, on the first seed
 
     @property
     def trained(self) -> bool:
@@ -68,7 +67,7 @@ class Row:
 
     def facts(self) -> dict[str, object]:
         """Everything that its figures depend on."""
-        return {name: value for name, value in asdict(self).items() if name not in ("name", "rerank")}
+        return {name: value for name, value in asdict(self).items() if name != "name"}
 
     def key(self, seed: int) -> str:
         """What it is called in file names, by everything that its training depends on."""
@@ -83,8 +82,22 @@ class Ranks(NamedTuple):
     """The rank (from 1) at which each question's own paragraph was found; 0: not among the first 20. (n,) each."""
 
     alone: np.ndarray
-    fused: np.ndarray | None = None  # with BM25
-    reranked: np.ndarray | None = None  # fused, and the first 10 in the order of the reader's judgement
+    fused: np.ndarray  # with BM25
+
+
+class Reranked(NamedTuple):
+    """The ranks by a row's retriever and BM25, and with the first 10 in the order of the reader's judgement, (n,)."""
+
+    fused: np.ndarray
+    reranked: np.ndarray
+
+
+class Asked(NamedTuple):
+    """How many questions are asked: the first ones of the split."""
+
+    searched: int
+    reranked: int
+    answered: int
 
 
 class NotMeasured(Exception):
@@ -105,7 +118,7 @@ class Kept:
         self.measuring: dict[str, threading.Lock] = defaultdict(threading.Lock)  # by recipe
         self.writing = threading.Lock()
 
-    def measured(self, recipe: str, name: str, measure: Callable[[], dict[str, list[float]]]) -> dict:
+    def measured(self, recipe: str, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a recipe, measured unless they are there; kept with a name, for those who read the file."""
         with self.measuring[recipe]:
             if recipe not in self.figures:
@@ -133,14 +146,13 @@ class Kept:
 
 @dataclass
 class Bench:
-    """Runs what is measured, once, and reads the results. `asked` questions are evaluated, of the split's first.
+    """Runs what is measured, once, and reads the results.
 
     Several threads may measure at a time: what two of them need, the second one waits for.
     """
 
     home: Path
-    asked: int
-    answered: int
+    asked: Asked
     split: str = "test"
     precision: str = "bf16"
     threads: int = 1  # of each run
@@ -156,9 +168,9 @@ class Bench:
             "--output_directory",
             self.data,
         )
-        for n in {self.asked, self.answered}:
+        for n in set(self.asked):
             lines = sorted(self._lines(self.split)[:n], key=lambda line: line["metadata"]["passage"])
-            write(self.home / f"{self.split}-{n}.jsonl", lines)
+            write(self._first(n), lines)
 
     @property
     def data(self) -> Path:
@@ -233,55 +245,69 @@ class Bench:
         return path
 
     def search(self, row: Row, seed: int) -> Ranks:
-        """Where each question's paragraph is found: by the row's retriever, with BM25, and in the reader's order."""
-        what, key = (self.asked, row.facts(), seed), row.key(seed)
-        found = self.kept.measured(self.recipe(*what), key, lambda: self._search(row, seed))
-        ranks = Ranks(np.array(found["alone"]), np.array(found["fused"]))
-        if not row.rerank or seed > 0:
-            return ranks
-        ordered = partial(self._reranked, row, seed)
-        try:
-            found = self.kept.measured(self.recipe(*what, "reranked"), f"{key}-reranked", ordered)
-        except NotMeasured:  # the others are there
-            return ranks
-        return ranks._replace(reranked=np.array(found["reranked"]))
+        """Where each question's paragraph is found: by the row's retriever, and with BM25."""
+        recipe = self.recipe(self.asked.searched, row.facts(), seed)
+        return Ranks(**self._kept_ranks(recipe, row.key(seed), lambda: self._search(row, seed)))
 
     def _search(self, row: Row, seed: int) -> dict[str, list[int]]:
         alone, saved = self._alone(row, seed)
-        return {"alone": alone, "fused": self._ranks(f"{row.key(seed)}-fused", *saved, *FUSED)}
+        return {
+            "alone": alone,
+            "fused": self._ranks(f"{row.key(seed)}-fused", self._first(self.asked.searched), *saved, *FUSED),
+        }
 
-    def _reranked(self, row: Row, seed: int) -> dict[str, list[int]]:
-        name, fused = row.key(seed), (*self._alone(row, seed)[1], *FUSED)
-        self._ranks(f"{name}-fused", *fused)
-        reranked = (*fused, *RERANKED, *self.reader)
-        results = self._results(f"{self.split}-{self.asked}-{name}-fused", self.asked)
-        asked = ("--eval_data", self.home / f"{self.split}-{self.asked}.jsonl")
-        self._judge(f"judge-{self.split}-{name}", results, RERANKED[1], *reranked, *asked)
-        return {"reranked": self._ranks(f"{name}-reranked", *reranked)}
+    def rerank(self, row: Row) -> Reranked:
+        """The same in the order of the reader's judgement, on the first seed."""
+        recipe, name = self.recipe(self.asked.reranked, row.facts(), 0, "reranked"), f"{row.key(0)}-reranked"
+        return Reranked(**self._kept_ranks(recipe, name, lambda: self._rerank(row)))
+
+    def _rerank(self, row: Row) -> dict[str, list[int]]:
+        name, asked, fused = row.key(0), self._first(self.asked.reranked), (*self._alone(row, 0)[1], *FUSED)
+        found, reranked = self._ranks(f"{name}-fused", asked, *fused), (*fused, *RERANKED, *self.reader)
+        results = self._results(f"{name}-fused", asked)
+        self._judge(f"judge-{self.split}-{name}", results, RERANKED[1], *reranked, "--eval_data", asked)
+        return {"fused": found, "reranked": self._ranks(f"{name}-reranked", asked, *reranked)}
+
+    def recognise(self, row: Row, taught: Row) -> np.ndarray:
+        """Where a row's retriever finds the paragraphs of the questions that another one, or it, learnt from, (n,)."""
+
+        def measure() -> dict[str, list[int]]:
+            return {"ranks": self._ranks(f"{row.key(0)}-alone", self.examples(taught, 0), *self._alone(row, 0)[1])}
+
+        recipe = self.recipe("recognise", row.facts(), taught.facts())
+        return self._kept_ranks(recipe, f"{row.key(0)}-of-{taught.key(0)}", measure)["ranks"]
+
+    def _kept_ranks(self, recipe: str, name: str, measure: Callable[[], dict[str, list[int]]]) -> dict[str, np.ndarray]:
+        """Ranks by what they are called. In the file a rank is one character: 0 to 9, and a to k for 10 to 20."""
+
+        def text_of_ranks() -> dict[str, str]:
+            return {key: "".join(RANKS[rank] for rank in ranks) for key, ranks in measure().items()}
+
+        found = self.kept.measured(recipe, name, text_of_ranks)
+        return {key: np.array([int(rank, 36) for rank in ranks]) for key, ranks in found.items() if key != "name"}
 
     def _alone(self, row: Row, seed: int) -> tuple[list[int], tuple[object, ...]]:
         """The ranks by a row's retriever, and flags that name it and the index that is saved on the way."""
         name, model, index = row.key(seed), self.model(row, seed), self.home / "indices" / row.key(seed)
         corpus = ("--passages", self.data / "corpus.jsonl", "--save_index_path", index)
-        return self._ranks(f"{name}-alone", *model, *corpus), (*model, "--load_index_path", index)
+        ranks = self._ranks(f"{name}-alone", self._first(self.asked.searched), *model, *corpus)
+        return ranks, (*model, "--load_index_path", index)
 
     def model(self, row: Row, seed: int) -> tuple[object, ...]:
         """Flags that name a row's retriever."""
         trained = ("--model_path", self.train(row, seed)) if row.trained else ()
         return "--retriever_model_path", self.data / row.start, *trained
 
-    def bm25(self) -> Ranks:
-        """The same for BM25 alone."""
+    def bm25(self, n: int) -> np.ndarray:
+        """Where BM25 alone finds the first n questions' paragraphs, (n,)."""
         flags = ("--retriever_model_path", self.data / MINILM, "--passages", self.data / "corpus.jsonl")
-        flags += ("--bm25_weight", "1")
-        recipe = self.recipe(self.asked, "bm25")
-        found = self.kept.measured(recipe, "bm25", lambda: {"alone": self._ranks("bm25", *flags)})
-        return Ranks(np.array(found["alone"]))
+        flags = (*flags, "--bm25_weight", "1")
+        recipe, asked = self.recipe(n, "bm25"), self._first(n)
+        return self._kept_ranks(recipe, "bm25", lambda: {"ranks": self._ranks("bm25", asked, *flags)})["ranks"]
 
-    def _ranks(self, name: str, *flags: object) -> list[int]:
-        name = f"{self.split}-{self.asked}-{name}"
-        self._evaluate(name, self.asked, "--retrieve_only", "--n_context", max(DEPTHS), *flags)
-        return [rank_in(line) for line in JsonlCorpus(self._results(name, self.asked))]
+    def _ranks(self, name: str, asked: Path, *flags: object) -> list[int]:
+        found = self._evaluate(name, asked, "--retrieve_only", "--n_context", max(DEPTHS), *flags)
+        return [rank_in(line) for line in JsonlCorpus(found)]
 
     def teacher(self, row: Row, seed: int) -> dict[str, np.ndarray]:
         """Of the questions whose own paragraph is judged, whether it is the best of those that are judged: as the start
@@ -328,7 +354,7 @@ class Bench:
     ) -> dict[str, np.ndarray]:
         """What the language model answers with the passages of a row, after so many examples: metric to (n,)."""
         how = (TUNING, SHOT_EPOCHS, shots, seed) if shots else ()
-        recipe = self.recipe("answers", self.answered, row and row.facts(), flags, ANSWERING, *how)
+        recipe = self.recipe("answers", self.asked.answered, row and row.facts(), flags, ANSWERING, *how)
         name = f"answers-{key_of(name)}-{shots}-{seed}"
         found = self.kept.measured(recipe, name, lambda: scores(self._answers(name, row, flags, shots, seed)))
         return {metric: np.array(found[metric], float) for metric in METRICS}
@@ -349,18 +375,24 @@ class Bench:
                 *flags,
             )
             model = (*model, "--model_path", self.home / "runs" / name)
-        name = f"{self.split}-{self.answered}-{name}"
-        self._evaluate(name, self.answered, *ANSWERING, *flags, *model)
-        return [(line["generation"], line["answers"]) for line in JsonlCorpus(self._results(name, self.answered))]
+        found = self._evaluate(name, self._first(self.asked.answered), *ANSWERING, *flags, *model)
+        return [(line["generation"], line["answers"]) for line in JsonlCorpus(found)]
 
-    def _evaluate(self, name: str, n: int, *flags: object) -> None:
-        asked = self.home / f"{self.split}-{n}.jsonl"
+    def _evaluate(self, name: str, asked: Path, *flags: object) -> Path:
+        """The result file of an evaluation."""
+        results = self._results(name, asked)
+        name = results.parent.name
         where = ("--name", name, "--checkpoint_dir", self.home / "runs", "--eval_data", asked, "--write_results")
         batch = ("--per_gpu_batch_size", 64 if "--retrieve_only" in flags else 8)
-        self.run(name, self._results(name, n), "evaluate.py", *self.reading, *batch, *where, *flags)
+        self.run(name, results, "evaluate.py", *self.reading, *batch, *where, *flags)
+        return results
 
-    def _results(self, name: str, n: int) -> Path:
-        return self.home / "runs" / name / f"{self.split}-{n}-step-0.jsonl"
+    def _results(self, name: str, asked: Path) -> Path:
+        return self.home / "runs" / f"{asked.stem}-{name}" / f"{asked.stem}-step-0.jsonl"
+
+    def _first(self, n: int) -> Path:
+        """A file of the split's first n questions."""
+        return self.home / f"{self.split}-{n}.jsonl"
 
     def _lines(self, split: str) -> list[dict]:
         """Questions, each with its own paragraph, for runs that are given it (--use_file_passages)."""

@@ -16,7 +16,7 @@ from atlas.config import parse_config
 from atlas.model import signals
 from atlas.model.prompts import PromptInputs
 from benchmarks import from_labels, judge, real_bench, real_text
-from benchmarks.real_bench import Bench, Kept, Row
+from benchmarks.real_bench import Asked, Bench, Kept, Row
 from tests.indices import save, write_corpus
 from tests.kit import language_model, logged, read_jsonl, run, world
 from tests.test_causal import read_with
@@ -123,9 +123,12 @@ def write_results(parsed, done, knows):
 
 
 def test_the_headline(home, commands):
-    text = real_text.headline(Bench(home, 500, 100), jobs=2)
+    text = real_text.headline(Bench(home, Asked(500, 500, 100)), jobs=2)
     assert "BM25 alone: recall@1, 5 and 20 of " in text
-    start, trained = (line.split(" | ") for line in text.splitlines() if line.startswith(("| MiniLM", "| both")))
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(("| BM25", "| MiniLM", "| both"))]
+    start, trained, bm25, *reranked = rows
+    assert float(bm25[1]) < 30 and reranked[1] == ["| both, from the question alone", "100.0", "100.0", "< 0.0001 |"]
+    assert reranked[0][0] == "| MiniLM as it is" and len(reranked) == 2  # of what is asked for, and no row more
     assert float(start[2]) < 30 and trained[2:5] == ["100.0"] * 3 and trained[-1] == "< 0.0001 |"
     assert "| book closed, 64 examples | " in text and "| three passages, 64 examples | " in text
     assert sum(words[0] == "train.py" for words in commands) == 4  # the retriever, and the reader in three ways
@@ -135,21 +138,24 @@ def test_the_page(home, commands):
     results = home / "results.json"
 
     def page(jobs=2, seeds=3, **kept):
-        return real_text.page(Bench(home, 1000, 300, kept=Kept(results, **kept)), jobs, seeds)
+        return real_text.page(Bench(home, Asked(1000, 500, 300), kept=Kept(results, **kept)), jobs, seeds)
 
     text = page()
     for group in real_text.GROUPS:
         assert f"## {group.title}" in text
         assert all(f"\n| {row.name} | " in text for row in group.rows)
     aims = text.split("## What was aimed at")[1].split("\n\n")[1].splitlines()[2:]
-    assert len(aims) == 11 and all(line.split(" | ")[2].startswith(("reached", "missed")) for line in aims)
+    assert len(aims) == 12 and all(line.split(" | ")[2].startswith(("reached", "missed")) for line in aims)
     assert "| +0.0 (250 questions, p 1: not shown) | reached |" in "\n".join(aims)  # labels: both find everything
     assert "| likelihood of the question behind the passage | 100.0 |\n| both, 1 to 3 | 100.0 |" in text
     (found, answer) = (
         line.split(" | ")[1] for line in text.splitlines() if line.startswith(("| BM25 and", "| likelihood of the a"))
     )
     assert found == answer and float(found.rstrip(" |")) < 40  # it knows no better
-    assert "is 0.400 on average when they come first, and 0.200 when they come again" in text
+    words = " ".join(text.split())
+    assert "is 0.400 on average when the questions come first, 0.200 when they come again" in words
+    before = words.split("first for 100.0 % (")[1].split(" % before)")[0]  # of the questions that were learnt from
+    assert 0 < float(before) < 40
     assert " ± " in text and text.rstrip().endswith("core-hours.") and text.startswith("# What a language model")
     trained = [words for words in commands if words[0] == "train.py" or "benchmarks.from_labels" in words]
     names = [words[words.index("--name") + 1] for words in trained]
@@ -168,10 +174,10 @@ def test_the_page(home, commands):
     assert more.startswith("Not measured yet: book closed, no examples (Answers); ")
     unordered = kept | {"figures": {i: one for i, one in kept["figures"].items() if "reranked" not in one}}
     (home / "unordered.json").write_text(json.dumps(unordered))
-    part = real_text.page(Bench(home, 1000, 300, kept=Kept(home / "unordered.json", only=True)), 1, 3)
-    assert "Not measured yet: book closed, no examples (Answers); " in part  # and no row of retrieval
-    assert f"\n| {real_text.TRAINED.name} | 3 | 100.0 ± 0.0 | " in part and "| 100.0 ± 0.0 |  | < 0.0001 |" in part
-    none = real_text.page(Bench(home, 1000, 300, kept=empty_but_bm25(results, home / "bm25.json")), 1, 3)
+    part = real_text.page(Bench(home, Asked(1000, 500, 300), kept=Kept(home / "unordered.json", only=True)), 1, 3)
+    assert "Not measured yet: MiniLM as it is (reranked); " in part  # and no row of retrieval
+    assert f"\n| {real_text.TRAINED.name} | 3 | 100.0 ± 0.0 | " in part and "| without any label, reranked" not in part
+    none = real_text.page(Bench(home, Asked(1000, 500, 300), kept=empty_but_bm25(results, home / "bm25.json")), 1, 3)
     assert "Not measured yet: MiniLM as it is (What is learnt, and from what); both encoders, from" in none
     for directory in ("runs", "logs", "indices"):
         shutil.rmtree(home / directory)
@@ -198,7 +204,7 @@ def test_ranks_and_what_is_made_of_them():
 
 
 def test_questions_are_those_that_the_seed_draws(home, commands):
-    bench = Bench(home, asked=5, answered=3)
+    bench = Bench(home, Asked(5, 4, 3))
     bench.prepare()
     drawn = [read_jsonl(bench.examples(Row("", questions=6), seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and all(len(lines) == 6 for lines in drawn)
@@ -207,7 +213,7 @@ def test_questions_are_those_that_the_seed_draws(home, commands):
     assert len(read_jsonl(home / "test-5.jsonl")) == 5 and len(read_jsonl(home / "test-3.jsonl")) == 3
     one = Row("a, b", judged=real_bench.BOTH, questions=7, flags=("--refresh_index", "-1"))
     assert one.key(2) == "minilm-gold_score_mode-question-gold_question_weight-0-75-7-questions-refresh_index-1-2"
-    assert replace(one, name="c", rerank=True).key(2) == one.key(2) and Row("a, b").key(2) == "minilm"
+    assert replace(one, name="c").key(2) == one.key(2) and Row("a, b").key(2) == "minilm"
     others = {"seed": one.key(3)} | {
         str(change): replace(one, **change).key(2)
         for change in (
