@@ -3,12 +3,12 @@
     make real                                 the headline rows on one seed: at most an hour on two cores
     python -m benchmarks.real_text --all      every row on --seeds seeds; writes docs/real-text.md
 
-Everything is done by the scripts: prepare_real.py, train.py, evaluate.py. What was run is kept in --directory and not
-run again, and all runs share what the language model thinks of a passage (--cache_judgements). The figures of --all are
-in --results as well: rows that are there are not run at all, so that a page can be made on several machines, and
---kept_only writes what there is so far; all runs together take some 25 GB of disk. Settings were chosen on questions of dev.jsonl, about articles that no training
-or test question is about, and are frozen in real_bench.py. Differences are tested by randomly flipping the signs of the
-questions' differences.
+Everything is done by the scripts: prepare_real.py, train.py, evaluate.py. What was run is kept in --directory (some
+25 GB in the end) and not run again, and all runs share what the language model thinks of a passage
+(--cache_judgements). The figures of --all are in --results as well: rows that are there are not run at all, so that a
+page can be made on several machines, and --kept_only writes what there is so far. Settings were chosen on questions of
+dev.jsonl, about articles that no training or test question is about, and are frozen in real_bench.py. Differences are
+tested by randomly flipping the signs of the questions' differences.
 """
 
 import argparse
