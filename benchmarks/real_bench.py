@@ -43,6 +43,7 @@ ANSWERING = ("--n_context", "3", "--retriever_n_context", "3", "--generation_max
 RANKS = "0123456789abcdefghijk"  # how a rank is kept
 # By what the judged passages are ordered: what the likelihoods of question and answer count.
 TEACHERS = {"found": (0, 0), "answer": (0, 1), "question": (1, 0), "both": (QUESTION_WEIGHT, 1 - QUESTION_WEIGHT)}
+CLOZE = {"": "questions", "train": "cloze", "all": "cloze-all"}  # what a row learns from is called in file names
 WORDS, MASKED = 8, re.compile(r"(?<=[a-z,] )(?:[A-Z][\w'-]+(?: [A-Z][\w'-]+)*|\d[\d,.]*\d|\d)")  # of a cloze question
 
 
@@ -59,7 +60,9 @@ class Row:
     questions: int = 250
     flags: tuple[str, ...] = ()  # more flags of train.py
     labels: bool = False
-    cloze: bool = False  # sentences of the training passages with a masked name or number, in the place of questions
+    cloze: str = (
+        ""  # in the place of questions, sentences with a masked name or number: of passages of "train" or "all"
+    )
 
     @property
     def trained(self) -> bool:
@@ -74,8 +77,8 @@ class Row:
         if not self.trained:
             return self.start
         taught = "labels" if self.labels else "-".join(word.removeprefix("--") for word in self.judged or ())
-        what = "cloze" if self.cloze else "questions"
-        return key_of(f"{self.start} {taught or 'answer'} {self.questions} {what} {' '.join(self.flags)} {seed}")
+        what = f"{self.start} {taught or 'answer'} {self.questions} {CLOZE[self.cloze]}"
+        return key_of(f"{what} {' '.join(self.flags)} {seed}")
 
 
 class Ranks(NamedTuple):
@@ -236,10 +239,11 @@ class Bench:
         """A file of a row's training questions, which the seed draws, each with one of its answers as the target."""
         rng, lines = random.Random(seed), self._lines("train")
         if row.cloze:
-            passages = {line["metadata"]["passage"]: line["passages"][0] for line in lines}
-            lines = [line for passage in passages.values() for line in cloze(passage, rng)]
+            of_train = {line["metadata"]["passage"]: line["passages"][0] for line in lines}
+            passages = of_train.values() if row.cloze == "train" else JsonlCorpus(self.data / "corpus.jsonl")
+            lines = [line for passage in passages for line in cloze(passage, rng)]
         rng.shuffle(lines)
-        path = self.home / f"{'cloze' if row.cloze else 'train'}-{row.questions}-{seed}.jsonl"
+        path = self.home / f"{CLOZE[row.cloze] if row.cloze else 'train'}-{row.questions}-{seed}.jsonl"
         with self.one_at_a_time[path.name]:
             write(path, [line | {"target": line["answers"][0]} for line in lines[: row.questions]])
         return path

@@ -128,7 +128,7 @@ GROUPS = (
             LABELS,
             Row("query encoder, from question and answer", judged=BOTH, flags=("--query_side_retriever_training",)),
             QUERY_LABELS,
-            Row("both, from sentences with a gap", judged=BOTH, cloze=True),
+            Row("both, from sentences with a gap", judged=BOTH, cloze="train"),
         ),
         seeds=3,
     ),
@@ -147,6 +147,15 @@ GROUPS = (
         "How many questions, from low down",
         "From question and answer.",
         (RESET_START, replace(RESET_TRAINED, name="250 questions"), *RESET_MORE),
+    ),
+    Group(
+        "Without a question",
+        "From sentences with a masked name or number: of training articles, or of all paragraphs that are searched.",
+        (
+            START,
+            Row("250 sentences of training articles", judged=BOTH, cloze="train"),
+            *(Row(f"{n:,} sentences of all paragraphs", judged=BOTH, cloze="all", questions=n) for n in (250, 1000)),
+        ),
     ),
     Group(
         "How the reader judges",

@@ -218,7 +218,8 @@ def test_questions_are_those_that_the_seed_draws(home, commands):
         str(change): replace(one, **change).key(2)
         for change in (
             {"labels": True},
-            {"cloze": True},
+            {"cloze": "train"},
+            {"cloze": "all"},
             {"judged": ()},
             {"start": "x"},
             {"questions": 8},
@@ -226,6 +227,18 @@ def test_questions_are_those_that_the_seed_draws(home, commands):
         )
     }
     assert len({one.key(2), *others.values()}) == 1 + len(others)
+
+
+def test_sentences_are_those_of_training_articles_or_of_all(home, commands):
+    bench = Bench(home, Asked(5, 4, 3))
+    texts = {town: f"This is {town} and it has been there for the last 1,200 years." for town in TOWNS}
+    corpus = [{"id": f"{town}-0", "title": town, "text": text} for town, text in texts.items()]
+    real_bench.write(home / "data/corpus.jsonl", corpus)
+    of = {which: read_jsonl(bench.examples(Row("", cloze=which, questions=100), 0)) for which in ("", "train", "all")}
+    towns = {which: {line["metadata"]["passage"].removesuffix("-0") for line in lines} for which, lines in of.items()}
+    assert towns[""] == towns["train"] == set(TOWNS[:4]) and towns["all"] == set(TOWNS)
+    assert len(of["train"]) == 4 and len(of["all"]) == 12
+    assert all(line["target"] == line["answers"][0] and "___" in line["question"] for line in of["all"])
 
 
 def test_a_cloze_question_is_a_sentence_without_a_name_or_number():
