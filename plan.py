@@ -60,9 +60,9 @@ def _parser(cards: dict) -> argparse.ArgumentParser:
 
 
 def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small: it must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text!r}")
+    return int(text)
 
 
 def parts(need: "Need", planner: "Planner", config: Config) -> str:

@@ -55,6 +55,7 @@ def at_least(smallest: float, kind: type) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"{text} is less than {smallest}")
         return value
 
+    number.__name__ = kind.__name__  # argparse says "invalid int value"
     return number
 
 

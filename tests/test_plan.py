@@ -93,7 +93,8 @@ def test_an_index_of_unknown_size_is_said(capsys, steps):
     ("words", "sentence"),
     [
         ([*COMMAND, "--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-        (["--gpus", "0", *COMMAND], "argument --gpus: 0 is too small: it must be at least 1"),
+        (["--gpus", "0", *COMMAND], "argument --gpus: expected a number of at least 1, not '0'"),
+        (["--gpus", "two", *COMMAND], "argument --gpus: expected a number of at least 1, not 'two'"),
         (["ask.py", *COMMAND[1:]], "invalid choice: 'ask.py'"),
     ],
 )

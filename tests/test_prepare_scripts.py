@@ -243,6 +243,16 @@ def test_a_package_has_no_few_shot_questions(monkeypatch, capsys):
     assert "--shots and --seed choose training questions, of which --from_package has none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("value", "sentence"), [("two", "--parallel: invalid int value: 'two'"), ("0", "--parallel: 0 is less than 1")]
+)
+def test_numbers_that_are_none(monkeypatch, capsys, value, sentence):
+    monkeypatch.setattr("sys.argv", ["prepare_qa.py", "--parallel", value])
+    with pytest.raises(SystemExit, match="2"):
+        prepare_qa.main()
+    assert sentence in capsys.readouterr().err
+
+
 def test_more_shots_than_questions(origin, tmp_path, qa_originals):
     origin.files |= qa_originals
     message = one_sentence(prepare("qa", origin, tmp_path, "--shots", "5000"))
