@@ -155,7 +155,7 @@ class Planner:
             "shard_grads": flags["shard_grads"] and several,
         }
         if not self.training:
-            tokens = known["n_context"] * model.text_maxlength
+            tokens = model.tokens_of_a_question
             batch = evaluation_batch_size(torch.device("cuda"), flags["per_gpu_batch_size"], tokens)
             known |= {"per_gpu_batch_size": flags["per_gpu_eval_batch_size"] or batch, "train_retriever": False}
             known |= {"retriever_n_context": None, "training": False, "gradient_checkpoint": False}

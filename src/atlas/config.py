@@ -128,7 +128,7 @@ class Run:
     main_port: int = flag(-1, "accepted for compatibility: torchrun's environment decides")
     per_gpu_batch_size: int = flag(1, "examples per process and step", least=1)
     per_gpu_eval_batch_size: int | None = flag(
-        None, "the same in evaluations (--per_gpu_batch_size; on a GPU at least what fits 32,768 tokens)", least=1
+        None, "the same in evaluations (--per_gpu_batch_size, at least what fits 8,192 tokens; 32,768 on GPUs)", least=1
     )
     per_gpu_embedder_batch_size: int = flag(512, "passages of full length per batch when the index is built", least=1)
     embedder_precision: str | None = flag(
@@ -279,6 +279,12 @@ class Model:
     def retrieves(self) -> bool:
         """Whether passages come from an index."""
         return not (self.closed_book or self.use_file_passages)
+
+    @property
+    def tokens_of_a_question(self) -> int:
+        """The most there are: of the passages that are read with it, or its own."""
+        passages = self.n_context if self.uses_reader and not self.closed_book else 1
+        return passages * self.text_maxlength
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,8 @@ class AnsweringModel:
         self.config, self.model, self.retrieval, self.task = config, model, retrieval, task
         self.device, self.name, self.example_files = device, name, examples
         self.k = config.model.n_context
-        tokens = config.model.n_context * config.model.text_maxlength
         self.batch_size = config.run.per_gpu_eval_batch_size or devices.evaluation_batch_size(
-            device, config.run.per_gpu_batch_size, tokens
+            device, config.run.per_gpu_batch_size, config.model.tokens_of_a_question
         )
         self._answering = Answering(
             model, config.model, config.retriever_training, device, config.optimisation.precision

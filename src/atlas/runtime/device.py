@@ -137,11 +137,11 @@ def tokens_of_a_call(device: torch.device) -> int:
 
 
 def evaluation_batch_size(device: torch.device, training_batch_size: int, tokens: int) -> int:
-    """Examples of so many tokens that are evaluated together by default: what a GPU is busy with; a CPU gains nothing.
+    """Examples of so many tokens that are evaluated together by default: what keeps a GPU busy, or fits a CPU's caches.
 
     It depends on flags alone, never on free memory, so that every run of a command computes the same.
     """
-    return max(training_batch_size, 2**15 // tokens) if device.type == "cuda" else training_batch_size
+    return max(training_batch_size, (2**15 if device.type == "cuda" else 2**13) // tokens)
 
 
 def embedding_tokens(device: torch.device, rows: int, length: int) -> int:
