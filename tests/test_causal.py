@@ -231,7 +231,12 @@ def test_all_kinds_of_models_read_with_padding_as_without(tmp_path, kind):
     with torch.no_grad():
         alone = reader.logits(reader.encode(ids, ids > 0), ids[0] > 0, answer)
         whole = reader(torch.cat([ids[0], answer[:, 1:]], 1)).logits[:, 8:]
-        assert_close(reader.logits(reader.encode(padded, padded > 0), padded[0] > 0, answer), alone, atol=1e-5, rtol=0)
+        hidden, mask = reader.encode(padded, padded > 0), padded[0] > 0
+        assert_close(reader.logits(hidden, mask, answer), alone, atol=1e-5, rtol=0)
+        written = reader.write(hidden, mask, max_length=9)
+        with reader.reading_twice(hidden):
+            assert_close(reader.logits(hidden, mask, answer), alone, atol=1e-5, rtol=0)
+            assert reader.write(hidden, mask, max_length=9) == written
     assert_close(alone, whole, atol=1e-6, rtol=0)
 
 
@@ -257,6 +262,33 @@ def test_answers_are_those_of_their_generate(kind, beams):
         whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist()
         end = whole.index(make.reader_tokenizer.eos_id) if make.reader_tokenizer.eos_id in whole else len(whole)
         assert answer == whole[:end]
+
+
+@pytest.mark.parametrize("flags", [{}, {"num_beams": 2}, {"prompt": [[7], [7, 8], []]}])
+def test_prompts_that_are_read_twice_are_computed_once(flags):
+    reader, make, computed = load_reader(str(language_model()), dropout=None), inputs_of("plain"), []
+    queries = [QUESTION, "what?", "who is it?"]
+    rows, targets = make.reader(queries, [PASSAGES, [], PASSAGES[:1]]), make.targets(queries, ["Selnu", "a", "b"])
+    hidden, mask = hidden_of(reader, rows)
+    count = lambda module, args, named: computed.append(named["input_ids"].shape[1])  # noqa: E731
+    reader.register_forward_pre_hook(count, with_kwargs=True)
+
+    def both():
+        computed.clear()
+        with torch.no_grad():
+            logits = reader.logits(hidden, mask, targets.decoder_ids)
+        return logits, reader.write(hidden, mask, max_length=9, **flags), sum(computed)
+
+    logits, written, tokens = both()
+    for _ in range(2):
+        with reader.reading_twice(hidden):
+            first = both()
+            again = both()  # of more than two uses no two share anything
+        assert_close(first[0], logits, atol=1e-6, rtol=0)
+        assert first[1] == again[1] == written and again[2] == tokens
+        assert first[2] == (tokens if flags else tokens - hidden.shape[1] + 1)
+    with reader.reading_twice(hidden.clone()):
+        assert both()[2] == tokens  # other prompts
 
 
 def test_answers_begin_as_they_are_told_and_stay_as_long():

@@ -221,7 +221,7 @@ def test_what_is_read_twice_is_projected_once(pair, monkeypatch):
     expected, of_values, project = both(), reader.decoder.block[0].layer[1].EncDecAttention.v, nn.Linear.forward
     note = lambda module, states: projected.extend([states] * (module is of_values))  # noqa: E731
     monkeypatch.setattr(nn.Linear, "forward", lambda module, states: note(module, states) or project(module, states))
-    with reader.reading_twice():
+    with reader.reading_twice(hidden):
         for _ in range(2):
             logits, rows = both()
             assert torch.equal(logits, expected[0]) and rows == expected[1]

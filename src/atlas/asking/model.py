@@ -235,12 +235,14 @@ class AnsweringModel:
             passages = _passages(texts, scores) if texts is not None else [[]] * len(queries)
             with self._answering.computing():
                 encoded = self._answering.encode(queries, texts)
-                rows = self._answering.write(encoded, streamer if self.config.model.generation_num_beams == 1 else None)
-                clock.stop("read")
-                certain: list[float | None] = [None] * len(rows)
-                if judge:
-                    certain, passages = self._judged(encoded, rows, passages)
-                    clock.stop("judge")
+                with self.model.reader.reading_twice(encoded.fused.hidden):
+                    one = streamer if self.config.model.generation_num_beams == 1 else None
+                    rows = self._answering.write(encoded, one)
+                    clock.stop("read")
+                    certain: list[float | None] = [None] * len(rows)
+                    if judge:
+                        certain, passages = self._judged(encoded, rows, passages)
+                        clock.stop("judge")
         answers = self.model.inputs.reader_tokenizer.decode(rows)
         parts = zip(questions, queries, answers, certain, passages, strict=True)
         return [Answer(*part, seconds=clock.seconds) for part in parts]

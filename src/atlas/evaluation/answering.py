@@ -48,8 +48,8 @@ class Answering:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around a batch: no gradient, the precision, and what two uses of the decoder share is computed once."""
-        with torch.no_grad(), devices.autocast(self.device, self.precision), self.reader.reading_twice():
+        """Around a batch: no gradient, and the precision."""
+        with torch.no_grad(), devices.autocast(self.device, self.precision):
             yield
 
     def encode(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> Encoded:

@@ -167,8 +167,9 @@ class Evaluator:
         targets = self.inputs.targets(queries, [example.target for example in examples])
         with self.answering.computing():
             encoded = self.answering.encode(queries, passages)
-            logits = self.reader.logits(encoded.fused.hidden, encoded.fused.mask, targets.decoder_ids)
-            rows = self.answering.write(encoded)
+            with self.reader.reading_twice(encoded.fused.hidden):
+                logits = self.reader.logits(encoded.fused.hidden, encoded.fused.mask, targets.decoder_ids)
+                rows = self.answering.write(encoded)
             judged = self._judgements(encoded, rows, passages)
         losses = (-token_log_probabilities(logits, targets.labels).sum(-1) / targets.lengths).tolist()
         choices = self._choice_logits(examples, logits, targets)

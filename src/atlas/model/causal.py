@@ -5,10 +5,9 @@ transformers' own model is used as it is, under the names that its weights have 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from atlas.model.pretrained import check_fit, check_memory, difference
@@ -31,6 +31,13 @@ class Begun(NamedTuple):
     cache: DynamicCache
 
 
+class ReadTwice(NamedTuple):
+    """Prompts that are first followed by given answers, and then by others that are written."""
+
+    hidden: Tensor
+    cache: DynamicCache | None = None  # of the prompts without their last tokens
+
+
 class CausalReader(nn.Module):
     """What makes a reader of one of transformers' language models, which is the other base class of an instance.
 
@@ -39,6 +46,7 @@ class CausalReader(nn.Module):
     """
 
     fuses, inputs = False, PromptInputs
+    _read_twice: ReadTwice | None = None
 
     def encode(self, ids: Tensor, mask: Tensor, lengths: np.ndarray | None = None) -> Tensor:
         """The tokens of prompts: (B, K, L) -> (B, K·L, 1)."""
@@ -56,7 +64,12 @@ class CausalReader(nn.Module):
         ids = torch.cat([ids, answers], dim=1)
         # The last place of a prompt without any token is attended to, so that its logits are finite.
         mask = torch.cat([mask[:, :-1], torch.ones_like(decoder_ids, dtype=torch.bool)], dim=1)
-        return self._continued(ids, mask, None, decoder_ids.shape[1])
+        cache = self._cache_to_keep(hidden)
+        logits = self._continued(ids, mask, cache, decoder_ids.shape[1])
+        if cache is not None:
+            cache.crop(-decoder_ids.shape[1])
+            self._read_twice = ReadTwice(hidden, cache)
+        return logits
 
     def begin(self, hidden: Tensor, mask: Tensor) -> Begun:
         """Compute prompts that several answers stand behind: (u, S, 1), (u, S). Without gradients."""
@@ -77,18 +90,27 @@ class CausalReader(nn.Module):
 
     def _continued(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, last: int) -> Tensor:
         """Logits of the last tokens of ids, (n, T) -> (n, last, V), behind those of the cache; mask: (n, S) of all."""
-        kept: dict[str, DynamicCache] = {}
-        if cache is not None:
-            older = "cache" not in signature(self.forward).parameters
-            kept = {"past_key_values" if older else "cache": cache}
         return self(
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :],
             logits_to_keep=last,
             use_cache=cache is not None,
-            **kept,
+            **self._with_cache(cache),
         ).logits
+
+    def _with_cache(self, cache: DynamicCache | None) -> dict[str, DynamicCache]:
+        """A cache by the name that it has in this version of transformers."""
+        older = "cache" not in signature(self.forward).parameters
+        return {} if cache is None else {"past_key_values" if older else "cache": cache}
+
+    def _cache_to_keep(self, hidden: Tensor) -> DynamicCache | None:
+        """An empty cache for prompts that are read twice, if it can be shortened to them afterwards."""
+        if self._read_twice is None or hidden is not self._read_twice.hidden:
+            return None
+        cache = DynamicCache(config=self.config)
+        whole = all(type(layer) is DynamicLayer for layer in cache.layers)  # and no window slides over them
+        return cache if whole and hidden.shape[1] > 1 else None
 
     @torch.no_grad()
     def write(
@@ -112,8 +134,11 @@ class CausalReader(nn.Module):
         if any(begun):
             more, of_more = (part.to(ids.device) for part in pad_rows(prompt, 0))
             ids, mask = torch.cat([ids, more], dim=1), torch.cat([mask, of_more], dim=1)
+        twice, self._read_twice = self._read_twice, None
+        known = twice is not None and twice.hidden is hidden and num_beams == 1 and not any(begun)
         ids, mask = _to_the_right(ids, mask)
         rows = self.generate(
+            **self._with_cache(twice.cache if known else None),
             input_ids=ids,
             attention_mask=mask.long(),
             max_new_tokens=max_length - 1 - min(begun),
@@ -126,9 +151,14 @@ class CausalReader(nn.Module):
         )[:, ids.shape[1] :].tolist()
         return [self._answer(row[: max_length - 1 - n]) for row, n in zip(rows, begun, strict=True)]
 
-    def reading_twice(self) -> AbstractContextManager[None]:
-        """Two uses of a prompt share nothing."""
-        return contextlib.nullcontext()
+    @contextmanager
+    def reading_twice(self, hidden: Tensor) -> Iterator[None]:
+        """Inside the block, `write` goes on behind prompts that `logits` has computed. Beams compute them again."""
+        self._read_twice = ReadTwice(hidden)
+        try:
+            yield
+        finally:
+            self._read_twice = None
 
     @property
     def blocks(self) -> list[nn.Module]:

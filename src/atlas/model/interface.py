@@ -58,8 +58,8 @@ class Reader(Protocol):
     ) -> list[list[int]]:
         """The tokens of an answer for each row."""
 
-    def reading_twice(self) -> AbstractContextManager[None]:
-        """Inside the block, `logits` and `write` of the same rows may share what they compute."""
+    def reading_twice(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """Inside the block, a use of `logits` and then one of `write` may share what they compute of these rows."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Load weights by the names of `named_parameters`. Raises: ValueError if they do not fit."""

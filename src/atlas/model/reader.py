@@ -137,14 +137,14 @@ class FusionInDecoder(T5ForConditionalGeneration):
         return cache
 
     @contextmanager
-    def reading_twice(self) -> Iterator[None]:
-        """Inside the block, keys and values of the same hidden states are projected once for two uses of the decoder.
+    def reading_twice(self, hidden: Tensor) -> Iterator[None]:
+        """Inside the block, keys and values of these hidden states are projected once for two uses of the decoder.
 
         They are let go layer by layer as the second use takes them, so that none exists twice for long.
         """
         projections = [getattr(block.layer[1].EncDecAttention, name) for block in self.decoder.block for name in "kv"]
         for projection in projections:
-            projection.forward = _once_for_two(projection.forward)
+            projection.forward = _once_for_two(projection.forward, hidden)
         try:
             yield
         finally:
@@ -363,17 +363,16 @@ def _broadcastable(mask: Tensor) -> Tensor:  # (n, L) -> (n, 1, 1, L), or (n, T,
     return mask.bool()[:, None, None] if mask.dim() == 2 else mask.bool()[:, None]
 
 
-def _once_for_two(project: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    kept: list[Tensor] = []  # hidden states, and what became of them
+def _once_for_two(project: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[Tensor], Tensor]:
+    kept: list[Tensor] = []  # what became of the hidden states, until it is used again
 
-    def projected(hidden: Tensor) -> Tensor:
-        if kept and kept[0] is hidden:
-            result = kept[1]
-            kept.clear()
-        else:
-            result = project(hidden)
-            kept[:] = hidden, result
-        return result
+    def projected(states: Tensor) -> Tensor:
+        if states is not hidden:
+            return project(states)
+        if kept:
+            return kept.pop()
+        kept.append(project(states))
+        return kept[0]
 
     return projected
 
