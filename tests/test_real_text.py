@@ -153,8 +153,12 @@ def test_the_page(home, commands):
     )
     assert found == answer and float(found.rstrip(" |")) < 40  # it knows no better
     words = " ".join(text.split())
+    assert (
+        "from seven others for 100.0 % of the questions" in words
+        and "first for 100.0 % (of 500 questions; BM25 " in words
+    )
     assert "is 0.400 on average when the questions come first, 0.200 when they come again" in words
-    before = words.split("first for 100.0 % (")[1].split(" % before)")[0]  # of the questions that were learnt from
+    before = words.split("it finds the right paragraph first for 100.0 % (")[1].split(" % before)")[0]  # of the questions that were learnt from
     assert 0 < float(before) < 40
     assert " ± " in text and text.rstrip().endswith("core-hours.") and text.startswith("# What a language model")
     trained = [words for words in commands if words[0] == "train.py" or "benchmarks.from_labels" in words]
