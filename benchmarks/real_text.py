@@ -75,10 +75,10 @@ finds it behind a passage, and the answer behind both. Settings were chosen on d
 seeds, which draw the questions; p compares recall@1 with the first row, by randomly flipping the signs of the questions'
 differences."""  # noqa: E501
 SUMMARY = """In short: the language model, asked how likely question and answer are, tells the right paragraph from seven others for {teacher:.1f} % of
-the questions. MiniLM learns from it as much as from labels: recall@1 rises by {some} from 1,000 questions ({more_labels} from labels), and by {gap}
-from 250 sentences with a gap, for which nobody has to ask anything. Fused with BM25 (recall@1 {bm25:.1f}) it reaches {fused:.1f}. Where the
-language model may also put the first 10 passages in order by the question alone, the right one is first for {reranked:.1f} % (of {k:,}
-questions; BM25 {bm25_of_k:.1f})."""  # noqa: E501
+the questions. MiniLM learns from it as much as from labels: recall@1 {some} from 1,000 questions ({more_labels} from labels), and {gap} from 250
+sentences with a gap, for which nobody has to ask anything. Fused with BM25 (recall@1 {bm25:.1f}) it reaches {fused:.1f}. Where the language model
+also puts the first 10 passages in order, by the question alone, the right one is first for {reranked:.1f} % (of {k:,} questions;
+BM25 {bm25_of_k:.1f})."""  # noqa: E501
 TEACHER = """The language model judges the {k} passages that BM25 and MiniLM together find first. For {judged:.1f} % of {questions:,} training
 questions the right paragraph is among them. For these, it is the best one so often:"""  # noqa: E501
 REASONS = """It is not the judgement that keeps MiniLM from gaining 8 points: labels bring {labels} from the same 250 questions and {more_labels}
