@@ -158,7 +158,10 @@ def test_the_page(home, commands):
         and "first for 100.0 % (of 500 questions; BM25 " in words
     )
     assert "is 0.400 on average when the questions come first, 0.200 when they come again" in words
-    before = words.split("it finds the right paragraph first for 100.0 % (")[1].split(" % before)")[0]  # of the questions that were learnt from
+    of_own = words.split("it finds the right paragraph first for 100.0 % (")[
+        1
+    ]  # of the questions that were learnt from
+    before = of_own.split(" % before)")[0]
     assert 0 < float(before) < 40
     assert " ± " in text and text.rstrip().endswith("core-hours.") and text.startswith("# What a language model")
     trained = [words for words in commands if words[0] == "train.py" or "benchmarks.from_labels" in words]
