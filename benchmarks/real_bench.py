@@ -60,9 +60,7 @@ class Row:
     questions: int = 250
     flags: tuple[str, ...] = ()  # more flags of train.py
     labels: bool = False
-    cloze: str = (
-        ""  # in the place of questions, sentences with a masked name or number: of passages of "train" or "all"
-    )
+    cloze: str = ""  # sentences with a gap in the place of questions: of the passages of "train", or of "all"
 
     @property
     def trained(self) -> bool:
@@ -171,9 +169,9 @@ class Bench:
             "--output_directory",
             self.data,
         )
+        lines = self._lines(self.split)
         for n in set(self.asked):
-            lines = sorted(self._lines(self.split)[:n], key=lambda line: line["metadata"]["passage"])
-            write(self._first(n), lines)
+            write(self._first(n), sorted(lines[:n], key=lambda line: line["metadata"]["passage"]))
 
     @property
     def data(self) -> Path:
@@ -254,11 +252,8 @@ class Bench:
         return Ranks(**self._kept_ranks(recipe, row.key(seed), lambda: self._search(row, seed)))
 
     def _search(self, row: Row, seed: int) -> dict[str, list[int]]:
-        alone, saved = self._alone(row, seed)
-        return {
-            "alone": alone,
-            "fused": self._ranks(f"{row.key(seed)}-fused", self._first(self.asked.searched), *saved, *FUSED),
-        }
+        (alone, saved), asked = self._alone(row, seed), self._first(self.asked.searched)
+        return {"alone": alone, "fused": self._ranks(f"{row.key(seed)}-fused", asked, *saved, *FUSED)}
 
     def rerank(self, row: Row) -> Reranked:
         """The same in the order of the reader's judgement, on the first seed."""

@@ -74,16 +74,16 @@ The retriever is MiniLM, which has seen SQuAD's training questions, but none of 
 finds it behind a passage, and the answer behind both. Settings were chosen on dev articles. A ± is the standard deviation over
 seeds, which draw the questions; p compares recall@1 with the first row, by randomly flipping the signs of the questions'
 differences."""  # noqa: E501
-SUMMARY = """In short: the language model, asked how likely question and answer are, tells the right paragraph from seven others for {teacher:.1f} % of
+SUMMARY = """In short: the language model, asked how likely question and answer are, tells the right paragraph from seven others for {teacher} % of
 the questions. MiniLM learns from it as much as from labels: recall@1 {some} from 1,000 questions ({more_labels} from labels), and {gap} from 250
-sentences with a gap, for which nobody has to ask anything. Fused with BM25 (recall@1 {bm25:.1f}) it reaches {fused:.1f}. Where the language model
-also puts the first 10 passages in order, by the question alone, the right one is first for {reranked:.1f} % (of {k:,} questions;
-BM25 {bm25_of_k:.1f})."""  # noqa: E501
+sentences with a gap, for which nobody has to ask anything. Fused with BM25 (recall@1 {bm25}) it reaches {fused}. Where the language model
+also puts the first 10 passages in order, by the question alone, the right one is first for {reranked} % (of {k:,} questions;
+BM25 {bm25_of_k})."""  # noqa: E501
 TEACHER = """The language model judges the {k} passages that BM25 and MiniLM together find first. For {judged:.1f} % of {questions:,} training
 questions the right paragraph is among them. For these, it is the best one so often:"""  # noqa: E501
 REASONS = """It is not the judgement that keeps MiniLM from gaining 8 points: labels bring {labels} from the same 250 questions and {more_labels}
 from 1,000, and the best of the judged passages is nearly always the right one (see above). Nor is MiniLM too small: of the 2,500
-questions that it learnt from, it finds the right paragraph first for {after:.1f} % ({before:.1f} % before). It learns these by heart, and their 48
+questions that it learnt from, it finds the right paragraph first for {after} % ({before} % before). It learns these by heart, and their 48
 articles, more than how to find paragraphs of others: the loss is {first:.3f} on average when the questions come first, {second:.3f} when they come
 again, and 250 questions bring {few}, 1,000 {some}, 2,500 {many}. A lower rate changes nothing (2e-5 in place of 5e-5, 1,000 questions, on dev
 articles). Questions about other articles are what was not tried: there are no more in the packages. A query encoder alone gains
@@ -318,8 +318,7 @@ def aims(bench: Bench, answers: Answers, seeds: int) -> str:
     for name, aim, pairs in compared:
         for one, other in pairs:
             for more, p in measured([partial(difference, bench, one, other, seeds)]):
-                reached = "reached" if more >= aim else f"missed by {aim - more:.1f}"
-                lines.append([name, f"{more:+.1f} ({one.questions:,} questions, {p})", reached])
+                lines.append([name, f"{more:+.1f} ({one.questions:,} questions, {p})", reached(more, aim)])
     lines += without_labels(bench, seeds)
     for name, what, aim, right in (
         (WITH_RETRIEVAL, "with retrieval", "above 25", lambda em: em > 25),
@@ -327,9 +326,13 @@ def aims(bench: Bench, answers: Answers, seeds: int) -> str:
     ):
         if found := measured(answers[name, SHOTS]):
             em = 100 * float(np.mean([one["exact match"] for one in found]))
-            reached = "reached" if right(em) else "missed"
-            lines.append([f"exact match after {SHOTS} examples, {what}: {aim}", f"{em:.1f}", reached])
+            line = [f"exact match after {SHOTS} examples, {what}: {aim}", f"{em:.1f}"]
+            lines.append([*line, "reached" if right(em) else "missed"])
     return table(["aim", "found", ""], lines)
+
+
+def reached(more: float, aim: float) -> str:
+    return "reached" if more >= aim else f"missed by {aim - more:.1f}"
 
 
 def without_labels(bench: Bench, seeds: int) -> Iterator[list[str]]:
@@ -340,35 +343,27 @@ def without_labels(bench: Bench, seeds: int) -> Iterator[list[str]]:
         if found:
             sides = [recall(ranks, 1) for ranks in found], [recall(bench.bm25(n), 1)]
             more = 100 * float(np.mean(sides[0]) - np.mean(sides[1]))
-            reached = "reached" if more >= 4 else f"missed by {4 - more:.1f}"
             figure = f"{more:+.1f} ({n:,} questions asked, p {verdict(significance(*sides))})"
-            yield [f"without any label, {order}: 4 points more than BM25", figure, reached]
+            yield [f"without any label, {order}: 4 points more than BM25", figure, reached(more, 4)]
 
 
-def figures(bench: Bench, seeds: int) -> dict[str, float | str]:
+def figures(bench: Bench, seeds: int) -> dict[str, object]:
     """What `SUMMARY` and `REASONS` say. Raises: NotMeasured."""
     rows = {"few": TRAINED, "some": MORE[0], "many": MORE[1], "labels": LABELS, "more_labels": MORE_LABELS}
     rows |= {"query": QUERY_LABELS, "gap": SENTENCES}
     gains = {name: f"{difference(bench, row, START, seeds)[0]:+.1f}" for name, row in rows.items()}
     first, second = bench.losses(MORE[-1], 0)
-    before, after = (first_percent(bench.recognise(row, MORE[-1])) for row in (START, MORE[-1]))
-    reranked = bench.rerank(UNLABELLED).reranked
-    return gains | {
-        "first": float(first),
-        "second": float(second),
-        "before": before,
-        "after": after,
-        "teacher": 100 * float(bench.teacher(MORE[-1], 0)["both"].mean()),
-        "bm25": first_percent(bench.bm25(bench.asked.searched)),
-        "fused": first_percent(bench.search(MORE[-1], 0).fused),
-        "k": bench.asked.reranked,
-        "bm25_of_k": first_percent(bench.bm25(bench.asked.reranked)),
-        "reranked": first_percent(reranked),
+    ranks = {
+        "before": bench.recognise(START, MORE[-1]),
+        "after": bench.recognise(MORE[-1], MORE[-1]),
+        "bm25": bench.bm25(bench.asked.searched),
+        "fused": bench.search(MORE[-1], 0).fused,
+        "bm25_of_k": bench.bm25(bench.asked.reranked),
+        "reranked": bench.rerank(UNLABELLED).reranked,
     }
-
-
-def first_percent(ranks: np.ndarray) -> float:
-    return 100 * float(recall(ranks, 1).mean())
+    at_1 = {name: percent([recall(of_row, 1)]) for name, of_row in ranks.items()}
+    teacher = percent([bench.teacher(MORE[-1], 0)["both"]])
+    return gains | at_1 | {"first": first, "second": second, "teacher": teacher, "k": bench.asked.reranked}
 
 
 def everything(bench: Bench, answers: Answers, seeds: int) -> Iterator[Callable[[], object]]:

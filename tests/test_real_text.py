@@ -153,15 +153,11 @@ def test_the_page(home, commands):
     )
     assert found == answer and float(found.rstrip(" |")) < 40  # it knows no better
     words = " ".join(text.split())
-    assert (
-        "from seven others for 100.0 % of the questions" in words
-        and "first for 100.0 % (of 500 questions; BM25 " in words
-    )
+    assert "from seven others for 100.0 % of the questions" in words
+    assert "first for 100.0 % (of 500 questions; BM25 " in words
     assert "is 0.400 on average when the questions come first, 0.200 when they come again" in words
-    of_own = words.split("it finds the right paragraph first for 100.0 % (")[
-        1
-    ]  # of the questions that were learnt from
-    before = of_own.split(" % before)")[0]
+    _, of_own = words.split("it finds the right paragraph first for 100.0 % (")  # of what it learnt from
+    before, _ = of_own.split(" % before)")
     assert 0 < float(before) < 40
     assert " ± " in text and text.rstrip().endswith("core-hours.") and text.startswith("# What a language model")
     trained = [words for words in commands if words[0] == "train.py" or "benchmarks.from_labels" in words]

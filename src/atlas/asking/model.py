@@ -236,8 +236,8 @@ class AnsweringModel:
             with self._answering.computing():
                 encoded = self._answering.encode(queries, texts)
                 with self.model.reader.reading_twice(encoded.fused.hidden):
-                    one = streamer if self.config.model.generation_num_beams == 1 else None
-                    rows = self._answering.write(encoded, one)
+                    as_written = streamer if self.config.model.generation_num_beams == 1 else None
+                    rows = self._answering.write(encoded, as_written)
                     clock.stop("read")
                     certain: list[float | None] = [None] * len(rows)
                     if judge:

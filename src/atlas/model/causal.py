@@ -101,8 +101,10 @@ class CausalReader(nn.Module):
 
     def _with_cache(self, cache: DynamicCache | None) -> dict[str, DynamicCache]:
         """A cache by the name that it has in this version of transformers."""
+        if cache is None:
+            return {}
         older = "cache" not in signature(self.forward).parameters
-        return {} if cache is None else {"past_key_values" if older else "cache": cache}
+        return {"past_key_values" if older else "cache": cache}
 
     def _cache_to_keep(self, hidden: Tensor) -> DynamicCache | None:
         """An empty cache for prompts that are read twice, if it can be shortened to them afterwards."""
