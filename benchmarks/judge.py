@@ -36,19 +36,20 @@ def judge(config: Config, lines: Sequence[dict], k: int) -> Iterator[dict[str, s
     model = Model.load(
         config.model, config.retriever_training, config.optimisation, None, tokenizer, CPU, training=bool(targets)
     )
+    by_answers = targets and config.retriever_training.judges_by_answers  # not in an evaluation
     pairs = [(line, passage) for line in lines for passage in line["passages"][:k]]
     pairs.sort(key=lambda pair: (len(pair[1]["text"]), pair[1]["id"]))
     started = time.monotonic()
     for at in range(0, len(pairs), TOGETHER):
         some = pairs[at : at + TOGETHER]
-        rows = [[]] * len(some)  # in an evaluation nothing but the question is judged
-        if targets:
+        rows = [[]] * len(some)
+        if by_answers:
             rows = model.inputs.target_tokens([targets[line["id"]] for line, _ in some])
         queries, passages = [line["query"] for line, _ in some], [[passage] for _, passage in some]
         judged = model.inputs.judging(queries, passages, rows, "question")
         with torch.no_grad(), autocast(CPU, config.optimisation.precision):
             found = likelihoods_of_question_and_answer(reading_of(model.reader, judged, 1.0, model.known))
-        names = ("question", "answer") if targets else ("question",)
+        names = ("question", "answer") if by_answers else ("question",)
         for (line, passage), *of_pair in zip(some, *(part.flatten().tolist() for part in found), strict=True):
             yield {"id": line["id"], "passage": passage["id"], **dict(zip(names, of_pair, strict=False))}
         seconds = time.monotonic() - started

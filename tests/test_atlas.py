@@ -269,7 +269,7 @@ def test_the_passages_of_other_queries_take_a_part_of_the_retrievers_distributio
 def test_a_query_is_not_taught_that_its_own_passages_are_useless():
     retriever, embeddings = SimpleNamespace(embed_queries=lambda ids, mask: ids), torch.randn(2, 2, 4)
     queries, found = torch.randn(2, 4), torch.tensor([[7, 3], [3, 9]])
-    batch = TrainingTensors(*[None] * 4, queries, passage_embeddings=embeddings, found=found)
+    batch = TrainingTensors(*[None] * 4, queries, passage_embeddings=embeddings, found=found, own=found)
     mode = Mode(lambda reading: None, lambda *scores: None)
     (alone,) = Atlas(None, retriever, n_context=1, mode=mode)._retriever_scores(batch)
     mode = mode._replace(gather=lambda rows: rows)

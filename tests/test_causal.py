@@ -26,8 +26,8 @@ from atlas.model.pretrained import CAUSAL_TYPES
 from atlas.model.prompts import PromptInputs
 from atlas.model.reader import FusionInDecoder, load_reader
 from atlas.model.signals import PROMPT_MODES, mode_of, reading_of, token_log_likelihoods
-from atlas.model.tokenization import load_reader_tokenizer
-from tests.kit import command_line, language_model, logged, read_jsonl, run, run_on, slow, world
+from atlas.model.tokenization import PromptTokenizer, load_reader_tokenizer
+from tests.kit import command_line, language_model, logged, read_jsonl, run, run_on, slow, world, write_jsonl
 from tests.test_parallel import KINDS as PARALLEL
 from tests.test_parallel import assert_same_run
 
@@ -38,6 +38,7 @@ PASSAGES = [
     {"title": "", "text": "Tamvor is a town with a trade."},
     {"title": "Lingra", "text": "The founder of Lingra is Pelzor. " * 9},
 ]
+EVIDENCE = {"write_results": True, "write_evidence": True}
 QUESTION_MODE = {"train_retriever": True, "gold_score_mode": "question"}
 QUESTION = "question: what is the river of Kobari? answer: <extra_id_0>"
 
@@ -126,8 +127,35 @@ def test_prompts_fit_into_the_positions_or_say_what_is_too_long(caplog):
     make.reader_positions = 120
     rows = make.reader(["what?"] * 2, [[PASSAGES[2]] * 3, [PASSAGES[2]] * 3])
     assert 60 < rows.lengths.max() <= 112 and caplog.text.count("does not fit into the 120 positions") == 1
-    with pytest.raises(ValueError, match="alone fills the 120 positions"):
+    with pytest.raises(ValueError, match="1 passages and an answer do not fit into the 120 positions"):
         make.reader(["what is this " * 90], [PASSAGES[:1]])
+
+
+@pytest.mark.parametrize("n", [20, 130])
+def test_a_question_that_cannot_be_read_is_found_before_the_run(tmp_path, n, capsys):
+    rows = read_jsonl(world() / "train.jsonl")
+    write_jsonl(tmp_path / "train.jsonl", rows[:3] + [rows[3] | {"question": "what is this " * n}] + rows[4:])
+    flags = read_with(eval_data=None, train_data=[tmp_path / "train.jsonl"], total_steps=1, generation_max_length=64)
+    if n == 20:
+        run(tmp_path, **flags)
+        return
+    with pytest.raises(SystemExit):
+        run(tmp_path, **flags)
+    said = capsys.readouterr().err
+    assert re.search(r"train.jsonl, line 4: the question 'what is this .*do not fit into the 512", said), said
+    directory = run(tmp_path, name="skipping", **flags, bad_lines="skip")
+    assert len(read_jsonl(directory / "bad_lines.train_data.jsonl")) == 1
+
+
+def test_a_chat_is_the_same_every_day_and_does_not_think():
+    loaded = theirs("chat")[1]
+    loaded.chat_template = (
+        "{{ strftime_now('%d %B %Y') }}{% if enable_thinking is not defined or enable_thinking %} think{% endif %}"
+        "{% for message in messages %} {{ message.content }}{% endfor %}"
+    )
+    assert PromptTokenizer(loaded).chat("hello") == "26 Jul 2024 hello"
+    loaded.chat_template = {"default": "{% for message in messages %}{{ message.content }}!{% endfor %}", "other": ""}
+    assert PromptTokenizer(loaded).chat("hello") == "hello!"
 
 
 def test_answers_are_tokenized_apart_as_they_stand_behind_the_prompt():
@@ -436,9 +464,28 @@ def test_what_several_questions_share_is_computed_once_and_equals_what_each_comp
 
 
 def test_a_prompt_that_changes_the_question_cannot_judge_by_it():
-    make = inputs_of("plain", reader_prompt_format="{passages} {query!a}")
-    with pytest.raises(ValueError, match="is not in its prompt as it is, so it cannot judge passages"):
-        make.judging(["where is Nzérékoré?"], [PASSAGES[:1]], [[]], "question")
+    for template in ("{passages} {query!a}", "{passages}{query}"):  # the last letters of a passage are in its token
+        make = inputs_of("plain", reader_prompt_format=template)
+        with pytest.raises(ValueError, match="is not in its prompt as it is, so it cannot judge passages"):
+            make.judging(["ere is Nzérékoré?"], [[{"title": "", "text": "a wh"}]], [[]], "question")
+
+
+@pytest.mark.parametrize(
+    "template", [r"{passages}\n\n{query}", r"{passages}\n{query}\nAnswer:\n", "{passages} {query}"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_is_judged_as_it_stands_behind_a_passage(kind, template):
+    """Also by tokenizers that see the beginning of a text in another way, and behind a passage without a text."""
+    make = inputs_of(kind, reader_prompt_format=template)
+    queries = ["Kobari trade?", " what is the river of Kobari? \n", "river"]
+    passages = [[PASSAGES[0], {"title": "", "text": ""}], PASSAGES, PASSAGES[1:]]
+    found = make.judging(queries, passages, [[]] * 3, "question")
+    for i, query in enumerate(queries):
+        question = found.targets.labels[i][found.asked[i]].tolist()
+        assert make.reader_tokenizer.decode([question]) == [query.strip()]
+        for k, passage in enumerate(passages[i]):
+            prompt, head = row(make.reader([query], [[passage]])), row(found.rows, i, k)
+            assert prompt[: len(head)] == head and prompt[len(head) :][: len(question)] == question
 
 
 # ---- runs
@@ -491,6 +538,11 @@ def test_what_was_saved_resumes_bit_for_bit(tmp_path):
             "--rerank_by_reader 3 needs a decoder",
         ),
         ({"task": "multiple_choice"}, "--task multiple_choice needs the `<extra_id_0>` of T5"),
+        ({"gold_score_mode": "adist"} | EVIDENCE, "--gold_score_mode adist looks at T5's cross-attention"),
+        (
+            {"reader_model_type": world() / "models/reader", "gold_score_mode": "question"} | EVIDENCE,
+            "question needs a decoder-only language model",
+        ),
     ],
 )
 def test_what_only_t5_can_do_is_refused(tmp_path, flags, said):
@@ -670,4 +722,8 @@ def test_passages_are_read_in_the_order_of_the_question_s_likelihood(tmp_path, a
     model = atlas.load(asked, rerank_by_reader=4)
     row = read_jsonl(ordered / "dev-step-0.jsonl")[0]
     answer = model.ask(row["query"])
-    assert answer.text == row["generation"] and [p.id for p in answer.passages] == [p["id"] for p in row["passages"]]
+    ids = [passage["id"] for passage in row["passages"]]
+    assert answer.text == row["generation"] and [passage.id for passage in answer.passages] == ids
+    assert [passage.id for passage in model.search(row["query"])] == ids
+    with pytest.raises(ValueError, match="--rerank_by_reader 4 needs a decoder-only language model"):
+        atlas.load(world() / "models", rerank_by_reader=4, closed_book=True)

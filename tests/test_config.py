@@ -539,15 +539,15 @@ def test_help_shows_each_default_as_it_would_be_typed(capsys, program, preset):
         default, text = preset.get(name, field.default), field.metadata["help"]
         first = "the checkpoint's, else " if program == "evaluate" and name in OF_THE_MODEL else ""
         if callable(default):
-            expected = f"({default.__doc__})"
+            expected = f"(default: {default.__doc__})"
         elif default is None and text.endswith(")"):
-            expected = f"({first}{text.rpartition('(')[2]}"
+            expected = f"(default: {first}{text.rpartition('(')[2]}"
         elif default is None or isinstance(default, bool):
             expected = f"(default: {first}{ {None: 'unset', True: 'on', False: 'off'}[default] })"
         else:
-            typed = repr(default) if " " in str(default) else "none" if default == () else default
+            typed = f"'{default}'" if " " in str(default) else "none" if default == () else default
             expected = f"(default: {first}{typed})"
-        assert shown[name].endswith(f" {expected}"), name
+        assert shown[name].endswith(f" {expected}") and "%%" not in shown[name], name
 
 
 def test_two_evaluation_files_of_one_name(files, capsys):

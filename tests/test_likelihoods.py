@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import atlas
 from atlas.model.causal import CausalReader
 from atlas.model.likelihoods import KnownLikelihoods
 from atlas.model.reader import load_reader
 from atlas.model.signals import PROMPT_MODES, mode_of, reading_of
-from tests.kit import language_model, logged, read_jsonl, run, run_on, world
+from tests.kit import language_model, logged, read_jsonl, run, run_on, world, write_jsonl
 from tests.test_causal import PASSAGES, inputs_of, learning, read_with
 
 QUERIES, ANSWERS = ["what is the river of Kobari?", "who?", "what is it?"], ["Selnu", "Pelzor Kobari", "a"]
@@ -137,6 +138,31 @@ def test_evaluations_order_passages_by_what_is_known(tmp_path, calls):
         computed.append(sum(calls) - before)
     assert computed[0] - computed[1] == 4 * len(read_jsonl(paths[0]))
     assert read_jsonl(paths[0]) == read_jsonl(paths[1])
+
+
+@pytest.mark.parametrize("weight", [1, 0.7])
+def test_of_a_question_that_is_judged_alone_no_answer_is_computed(tmp_path, calls, weight):
+    """Another answer to it is a reason to compute it again only where the answer counts."""
+    rows, computed = read_jsonl(world() / "train.jsonl"), []
+    for name in ("these", "others"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [row | {"target": name, "answers": [name]} for row in rows])
+        flags = FROZEN | {"gold_question_weight": weight, "train_data": [tmp_path / f"{name}.jsonl"], "eval_data": None}
+        before = sum(calls)
+        run(tmp_path, name=name, **flags, total_steps=1, cache_judgements=tmp_path / "known.sqlite")
+        computed.append(sum(calls) - before)
+    assert computed[0] > 0 and (computed[1] == 0) == (weight == 1)
+
+
+def test_a_run_that_kept_judgements_is_asked_without_them(tmp_path, caplog):
+    kept = tmp_path / "known.sqlite"
+    directory = run(tmp_path, **FROZEN, cache_judgements=kept, total_steps=1, eval_data=None)
+    before, question = kept.read_bytes(), read_jsonl(world() / "dev.jsonl")[0]["question"]
+    answers = [
+        atlas.load(directory, **flags).ask(question, stream=True).answer for flags in ({}, {"cache_judgements": kept})
+    ]
+    assert answers[0].text == answers[1].text and kept.read_bytes() != before
+    kept.write_bytes(before)
+    assert atlas.load(directory).ask(question).text == answers[0].text and kept.read_bytes() == before
 
 
 def test_evidence_is_judged_by_what_is_known(tmp_path, calls):

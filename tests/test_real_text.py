@@ -309,6 +309,7 @@ def test_what_is_judged_beforehand_is_what_training_asks_for(tmp_path, monkeypat
     ]
     words += ["--reader_model_type", str(language_model()), "--qa_prompt_format", "{question}", "--n_context", "2"]
     words += ["--freeze_reader", "--train_retriever", "--gold_score_mode", "question", "--cache_judgements", str(kept)]
+    words += ["--gold_question_weight", "0.7"]
     words += ["--text_maxlength", "64", "--retriever_model_path", str(world() / "models/retriever")]
     monkeypatch.setattr("sys.argv", ["judge.py", str(found), "5", *words])
     judge.main()

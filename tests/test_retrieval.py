@@ -245,6 +245,27 @@ def test_what_is_excluded_comes_last_where_there_is_too_little_else(tmp_path, re
     assert len(warnings) == 1  # once a run
 
 
+def test_what_was_to_be_left_out_stays_last_in_another_order():
+    passages = [[{"id": i} for i in range(4)], [{"id": i} for i in range(4, 8)]]
+    own = torch.tensor([[False, False, True, True], [False, False, False, True]])
+    found = retrieval.Found(passages, torch.arange(8).view(2, 4), torch.zeros(2, 4), own)
+    judged = torch.tensor([[1.0, 2.0, 3.0], [0.0, 2.0, 1.0]])
+    assert found.sorted_by(judged, 4).ids.tolist() == [[1, 0, 2, 3], [5, 6, 4, 7]]
+    assert [[p["id"] for p in row] for row in found.sorted_by(judged, 2).passages] == [[1, 0], [5, 6]]
+
+
+def test_a_query_knows_its_own_passages_among_those_of_others():
+    passages = [[{"id": "a"}, {"id": "b"}], [{"id": "c"}, {"id": 7}], [{"id": "a"}, {"id": "d"}]]
+    found = retrieval.Found(passages, torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3, 2))
+
+    def known(exclude):
+        names, own = found.names(exclude)
+        return (own[..., None] == names.flatten()).any(1).int().tolist()
+
+    assert known(["c", None, "7"]) == [[1, 1, 1, 0, 1, 0], [0, 0, 1, 1, 0, 0], [1, 0, 0, 1, 1, 1]]
+    assert known(None) == [[1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 1, 1]]
+
+
 def test_nothing_is_said_of_a_corpus_that_is_merely_small(tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval.log, "warning", None)  # calling it fails
     found = excluding(tmp_path, passages=read_jsonl(world() / "passages.jsonl")[:3])

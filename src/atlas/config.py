@@ -46,7 +46,7 @@ OF_THE_MODEL = (
     *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
 )
 # How the reader judges passages, for --write_evidence.
-OF_THE_JUDGEMENT = ("gold_score_mode", "temperature_gold")
+OF_THE_JUDGEMENT = ("gold_score_mode", "gold_question_weight", "temperature_gold")
 LARGEST = 2**63 - 1  # of the integers that numpy and torch compute with
 # Bounds of a number: what must hold, and how to say it. Comparisons with NaN are false, so NaN is always refused.
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -138,7 +138,7 @@ class Run:
     verify: str = flag(
         "sample",
         "look for damage in the checkpoint and the index that are opened, by their checksums. off: not at all; sample: "
-        "in small files and 1 %% of large ones, while the run goes on; full: in all, before the first step",
+        "in small files and 1 % of large ones, while the run goes on; full: in all, before the first step",
         choices=("off", "sample", "full"),
     )
 
@@ -195,10 +195,8 @@ class Index:
     bm25_steps: int | None = flag(
         None, "training steps that search with BM25, from the first on; evaluations always do (all)", least=0
     )
-    bm25_k1: float = flag(
-        0.9, "BM25: how much a word counts that a passage repeats; 0: as if it were there once", least=0, most=1000
-    )
-    bm25_b: float = flag(0.4, "BM25: how much a word counts less in a long passage; 0: not at all", least=0, most=1)
+    bm25_k1: float = flag(0.9, "BM25: how much repeating a word counts; 0: not at all", least=0, most=1000)
+    bm25_b: float = flag(0.4, "BM25: how strongly long passages are discounted; 0: not at all", least=0, most=1)
     bm25_stopwords: str = flag("en", "BM25: en leaves out the commonest English words", choices=("en", "none"))
 
     @property
@@ -311,9 +309,14 @@ class RetrieverTraining:
     n_to_rerank_with_retrieve_with_rerank: int = flag(128, "passages to re-embed per query", least=1)
     filtering_overretrieve_ratio: int = flag(2, "retrieve this many times k when passages are filtered out", least=1)
     cache_judgements: str | None = flag(
-        None, "file for what a language model that does not learn thinks of passages: computed once for all runs (none)"
+        None, "file that keeps the judgements of a language model that does not learn, for all runs (none)"
     )
     compute_crossattention_stats: bool = flag(False, "log how attention agrees with the gold scores")
+
+    @property
+    def judges_by_answers(self) -> bool:
+        """Whether the answer counts where passages are judged; if not, none need be computed."""
+        return self.gold_score_mode != "question" or self.gold_question_weight < 1
 
 
 @dataclass(frozen=True)
@@ -356,7 +359,7 @@ class Optimisation:
         choices=("fp16", "fp32", "bf16", "tf32"),
     )
     lora_rank: int = flag(
-        0, "rank of the reader's adapters (LoRA), which are then all of it that is trained; 0: none", least=0, most=4096
+        0, "rank of the reader's adapters (LoRA): nothing else of the reader is trained; 0: none", least=0, most=4096
     )
     lora_alpha: int | None = flag(None, "adapters count this much, divided by their rank (twice the rank)", least=1)
     lora_dropout: float = flag(0.0, "dropout of what the adapters read, besides --dropout", least=0, below=1)
@@ -366,13 +369,13 @@ class Optimisation:
     retriever_lora_dropout: float = flag(0.0, "as --lora_dropout, for the query encoder", least=0, below=1)
     retriever_lora_targets: str = flag("all", "as --lora_targets, for the query encoder, as query,value")
     frozen_precision: str = flag(
-        "fp32", "how the reader's matrices are kept that are frozen by --lora_rank", choices=("fp32", "bf16")
+        "fp32", "precision of the matrices that --lora_rank freezes in the reader", choices=("fp32", "bf16")
     )
     shard_optim: bool = flag(False, "shard the optimizer's state over ranks (ZeRO stage 1)")
     shard_grads: bool = flag(False, "shard gradients and weights as well (ZeRO stage 2)")
     use_gradient_checkpoint_reader: bool = flag(False, "recompute the reader's activations: less memory, more time")
     use_gradient_checkpoint_retriever: bool = flag(False, "recompute the retriever's activations")
-    gradient_checkpoint_every: int = flag(1, "recompute those of every so manyth layer only; 1: of all", least=1)
+    gradient_checkpoint_every: int = flag(1, "recompute the activations of every n-th layer only; 1: of all", least=1)
     save_optimizer: bool = flag(False, "keep the optimizer's state in every checkpoint, not only in the latest")
     keep_checkpoints: int | None = flag(None, "keep this many checkpoints (all)", least=1)
     restart: bool = flag(False, "start from scratch although this experiment has a checkpoint, which is set aside")
@@ -447,6 +450,11 @@ class Config:
     origin: Origin = dataclasses.field(default=Origin(), compare=False)
     command: tuple[str, ...] = dataclasses.field(default=(), compare=False)  # what was typed: script and flags
 
+    @property
+    def judges(self) -> bool:
+        """Whether the reader says how useful each passage is."""
+        return self.retriever_training.train_retriever or self.run.write_evidence
+
     def sections(self) -> dict[str, dict[str, Any]]:
         """Section -> flag -> value."""
         return {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
@@ -505,7 +513,7 @@ FIELDS: dict[str, dataclasses.Field] = {
 }
 # What a saved run is asked with: all that is not about training, about its files, or about one command.
 TO_ASK = {field.name for section in (Index, Model, RetrieverTraining, Tasks) for field in dataclasses.fields(section)}
-TO_ASK -= {"train_retriever", "save_index_path", "save_index_codes_only", "allow_other_index"}
+TO_ASK -= {"train_retriever", "save_index_path", "save_index_codes_only", "allow_other_index", "cache_judgements"}
 TO_ASK |= {"seed", "bad_lines", "precision", "embedder_precision", "per_gpu_batch_size", "per_gpu_eval_batch_size"}
 TYPES: dict[str, Any] = {name: kind for section in SECTIONS.values() for name, kind in get_type_hints(section).items()}
 SOURCES = ("command line", "checkpoint", "default")
@@ -629,7 +637,7 @@ def say(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     text = _show(value)
-    return repr(text) if isinstance(value, str) and (not text or " " in text) else text
+    return f"'{text}'" if isinstance(value, str) and (not text or " " in text) else text
 
 
 def quiet_until_started() -> None:
@@ -696,10 +704,10 @@ def _help(text: str, default: Any, of_checkpoint: bool) -> str:
     """A line of help with its default at the end, which a text may have in parentheses if it depends on the run."""
     first = "the checkpoint's, else " if of_checkpoint else ""
     if callable(default):
-        return f"{text} ({default.__doc__})"
+        return f"{text} (default: {default.__doc__})"
     if default is None and text.endswith(")"):
         start, _, last = text.rpartition("(")
-        return f"{start}({first}{last}"
+        return f"{start}(default: {first}{last}"
     return f"{text} (default: {first}{say(default)})"
 
 
@@ -845,7 +853,9 @@ def _check_combinations(config: Config, training: bool) -> None:
     if model.retrieve_only and not model.retrieves:
         raise ValueError("--retrieve_only needs an index: leave out --closed_book and --use_file_passages")
     if model.reader_model_type is None and model.uses_reader:
-        raise ValueError("--reader_model_type is missing: give a T5-family hub id or a local directory")
+        raise ValueError(
+            "--reader_model_type is missing: give a T5 or a language model, as a hub id or a local directory"
+        )
     if model.reader_model_type is None and task in TOKENIZING_TASKS:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
     if training:
@@ -863,7 +873,7 @@ def _check_question_mode(config: Config) -> None:
     """Raises: ValueError if passages would not be judged by the question behind them."""
     prompt, learning, model = config.model.reader_prompt_format, config.retriever_training, config.model
     asks = {
-        "--gold_score_mode question": learning.train_retriever and learning.gold_score_mode == "question",
+        "--gold_score_mode question": config.judges and learning.gold_score_mode == "question",
         f"--rerank_by_reader {model.rerank_by_reader}": model.rerank_by_reader is not None,
     }
     for flag_name in (name for name, is_asked in asks.items() if is_asked):

@@ -72,7 +72,7 @@ def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer |
             f"--rerank_by_reader {config.model.rerank_by_reader} needs a decoder-only language model, which gives a "
             "question behind a passage a likelihood: leave it out"
         )
-    if fuses and learning.train_retriever and learning.gold_score_mode not in MODES:
+    if fuses and config.judges and learning.gold_score_mode not in MODES:
         raise ValueError(
             f"--gold_score_mode {learning.gold_score_mode} needs a decoder-only language model, which gives a question "
             f"behind a passage a likelihood: give one of {', '.join(MODES)}"
@@ -82,7 +82,7 @@ def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer |
     reader = f"--reader_model_type {config.model.reader_model_type} is a decoder-only language model"
     if config.tasks.task in TOKENIZING_TASKS:
         raise ValueError(f"--task {config.tasks.task} needs the `<extra_id_0>` of T5, and {reader}: give another task")
-    if learning.train_retriever and learning.gold_score_mode not in PROMPT_MODES:
+    if config.judges and learning.gold_score_mode not in PROMPT_MODES:
         raise ValueError(
             f"--gold_score_mode {learning.gold_score_mode} looks at T5's cross-attention, and {reader}: give one of "
             f"{', '.join(PROMPT_MODES)}"

@@ -18,7 +18,7 @@ from atlas.index.bm25 import FUSED, WordIndex, fuse, open_word_index
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Compression
 from atlas.index.directory import locked
-from atlas.index.passages import check_passages, count_duplicates, open_passages
+from atlas.index.passages import check_passages, count_duplicates, hash_id, open_passages
 from atlas.index.sharded import Hits, ShardedIndex, look_up
 from atlas.index.store import open_index, save_index
 from atlas.model.inputs import Inputs
@@ -38,14 +38,35 @@ class Found(NamedTuple):
     passages: list[list[dict[str, Any]]]  # B lists of K, best first
     ids: torch.Tensor  # (B, K) rows of the index
     scores: torch.Tensor  # (B, K)
+    own: torch.Tensor  # (B, K) bool, on the CPU: those that were to be left out, and come last
 
     def select(self, order: torch.Tensor) -> "Found":
         """Of each query the passages at these places, in this order: (B, k) int64."""
         passages = [
             [of_query[i] for i in of_order] for of_query, of_order in zip(self.passages, order.tolist(), strict=True)
         ]
-        order = order.to(self.ids.device)
-        return Found(passages, self.ids.gather(1, order), self.scores.gather(1, order))
+        here = order.to(self.ids.device)
+        return Found(passages, self.ids.gather(1, here), self.scores.gather(1, here), self.own.gather(1, order.cpu()))
+
+    def names(self, exclude: Sequence[str | int | None] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hashes of ids: of the passages, (B, K), and of those that are a query's own, (B, K + 1): found, or excluded.
+
+        Args:
+            exclude: as for `search`.
+        """
+        found = [[hash_id(str(passage["id"])) for passage in of_query] for of_query in self.passages]
+        out = [None if one is None else hash_id(str(one)) for one in exclude or [None] * len(found)]
+        own = [[*row, row[0] if one is None else one] for row, one in zip(found, out, strict=True)]
+        return torch.tensor(found), torch.tensor(own)
+
+    def sorted_by(self, scores: torch.Tensor, k: int) -> "Found":
+        """The best k passages by other scores, (B, n), of the first n; what was to be left out still comes last."""
+        n = scores.shape[1]
+        order = scores.masked_fill(self.own[:, :n].to(scores.device), -torch.inf).argsort(
+            dim=1, descending=True, stable=True
+        )
+        rest = torch.arange(n, self.ids.shape[1], device=order.device).expand(len(order), -1)
+        return self.select(torch.cat([order, rest], dim=1)[:, :k])
 
 
 class Retrieval:
@@ -283,18 +304,16 @@ class Retrieval:
         """As `search`, for queries that are embedded already, (B, D); None: those that BM25 alone ranks."""
         weight, wanted = self.settings.bm25_weight_at(step), max(k, self.rerank)
         hits = self._search(vectors, words, wanted if exclude is None else wanted * self.overretrieve, weight)
-        found = Found(look_up(self.passages, hits.ids), hits.ids, hits.scores)
+        passages = look_up(self.passages, hits.ids)
+        own = _own_passages(passages, exclude or [None] * len(words))
+        found = Found(passages, hits.ids, hits.scores, own.view(hits.ids.shape))
         if words:
-            own = _own_passages(found.passages, exclude or [None] * len(words))  # (B, n)
-            order = own.int().argsort(dim=1, stable=True)[:, :wanted]  # what is to be left out comes last
-            found, own = found.select(order), own.gather(1, order)
+            found = found.select(found.own.int().argsort(dim=1, stable=True)[:, :wanted])
             if self.rerank or (0 < weight < 1 and not self.index.has_embeddings):
                 found = found._replace(scores=self._fresh_scores(vectors, found))
             if self.rerank:
-                to_sort = found.scores.masked_fill(own.to(self.device), -torch.inf)
-                order = to_sort.argsort(dim=1, descending=True, stable=True)[:, :k].cpu()
-                found, own = found.select(order), own.gather(1, order)
-            self._warn_of_own_passages(own)
+                found = found.sorted_by(found.scores, k)
+            self._warn_of_own_passages(found.own)
         return found
 
     def _search(self, vectors: torch.Tensor | None, words: Sequence[str], k: int, weight: float) -> Hits:
@@ -342,7 +361,8 @@ def _own_passages(passages: list[list[dict[str, Any]]], ids: Sequence[str | int 
         [
             [identifier is not None and str(passage["id"]) == str(identifier) for passage in of_query]
             for of_query, identifier in zip(passages, ids, strict=True)
-        ]
+        ],
+        dtype=torch.bool,
     )
 
 

@@ -15,10 +15,10 @@ INSTEAD = {
     "What it runs on": ("device", "precision", "int8_reader", "embedder_precision", "verify"),
     "What it searches": (
         *("passages", "max_passages", "save_index_path", "allow_other_index", "faiss_nprobe", "refine_factor"),
-        *("retrieve_with_rerank", "n_to_rerank_with_retrieve_with_rerank"),
+        *("retrieve_with_rerank", "n_to_rerank_with_retrieve_with_rerank", "rerank_by_reader"),
     ),
     "What the run was trained with, and others to use instead": (
-        *("task", "gold_score_mode", "temperature_gold", "closed_book"),
+        *("task", "gold_score_mode", "gold_question_weight", "temperature_gold", "closed_book"),
         *(name for name in OF_THE_MODEL if name != "n_context"),
     ),
 }

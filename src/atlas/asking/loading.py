@@ -18,6 +18,7 @@ from atlas.index.published import is_published
 from atlas.model.load import Model
 from atlas.model.retriever import PASSAGE, QUERY, TIED, fingerprint
 from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer, load_reader_tokenizer
+from atlas.preflight import check_reader
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.runtime.session import Session, library_session
@@ -60,6 +61,7 @@ def load(
             session.verification.check(str(checkpoint.path), checkpoint.recorded)
         name = config.model.reader_model_type
         tokenizer = load_reader_tokenizer(name) if name and config.model.uses_reader else None
+        check_reader(config, tokenizer)
         learning = config.retriever_training
         model = Model.load(
             config.model, learning, config.optimisation, checkpoint, tokenizer, session.device, training=False

@@ -24,7 +24,7 @@ from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
 from atlas.model.signals import watched_logits
 from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
-from atlas.retrieval import Retrieval
+from atlas.retrieval import Found, Retrieval
 from atlas.runtime import device as devices
 from atlas.tasks import Example, Task
 
@@ -68,7 +68,8 @@ class AnsweringModel:
         self._one_at_a_time = threading.RLock()
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {self.k} of {self.passages:,} passages are read, on {devices.describe(self.device)}>"
+        k = min(self.k, self.passages) if self.retrieval else self.k
+        return f"<{self.name}: {k} of {self.passages:,} passages are read, on {devices.describe(self.device)}>"
 
     @property
     def passages(self) -> int:
@@ -130,13 +131,11 @@ class AnsweringModel:
         k = self._checked(k)
         if isinstance(question, str | Mapping):
             return self.search([question], k)[0]
-        retrieval, found = self._searching(), []
-        examples = [example for _, example in map(self._example, question)]
+        self._searching()
+        examples, found = [example for _, example in map(self._example, question)], []
         for start in range(0, len(examples), self.batch_size):
-            batch = examples[start : start + self.batch_size]
             with self._one_at_a_time:
-                queries, words = [one.query for one in batch], [one.words_to_find for one in batch]
-                hits = retrieval.search(queries, k, self._excluded(batch), words=words)
+                hits = self._find(examples[start : start + self.batch_size], k, _Clock(self.device))
             found += _passages(hits.passages, hits.scores.tolist())
         return found
 
@@ -221,6 +220,17 @@ class AnsweringModel:
     def _excluded(self, examples: Sequence[Example]) -> list[str | int | None] | None:
         return [example.id for example in examples] if self.task.filters_by_id else None
 
+    def _find(self, examples: Sequence[Example], k: int, clock: "_Clock") -> Found:
+        """The best k passages for a batch, as they are read. Raises: as `search`."""
+        retrieval, queries = self._searching(), [example.query for example in examples]
+        vectors = retrieval.embed(queries)
+        clock.stop("embed")
+        words = [example.words_to_find for example in examples]
+        found = retrieval.find(vectors, self._answering.to_find(k), self._excluded(examples), words=words)
+        found = self._answering.rerank(queries, found, k)
+        clock.stop("search")
+        return found
+
     def _answer(
         self, asked: Sequence[tuple[str, Example]], k: int, judge: bool, streamer: BaseStreamer | None = None
     ) -> list[Answer]:
@@ -231,7 +241,7 @@ class AnsweringModel:
         queries = [example.query for example in examples]
         with self._one_at_a_time:
             clock = _Clock(self.device)
-            texts, scores = self._found(examples, queries, k, clock)
+            texts, scores = self._found(examples, k, clock)
             passages = _passages(texts, scores) if texts is not None else [[]] * len(queries)
             with self._answering.computing():
                 encoded = self._answering.encode(queries, texts)
@@ -248,18 +258,12 @@ class AnsweringModel:
         return [Answer(*part, seconds=clock.seconds) for part in parts]
 
     def _found(
-        self, examples: Sequence[Example], queries: list[str], k: int, clock: "_Clock"
+        self, examples: Sequence[Example], k: int, clock: "_Clock"
     ) -> tuple[list[list[dict]] | None, list[list[float]] | None]:
         """The passages to read, and the scores where they were searched for."""
         if self.retrieval is not None:
-            vectors = self.retrieval.embed(queries)
-            clock.stop("embed")
-            words = [example.words_to_find for example in examples]
-            found = self.retrieval.find(vectors, self._answering.to_find(k), self._excluded(examples), words=words)
-            found = self._answering.rerank(queries, found, k)
-            scores = found.scores.tolist()
-            clock.stop("search")
-            return found.passages, scores
+            found = self._find(examples, k, clock)
+            return found.passages, found.scores.tolist()
         if self.config.model.use_file_passages:
             return [example.passages[:k] for example in examples], None
         return None, None

@@ -88,7 +88,7 @@ def config_for(saved: Saved, index: str | os.PathLike | None, given: Mapping[str
         )
     # Nothing is written there but the bad lines of a corpus, if the run leaves such lines out.
     elsewhere = {"checkpoint_dir": tempfile.gettempdir(), "name": f"atlas-ask-{os.getpid()}"}
-    return config_to_ask(options, saved.path, given | elsewhere)
+    return config_to_ask(options, saved.path, given | elsewhere | {"write_evidence": True})  # with each answer
 
 
 def _texts(value: Any) -> list[str]:

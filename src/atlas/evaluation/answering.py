@@ -67,9 +67,7 @@ class Answering:
             passages = [of_query[:first] for of_query in found.passages]
             judged = self.inputs.judging(queries, passages, [[] for _ in queries], "question")
             scores = likelihood_of_question(reading_of(self.reader, judged, 1.0, self.known))  # (B, first)
-        order = scores.masked_fill(~judged.rows.mask.any(-1), -torch.inf).argsort(dim=1, descending=True, stable=True)
-        rest = torch.arange(order.shape[1], found.ids.shape[1], device=order.device).expand(len(queries), -1)
-        return found.select(torch.cat([order, rest], dim=1)[:, :k])
+        return found.sorted_by(scores.masked_fill(~judged.rows.mask.any(-1), -torch.inf), k)
 
     def to_find(self, k: int) -> int:
         """How many passages are to be found where k are to be read."""
@@ -104,7 +102,8 @@ class Answering:
         self, encoded: Encoded, passages: Sequence[Sequence[dict[str, Any]]], rows: Sequence[list[int]]
     ) -> list[list[float]]:
         """How useful each passage was for the whole answer, as a probability over the passages: B lists of K."""
-        judged = self.inputs.judging(encoded.queries, passages, rows, self.learning.gold_score_mode)
+        answers = rows if self.learning.judges_by_answers else [[] for _ in rows]
+        judged = self.inputs.judging(encoded.queries, passages, answers, self.learning.gold_score_mode)
         if judged is None:  # by what was read
             reading = self.reading(encoded, rows)
         else:

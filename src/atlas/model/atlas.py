@@ -33,7 +33,8 @@ class TrainingTensors:
     passage_mask: torch.Tensor | None = None
     passage_lengths: np.ndarray | None = None  # (B·K,), on the CPU
     passage_embeddings: torch.Tensor | None = None  # (B, K, D) from the index, when the passage encoder is frozen
-    found: torch.Tensor | None = None  # (B, K) int64: the passages' rows of the index
+    found: torch.Tensor | None = None  # (B, K) int64: hashes of the passages' ids, to compare with other queries'
+    own: torch.Tensor | None = None  # (B, n) int64: those that are no negatives of a query: found, or left out
     judged: Judged | None = None  # by which passages are judged; None: by what is read
 
     def read(self, start: int, end: int) -> ReaderRows:
@@ -168,5 +169,5 @@ class Atlas(nn.Module):
         if (gather := self.mode.gather) is None:
             return (scores,)
         everybody = gather(passages.flatten(0, 1)).expand(len(queries), -1, -1)  # (B, W·B·K, D)
-        own = (batch.found[..., None] == gather(batch.found.flatten())).any(1)  # (B, K, 1) -> (B, W·B·K)
+        own = (batch.own[..., None] == gather(batch.found.flatten())).any(1)  # (B, n, 1) -> (B, W·B·K)
         return scores, retriever_scores(queries, everybody).masked_fill(own, -torch.inf)

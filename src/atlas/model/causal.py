@@ -5,6 +5,7 @@ transformers' own model is used as it is, under the names that its weights have 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -221,6 +222,8 @@ def load_causal(name_or_path: str, config: PretrainedConfig, weights: bool) -> C
             check_memory(AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False))
         model = AutoModelForCausalLM.from_config(config, **options, trust_remote_code=False)
     tokenizer = load_prompt_tokenizer(name_or_path)
+    with contextlib.suppress(OSError):  # there is none
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path)
     ends = {tokenizer.eos_id}  # the end that is learnt, and those that the model was trained with
     for settings in (config, model.generation_config):
         of_model = settings.eos_token_id

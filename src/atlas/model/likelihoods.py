@@ -54,7 +54,7 @@ class KnownLikelihoods:
 
     @cached_property
     def _file(self) -> sqlite3.Connection:
-        file = sqlite3.connect(self.path, timeout=WAIT)
+        file = sqlite3.connect(self.path, timeout=WAIT, check_same_thread=False)  # threads that ask take turns
         with file:
             file.execute("BEGIN IMMEDIATE")
             ((known,),) = file.execute("PRAGMA application_id")

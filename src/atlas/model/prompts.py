@@ -1,17 +1,21 @@
 """The input of a decoder-only reader: passages and question in one prompt, and the answer that is to follow."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
+from atlas import config
 from atlas.model.inputs import LONGEST_FORMATTED, Inputs, Judged, ReaderRows, Targets
-from atlas.model.tokenization import LONGEST_PASSAGE, fill_in
+from atlas.model.tokenization import LONGEST_PASSAGE, PromptTokenizer, fill_in
 from atlas.runtime.tracking import log
 
 # How T5 is asked for what is missing in a text. A prompt has words of its own around a question.
 SENTINEL = re.compile(r"<extra_id_\d+>")
 QUESTION = re.compile(r"question: (.*) answer: <extra_id_0>", re.DOTALL)
 GAP = "___"
+PASSAGE = "a"  # stands for any: a tokenizer may see a question that nothing comes before in another way
 
 
 class PromptInputs(Inputs):
@@ -56,6 +60,8 @@ class PromptInputs(Inputs):
         ends: list[list[int]] = []  # the question, what comes behind it in a prompt, and the answer
         for query, of_query, start, row in zip(queries, prompts, begun, rows, strict=True):
             end, n = self._question(query)
+            if any(prompt[-len(end) :] != end for prompt in of_query):
+                raise _judges_nothing(query)
             heads.append([prompt[: -len(end)] for prompt in of_query])
             ends.append([*end, *start, *row])
             labels.append([*end[:n], *[-100] * (len(end) - n + len(start)), *row])
@@ -68,13 +74,10 @@ class PromptInputs(Inputs):
 
     def _question(self, query: str) -> tuple[list[int], int]:
         """The tokens of a prompt from the question on, and how many of them are the question. Raises: ValueError."""
-        text, query = self._text(query, []), asked(query)
+        text, query = self.text(query, [PASSAGE]), self._cut(asked(query), LONGEST_FORMATTED)
         start = text.rfind(query)
         if start < 0:
-            raise ValueError(
-                f"the question {query[:60]!r} is not in its prompt as it is, so it cannot judge passages: use "
-                "{query} alone in --reader_prompt_format, and --no-chat_template"
-            )
+            raise _judges_nothing(query)
         n, behind = (self.reader_tokenizer.count_behind(text, place) for place in (start, start + len(query)))
         return self.reader_tokenizer.encode([text], eos=False)[0][-n:], n - behind
 
@@ -108,19 +111,11 @@ class PromptInputs(Inputs):
         return self.reader_tokenizer.cut(texts, self.settings.text_maxlength)
 
     def _prompt(self, query: str, texts: Sequence[str]) -> list[int]:
-        """The tokens of a prompt that leaves room for an answer. Raises: ValueError if the question alone does not."""
+        """The tokens of a prompt that leaves room for an answer. Raises: ValueError if the question is too long."""
         tokens = self._tokens(query, texts)
-        if self.reader_positions is None:
+        if self.reader_positions is None or len(tokens) <= self.reader_positions - self.longest_answer:
             return tokens
-        room = self.reader_positions - max(self.settings.generation_max_length, self.settings.target_maxlength or 0)
-        if len(tokens) <= room:
-            return tokens
-        room -= len(self._tokens(query, [])) + 2 * len(texts)  # what joins two passages takes a token, or two
-        if not texts or room < len(texts):
-            raise ValueError(
-                f"the question {query[:60]!r}… alone fills the {self.reader_positions} positions of the reader: "
-                "shorten it, or lower --generation_max_length"
-            )
+        room = self.room_of_passages(query, len(texts))
         if not self._warned_of_positions:
             self._warned_of_positions = True
             log.warning(
@@ -128,19 +123,54 @@ class PromptInputs(Inputs):
                 "tokens each, and so are those of others; lower --n_context or --text_maxlength",
                 len(tokens),
                 self.reader_positions,
-                room // len(texts),
+                room,
             )
-        return self._tokens(query, self.reader_tokenizer.cut(texts, room // len(texts)))
+        return self._tokens(query, self.reader_tokenizer.cut(texts, room))
+
+    def room_of_passages(self, query: str, n: int) -> int:
+        """How many tokens each of n passages may have beside a query. Raises: ValueError if there is no room for one.
+
+        What joins two passages takes a token, or two.
+        """
+        room = self.reader_positions - self.longest_answer - len(self._tokens(query, [])) - 2 * n
+        if room < n:
+            raise ValueError(
+                f"the question {query[:60]!r}…, {n} passages and an answer do not fit into the {self.reader_positions} "
+                "positions of the reader, however short the passages are: shorten the question, or lower --n_context "
+                "or --generation_max_length"
+            )
+        return room // max(n, 1)
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens."""
+        return max(self.settings.generation_max_length, self.settings.target_maxlength or 0)
 
     def _tokens(self, query: str, texts: Sequence[str]) -> list[int]:
-        tokens = self.reader_tokenizer.encode([self._text(query, texts)], eos=False)[0]
+        tokens = self.reader_tokenizer.encode([self.text(query, texts)], eos=False)[0]
         return tokens if self._chats else self.reader_tokenizer.start + tokens
 
-    def _text(self, query: str, texts: Sequence[str]) -> str:
+    def text(self, query: str, texts: Sequence[str]) -> str:
+        """A prompt."""
         fields = {"passages": "\n\n".join(texts), "query": self._cut(asked(query), LONGEST_FORMATTED)}
         template = with_lines(self.settings.reader_prompt_format)
-        prompt = fill_in(template, 100 * LONGEST_PASSAGE, **fields).strip("\n")
+        prompt = fill_in(template, 100 * LONGEST_PASSAGE, **fields).rstrip("\n")
+        prompt = prompt if texts else prompt.lstrip("\n")
         return self.reader_tokenizer.chat(prompt) if self._chats else prompt
+
+
+def check_of_questions(settings: config.Model, tokenizer: PromptTokenizer) -> Callable[[str], None]:
+    """A function of a query. Raises: ValueError if the reader has no positions for it, as in the middle of a run."""
+    inputs = PromptInputs(settings, tokenizer, None, device=torch.device("cpu"), reader_positions=tokenizer.positions)
+    n = 0 if settings.closed_book else 1 if settings.retrieve_only else settings.n_context
+    # A token has at least one byte: short questions need no tokenizer.
+    around = len(inputs.text("", []).encode()) + len(tokenizer.start) + 1 + 3 * n + inputs.longest_answer
+
+    def check(query: str) -> None:
+        if tokenizer.positions is not None and around + len(query.encode()) > tokenizer.positions:
+            inputs.room_of_passages(query, n)
+
+    return check
 
 
 def with_lines(template: str) -> str:
@@ -152,4 +182,11 @@ def asked(query: str) -> str:
     """A query without what it says to T5 alone."""
     if found := QUESTION.fullmatch(query):
         query = found[1]
-    return SENTINEL.sub(GAP, re.sub(r"\s*<extra_id_\d+>\s*$", "", query))
+    return SENTINEL.sub(GAP, re.sub(r"\s*<extra_id_\d+>\s*$", "", query)).strip()
+
+
+def _judges_nothing(query: str) -> ValueError:
+    return ValueError(
+        f"the question {query[:60]!r} is not in its prompt as it is, so it cannot judge passages: put {{query}} on a "
+        "line of its own in --reader_prompt_format, and try --no-chat_template"
+    )

@@ -33,6 +33,7 @@ N_SENTINELS = 100
 # Characters. Longer texts are cut before they are tokenized: a tokenizer takes 300 bytes and more for each character.
 LONGEST_TEXT = 100_000  # a question, an answer
 LONGEST_PASSAGE = 10_000_000  # a passage as it is read, and the texts that are tokenized together
+SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # for chat templates that ask for the date
 MARK = re.compile("<pad>|</s>|<unk>|<extra_id_[0-9]+>")
 READER_FLAG, RETRIEVER_FLAG = "--reader_model_type", "--retriever_model_path"
 # The rules of transformers' clean_up_tokenization_spaces, in the same order.
@@ -94,8 +95,8 @@ class PromptTokenizer:
     """The tokenizer of a decoder-only language model. Picklable.
 
     Attributes: as of `ReaderTokenizer`, but there are no sentinels; `chats` (whether it has a chat template); `start`
-    (what its own pipeline puts before a text: BOS, or nothing). A vocabulary without a pad token is padded with EOS,
-    which nobody looks at.
+    (what its own pipeline puts before a text: BOS, or nothing); `positions` (how many tokens its model has positions
+    for; None: unknown). A vocabulary without a pad token is padded with EOS, which nobody looks at.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token, or no fast implementation.
@@ -103,7 +104,7 @@ class PromptTokenizer:
 
     fuses = False
 
-    def __init__(self, loaded: PreTrainedTokenizerBase) -> None:
+    def __init__(self, loaded: PreTrainedTokenizerBase, positions: int | None = None) -> None:
         if loaded.eos_token_id is None:
             raise ValueError("its tokenizer has no end-of-text token (eos_token), so no answer would ever end")
         self._loaded, self._tokenizer = loaded, loaded.backend_tokenizer
@@ -112,7 +113,7 @@ class PromptTokenizer:
         self.eos_id: int = loaded.eos_token_id
         self.pad_id: int = self.eos_id if loaded.pad_token_id is None else loaded.pad_token_id
         self.sentinel_ids: list[int] = []
-        self.chats = bool(loaded.chat_template)
+        self.chats, self.positions = bool(loaded.chat_template), positions
         usual = self._tokenizer.encode("a")
         added = list(takewhile(bool, usual.special_tokens_mask))
         self.start: list[int] = usual.ids[: len(added)]
@@ -148,9 +149,16 @@ class PromptTokenizer:
         return sum(end > place for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets)
 
     def chat(self, text: str) -> str:
-        """The text as what a user says, up to where the answer begins."""
+        """The text as what a user says, up to where the answer begins, without thinking; the same every day."""
         said = [{"role": "user", "content": text}]
-        return self._loaded.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        template = self._loaded.get_chat_template()
+        return self._loaded.apply_chat_template(
+            said,
+            chat_template=SAME_DAY + template if "strftime_now" in template else template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
 
     def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """Text of each row of ids, without spaces around it."""
@@ -204,10 +212,12 @@ def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer | PromptTokenize
 
 def load_prompt_tokenizer(name_or_path: str) -> PromptTokenizer:
     """The tokenizer of a decoder-only language model. Raises: OSError, as `load_reader_tokenizer`."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     with pretrained_errors(READER_FLAG, name_or_path, "a language model's tokenizer (tokenizer.json)"):
-        return PromptTokenizer(AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False))
+        of_model = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        return PromptTokenizer(loaded, getattr(of_model, "max_position_embeddings", None))
 
 
 def _is_causal(config_file: str | None) -> bool:

@@ -14,6 +14,7 @@ from atlas.config import Model as ModelSettings
 from atlas.files.jsonl import BadLine, DataError, JsonlCorpus
 from atlas.files.qrels import Judgements, read_judgements
 from atlas.model.inputs import count_filling
+from atlas.model.prompts import check_of_questions
 from atlas.model.tokenization import LONGEST_TEXT, ReaderTokenizer
 from atlas.runtime import distributed
 from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
@@ -44,6 +45,7 @@ class Data:
                 raise ValueError(f"{path}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
         self.judgements: Judgements | None = None  # by the queries' ids
+        self.check_query: Callable[[str], None] | None = None  # says which queries are too long
         self._cut_lines = 0  # lines with a text that was cut when they were checked
         self._unread: set[str] = set()  # fields that the task does not read
         self._judged_lines = 0  # lines with an id that is in the judgements
@@ -95,6 +97,8 @@ class Data:
         )
         if qrels is not None:
             data.judgements = read_judgements(Path(qrels))
+        if tokenizer is not None and not tokenizer.fuses:
+            data.check_query = check_of_questions(config.model, tokenizer)
         what = "train_data" if training else f"eval_data.{evaluation_name(paths[0])}"
         data._check_all(bad_lines_file(config.run, what))
         if qrels is not None:
@@ -210,9 +214,13 @@ class Data:
         """Whether a line has an example that can be scored. Raises: ValueError, as `Task.process`."""
         counts = self.task.check(record)
         self._unread.update(self.task.unread(record))
-        if self.judgements is None or not counts:
+        if not counts or (self.judgements is None and self.check_query is None):
             return counts
         example = self.task.example(record, random.Random(0), 0)
+        if self.check_query is not None:
+            self.check_query(example.query)
+        if self.judgements is None:
+            return counts
         judged = str(example.id) in self.judgements
         self._judged_lines += judged
         return judged or bool(example.answers)

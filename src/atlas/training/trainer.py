@@ -290,7 +290,9 @@ class Trainer:
         targets = inputs.target_rows(queries, rows)
         if not learns:
             return TrainingTensors(*reading, targets)
-        judged = inputs.judging(queries, passages, rows, self.settings.retriever_training.gold_score_mode)
+        learning = self.settings.retriever_training
+        answers = rows if learning.judges_by_answers else [[] for _ in rows]
+        judged = inputs.judging(queries, passages, answers, learning.gold_score_mode)
         query_ids, query_mask = inputs.queries(queries)
         if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
             # a frozen encoder: it would compute what the index holds
@@ -299,8 +301,10 @@ class Trainer:
             flat = [passage for of_query in found.passages for passage in of_query]
             embeddings = inputs.passages(flat)._asdict()
             embeddings = {f"passage_{name}": part for name, part in embeddings.items()}
-        ids = found.ids.to(query_ids.device)
-        return TrainingTensors(*reading, targets, query_ids, query_mask, **embeddings, found=ids, judged=judged)
+        if learning.in_batch_negatives:
+            names = (devices.move(part, query_ids.device) for part in found.names(exclude))
+            embeddings |= dict(zip(("found", "own"), names, strict=True))
+        return TrainingTensors(*reading, targets, query_ids, query_mask, **embeddings, judged=judged)
 
     def _count(self, losses: Losses) -> None:
         self._means.add("loss/train_loss", losses.total)
