@@ -39,6 +39,7 @@ TUNING = (
     *("--per_gpu_batch_size", str(BATCH), "--lr", "2e-5", "--weight_decay", "0", "--scheduler", "linear"),
     *("--warmup_steps", "3", "--dropout", "0", "--shuffle", "--target_maxlength", "32"),
 )
+FIRST = ("--n_context", "1")
 ANSWERING = ("--n_context", "3", "--retriever_n_context", "3", "--generation_max_length", "32")
 RANKS = "0123456789abcdefghijk"  # how a rank is kept
 # By what the judged passages are ordered: what the likelihoods of question and answer count.
