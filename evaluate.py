@@ -20,7 +20,7 @@ def evaluate(config: Config) -> None:
 def measure(config: Config, run: "Session") -> None:
     """What happens in between, from top to bottom."""
     from atlas import preflight
-    from atlas.checkpoint import load_checkpoint, own_checkpoint
+    from atlas.checkpoint import open_checkpoint, own_checkpoint
     from atlas.evaluation.evaluator import Evaluator
     from atlas.model.load import Model
     from atlas.model.tokenization import load_reader_tokenizer
@@ -31,7 +31,7 @@ def measure(config: Config, run: "Session") -> None:
 
     # What to evaluate: --model_path, a run of this name, or the models' own weights.
     given = config.run.model_path != "none"
-    checkpoint = load_checkpoint(config.run.model_path) if given else own_checkpoint(run.directory)
+    checkpoint = open_checkpoint(config.run.model_path) if given else own_checkpoint(run.directory)
     if checkpoint is not None:
         run.verification.check(str(checkpoint.path), checkpoint.recorded)  # against its checksums; the index likewise
     step = checkpoint.step if checkpoint and not given else 0

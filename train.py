@@ -25,7 +25,7 @@ def train(config: Config) -> None:
 def learn(config: Config, run: "Session") -> None:
     """What happens in between, from top to bottom. All models are freed at its end, before the ranks part."""
     from atlas import preflight
-    from atlas.checkpoint import load_checkpoint, own_checkpoint, set_aside
+    from atlas.checkpoint import already_restarted, open_checkpoint, own_checkpoint, set_aside
     from atlas.evaluation.evaluator import Evaluator
     from atlas.model.load import Model
     from atlas.model.tokenization import load_reader_tokenizer
@@ -38,12 +38,15 @@ def learn(config: Config, run: "Session") -> None:
     preflight.check(config, run.device)
 
     # Start: where a run of this name was stopped, from --model_path, or from the models' own weights.
-    resumed = None if config.optimisation.restart else own_checkpoint(run.directory)
+    restarts = config.optimisation.restart and not already_restarted(run.directory)
+    resumed = None if restarts else own_checkpoint(run.directory)
     if resumed and resumed.step >= config.optimisation.total_steps and not resumed.evaluation_due:
         log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
         return
-    start = resumed or (load_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
+    start = resumed or (open_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
     preflight.report_plan(config)
+    if start and restarts:
+        preflight.check_start(start.path, run.directory)
     if start:
         run.verification.check(str(start.path), start.recorded)  # against its checksums; the index likewise, below
         preflight.report_differences(config, start.options, str(start.path), resumed=resumed is not None)
@@ -72,7 +75,7 @@ def learn(config: Config, run: "Session") -> None:
     trainer = Trainer(config, model, optimizers, retrieval, data, evaluator, run)
     if resumed:
         trainer.resume(resumed)
-    elif config.optimisation.restart:
+    elif restarts:
         set_aside(run.directory)
 
     # The loop. SIGTERM and SIGUSR1 end it with a checkpoint and status 143.

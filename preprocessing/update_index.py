@@ -140,15 +140,14 @@ def read_ids(file: Path) -> list[str]:
 
 def load_embedder(options: argparse.Namespace, device: "torch.device") -> "CorpusEmbedder":
     """The retriever, which embeds as the flags say, else as the checkpoint says. Collective."""
-    from atlas.checkpoint import check_tensors, load_checkpoint
+    from atlas.checkpoint import check_tensors, open_checkpoint
     from atlas.embedding import CorpusEmbedder
     from atlas.index.directory import has_index, read_description
     from atlas.model.load import Model
-    from atlas.runtime import distributed
 
     checkpoint, values = None, {}
     if options.model_path is not None:
-        checkpoint = distributed.on_every_rank("reading the checkpoint", lambda: load_checkpoint(options.model_path))
+        checkpoint = open_checkpoint(options.model_path)
         # published checkpoints name paths on the machine that they were trained on
         values = {} if checkpoint.published else config.saved_flags(checkpoint.options, checkpoint.path)
     given: dict[str, Any] = {name: getattr(options, name) for name in OF_THE_RETRIEVER}

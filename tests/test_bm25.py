@@ -156,6 +156,17 @@ def test_one_two_and_three_ranks_find_the_same(weight):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rerank", [0, 20])
+def test_a_small_corpus_is_found_once(tmp_path, rerank):
+    """Also where more passages are asked for than there are."""
+    passages = open_passages([write_jsonl(tmp_path / "corpus.jsonl", read_jsonl(world() / "passages.jsonl")[:9])])
+    found = make(world(), passages=passages, bm25_weight=0.5, rerank=rerank)
+    found.build()
+    result = found.search(["The bird of Bako is", "trade"], 12, exclude=["p0", None])
+    assert [sorted(row) for row in result.ids.tolist()] == [[*range(9)]] * 2
+
+
+@torch.no_grad()
 def test_fused_passages_have_their_scores_by_embeddings():
     questions = [row["question"] for row in read_jsonl(world() / "dev.jsonl")]
     found = make(world(), bm25_weight=0.5)

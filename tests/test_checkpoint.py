@@ -17,7 +17,9 @@ from atlas import checkpoint as checkpoints
 from atlas.checkpoint import Contents, latest_checkpoint, load_checkpoint, save_checkpoint, set_aside
 from atlas.model.reader import FusionInDecoder, load_reader, load_reader_state
 from atlas.model.retriever import load_retriever, load_retriever_state
+from atlas.runtime import distributed
 from tests.kit import read_jsonl, run, world
+from tests.ranks import run_on_ranks
 
 
 def save(directory, step, model, *, optimizer=None, keep_optimizers=False, keep_checkpoints=None):
@@ -263,6 +265,37 @@ def test_going_back_to_an_earlier_step(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-4", "step-6"]
     assert load_checkpoint(tmp_path).reader["a"].tolist() == [0, 0] and load_checkpoint(tmp_path).step == 4
     assert all((folder / f"step-{step}/optimizer.safetensors").exists() for step in (4, 6))
+
+
+def _open_while_more_is_saved(directory):
+    if distributed.rank() == 1:
+        save(directory, 2, {"reader.a": torch.ones(2)})
+    return checkpoints.open_checkpoint(directory).step
+
+
+@pytest.mark.processes
+def test_ranks_open_the_same_step_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    save(tmp_path, 1, {"reader.a": torch.ones(2)})
+    assert len(set(run_on_ranks(2, _open_while_more_is_saved, tmp_path))) == 1
+
+    def on_main(what, work):
+        path = work()
+        save(tmp_path, 3, {"reader.a": torch.ones(2)})  # between rank 0's look and the reading
+        return path
+
+    monkeypatch.setattr(checkpoints.distributed, "on_main", on_main)
+    assert checkpoints.open_checkpoint(tmp_path).step == 2 and load_checkpoint(tmp_path).step == 3
+
+
+def test_a_directory_that_cannot_go_yet_is_removed_by_the_next_start(tmp_path, monkeypatch):
+    """On NFS, a removed file that is still open leaves another one behind."""
+    save(tmp_path, 1, {"reader.a": torch.ones(2)})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", lambda path: (_ for _ in ()).throw(OSError("Directory not empty")))
+        save(tmp_path, 2, {"reader.a": torch.ones(2)}, keep_checkpoints=1)
+    assert len(list((tmp_path / "checkpoint").glob("*.partial"))) == 1 and load_checkpoint(tmp_path).step == 2
+    save(tmp_path, 3, {"reader.a": torch.ones(2)}, keep_checkpoints=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["latest", "step-3"]
 
 
 def test_each_restart_keeps_what_was_set_aside_before(tmp_path):

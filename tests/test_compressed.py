@@ -553,7 +553,7 @@ def test_another_thread_encodes_with_as_many_as_the_rank_has(monkeypatch, tmp_pa
     first.add(0, embeddings)
     index = first.finish()
     assert set(workers) == {threads}
-    again = IndexBuilder(passages, D, ask("SQ4"), device, previous=index)
+    again = IndexBuilder(passages, D, ask("SQ4"), device, previous=index, codec=index.compressed.codec)
     with ThreadPoolExecutor(1) as thread:
         thread.submit(faiss.omp_set_num_threads, 1).result()
         thread.submit(again.add, 0, embeddings).result()

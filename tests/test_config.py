@@ -263,7 +263,7 @@ def test_help_says_what_a_preset_computes(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"], program="finetune_qa", **finetune_qa.PRESET)
     shown = capsys.readouterr().out
-    assert "steps between checkpoints (once, at the end)" in shown
+    assert "steps between checkpoints (default: once, at the end)" in shown
 
 
 def test_the_command_line_overrides_the_preset(files):

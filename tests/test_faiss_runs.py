@@ -213,3 +213,16 @@ def test_flags_without_effect_say_so(home, tmp_path):
     log = (run(tmp_path, "evaluate", name="b", refine_factor=2, faiss_nprobe=2, **flat) / "run.log").read_text()
     assert "--refine_factor has no effect: the search of a flat index is exact" in log
     assert "--faiss_nprobe has no effect: an index of type flat has no lists" in log and "Without" not in log
+
+
+@pytest.mark.parametrize("kind", ["pq", slow("ivfpq")])
+def test_a_run_resumes_with_the_quantizer_that_it_has_trained(tmp_path, kind):
+    """Later indices are encoded by the quantizer of the first one, also in a run that never saw that index."""
+    flags = {"index_mode": "faiss", "faiss_index_type": kind, "faiss_code_size": 4, "train_retriever": True}
+    flags |= {"refresh_index": 2, "lr_retriever": 2e-2, "scheduler_steps": 8, "eval_data": None}
+    straight = logged(run(tmp_path, name="straight", total_steps=8, **flags), "loss/retriever_loss")
+    for steps in (3, 6, 8):
+        directory = run(tmp_path, name="stopped", total_steps=steps, **flags)
+    assert logged(directory, "loss/retriever_loss") == straight
+    other = {**flags, "faiss_code_size": 8}
+    run(tmp_path, name="stopped", total_steps=9, **other)  # another kind: a quantizer of its own

@@ -73,7 +73,7 @@ def test_adafactor_needs_whole_matrices(tmp_path, monkeypatch):
 def test_what_has_no_effect_is_said_once(tmp_path):
     flags = {"dont_write_passages": True, "save_index_codes_only": True, "generation_length_penalty": 0.5}
     flags |= {"bm25_k1": 1.2, "bm25_stopwords": "none", "write_evidence": True}
-    flags |= {"lora_alpha": 4, "retriever_lora_rank": 2}
+    flags |= {"lora_alpha": 4, "retriever_lora_rank": 2, "refresh_index": 2}
     search = {"total_steps": 1, "train_data": None, "retrieve_only": True}
     log = (run(tmp_path, "evaluate", write_results=False, **search, **flags) / "run.log").read_text()
     for name, without in (
@@ -87,6 +87,7 @@ def test_what_has_no_effect_is_said_once(tmp_path):
         assert log.count(f"--{name} has no effect without {without}\n") == 1, log
     assert log.count("--retriever_lora_rank has no effect in an evaluation: the adapters of a checkpoint are") == 1
     assert "--write_evidence has no effect where no passages that were read are written\n" in log
+    assert log.count("--refresh_index has no effect where the passage encoder does not learn\n") == 1
     with_effect = {"generation_num_beams": 2, "dont_write_passages": True, "generation_length_penalty": 0.5}
     again = run(tmp_path, "evaluate", name="again", save_index_path=tmp_path / "index", **search, **with_effect)
     assert "no effect" not in (again / "run.log").read_text()

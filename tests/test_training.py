@@ -11,7 +11,7 @@ from atlas.config import Optimisation, parse_config
 from atlas.runtime import distributed
 from atlas.runtime.parallel import local_part
 from atlas.training.trainer import Trainer
-from tests.kit import command_line, last_metrics, logged, read_jsonl, run, run_on, slow, world, write_jsonl
+from tests.kit import command_line, last_metrics, logged, read_jsonl, recorded, run, run_on, slow, world, write_jsonl
 from tests.ranks import run_on_ranks
 from train import train
 
@@ -374,6 +374,30 @@ def test_restart_sets_the_earlier_run_aside(tmp_path):
     directory = run(tmp_path, total_steps=4, save_freq=1, keep_checkpoints=2, restart=True, eval_data=None)
     assert sorted(path.name for path in (directory / "checkpoint").iterdir()) == ["latest", "step-3", "step-4"]
     assert load_checkpoint(directory / "checkpoint.before-restart").step == 6
+
+
+def test_a_job_that_is_requeued_starts_over_once(tmp_path, monkeypatch):
+    run(tmp_path, total_steps=2, eval_data=None)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    flags = {"total_steps": 3, "eval_data": None, "restart": True, "scheduler_steps": 3}
+    directory, steps = tmp_path / "run", []
+    for job, again in (("17", "1"), ("17", "2"), ("18", "0"), ("18", "1"), ("18", "0")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", again)
+        run(tmp_path, **flags)
+        flags["total_steps"] += 1
+        steps.append([line["step"] for line in recorded(directory, "train")][-1])
+        aside = len(list(directory.glob("checkpoint.before-restart*")))
+        assert aside == {("17", "1"): 1, ("17", "2"): 1}.get((job, again), 2 + (len(steps) == 5)), (job, again)
+    assert "Resuming after step 3" in (directory / "run.log").read_text()  # that of job 17, and of job 18 after step 5
+
+
+def test_a_run_does_not_set_aside_what_it_starts_from(tmp_path, capsys):
+    directory = run(tmp_path, total_steps=1, eval_data=None)
+    with pytest.raises(SystemExit):
+        run(tmp_path, total_steps=2, eval_data=None, restart=True, model_path=directory)
+    assert "step-1 aside, from which --model_path starts: give the new run another --name" in capsys.readouterr().err
+    assert load_checkpoint(directory).step == 1
 
 
 def test_a_closed_book_run_passes_the_retriever_on(tmp_path):

@@ -538,7 +538,8 @@ def test_training_and_refreshes_go_on_with_an_updated_index(town_index, tmp_path
     directory, flags, after = town_index
     main([str(directory), *flags])
     found = {"load_index_path": directory, "save_index_path": directory, "passages": None}
-    run(tmp_path, total_steps=5, refresh_index="2", train_retriever=True, **found)
+    ran = run(tmp_path, total_steps=5, refresh_index="2", train_retriever=True, **found)
+    assert (ran / "run.log").read_text().count("--save_index_path is the index of --load_index_path: once it is") == 1
     assert files.read_description(directory).whole
     assert list(open_index(directory, device=CPU).passages) == list(open_passages(tmp_path / "after.jsonl"))
     check_index(directory)

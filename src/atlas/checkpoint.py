@@ -12,6 +12,7 @@ says N is replaced or removed, and what a killed writer left, which has a mark i
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -48,10 +49,11 @@ from atlas.runtime.tracking import log
 FORMAT, WITH_BASES = 1, 2  # of `state.json`; a program that knows no adapters refuses the second
 HALF_OF = {"reader": "reader", "query_encoder": "retriever"}  # what may have an adapter
 PUBLISHED_FILE = "model.pth.tar"
+RESTARTED_BY = "checkpoint.restarted-by"  # the SLURM job that followed --restart here
 _PARTIAL = re.compile(rf"({STEP.pattern}|latest)\.[0-9a-f]{{8}}\.partial")
 _HALVES = ("reader", "retriever")
 _ANOTHER = "use the models and flags of the saved run, copy the checkpoint again, or --restart"
-_NOT_ALWAYS_KEPT = ("optimizer.safetensors", "index_encoder.safetensors")
+_NOT_ALWAYS_KEPT = ("optimizer.safetensors", "index_encoder.safetensors", "quantizer.safetensors")
 _AGAIN = "copy the checkpoint again, use another one, or --verify off to use it as it is"
 
 
@@ -101,8 +103,12 @@ class Checkpoint:
         """The passage encoder that the run's index was built with, if that is no longer the one in the model."""
         return self._more("index_encoder")
 
+    def quantizer(self) -> dict[str, torch.Tensor] | None:
+        """The quantizer of the run's compressed index, by kind: (n,) uint8, as Faiss writes it."""
+        return self._more("quantizer")
+
     def file(self, name: str) -> Path:
-        """Where tensors of this kind are: `model`, `optimizer`, `index_encoder`, `{reader}_adapter/adapter_model`."""
+        """Where tensors of this kind are: `model`, `optimizer`, `index_encoder`, `quantizer`, or of an adapter."""
         return self.path / (PUBLISHED_FILE if self.published else f"{name}.safetensors")
 
     def recorded(self) -> list[Recorded]:
@@ -194,9 +200,23 @@ def check_way(run_directory: Path, steps: range) -> None:
 def own_checkpoint(run_directory: Path) -> Checkpoint | None:
     """The latest checkpoint in a run's directory, the same on all ranks. Collective. Raises: as `load_checkpoint`."""
     path = distributed.on_main("finding the checkpoint", partial(latest_checkpoint, run_directory))
-    if path is None:
-        return None
-    return distributed.on_every_rank("reading the checkpoint", partial(load_checkpoint, path))
+    return None if path is None else open_checkpoint(path)
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """As `load_checkpoint`, the same on all ranks, also where `path` is a run that saves more. Collective."""
+    found = distributed.on_main("finding the checkpoint", lambda: str(find_checkpoint(Path(path)) or path))
+    return distributed.on_every_rank("reading the checkpoint", partial(load_checkpoint, found))
+
+
+def already_restarted(run_directory: Path) -> bool:
+    """Whether this is a job that SLURM starts again after it has followed its --restart. Collective."""
+
+    def known() -> bool:
+        note, job = run_directory / RESTARTED_BY, distributed.slurm_job()
+        return distributed.is_requeued() and note.is_file() and note.read_text(encoding="utf-8") == job
+
+    return distributed.on_main("looking whether this job has started over", known)
 
 
 def set_aside(run_directory: Path) -> None:
@@ -207,6 +227,8 @@ def set_aside(run_directory: Path) -> None:
     """
 
     def move() -> None:
+        if job := distributed.slurm_job():
+            (run_directory / RESTARTED_BY).write_text(job, encoding="utf-8")
         old = run_directory / "checkpoint"
         if not old.exists():
             return
@@ -248,6 +270,7 @@ class Contents:
     examples_per_epoch: int | None = None  # as in `Checkpoint`
     evaluation_due: bool = False  # as in `Checkpoint`
     index_encoder: dict[str, torch.Tensor] | None = None  # what `Checkpoint.index_encoder` is to return
+    quantizer: dict[str, torch.Tensor] | None = None  # what `Checkpoint.quantizer` is to return
     adapters: dict[str, Adapter] = field(default_factory=dict)  # as in `Checkpoint`
     bases: dict[str, Base] = field(default_factory=dict)  # as in `Checkpoint`
 
@@ -325,7 +348,8 @@ def _remove(checkpoint: Path) -> None:
         elif path.name != UNFINISHED:
             path.unlink()
     (checkpoint / UNFINISHED).unlink(missing_ok=True)
-    checkpoint.rmdir()
+    with contextlib.suppress(OSError):  # on NFS, a file that is open here leaves another: the next start removes it
+        checkpoint.rmdir()
 
 
 def _partial_name(name: str) -> str:
@@ -337,8 +361,8 @@ def _write(directory: Path, contents: Contents) -> None:
     directory.mkdir()
     (directory / UNFINISHED).touch()
     tensors = {"model": _without_aliases(contents.model), "optimizer": contents.optimizer}
-    if contents.index_encoder is not None:
-        tensors["index_encoder"] = contents.index_encoder
+    more = {"index_encoder": contents.index_encoder, "quantizer": contents.quantizer}
+    tensors |= {name: part for name, part in more.items() if part is not None}
     written = {
         f"{name}.safetensors": save_tensors(directory / f"{name}.safetensors", part) for name, part in tensors.items()
     }

@@ -853,9 +853,7 @@ def _check_combinations(config: Config, training: bool) -> None:
     if model.retrieve_only and not model.retrieves:
         raise ValueError("--retrieve_only needs an index: leave out --closed_book and --use_file_passages")
     if model.reader_model_type is None and model.uses_reader:
-        raise ValueError(
-            "--reader_model_type is missing: give a T5 or a language model, as a hub id or a local directory"
-        )
+        raise ValueError("--reader_model_type is missing: give the hub id or directory of a T5 or a language model")
     if model.reader_model_type is None and task in TOKENIZING_TASKS:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
     if training:

@@ -4,9 +4,11 @@ The bounds of a flag are beside its default in `config.py`, and combinations of 
 line is read. `retrieval.py` adds what depends on the kind of an index that was saved.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,6 +93,15 @@ def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer |
         raise ValueError(f"--compute_crossattention_stats looks at T5's cross-attention, and {reader}: leave it out")
 
 
+def check_start(start: Path, directory: Path) -> None:
+    """Raises: ValueError if `--restart` sets aside, in the run's directory, the checkpoint that it starts from."""
+    if (directory / "checkpoint").resolve() in start.resolve().parents:
+        raise ValueError(
+            f"--restart sets {start} aside, from which --model_path starts: give the new run another --name, or leave "
+            "out --restart"
+        )
+
+
 def report_plan(config: Config) -> None:
     """Warn of a training in which something never comes."""
     training, optimisation = config.retriever_training, config.optimisation
@@ -104,6 +115,13 @@ def report_plan(config: Config) -> None:
         log.warning("--freeze_retriever_steps %d, --total_steps %d: the retriever never learns", frozen, total)
     if training.in_batch_negatives and config.run.per_gpu_batch_size * distributed.world_size() == 1:
         log.warning("--in_batch_negatives with a batch of one question: there is no other question")
+    index, learns = config.index, training.train_retriever and not training.query_side_retriever_training
+    loaded, saved = (path and os.path.realpath(path) for path in (index.load_index_path, index.save_index_path))
+    if loaded is not None and loaded == saved and learns and index.refresh_index.strip() != "-1":
+        log.warning(
+            "--save_index_path is the index of --load_index_path: once it is refreshed, a run that is resumed from an "
+            "earlier step finds another one than it had; save to another directory to keep the old one"
+        )
     if training.train_retriever and config.model.retriever_n_context == 1:
         log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")
 
@@ -221,6 +239,8 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
     yield "int8_reader", config.model.uses_reader and not trains, "in training, nor without a reader"
     yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
+    moves = trains and training.train_retriever and not training.query_side_retriever_training
+    yield "refresh_index", moves, "where the passage encoder does not learn"
     judges = config.model.rerank_by_reader is not None or config.run.write_evidence
     if trains:
         judges = training.train_retriever and training.freeze_reader

@@ -16,7 +16,7 @@ from atlas.embedding import CorpusEmbedder, batches_by_length, never
 from atlas.files.jsonl import CACHE_FROM, BadLine, JsonlCorpus
 from atlas.index.bm25 import FUSED, WordIndex, fuse, open_word_index
 from atlas.index.build import IndexBuilder
-from atlas.index.codec import Compression
+from atlas.index.codec import Codec, Compression
 from atlas.index.directory import locked
 from atlas.index.passages import check_passages, count_duplicates, hash_id, open_passages
 from atlas.index.sharded import Hits, ShardedIndex, look_up
@@ -108,9 +108,11 @@ class Retrieval:
         self.compression = compression_of(settings, run.seed)
         # Weights of the passage encoder that built the index. They are kept only where the encoder moves on after that.
         self.built_by: dict[str, torch.Tensor] | None = None
+        # Likewise the quantizer that later indices are encoded with, by its kind.
+        self.quantizer: dict[str, torch.Tensor] | None = None
         # Something is trained, and it is the passage encoder.
         self._keeps_encoder = _learns(self.retriever)
-        self._resumed_encoder = resumed_encoder
+        self._resumed_encoder, self._codec = resumed_encoder, None
         self._warned_of_own_passages = False
         self._before_saving: Callable[[], object] = lambda: None
         self._reports = Reports(None)
@@ -163,6 +165,8 @@ class Retrieval:
         if encoder is not None:
             check_tensors(resumed.file("index_encoder"), encoder, model.retriever.passage_encoder.state_dict())
         retrieval = cls(model, passages, settings, run, learning, device, index, encoder)
+        if resumed is not None:
+            retrieval._codec = retrieval._codec_of(resumed)
         retrieval._before_saving, retrieval._reports = session.verification.finish, session.reports
         retrieval._save_opened()
         return retrieval
@@ -213,7 +217,7 @@ class Retrieval:
             self.device,
             previous=self.index,
             keep_embeddings=saves_embeddings,
-            retrain=self.settings.faiss_retrain,
+            codec=None if self.settings.faiss_retrain else self._quantizer,
         )
         self.index = None  # the builder keeps what it needs of the previous one
         place = self.settings.save_index_path
@@ -227,10 +231,30 @@ class Retrieval:
         if self._keeps_encoder:
             state = self.retriever.passage_encoder.state_dict()
             self.built_by = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            if self.index.compressed:
+                codec = self.index.compressed.codec
+                self.quantizer = {codec.factory: torch.frombuffer(bytearray(codec.serialize()), dtype=torch.uint8)}
         if place is not None:
             self._save(encoder, self.embedder.precision)
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
+
+    @property
+    def _quantizer(self) -> Codec | None:
+        """What a new index is encoded with: that of the index before it, or of the run that was stopped."""
+        return self.index.compressed.codec if self.index and self.index.compressed else self._codec
+
+    def _codec_of(self, resumed: Checkpoint) -> Codec | None:
+        """The quantizer of a stopped run, if it is of the kind that is asked for. Raises: ValueError: it is damaged."""
+        factory = self.compression.factory(len(self.passages), self.retriever.dim)
+        if (content := (resumed.quantizer() or {}).get(factory)) is None:
+            return None
+        try:
+            return Codec.load(content.numpy().tobytes(), factory, self.retriever.dim)
+        except ValueError as error:
+            raise ValueError(
+                f"{resumed.file('quantizer')}: {error}: copy the checkpoint again, or --restart"
+            ) from error
 
     def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
         self._before_saving()
@@ -321,6 +345,7 @@ class Retrieval:
 
         Fused hits have their scores by the embeddings of the index, and no scores (zeros) where it has none.
         """
+        k = min(k, len(self.passages))
         if weight == 0:
             return self.index.search(vectors, k)
         by_words = self.words.search(words, k if weight == 1 else max(k, FUSED))

@@ -24,7 +24,7 @@ class IndexBuilder:
     """Collects the embeddings of this rank's rows, window by window, and makes an index of them.
 
     Embeddings are kept where the index, or whoever saves it, needs them. Where a compressed index does without,
-    passages are encoded as soon as they are embedded, with the quantizer of the previous index.
+    passages are encoded as soon as they are embedded, if there is a quantizer already.
 
     Attributes:
         rows: the rows of the corpus that this rank brings.
@@ -39,24 +39,23 @@ class IndexBuilder:
         *,
         previous: ShardedIndex | None = None,
         keep_embeddings: bool = False,
-        retrain: bool = False,
+        codec: Codec | None = None,
     ) -> None:
         """Args:
         dimension: D.
         compression: the kind of index to make; without a kind, that of the previous index.
         device: that is to search.
-        previous: the index that the new one replaces. Its quantizer encodes again, and its embeddings are overwritten
-            unless they lie in a file. Nothing else of it is used, so the caller can let go of it at once.
+        previous: the index that the new one replaces. Its embeddings are overwritten unless they lie in a file. Nothing
+            else of it is used, so the caller can let go of it at once.
         keep_embeddings: also those of a compressed index that is searched without them.
-        retrain: train a new quantizer.
+        codec: the quantizer of a compressed index; without one, it is trained.
         """
         self.rows = shard_rows(len(passages), distributed.rank(), distributed.world_size())
-        compressed = previous.compressed if previous else None
-        if compressed and compression.kind is None:
+        if previous and previous.compressed and compression.kind is None:
             compression = replace(compression, kind=previous.type, nlist=None)
         self._passages, self._compression, self._device = passages, compression, device
         self._threads = devices.cpu_threads(device, distributed.local_world_size())  # `add` is called by another thread
-        self._codec = compressed.codec if compressed and not retrain else None
+        self._codec = codec
         self._embeddings = self._codes = None
         self._largest_norm = 0.0  # bounds those of the codes, or of the embeddings where there are no codes yet
         if self._codec is not None:

@@ -207,6 +207,16 @@ def all_gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
 
 
+def slurm_job() -> str | None:
+    """The number of the SLURM job that this process belongs to."""
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def is_requeued() -> bool:
+    """Whether SLURM has started this process's job before."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def gather_alike(rows: torch.Tensor) -> torch.Tensor:
     """The rows of all ranks, in rank order, which have n each: (n, …) -> (W·n, …).
 

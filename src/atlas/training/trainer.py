@@ -209,7 +209,8 @@ class Trainer:
     def _end(self) -> None:
         """Raises: Stopped."""
         if self._saved:
-            log.info("Asked to stop: step %d is saved, and the same command resumes from there", self._saved)
+            command = "same command, without --restart," if self.settings.optimisation.restart else "same command"
+            log.info("Asked to stop: step %d is saved, and the %s resumes from there", self._saved, command)
         else:
             log.info("Asked to stop before a step was saved: the same command starts again")
         raise Stopped
@@ -250,6 +251,7 @@ class Trainer:
                 examples_per_epoch=self.data.places,
                 evaluation_due=self._evaluation_due,
                 index_encoder=self.retrieval.built_by if self.retrieval is not None else None,
+                quantizer=self.retrieval.quantizer if self.retrieval is not None else None,
                 adapters=adapters,
                 bases=self.model.bases,
             )
