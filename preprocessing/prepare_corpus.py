@@ -10,8 +10,8 @@ its number, from 1), a hyphen, and the number of the passage in the document, fr
 all others are below it, else that of the page, the document's properties or the front matter, else the file's name.
 Other headings become sections. Hidden files and folders are left out, and so are symbolic links that lead out of the
 folder, and links to folders; --follow_links reads what they lead to as well. Words are separated by spaces; in scripts
-without spaces (Chinese, Japanese, Thai, Khmer, Lao, Burmese) every character counts as a word. At the end stands what
-was left out, by kind and name.
+without spaces (Chinese, Japanese, Thai, Khmer, Lao, Burmese, Tibetan) every character counts as a word. At the end
+stands what was left out, by kind and name.
 """
 
 import argparse
