@@ -11,6 +11,7 @@ sizes.
 import argparse
 import gc
 import os
+import warnings
 from collections.abc import Iterable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -452,6 +453,7 @@ def _send_step(
 
     gc.disable()
     logging.set_verbosity_error()  # of a cache that is not used
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copying a tensor does
     optim.agree_on_norm, parallel.init_device_mesh = norm, mesh
     if settings.lora_rank or settings.retriever_lora_rank:
         from peft.tuners.lora import LoraLayer  # an extra

@@ -285,16 +285,17 @@ class Trainer:
         passages = found.passages if found else None
         if settings.use_file_passages:
             passages = [example.passages[:k] for example in examples]
-        reading, rows = inputs.training(queries, passages), inputs.target_tokens([one.target for one in examples])
+        learning, rows = self.settings.retriever_training, inputs.target_tokens([one.target for one in examples])
+        answers = rows if learning.judges_by_answers else [[] for _ in rows]
+        judged = inputs.judging(queries, passages, answers, learning.gold_score_mode) if learns else None
+        only_judges = judged is not None and learning.freeze_reader
+        reading = judged.rows if only_judges else inputs.training(queries, passages)
         self._given = {"tokens_per_second": int(reading.lengths.sum())}
         if passages is not None:
             self._given["passages_per_second"] = sum(map(len, passages))
         targets = inputs.target_rows(queries, rows)
         if not learns:
             return TrainingTensors(*reading, targets)
-        learning = self.settings.retriever_training
-        answers = rows if learning.judges_by_answers else [[] for _ in rows]
-        judged = inputs.judging(queries, passages, answers, learning.gold_score_mode)
         query_ids, query_mask = inputs.queries(queries)
         if self.model.retriever.query_side and self.retrieval.index.has_embeddings:
             # a frozen encoder: it would compute what the index holds
