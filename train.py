@@ -5,6 +5,7 @@ reader reads them and learns the answer, and the retriever learns which of the p
 index is refreshed now and then if the encoder of passages learns too.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from atlas.config import Config, parse_config, quiet_until_started
@@ -38,14 +39,15 @@ def learn(config: Config, run: "Session") -> None:
     preflight.check(config, run.device)
 
     # Start: where a run of this name was stopped, from --model_path, or from the models' own weights.
-    restarts = config.optimisation.restart and not already_restarted(run.directory)
-    resumed = None if restarts else own_checkpoint(run.directory)
+    if config.optimisation.restart and already_restarted(run.directory):
+        config = replace(config, optimisation=replace(config.optimisation, restart=False))
+    resumed = None if config.optimisation.restart else own_checkpoint(run.directory)
     if resumed and resumed.step >= config.optimisation.total_steps and not resumed.evaluation_due:
         log.info("This run is finished: %s holds step %d. Use --restart to start over", run.directory, resumed.step)
         return
     start = resumed or (open_checkpoint(config.run.model_path) if config.run.model_path != "none" else None)
     preflight.report_plan(config)
-    if start and restarts:
+    if start and config.optimisation.restart:
         preflight.check_start(start.path, run.directory)
     if start:
         run.verification.check(str(start.path), start.recorded)  # against its checksums; the index likewise, below
@@ -75,7 +77,7 @@ def learn(config: Config, run: "Session") -> None:
     trainer = Trainer(config, model, optimizers, retrieval, data, evaluator, run)
     if resumed:
         trainer.resume(resumed)
-    elif restarts:
+    elif config.optimisation.restart:
         set_aside(run.directory)
 
     # The loop. SIGTERM and SIGUSR1 end it with a checkpoint and status 143.

@@ -78,8 +78,8 @@ finds it behind a passage, and the answer behind both. Settings were chosen on d
 seeds, which draw the questions; p compares recall@1 with the first row, by randomly flipping the signs of the questions'
 differences."""  # noqa: E501
 SUMMARY = """In short: where the right paragraph is among eight, the language model, asked how likely question and answer are behind each, picks it
-for {teacher} %. MiniLM learns from that what it would learn from labels: recall@1 {some} from 1,000 questions ({more_labels} from labels), {few}
-from 250 ({labels}), and {gap} from 250 sentences with a gap, for which nobody has to ask anything. Trained on 2,500 questions and fused
+for {teacher} %. From 1,000 questions MiniLM learns from that about what it learns from labels: recall@1 {some} ({more_labels} from labels);
+{few} from 250 ({labels}), and {gap} from 250 sentences with a gap, for which nobody has to ask anything. Trained on 2,500 questions and fused
 with BM25 (recall@1 {bm25}) it reaches {fused}. Where the language model also puts the first 10 passages in order, by the question alone,
 the right one is first for {reranked} % (of {k:,} questions; BM25 {bm25_of_k})."""  # noqa: E501
 TEACHER = """The language model judges the {k} passages that BM25 and MiniLM together find first. For {judged:.1f} % of {questions:,} training

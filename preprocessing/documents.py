@@ -115,9 +115,16 @@ def read_markdown(text: str) -> Outline:
     if front := FRONT_MATTER.match(text):
         title = next((line[6:].strip(" \"'") for line in (front[1] or "").split("\n") if line.startswith("title:")), "")
         text = text[front.end() :]
-    outline = read_html(MarkdownIt().enable("table").render(text))
+    outline = read_html(_with_named_elements(MarkdownIt().enable("table").render(text)))
     outline.title = outline.title or title
     return outline
+
+
+def _with_named_elements(rendered: str) -> str:
+    """HTML of Markdown in which tags that nothing closes are text: prose names elements, which would hide the rest."""
+    closed = set(re.findall(r"</([a-z]+)", rendered.lower()))
+    tags = re.compile(rf"<(?=({'|'.join((*SKIPPED, 'title'))})\b)", re.IGNORECASE)
+    return tags.sub(lambda found: "<" if found[1].lower() in closed else "&lt;", rendered)
 
 
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")

@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--trec_run", type=Path, metavar="FILE", help="write `query Q0 passage rank score tag` lines")
     parser.add_argument("--tag", default="atlas", help="the last field of the run's lines (default: atlas)")
     arguments = parser.parse_args()
+    if len(arguments.tag.split()) != 1:
+        parser.error(f"--tag {arguments.tag!r}: give one word, as white space separates the fields of a line")
     with exit_on_user_error(stopped="nothing was written"):
         score_files(arguments.results, arguments.qrels, arguments.trec_run, arguments.tag, sorted(set(arguments.k)))
 

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 import atlas
 import export_huggingface
-from atlas.asking.answers import Answer, Passage, marks
+from atlas.asking.answers import Answer, Passage, marks, printable
 from atlas.asking.command import parse
 from atlas.asking.model import Cancelled
 from atlas.asking.settings import config_for, find_saved
@@ -337,6 +337,17 @@ def test_a_terminal_gets_texts_and_no_commands():
     evil = "\x1b]0;title\x07"
     shown = str(Answer(evil, evil, evil, 0.5, [Passage({"id": evil, "title": evil, "text": evil * 2}, 1.0)], {}))
     assert not set(shown) & set("\x1b\x07") and shown.count("]0;title") == 5
+    written = "می\u200cخواهم 10\u00a0000\u3000km\r\nso\u00adft\u2028\u202e"
+    assert printable(written) == "می\u200cخواهم 10 000 km \nso\u00adft \N{REPLACEMENT CHARACTER}"
+
+
+def test_numbers_without_a_value_are_null_in_json():
+    nan = float("nan")
+    found = Answer(
+        "q", "q", "a", nan, [Passage({"id": 1, "title": "", "text": "a"}, 1.0, nan, float("inf"))], {}
+    ).to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False))["score"] is None
+    assert (found["passages"][0]["judgement"], found["passages"][0]["attention"]) == (None, None)
 
 
 def test_notebooks_get_texts_and_no_html():
@@ -416,6 +427,21 @@ def test_the_prompt_answers_programs_with_json(model, questions, type_lines, cap
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["question"] for answer in answers] == questions[:2]
     assert answers[0]["answer"] == model.ask(questions[0]).text
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_no_text_spoils_itself_alone(trained, tmp_path, errors):
+    questions = [row["question"].encode() for row in read_jsonl(world() / "dev.jsonl")[:2]]
+    words = [sys.executable, ROOT / "ask.py", trained / "run", "--json", "--device", "cpu"]
+    ended = subprocess.run(
+        list(map(str, words)),
+        input=b"\n".join([questions[0], b"caf\xe9?", questions[1]]),
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": f"utf-8:{errors}"},
+    )
+    assert [json.loads(line)["question"].encode() for line in ended.stdout.splitlines()] == questions, ended.stderr
+    assert b"the question is not text in UTF-8" in ended.stderr and b"Traceback" not in ended.stderr
 
 
 @pytest.mark.processes

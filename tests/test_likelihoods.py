@@ -153,7 +153,7 @@ def test_of_a_question_that_is_judged_alone_no_answer_is_computed(tmp_path, call
     assert computed[0] > 0 and (computed[1] == 0) == (weight == 1)
 
 
-def test_a_run_that_kept_judgements_is_asked_without_them(tmp_path, caplog):
+def test_a_run_that_kept_judgements_is_asked_without_them(tmp_path):
     kept = tmp_path / "known.sqlite"
     directory = run(tmp_path, **FROZEN, cache_judgements=kept, total_steps=1, eval_data=None)
     before, question = kept.read_bytes(), read_jsonl(world() / "dev.jsonl")[0]["question"]

@@ -173,6 +173,10 @@ def test_the_script_says_it_in_one_sentence(tmp_path):
         ("about 10<sup>23</sup> H<sub>2</sub>O", ("name", [("", "about 10^23 H2O")])),
         ("# Information\nso\xadft, a\u200bb, 中文\n换行", ("Information", [("", "soft, ab, 中文换行")])),
         ("x\n\n<!DOCTYPE html [ <!ELEMENT\n\n# T\ny", None),
+        (
+            "# T\nThe <title> element, <Style> and\n<nav>.\n\n<!--x--> z\n<iframe>\n\nw <object>o</object>e",
+            ("T", [("", "The <title> element, <Style> and|<nav>. z <iframe>|w e")]),
+        ),
         ("", ("name", [])),
     ],
 )

@@ -9,7 +9,7 @@ import pytrec_eval
 from atlas.files.jsonl import DataError
 from atlas.files.qrels import read_judgements
 from atlas.metrics import RECALL_AT, ndcg, retrieval_metrics
-from score_retrieval import Result, by_answers, by_judgements, read_results, run_scores, score_files
+from score_retrieval import Result, by_answers, by_judgements, main, read_results, run_scores, score_files
 from tests.kit import write_jsonl
 from tests.origin import one_sentence, run_script
 
@@ -172,6 +172,15 @@ def test_trec_eval_agrees_on_the_run_that_is_written(tmp_path, capsys):
 )
 def test_scores_of_a_run_say_the_order(scores, written):
     assert run_scores(scores) == written
+
+
+@pytest.mark.parametrize("tag", ["my run", "", " "])
+def test_the_tag_of_a_run_is_a_word(tmp_path, tag, monkeypatch, capsys):
+    words = ["score_retrieval.py", "r.jsonl", "--trec_run", str(tmp_path / "run"), "--tag", tag]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2 and "give one word" in capsys.readouterr().err
 
 
 @pytest.mark.processes

@@ -147,6 +147,7 @@ def test_mistakes(server, body, status, sentence):
         ("GET", "/ask", {}, 405, "/ask takes POST"),
         ("POST", "/", JSON, 405, "/ takes GET"),
         ("GET", "/../etc/passwd", {}, 404, "there is only"),
+        ("GET", "http://[::1", {}, 400, "the address of the request cannot be read"),
         ("DELETE", "/", {}, 501, "unsupported method"),
     ],
 )
@@ -160,6 +161,24 @@ def test_who_is_refused(server, method, path, headers, status, sentence):
         response.begin()
         content = json.loads(response.read())
     assert response.status == status and sentence in content["error"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("path", ["/about", "/nowhere", "/", "/ask"])
+def test_what_is_not_read_of_a_request_is_not_the_next_one(server, path, questions):
+    """A site may let a browser send any text: what follows in it must not be obeyed."""
+    asked = json.dumps({"question": questions[0]})
+    hidden = "\r\n".join(
+        ["POST /ask HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(asked)}", ""]
+    )
+    hidden += f"\r\n{asked}"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: {len(hidden)}"
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=HANG_SECONDS) as connection:
+        connection.sendall(f"{head}\r\n\r\n{hidden}".encode())
+        said = b""
+        while part := connection.recv(1 << 16):  # until the server hangs up
+            said += part
+    assert said.count(b"HTTP/1.1 ") == 1 and b"HTTP/1.1 200" not in said, said
 
 
 @pytest.mark.processes

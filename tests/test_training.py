@@ -387,6 +387,7 @@ def test_a_job_that_is_requeued_starts_over_once(tmp_path, monkeypatch):
         run(tmp_path, **flags)
         flags["total_steps"] += 1
         steps.append([line["step"] for line in recorded(directory, "train")][-1])
+        assert recorded(directory, "start")[-1]["restart"] == (again == "0" or len(steps) == 1)
         aside = len(list(directory.glob("checkpoint.before-restart*")))
         assert aside == {("17", "1"): 1, ("17", "2"): 1}.get((job, again), 2 + (len(steps) == 5)), (job, again)
     assert "Resuming after step 3" in (directory / "run.log").read_text()  # that of job 17, and of job 18 after step 5

@@ -205,7 +205,16 @@ def own_checkpoint(run_directory: Path) -> Checkpoint | None:
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
     """As `load_checkpoint`, the same on all ranks, also where `path` is a run that saves more. Collective."""
-    found = distributed.on_main("finding the checkpoint", lambda: str(find_checkpoint(Path(path)) or path))
+    path = Path(path)
+
+    def find() -> str:
+        found = find_checkpoint(path)
+        places = (
+            (path.parent, path, path / "checkpoint") if found else ()
+        )  # links may lead elsewhere on another machine
+        return str(next((place / found.name for place in places if (place / found.name).resolve() == found), path))
+
+    found = distributed.on_main("finding the checkpoint", find)
     return distributed.on_every_rank("reading the checkpoint", partial(load_checkpoint, found))
 
 
@@ -216,7 +225,9 @@ def already_restarted(run_directory: Path) -> bool:
         note, job = run_directory / RESTARTED_BY, distributed.slurm_job()
         return distributed.is_requeued() and note.is_file() and note.read_text(encoding="utf-8") == job
 
-    return distributed.on_main("looking whether this job has started over", known)
+    if again := distributed.on_main("looking whether this job has started over", known):
+        log.info("--restart: this SLURM job has followed it before it was requeued, so the run resumes")
+    return again
 
 
 def set_aside(run_directory: Path) -> None:
@@ -227,15 +238,14 @@ def set_aside(run_directory: Path) -> None:
     """
 
     def move() -> None:
+        old = run_directory / "checkpoint"
+        if old.exists():
+            names = ("checkpoint.before-restart" + (f"-{n}" if n > 1 else "") for n in count(1))
+            aside = next(run_directory / name for name in names if not os.path.lexists(run_directory / name))
+            old.rename(aside)
+            log.info("--restart: the checkpoints of the earlier run are in %s now", aside)
         if job := distributed.slurm_job():
             (run_directory / RESTARTED_BY).write_text(job, encoding="utf-8")
-        old = run_directory / "checkpoint"
-        if not old.exists():
-            return
-        names = ("checkpoint.before-restart" + (f"-{n}" if n > 1 else "") for n in count(1))
-        aside = next(run_directory / name for name in names if not os.path.lexists(run_directory / name))
-        old.rename(aside)
-        log.info("--restart: the checkpoints of the earlier run are in %s now", aside)
 
     distributed.on_main("setting the earlier checkpoints aside", move)
 

@@ -120,7 +120,7 @@ def report_plan(config: Config) -> None:
     if loaded is not None and loaded == saved and learns and index.refresh_index.strip() != "-1":
         log.warning(
             "--save_index_path is the index of --load_index_path: once it is refreshed, a run that is resumed from an "
-            "earlier step finds another one than it had; save to another directory to keep the old one"
+            "earlier step finds a newer index than it had; save to another directory to keep the old one"
         )
     if training.train_retriever and config.model.retriever_n_context == 1:
         log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")

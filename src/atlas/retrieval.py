@@ -287,6 +287,7 @@ class Retrieval:
         *,
         words: Sequence[str] | None = None,
         step: int | None = None,
+        read: int | None = None,
     ) -> Found:
         """The best k passages (all, if there are fewer) of each query. Collective; a rank may have no query.
 
@@ -298,14 +299,18 @@ class Retrieval:
                 nothing; it must be None on all ranks or on none.
             words: the text of each query for BM25; by default the query.
             step: of the training, which `--bm25_steps` counts; None in an evaluation.
+            read: how many of them will be read; None: all.
         """
         was_training = self.retriever.training
         self.retriever.eval()
-        by_embeddings = self.rerank or self.settings.bm25_weight_at(step) < 1
-        vectors = self.embed(queries) if by_embeddings else None
-        found = self.find(vectors, k, exclude, words=queries if words is None else words, step=step)
+        vectors = self.embed(queries) if self.embeds(step) else None
+        found = self.find(vectors, k, exclude, words=queries if words is None else words, step=step, read=read)
         self.retriever.train(was_training)
         return found
+
+    def embeds(self, step: int | None = None) -> bool:
+        """Whether queries are embedded, or BM25 alone ranks the passages."""
+        return self.rerank > 0 or self.settings.bm25_weight_at(step) < 1
 
     @torch.no_grad()
     def embed(self, queries: list[str]) -> torch.Tensor:
@@ -324,6 +329,7 @@ class Retrieval:
         *,
         words: Sequence[str],
         step: int | None = None,
+        read: int | None = None,
     ) -> Found:
         """As `search`, for queries that are embedded already, (B, D); None: those that BM25 alone ranks."""
         weight, wanted = self.settings.bm25_weight_at(step), max(k, self.rerank)
@@ -337,7 +343,7 @@ class Retrieval:
                 found = found._replace(scores=self._fresh_scores(vectors, found))
             if self.rerank:
                 found = found.sorted_by(found.scores, k)
-            self._warn_of_own_passages(found.own)
+            self._warn_of_own_passages(found.own[:, :read])
         return found
 
     def _search(self, vectors: torch.Tensor | None, words: Sequence[str], k: int, weight: float) -> Hits:

@@ -1,6 +1,7 @@
 """What a model returns when it is asked: an answer with its passages, for programs, terminals and notebooks."""
 
 import html
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDTH, SHOWN = 100, 300  # of a terminal; characters of a passage that are printed
+WRITTEN = "\n\u200c\u200d\u00ad"  # not printable, and part of texts: joiners of Persian and Hindi, soft hyphens
 SHORTEST_WORD = 3  # of an answer that is marked by itself
 STYLE = """
 .atlas-answer{font:14px/1.5 system-ui,sans-serif;max-width:56em}
@@ -41,7 +43,8 @@ class Passage:
 
     def to_dict(self) -> dict[str, Any]:
         """The passage's fields, with `score`, `judgement` and `attention`."""
-        return dict(self.fields) | {"score": self.score, "judgement": self.judgement, "attention": self.attention}
+        values = {"score": self.score, "judgement": self.judgement, "attention": self.attention}
+        return dict(self.fields) | {name: finite(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Answer:
         return {
             "question": self.question,
             "answer": self.text,
-            "score": self.score,
+            "score": finite(self.score),
             "passages": [passage.to_dict() | {"marks": marks(passage.text, self.text)} for passage in self.passages],
             "seconds": dict(self.seconds),
         }
@@ -77,7 +80,8 @@ class Answer:
             values = (*values, ("attention", passage.attention, "{:.0%}"))
             said = ", ".join(f"{name} {form.format(value)}" for name, value, form in values if value is not None)
             identifier = "" if passage.id is None else f" [{passage.id}]"
-            lines.append(f"{number:3}  {printable((passage.title or '(no title)') + identifier)}  {said}")
+            title = " ".join((passage.title or "(no title)").split())
+            lines.append(f"{number:3}  {printable(title + identifier)}  {said}")
             text = printable(textwrap.shorten(passage.text, SHOWN, placeholder=" …"))
             lines += textwrap.wrap(text, WIDTH, initial_indent="     ", subsequent_indent="     ")
         return lines
@@ -104,9 +108,15 @@ class Answer:
         )
 
 
+def finite(number: float | None) -> float | None:
+    """A number as JSON knows it: None for what has no value."""
+    return number if number is None or math.isfinite(number) else None
+
+
 def printable(text: str) -> str:
     """A text on a terminal, which it cannot command: no escape sequence of a corpus gets there."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    text = re.sub(r"[^\S\n]", " ", text)  # spaces of all kinds
+    return "".join(one if one.isprintable() or one in WRITTEN else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def marks(text: str, answer: str) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """The command `ask.py RUN`: a prompt in the terminal, one question, or with --serve a page and endpoints over HTTP."""
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -39,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     from atlas.runtime.tracking import discard, open_standard_streams
 
     open_standard_streams()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a byte that is no text spoils its question alone
+        sys.stdin.reconfigure(errors="surrogateescape")
     log = logging.getLogger("atlas")
     log.setLevel(logging.INFO)
     log.propagate = False

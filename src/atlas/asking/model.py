@@ -205,6 +205,10 @@ class AnsweringModel:
         if not isinstance(question, str | Mapping):
             raise ValueError(f"a question is a text or an object with the fields of a line, found {question!r:.40}")
         record = {self.task.question_field({}): question} if isinstance(question, str) else dict(question)
+        try:
+            json.dumps(record, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the question is not text in UTF-8") from None
         example = self.task.example(record, random.Random(0), 0)
         if example is None:
             raise ValueError(f"the task skips {self.task.skips}: {json.dumps(record, ensure_ascii=False):.60}")
@@ -223,10 +227,10 @@ class AnsweringModel:
     def _find(self, examples: Sequence[Example], k: int, clock: "_Clock") -> Found:
         """The best k passages for a batch, as they are read. Raises: as `search`."""
         retrieval, queries = self._searching(), [example.query for example in examples]
-        vectors = retrieval.embed(queries)
+        vectors = retrieval.embed(queries) if retrieval.embeds() else None
         clock.stop("embed")
-        words = [example.words_to_find for example in examples]
-        found = retrieval.find(vectors, self._answering.to_find(k), self._excluded(examples), words=words)
+        words, exclude = [example.words_to_find for example in examples], self._excluded(examples)
+        found = retrieval.find(vectors, self._answering.to_find(k), exclude, words=words, read=k)
         found = self._answering.rerank(queries, found, k)
         clock.stop("search")
         return found

@@ -32,6 +32,7 @@ MOST_BYTES = 8 << 20  # of a request
 MOST_READ, MOST_FOUND = 200, 1000  # passages for /ask, for /retrieve
 MOST_QUERIES = 10_000  # of a request to /retrieve
 MOST_WAITING = 1000  # requests
+AT_ONCE = 1 << 16  # bytes of an answer
 CLIENT_SECONDS = 60.0  # that a client may send or take nothing
 STOPPING_SECONDS = 10.0  # until those that are being answered are left alone
 EXAMPLES = 5
@@ -231,10 +232,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self, answers: Mapping[str, Callable[[], Any]], nonce: str = "") -> None:
         """Send what the path's function gives, or why there is nothing."""
+        self._kept = not self.close_connection
+        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # what is not read of a request would be taken for the next one
         with self.server.answering():
             try:
                 self._check_host()
-                path = urlsplit(self.path).path
+                path = self._path()
                 if path not in answers:
                     known = {"/": "GET", "/about": "GET", "/ask": "POST", "/retrieve": "POST"}
                     if path in known:
@@ -244,6 +248,13 @@ class _Handler(BaseHTTPRequestHandler):
             except Refused as refused:
                 status, answer = refused.status, {"error": str(refused)}
             self._send(status, answer, nonce)
+
+    def _path(self) -> str:
+        """Raises: Refused."""
+        try:
+            return urlsplit(self.path).path
+        except ValueError:
+            raise _bad("the address of the request cannot be read") from None
 
     def _check_host(self) -> None:
         """Refuse what was sent to another name: a site may have told its script that this machine has it."""
@@ -264,7 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> dict[str, Any]:
         """The object that a request brings. Raises: Refused."""
-        self.close_connection, kept = True, self.close_connection  # unless all of it is read
+        self.close_connection = True  # unless all of it is read
         if self.headers.get_content_type() != "application/json":
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the content type must be application/json")
         length = self.headers.get("Content-Length", "")
@@ -275,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(length))
         if len(content) < int(length):
             raise _bad("the request ended before its Content-Length")
-        self.close_connection = kept
+        self.close_connection = not self._kept
         try:
             body = json.loads(content.decode("utf-8"))
             json.dumps(body, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no text
@@ -302,7 +313,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            for start in range(0, len(content), AT_ONCE):  # a client has the time that it may take for each of them
+                self.wfile.write(content[start : start + AT_ONCE])
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses, in the same form."""

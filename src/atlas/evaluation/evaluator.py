@@ -154,7 +154,7 @@ class Evaluator:
             exclude = [example.id for example in examples] if filters_by_id else None
             words = [example.words_to_find for example in examples]
             k = self.settings.n_context
-            found = self.retrieval.search(queries, self.answering.to_find(k), exclude, words=words)
+            found = self.retrieval.search(queries, self.answering.to_find(k), exclude, words=words, read=k)
             found = self.answering.rerank(queries, found, k)
             return found.passages, found.scores.tolist()
         if self.settings.use_file_passages:

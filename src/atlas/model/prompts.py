@@ -132,12 +132,14 @@ class PromptInputs(Inputs):
 
         What joins two passages takes a token, or two.
         """
-        room = self.reader_positions - self.longest_answer - len(self._tokens(query, [])) - 2 * n
+        tokens, answer = len(self._tokens(query, [])), self.longest_answer
+        room = self.reader_positions - answer - tokens - 2 * n
         if room < n:
+            passages, lower = (f"--n_context {n}, ", "--n_context, ") if n else ("", "")
             raise ValueError(
-                f"the question {query[:60]!r}…, {n} passages and an answer do not fit into the {self.reader_positions} "
-                "positions of the reader, however short the passages are: shorten the question, or lower --n_context "
-                "or --generation_max_length"
+                f"the {self.reader_positions} positions of the reader are too few for {passages}the {tokens} tokens of "
+                f"the question {query[:60]!r} with its prompt, and an answer of {answer}: shorten the question, or "
+                f"lower {lower}--generation_max_length or --target_maxlength"
             )
         return room // max(n, 1)
 

@@ -51,7 +51,7 @@ def write_report(directory: Path, other: Path | None = None, output: Path | None
     reader.passages.packed.finish()
     packed = _packed(reader, questions)
     head = _head(record, beside, questions, pairs, packed, second.name)
-    start, end = _form(record, beside, questions, head)
+    start, end = _form(record, beside, head, body(record, beside, questions, page.parent))
     room = MOST_BYTES - len((start + end).encode())
     inside, outside = _divide(packed, room)
     if outside:
@@ -125,7 +125,7 @@ def _head(
     return names | {"files": of_files, "starts": starts, "kinds": [name for name, _ in KINDS.values()]}
 
 
-def _form(record: Record, beside: Record | None, questions: Sequence[Questions], head: Mapping[str, Any]) -> list[str]:
+def _form(record: Record, beside: Record | None, head: Mapping[str, Any], above: str) -> list[str]:
     """The page up to where the packed values go, and what comes after them."""
     script = fill(resource("report.js"), {})
     style = fill(resource("report.css"), {})
@@ -140,9 +140,9 @@ def _form(record: Record, beside: Record | None, questions: Sequence[Questions],
         # Nothing runs but this script and the file beside the page, whatever a text may say.
         "scripts": f"'{_hash(script)}' 'self' file:",
         "styles": f"'{_hash(style)}'",
-        "body": body(record, beside, questions),
+        "body": above,
         "head": json.dumps(head).replace("<", "\\u003c"),
-        "hidden": "" if questions else " hidden",
+        "hidden": "" if head["files"] else " hidden",
     }
     return [fill(part, values) for part in resource("report.html").split("{{packed}}")]
 

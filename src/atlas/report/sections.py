@@ -28,8 +28,8 @@ PLACES = ("name", "checkpoint_dir")  # flags in which any two runs differ
 MOST_TILES = 5
 
 
-def body(record: Record, beside: Record | None, questions: Sequence[Questions]) -> str:
-    """Everything above the questions, as HTML."""
+def body(record: Record, beside: Record | None, questions: Sequence[Questions], place: Path) -> str:
+    """Everything above the questions, as HTML, for a page in this directory."""
     records = [record, beside] if beside else [record]
     parts = [
         _tiles(record, beside),
@@ -37,7 +37,7 @@ def body(record: Record, beside: Record | None, questions: Sequence[Questions]) 
         *(_what_was_run(one, titled=beside is not None) for one in records),
         _differences(record, beside) if beside else "",
         _section("Over the steps", _figures(_training_charts(records) + _evaluation_charts(records))),
-        _section("Evaluations", _results(records)),
+        _section("Evaluations", _results(records, place)),
         _section("Retrieval", _figures(_recall(record, beside, one) for one in questions)),
         *(_mistakes(one, len(questions) > 1) for one in questions),
     ]
@@ -249,7 +249,7 @@ def _evaluation_charts(records: Sequence[Record]) -> list[str]:
     return [*figures, chart("Loss of the evaluation", losses), chart("Seconds of an evaluation", times)]
 
 
-def _results(records: Sequence[Record]) -> str:
+def _results(records: Sequence[Record], place: Path) -> str:
     """All evaluations as a table, with links to their files."""
     all_of_them = [(record, evaluation) for record in records for evaluation in record.evaluations]
     names = list(dict.fromkeys(name for _, evaluation in all_of_them for name in evaluation.metrics))
@@ -260,8 +260,7 @@ def _results(records: Sequence[Record]) -> str:
         seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
         examples = "" if one.examples is None else f"{one.examples:,}"
         values = "".join(f"<td>{cell}</td>" for cell in (one.step, examples, seconds, *cells))
-        link = _link(one.results, record, records[0])
-        rows.append(f"<tr>{run}<th>{escape(one.file)}</th>{values}<td>{link}</td></tr>")
+        rows.append(f"<tr>{run}<th>{escape(one.file)}</th>{values}<td>{_link(one.results, place)}</td></tr>")
     if not rows:
         return ""
     heads = [
@@ -277,12 +276,13 @@ def _results(records: Sequence[Record]) -> str:
     return f'<div class="wide"><table class="numbers"><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _link(path: Path | None, record: Record, first: Record) -> str:
-    """To a file beside the page, which lies in the directory of the first run."""
+def _link(path: Path | None, place: Path) -> str:
+    """To a file beside a page that lies there; the name of another one."""
     if path is None:
         return ""
     name = escape(path.name)
-    return f'<a href="./{escape(quote(path.name))}">{name}</a>' if record is first else name
+    beside = path.parent.resolve() == place.resolve()
+    return f'<a href="./{escape(quote(path.name))}">{name}</a>' if beside else name
 
 
 def _recall(record: Record, beside: Record | None, one: Questions) -> str:
