@@ -209,9 +209,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
     def find() -> str:
         found = find_checkpoint(path)
-        places = (
-            (path.parent, path, path / "checkpoint") if found else ()
-        )  # links may lead elsewhere on another machine
+        # Links may lead elsewhere on another machine, so the path is kept as it was given.
+        places = (path.parent, path, path / "checkpoint") if found else ()
         return str(next((place / found.name for place in places if (place / found.name).resolve() == found), path))
 
     found = distributed.on_main("finding the checkpoint", find)
