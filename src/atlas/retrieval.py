@@ -78,7 +78,6 @@ class Retrieval:
         run: precision and batch size of the encoder outside training.
         learning: reranking, over-retrieval, and whether the passage encoder changes after an index is built.
         index: a saved index that was opened; without one, `refresh` builds it.
-        resumed_encoder: weights of the passage encoder that the index of a resumed run was built with.
     """
 
     def __init__(
@@ -90,7 +89,6 @@ class Retrieval:
         learning: config.RetrieverTraining,
         device: torch.device,
         index: ShardedIndex | None = None,
-        resumed_encoder: dict[str, torch.Tensor] | None = None,
     ) -> None:
         self.retriever, self.inputs, self.passages = model.retriever, model.inputs, passages
         self.settings, self.device, self.index = settings, device, index
@@ -112,7 +110,8 @@ class Retrieval:
         self.quantizer: dict[str, torch.Tensor] | None = None
         # Something is trained, and it is the passage encoder.
         self._keeps_encoder = _learns(self.retriever)
-        self._resumed_encoder, self._codec = resumed_encoder, None
+        self._resumed_encoder: dict[str, torch.Tensor] | None = None  # as `built_by`, of the run that was stopped
+        self._codec: Codec | None = None
         self._warned_of_own_passages = False
         self._before_saving: Callable[[], object] = lambda: None
         self._reports = Reports(None)
@@ -161,12 +160,9 @@ class Retrieval:
         _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings, bad_lines_file(run, "passages"))
         compression.factory(len(passages), model.retriever.dim)  # the same for their number
-        encoder = resumed.index_encoder() if resumed is not None else None
-        if encoder is not None:
-            check_tensors(resumed.file("index_encoder"), encoder, model.retriever.passage_encoder.state_dict())
-        retrieval = cls(model, passages, settings, run, learning, device, index, encoder)
+        retrieval = cls(model, passages, settings, run, learning, device, index)
         if resumed is not None:
-            retrieval._codec = retrieval._codec_of(resumed)
+            retrieval._take_over(resumed)
         retrieval._before_saving, retrieval._reports = session.verification.finish, session.reports
         retrieval._save_opened()
         return retrieval
@@ -244,13 +240,20 @@ class Retrieval:
         """What a new index is encoded with: that of the index before it, or of the run that was stopped."""
         return self.index.compressed.codec if self.index and self.index.compressed else self._codec
 
-    def _codec_of(self, resumed: Checkpoint) -> Codec | None:
-        """The quantizer of a stopped run, if it is of the kind that is asked for. Raises: ValueError: it is damaged."""
+    def _take_over(self, resumed: Checkpoint) -> None:
+        """What the index of a stopped run was built with: the encoder, and the quantizer if its kind is asked for.
+
+        Raises:
+            ValueError: one of them is damaged, or does not fit.
+        """
+        if (encoder := resumed.index_encoder()) is not None:
+            check_tensors(resumed.file("index_encoder"), encoder, self.retriever.passage_encoder.state_dict())
+            self._resumed_encoder = encoder
         factory = self.compression.factory(len(self.passages), self.retriever.dim)
         if (content := (resumed.quantizer() or {}).get(factory)) is None:
-            return None
+            return
         try:
-            return Codec.load(content.numpy().tobytes(), factory, self.retriever.dim)
+            self._codec = Codec.load(content.numpy().tobytes(), factory, self.retriever.dim)
         except ValueError as error:
             raise ValueError(
                 f"{resumed.file('quantizer')}: {error}: copy the checkpoint again, or --restart"
