@@ -314,6 +314,11 @@ class RetrieverTraining:
     compute_crossattention_stats: bool = flag(False, "log how attention agrees with the gold scores")
 
     @property
+    def moves_passages(self) -> bool:
+        """Whether the passage encoder is meant to learn, so that an index grows old."""
+        return self.train_retriever and not self.query_side_retriever_training
+
+    @property
     def judges_by_answers(self) -> bool:
         """Whether the answer counts where passages are judged; if not, none need be computed."""
         return self.gold_score_mode != "question" or self.gold_question_weight < 1

@@ -115,9 +115,9 @@ def report_plan(config: Config) -> None:
         log.warning("--freeze_retriever_steps %d, --total_steps %d: the retriever never learns", frozen, total)
     if training.in_batch_negatives and config.run.per_gpu_batch_size * distributed.world_size() == 1:
         log.warning("--in_batch_negatives with a batch of one question: there is no other question")
-    index, learns = config.index, training.train_retriever and not training.query_side_retriever_training
+    index = config.index
     loaded, saved = (path and os.path.realpath(path) for path in (index.load_index_path, index.save_index_path))
-    if loaded is not None and loaded == saved and learns and index.refresh_index.strip() != "-1":
+    if loaded is not None and loaded == saved and training.moves_passages and index.refresh_index.strip() != "-1":
         log.warning(
             "--save_index_path is the index of --load_index_path: once it is refreshed, a run that is resumed from an "
             "earlier step finds a newer index than it had; save to another directory to keep the old one"
@@ -239,8 +239,7 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
     yield "int8_reader", config.model.uses_reader and not trains, "in training, nor without a reader"
     yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
-    moves = trains and training.train_retriever and not training.query_side_retriever_training
-    yield "refresh_index", moves, "where the passage encoder does not learn"
+    yield "refresh_index", trains and training.moves_passages, "where the passage encoder does not learn"
     judges = config.model.rerank_by_reader is not None or config.run.write_evidence
     if trains:
         judges = training.train_retriever and training.freeze_reader

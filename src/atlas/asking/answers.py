@@ -1,12 +1,13 @@
 """What a model returns when it is asked: an answer with its passages, for programs, terminals and notebooks."""
 
 import html
-import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from atlas.report.packing import finite
 
 WIDTH, SHOWN = 100, 300  # of a terminal; characters of a passage that are printed
 WRITTEN = "\n\u200c\u200d\u00ad"  # not printable, and part of texts: joiners of Persian and Hindi, soft hyphens
@@ -106,11 +107,6 @@ class Answer:
             f"<style>{STYLE}</style><div class=atlas-answer><p>{html.escape(self.question)}</p>"
             f"<p><b>{html.escape(self.text)}</b>{certain}</p>{table}</div>"
         )
-
-
-def finite(number: float | None) -> float | None:
-    """A number as JSON knows it: None for what has no value."""
-    return number if number is None or math.isfinite(number) else None
 
 
 def printable(text: str) -> str:

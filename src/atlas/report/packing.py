@@ -2,11 +2,17 @@
 
 import base64
 import json
+import math
 import zlib
 from hashlib import blake2b
 from typing import Any
 
 PIECE = 1 << 18  # bytes of JSON: a browser unpacks it in a few milliseconds
+
+
+def finite(number: float | None) -> float | None:
+    """A number as JSON knows it: None for what has no value."""
+    return number if number is None or math.isfinite(number) else None
 
 
 class Packed:

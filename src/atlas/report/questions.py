@@ -1,6 +1,5 @@
 """The questions of result files: right or wrong, what went wrong, and what changed since an earlier evaluation."""
 
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from atlas.files.jsonl import DataError, decode
 from atlas.metrics import contains_answer, exact_match, f1, simple_tokens
-from atlas.report.packing import Distinct, Packed
+from atlas.report.packing import Distinct, Packed, finite
 from atlas.report.record import Evaluation, Flag, Record
 
 MOST_PASSAGES = 20  # of a question, that the report shows
@@ -233,7 +232,7 @@ def _row(record: Mapping[str, Any]) -> Row:
     answers = [str(answer) for answer in record.get("answers") or []]
     generation = record.get("generation")
     passages = [passage for passage in record.get("passages") or [] if isinstance(passage, dict)]
-    choices = {str(letter): _finite(round(float(p), 4)) for letter, p in (record.get("choice_probs") or {}).items()}
+    choices = {str(letter): finite(round(float(p), 4)) for letter, p in (record.get("choice_probs") or {}).items()}
     text = None if generation is None else str(generation)
     return Row(str(record.get("query") or ""), answers, text, passages, choices)
 
@@ -243,13 +242,8 @@ def _texts(passage: Mapping[str, Any]) -> list[str]:
     return ["" if value is None else str(value) for value in values]
 
 
-def _finite(number: float | None) -> float | None:
-    """As JSON knows it."""
-    return number if number is None or math.isfinite(number) else None
-
-
 def _numbers(passage: Mapping[str, Any]) -> list[float | None]:
-    score, judgement = (_finite(passage.get(name)) for name in ("score", "judgement"))
+    score, judgement = (finite(passage.get(name)) for name in ("score", "judgement"))
     return [score] if judgement is None else [score, judgement]
 
 
