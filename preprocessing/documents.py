@@ -20,7 +20,10 @@ from splitting import Section, blocks_of, heading_path, unwrapped
 if TYPE_CHECKING:
     from lxml.etree import _Element as Element
 
-FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|$)", re.DOTALL)
+# YAML alone: between two rules may stand prose, too.
+FRONT_MATTER = re.compile(
+    r"---[ \t]*\n((?:[ \t]*(?:#.*)?\n)*(?:[\w.-]+[ \t]*:.*\n(?:[\w.-]+[ \t]*:.*\n|[ \t#-].*\n|\n)*)?)---[ \t]*(?:\n|$)"
+)
 
 
 class UnreadableFile(ValueError):
@@ -234,6 +237,7 @@ def read_paragraphs(outline: Outline, root: "Element", styles: dict[str, "Elemen
             outline.text("\n* ")
         for position, texts in itertools.groupby(runs_of(paragraph), lambda run: run[0]):
             text = "".join(text for _, text in texts)
+            text = text.replace("\n", " ") if is_item else text  # a line break is no end of an item
             if position:
                 outline.raised_or_lowered(text, is_raised=position == "superscript")
             else:

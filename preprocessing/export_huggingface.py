@@ -16,6 +16,7 @@ import argparse
 import json
 import shutil
 import sys
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     start_log(None)
     output = options.output_directory.absolute()
-    beside = output.with_name(f"{output.name}.partial")
+    beside = output.with_name(f"{output.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
         with writing(output):
             beside.mkdir(parents=True)
             names = export(

@@ -4,6 +4,7 @@ import contextlib
 import email.utils
 import hashlib
 import http.client
+import itertools
 import shutil
 import ssl
 import threading
@@ -347,6 +348,15 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def set_aside(path: Path, *known: str | None) -> None:
+    """Rename a file whose SHA-256 is none of these, before another one gets its name."""
+    if path.exists() and digest(path) not in known:
+        names = (path.with_name(f"{path.name}.old-{i}") for i in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        path.rename(kept)
+        print(f"{path} was there with other content, which is kept as {kept.name}")
 
 
 def readable(size: int) -> str:

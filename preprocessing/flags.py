@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -51,8 +52,8 @@ def at_least(smallest: float, kind: type) -> Callable[[str], float]:
 
     def number(text: str) -> float:
         value = kind(text)
-        if not value >= smallest:
-            raise argparse.ArgumentTypeError(f"{text} is less than {smallest}")
+        if not smallest <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is no number of at least {smallest}")
         return value
 
     number.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -90,7 +91,8 @@ def exit_on_user_error(stopped: str = "run the same command again to resume") ->
     try:
         yield
     except (FetchError, DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        named = isinstance(error, OSError) and error.filename is not None and error.strerror
+        sys.exit(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}")
     except KeyboardInterrupt:
         print(f"stopped; {stopped}", file=sys.stderr, flush=True)
         os._exit(1)  # an ordinary exit would wait for threads, which may wait for a server

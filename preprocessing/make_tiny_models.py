@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from atlas.files.disk import usual_permissions, writing
+from atlas.index.passages import open_passages
 from flags import exit_on_user_error
 
 SENTINELS = 100
@@ -270,11 +271,9 @@ def build_tiny_models(
 
 def read_texts(passages: Path) -> list[str]:
     """The texts of a corpus file's passages, with their titles and sections."""
-    try:
-        rows = [json.loads(line) for line in passages.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
+    if not passages.exists():
         sys.exit(f"{passages} does not exist; create it with: python preprocessing/prepare_demo.py")
-    return [f"{row['title']}: {row['section']} {row['text']}" for row in rows]
+    return [f"{row['title']}: {row.get('section') or ''} {row['text']}" for row in open_passages([passages])]
 
 
 def main() -> None:
@@ -283,9 +282,9 @@ def main() -> None:
     parser.add_argument("--output_directory", type=Path, default=Path("demo/models"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    texts = read_texts(arguments.passages)
     sizes = {"reader_width": 128, "reader_layers": (3, 2), "retriever_width": 256, "vocabulary_size": 6000}
     with exit_on_user_error(stopped="give the same command again"), writing(arguments.output_directory):
+        texts = read_texts(arguments.passages)
         for directory in build_tiny_models(texts, arguments.output_directory, **sizes, seed=arguments.seed):
             print(directory)
 

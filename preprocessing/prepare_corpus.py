@@ -64,13 +64,13 @@ class LeftOut(defaultdict[str, list[str]]):
 
 
 def read_file(path: Path, identifier: str, left_out: LeftOut) -> Document:
-    """Raises: DataError if the file is not UTF-8; UnreadableFile if its library cannot read it."""
+    """Raises: UnreadableFile if the file is not UTF-8, or its library cannot read it."""
     try:
         outline = read_document(path.read_bytes(), path.suffix.lower())
     except UnreadableFile:
         raise
     except ValueError as error:
-        raise DataError(f"{path}: {error}; save it as UTF-8") from error
+        raise UnreadableFile("files that are not UTF-8", f"{error}; save it as UTF-8") from error
     for kind, detail in outline.left_out:
         left_out[kind].append(f"{identifier}: {detail}")
     sections = outline.sections()
@@ -138,7 +138,10 @@ def read_table(path: Path, left_out: LeftOut) -> Iterator[Document]:
                 if identifier in seen:
                     raise ValueError(f"an earlier row has the same id, {identifier}")
                 seen.add(identifier)
-                section = Section(record.get("section", "").strip(), blocks_of(record["text"].replace("\r", "\n")))
+                section = Section(
+                    record.get("section", "").strip(),
+                    blocks_of(record["text"].replace("\r\n", "\n").replace("\r", "\n")),
+                )
                 yield Document(identifier, record.get("title", "").strip(), [section])
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from error
@@ -160,29 +163,32 @@ def check_packages(paths: list[Path]) -> None:
 
 
 def read_source(source: Path, left_out: LeftOut, follow_links: bool = False) -> Iterator[Document]:
-    """All documents. Raises: FileNotFoundError, DataError."""
+    """All documents; which files there are is known when this returns. Raises: FileNotFoundError, DataError."""
     if source.is_dir():
         files = find_files(source, follow_links, left_out)
         check_packages(files)
-        for path in tqdm(files, "Documents", unit=" files", disable=None):
-            identifier = path.relative_to(source).as_posix()
-            try:
-                yield read_file(path, identifier, left_out)
-            except UnreadableFile as error:
-                tqdm.write(f"left out: {path}: {error}", file=sys.stderr)
-                left_out[error.kind].append(identifier)
-        return
+        return read_files(source, files, left_out)
     open_existing(source).close()
     if source.suffix.lower() in TABLES:
-        yield from tqdm(read_table(source, left_out), "Documents", unit=" rows", disable=None)
-    elif source.suffix.lower() in FORMATS:
-        check_packages([source])
-        try:
-            yield read_file(source, source.name, left_out)
-        except UnreadableFile as error:
-            raise DataError(f"{source}: {error}") from error
-    else:
+        return iter(tqdm(read_table(source, left_out), "Documents", unit=" rows", disable=None))
+    if source.suffix.lower() not in FORMATS:
         raise DataError(f"{source}: neither a folder nor one of {SUPPORTED}")
+    check_packages([source])
+    try:
+        return iter([read_file(source, source.name, left_out)])
+    except UnreadableFile as error:
+        raise DataError(f"{source}: {error}") from error
+
+
+def read_files(folder: Path, files: list[Path], left_out: LeftOut) -> Iterator[Document]:
+    """The documents in files of a folder, without those that cannot be read."""
+    for path in tqdm(files, "Documents", unit=" files", disable=None):
+        identifier = path.relative_to(folder).as_posix()
+        try:
+            yield read_file(path, identifier, left_out)
+        except UnreadableFile as error:
+            tqdm.write(f"left out: {path}: {error}", file=sys.stderr)
+            left_out[error.kind].append(identifier)
 
 
 def prepare(
@@ -191,8 +197,9 @@ def prepare(
     """Write the passages and print how many there are. Raises: FileNotFoundError, DataError."""
     left_out = LeftOut()
     documents = total = 0
+    found = read_source(source, left_out, follow_links)
     with writing(output) as write:
-        for document in read_source(source, left_out, follow_links):
+        for document in found:
             passages = passages_of(document.id, document.title, document.sections, words)
             if not passages:
                 left_out["empty documents"].append(document.id)
@@ -222,6 +229,8 @@ def main() -> None:
     )
     add_words_flag(parser)
     arguments = parser.parse_args()
+    if arguments.output.suffix.lower() in (*FORMATS, *TABLES):
+        parser.error(f"--output {arguments.output} would be one of the documents: give a name that ends in .jsonl")
     with exit_on_user_error(stopped="nothing was written"):
         most_names = None if arguments.list_left_out else MOST_NAMES
         prepare(arguments.source, arguments.output, arguments.words, arguments.follow_links, most_names)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import flags
 import packages
 from atlas.files.jsonl import DataError, decode, replacing
-from fetch import Download, digest, readable
+from fetch import Download, digest, readable, set_aside
 from sources import PackageFile
 
 Content = Iterable[dict | str] | Path  # rows of jsonl, lines of text, or a finished file that is moved
@@ -108,7 +107,7 @@ def write(path: Path, content: Content, ours: str | None) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, Path):
         sha256 = digest(content)
-        set_aside(path, (ours, sha256))
+        set_aside(path, ours, sha256)
         os.replace(content, path)
         print(f"{path}: {readable(path.stat().st_size)}")
         return sha256
@@ -122,18 +121,9 @@ def write(path: Path, content: Content, ours: str | None) -> str:
                 raise DataError(f"{path}, line {lines}: half of a surrogate pair in a string") from error
             checksum.update(line)
             file.write(line)
-        set_aside(path, (ours, checksum.hexdigest()))
+        set_aside(path, ours, checksum.hexdigest())
     print(f"{path}: {lines} lines")
     return checksum.hexdigest()
-
-
-def set_aside(path: Path, known: tuple[str | None, str]) -> None:
-    """Rename a file whose SHA-256 is none of these."""
-    if path.exists() and digest(path) not in known:
-        names = (path.with_name(f"{path.name}.old-{i}") for i in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        path.rename(kept)
-        print(f"{path} was not written by this script, or has changed since: it is kept as {kept.name}")
 
 
 def read_jsonl(path: Path, parse: Callable[[dict], dict]) -> list[dict]:

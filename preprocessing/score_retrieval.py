@@ -38,6 +38,7 @@ from tqdm import tqdm
 from atlas.files.jsonl import DataError, JsonlCorpus, replacing
 from atlas.files.qrels import Judgements, read_judgements
 from atlas.metrics import RECALL_AT, contains_answer, judged_metrics, ranking_metrics, simple_tokens
+from fetch import digest, set_aside
 from flags import at_least, exit_on_user_error
 
 
@@ -149,7 +150,8 @@ def score_files(paths: Sequence[Path], qrels: Path | None, run: Path | None, tag
     with ExitStack() as stack:
         if run:
             run.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(stack.enter_context(replacing(run)), "w", encoding="utf-8"))
+            beside = stack.enter_context(replacing(run))
+            file = stack.enter_context(open(beside, "w", encoding="utf-8"))
         for result in read_results(paths):
             if judgements is not None or run:
                 check_unique(result)
@@ -160,13 +162,16 @@ def score_files(paths: Sequence[Path], qrels: Path | None, run: Path | None, tag
                 written = run_scores(found)
                 changed += written != list(map(str, found))
                 file.writelines(run_lines(result, written, tag))
+        if run:
+            file.flush()
+            set_aside(run, digest(beside))
     scored: list[dict[str, float]] = [metrics for metrics in scores if metrics is not None]
     if not scored and not run:
         raise DataError(f"no query has {'answers' if judgements is None else f'a relevant passage in {qrels}'}")
     print(f"{len(scored):,} of {len(scores):,} queries have {'answers' if judgements is None else 'relevant passages'}")
     if judgements is not None:
         print(f"{len(judgements):,} queries are in {qrels}")
-    print_means(scored, longest)
+    print_means(scored, longest, at)
     if run:
         print(f"{run}: the passages of {len(scores):,} queries")
     if changed:
@@ -175,13 +180,15 @@ def score_files(paths: Sequence[Path], qrels: Path | None, run: Path | None, tag
         )
 
 
-def print_means(scored: Sequence[dict[str, float]], longest: int) -> None:
+def print_means(scored: Sequence[dict[str, float]], longest: int, at: Sequence[int]) -> None:
     """Print the mean of each metric, those at k up to the longest list's length."""
     for name in scored[0] if scored else ():
         k = int(name.partition("@")[2] or 0)
         mean = sum(metrics[name] for metrics in scored) / len(scored)
         if k <= longest:
             print(f"{name:<12}{mean:.4f}" if name == "mrr" else f"{name:<12}{100 * mean:.2f}")
+    if tuple(at) != RECALL_AT and at[-1] > longest:
+        print(f"nothing at a k above {longest}: no query has more passages")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import regex
 
 from atlas.files.jsonl import DataError, replacing
+from fetch import digest, set_aside
 from flags import at_least
 
 WORDS = 100
@@ -27,7 +28,8 @@ ABBREVIATION = re.compile(
     r"""ed|eds|fig|cf|vs|ca|c|approx|al|jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec)\.) ?$""",
     re.IGNORECASE,
 )
-LIST_ITEM = re.compile(r"[*\s]*\*\s*")
+LIST_ITEM = re.compile(r"(?:\s*\*+(?=\s|$))+\s*")
+INDENTED = re.compile(r" {2}|\t")
 # Scripts without spaces between words. Those of South-East Asia have one at the end of a phrase.
 EAST_ASIAN = r"\p{scx=Han}\p{scx=Hiragana}\p{scx=Katakana}\p{scx=Bopomofo}\p{scx=Yi}"
 SOUTH_EAST_ASIAN = (
@@ -99,16 +101,22 @@ def words_of(block: str) -> list[str]:
 def blocks_of(text: str) -> list[str]:
     """Paragraphs (between blank lines) and list items (lines that begin with `* `), without line ends.
 
+    A line below an item belongs to it if it is indented by two spaces or more, or a tab.
+
     Consecutive items are separated by semicolons, as in the paper, unless they already end with punctuation.
     """
     text = unwrapped(visible(text))
     blocks: list[str] = []
     fresh, in_list = True, False  # whether the next line starts a paragraph; whether the last block is a list item
+    wraps = False  # whether an item is in the line above
     for line in text.split("\n"):
         marker = LIST_ITEM.match(line)
         words = " ".join(line[marker.end() if marker else 0 :].split())
         if not words:
-            fresh = fresh or not marker
+            fresh, wraps = fresh or not marker, False
+            continue
+        if wraps and not marker and INDENTED.match(line):
+            blocks[-1] += " " + words
             continue
         if in_list and (marker or fresh) and blocks[-1][-1] not in ".!?:;,":
             blocks[-1] += ";" if marker else "."
@@ -117,7 +125,7 @@ def blocks_of(text: str) -> list[str]:
             in_list = bool(marker)
         else:
             blocks[-1] += " " + words
-        fresh = bool(marker)
+        fresh = wraps = bool(marker)
     return blocks
 
 
@@ -179,6 +187,8 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 def writing(path: Path) -> Iterator[Callable[[dict], None]]:
     """A function that writes a row to a jsonl file. The file gets its name only if the block succeeds.
 
+    Another file of this name is kept under a new one.
+
     Raises: DataError if a string has half of a surrogate pair.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,3 +201,5 @@ def writing(path: Path) -> Iterator[Callable[[dict], None]]:
                 raise DataError(f"{path}: half of a surrogate pair in {str(row.get('id'))!a:.60}") from error
 
         yield write
+        file.flush()
+        set_aside(path, digest(beside))

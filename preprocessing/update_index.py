@@ -76,6 +76,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--{next(iter(given))} is about embedding new passages: give --passages, or leave it out")
     if options.passages and options.model_path is None and options.retriever_model_path is None:
         parser.error("--passages needs the retriever that made the index: give --model_path or --retriever_model_path")
+    if options.delete_file and not options.delete_file.is_file():
+        what = "is a directory" if options.delete_file.is_dir() else "is not there"
+        parser.error(f"--delete_file {options.delete_file} {what}: give a file of ids, one on each line")
     try:
         config.check_flags(given)
     except ValueError as error:
@@ -130,7 +133,7 @@ def update(options: argparse.Namespace, device: "torch.device") -> None:
 def read_ids(file: Path) -> list[str]:
     """The ids in a file, one on each line; blank lines are skipped. Raises: ValueError, OSError."""
     try:
-        found = [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        found = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"--delete_file {file}: not UTF-8 (at byte {error.start})") from error
     if not found:

@@ -141,7 +141,7 @@ def test_docx():
         document.add_heading("The Title", 0)
         document.add_paragraph("Intro ").add_run("goes on.").bold = True
         document.add_heading("Diet", 1)
-        document.add_paragraph("ants", style="List Bullet")
+        document.add_paragraph("ants,\nred", style="List Bullet")
         document.add_paragraph("termites", style="List Number")
         document.add_heading("In winter", 2)
         document.add_paragraph("Snow.")
@@ -153,7 +153,7 @@ def test_docx():
 
     assert sections(read_docx(write_docx(fill))) == (
         "The Title",
-        [("", "Intro goes on."), ("Diet", "ants;|termites"), ("Diet: In winter", "Snow.|a b c|1 merged|End.")],
+        [("", "Intro goes on."), ("Diet", "ants, red;|termites"), ("Diet: In winter", "Snow.|a b c|1 merged|End.")],
     )
 
 
@@ -212,6 +212,7 @@ def test_a_folder_goes_on_and_names_what_it_could_not_read(tmp_path, capsys):
         "old.docx": b"\xd0\xcf\x11\xe0" + bytes(600),
         "deep.html": b"<div>" * 5000 + b"deep",
         "slides.pptx": b"",
+        "latin.txt": b"Gr\xf6\xdfe",
         "README": b"",
         os.fsdecode(b"\xff.zip"): b"",
         "t.csv": b"text\nx\n",
@@ -223,7 +224,8 @@ def test_a_folder_goes_on_and_names_what_it_could_not_read(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out.split("left out: ")[1] == (
         ".csv files (give a table by itself) 1, .png files 12, .pptx files 1, .zip files 1, damaged files 3, "
-        "encrypted .docx files 1, encrypted .pdf files 1, files without a suffix 1, scanned .pdf files 1\n"
+        "encrypted .docx files 1, encrypted .pdf files 1, files that are not UTF-8 1, files without a suffix 1, "
+        "scanned .pdf files 1\n"
         "    .csv files (give a table by itself): t.csv\n"
         "    .png files: 00.png, 01.png, 02.png, 03.png, 04.png, 05.png, 06.png, 07.png, 08.png, 09.png and 2 more "
         "(--list_left_out names all)\n"
@@ -232,11 +234,12 @@ def test_a_folder_goes_on_and_names_what_it_could_not_read(tmp_path, capsys):
         "    damaged files: cut.docx, cut.pdf, deep.html\n"
         "    encrypted .docx files: old.docx\n"
         "    encrypted .pdf files: encrypted.pdf\n"
+        "    files that are not UTF-8: latin.txt\n"
         "    files without a suffix: README\n"
         "    scanned .pdf files: scanned.pdf\n"
     )
     sentences = said.err.splitlines()
-    assert len(sentences) == 6 and all(line.startswith(f"left out: {folder}/") for line in sentences)
+    assert len(sentences) == 7 and all(line.startswith(f"left out: {folder}/") for line in sentences)
     prepare(folder, tmp_path / "x.jsonl", 100, most_names=None)
     assert "10.png, 11.png\n" in capsys.readouterr().out
 

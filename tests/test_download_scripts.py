@@ -213,8 +213,9 @@ def test_checksums(origin, tmp_path):
         (["--model", "corpora/wiki/enwiki-dec2018"], "choose from models/atlas/base"),
         (["models/atlas/xl", "--base_url", "file:///srv"], "only http:// and https://"),
         (["models/atlas/xl", "--base_url", "/srv"], "only http:// and https://"),
-        (["models/atlas/xl", "--parallel", "0"], "less than 1"),
-        (["models/atlas/xl", "--timeout", "nan"], "less than 0.01"),
+        (["models/atlas/xl", "--parallel", "0"], "0 is no number of at least 1"),
+        (["models/atlas/xl", "--timeout", "inf"], "inf is no number of at least 0.01"),
+        (["models/atlas/xl", "--timeout", "nan"], "no number of at least 0.01"),
     ],
 )
 def test_wrong_flags(tmp_path, words, expected):

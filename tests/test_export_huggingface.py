@@ -31,7 +31,7 @@ TEXTS = ["what is the river of Bako?", "The bird of Koriba is Selnu. " * 3, "a  
 def export(model_path, output, *words):
     """What the command gives, with the tiny models' configs where nothing else is said."""
     export_huggingface.main(["--model_path", str(model_path), "--output_directory", str(output), *map(str, words)])
-    assert not list(output.parent.glob("*.partial"))
+    assert not list(output.parent.glob(f"{output.name}.????????.partial"))
     return output
 
 
@@ -331,13 +331,14 @@ def test_refusals_leave_nothing(tmp_path, monkeypatch, capfd, words, status, sen
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "full/x").read_text() == "precious"
 
 
-def test_an_empty_directory_is_filled_and_a_left_over_is_cleared(tmp_path):
+def test_an_empty_directory_is_filled_and_nothing_else_is_touched(tmp_path):
     checkpoint = untie(tmp_path / "checkpoint")
     (tmp_path / "export").mkdir()
-    (tmp_path / "export.partial").mkdir()
-    (tmp_path / "export.partial/reader").mkdir()
+    (tmp_path / "export.partial/reader").mkdir(parents=True)
     export(checkpoint, tmp_path / "export", *models())
     assert (tmp_path / "export/reader/model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "export", "export.partial"]
+    assert (tmp_path / "export.partial/reader").is_dir()
 
 
 def test_the_flags_of_a_run_are_kept_with_a_checkpoint(trained, tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, BertModel, T5ForConditionalGeneration
 
 import make_tiny_models as tiny
 from atlas.model.tokenization import load_reader_tokenizer, load_retriever_tokenizer
+from tests.kit import write_jsonl
 
 SYLLABLES = ["ba", "ko", "ri", "nu", "sel", "tam", "vor", "eth", "lin", "gra", "dus", "mon"]
 
@@ -108,6 +109,11 @@ def test_lexical_start_finds_passages_by_rare_words(models, texts):
 def test_a_missing_corpus_is_named_with_the_remedy(tmp_path):
     with pytest.raises(SystemExit, match=r"passages.jsonl does not exist; create it with: .*prepare_demo"):
         tiny.read_texts(tmp_path / "passages.jsonl")
+
+
+def test_texts_are_those_of_any_corpus(tmp_path):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"id": "1", "title": "T", "text": "a\u2028b"}])
+    assert tiny.read_texts(corpus) == ["T:  a\u2028b"]
 
 
 def test_the_command_builds_models_of_a_corpus(tmp_path, monkeypatch, capsys):

@@ -100,7 +100,7 @@ def test_a_table(tmp_path, capsys, name):
     rows = [
         ["Text", "title", "id", "section", "year", ""],
         ['She said "yes",\nand\ttwo. ' + "word " * 200_000, "Quoted", "q1", "S", "1", ""],
-        ["short\r\n\r\n* item", "", "", "", "", ""],
+        ["short\r\n\r\n* item\r\n\r\n中文\r\n中文", "", "", "", "", ""],
         ["", "Empty", "e", "", "", ""],
     ]
     with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
@@ -109,7 +109,7 @@ def test_a_table(tmp_path, capsys, name):
     made = read_jsonl(tmp_path / "made.jsonl")
     assert made[0]["text"].startswith('She said "yes", and two. word')
     assert {(row["title"], row["section"]) for row in made[:-1]} == {("Quoted", "S")}
-    assert made[-1] == {"id": "2-0", "title": "", "section": "", "text": "short item"} and len(made) > 2000
+    assert made[-1] == {"id": "2-0", "title": "", "section": "", "text": "short item. 中文中文"} and len(made) > 2000
     assert capsys.readouterr().out.endswith(
         "left out: columns 2, empty documents 1\n    columns: year, (without a name)\n    empty documents: e\n"
     )
@@ -118,8 +118,8 @@ def test_a_table(tmp_path, capsys, name):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("d/latin.txt", "Größe".encode("latin-1"), r"d/latin.txt: not UTF-8 \(byte 0xf6 at position 3\); save it as"),
-        ("d/wide.md", "x".encode("utf-16"), "d/wide.md: not UTF-8"),
+        ("latin.txt", "Größe".encode("latin-1"), r"latin.txt: not UTF-8 \(byte 0xf6 at position 3\); save it as UTF-8"),
+        ("d/wide.md", "x".encode("utf-16"), "d: contains no text .*; left out: files that are not UTF-8 1$"),
         ("d/empty.txt", b"", "contains no text"),
         ("d/x.pdf", b"%PDF", "contains no text .*; left out: damaged files 1$"),
         ("x.pdf", b"%PDF", "x.pdf: damaged .PdfStreamError: "),
@@ -140,7 +140,23 @@ def test_mistakes_get_one_sentence(tmp_path, name, content, words):
     source = path.parent if name.startswith("d/") else path
     with pytest.raises(DataError, match=words):
         prepare(source, tmp_path / "made/corpus.jsonl", 100)
-    assert not list((tmp_path / "made").iterdir())
+    assert not list(tmp_path.glob("made/*"))
+
+
+@pytest.mark.processes
+def test_an_output_that_would_be_a_document_is_refused(tmp_path):
+    source = write(tmp_path, **{"a.csv": "text\nx\n"}) / "a.csv"
+    done = run_script("prepare_corpus", source, "--output", source)
+    assert (
+        done.returncode == 2 and "a.csv would be one of the documents: give a name that ends in .jsonl" in done.stderr
+    )
+    assert source.read_text() == "text\nx\n"
+
+
+def test_a_corpus_in_the_folder_is_not_in_the_report(tmp_path, capsys):
+    folder = write(tmp_path, **{"a.txt": "x"})
+    prepare(folder, folder / "corpus.jsonl", 100)
+    assert capsys.readouterr().out.endswith("left out: nothing\n")
 
 
 @pytest.mark.processes
@@ -163,6 +179,10 @@ def test_the_script_says_it_in_one_sentence(tmp_path):
             "---\ntitle: 'Front: matter'\ntags: x\n---\nx\n- a\n+ b\n1. c\n\n> quoted\n> on",
             ("Front: matter", [("", "x|a;|b;|c.|quoted on")]),
         ),
+        ("---\nThis begins with a rule: text.\n\n---\nrest", ("name", [("", "This begins with a rule: text.|rest")])),
+        ("---\n# a comment\ntitle: T\ntags:\n- a\n  - b\n\nlang: de\n---\nx", ("T", [("", "x")])),
+        ("---\n---\nx", ("name", [("", "x")])),
+        ("\\*\\*kwargs\n\n```\n*p = 5;\n```", ("name", [("", "**kwargs|*p = 5;")])),
         (
             "see [the *docs*](http://x.y 'T'), [ref][1],![alt](a.png) <!-- gone\nno --> end\n\n[1]: http://y.z",
             ("name", [("", "see the docs, ref, end")]),

@@ -244,7 +244,8 @@ def test_a_package_has_no_few_shot_questions(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("value", "sentence"), [("two", "--parallel: invalid int value: 'two'"), ("0", "--parallel: 0 is less than 1")]
+    ("value", "sentence"),
+    [("two", "--parallel: invalid int value: 'two'"), ("0", "--parallel: 0 is no number of at least 1")],
 )
 def test_numbers_that_are_none(monkeypatch, capsys, value, sentence):
     monkeypatch.setattr("sys.argv", ["prepare_qa.py", "--parallel", value])

@@ -183,6 +183,18 @@ def test_the_tag_of_a_run_is_a_word(tmp_path, tag, monkeypatch, capsys):
     assert refused.value.code == 2 and "give one word" in capsys.readouterr().err
 
 
+def test_a_run_in_the_place_of_another_file(tmp_path, capsys):
+    results = write_jsonl(tmp_path / "r.jsonl", ROWS)
+    before = results.read_bytes()
+    score_files([results], None, results, "tag", (1, 50))
+    assert (tmp_path / "r.jsonl.old-1").read_bytes() == before and results.read_text().startswith("q1 Q0 d1 1 9.5 tag")
+    said = capsys.readouterr().out.splitlines()
+    assert "r.jsonl was there with other content, which is kept as r.jsonl.old-1" in said[0]
+    assert any(
+        line.startswith("nothing at a k above ") and line.endswith(": no query has more passages") for line in said
+    )
+
+
 @pytest.mark.processes
 def test_a_trec_run(tmp_path):
     without = ROWS[2] | {"id": None, "passages": [{"id": "d5", "text": ""}, {"id": "d4", "text": ""}]}

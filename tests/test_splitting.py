@@ -104,6 +104,11 @@ def test_what_is_not_to_be_seen():
 def test_blocks():
     text = "A line\nand its\tend.\n\nSecond:\n* one\n** two.\n*\n* three\n\nThird\n* four\nFifth"
     assert blocks_of(text) == ["A line and its end.", "Second:", "one;", "two.", "three.", "Third", "four.", "Fifth"]
+    assert blocks_of("*args and **kwargs\n\n* *both*\n* * deeper\n*nor this") == [
+        "*args and **kwargs", "*both*;", "deeper.", "*nor this"
+    ]  # fmt: skip
+    wrapped = "* one is\n  long\n\tand wraps\n* two\n\n  indented"
+    assert blocks_of(wrapped) == ["one is long and wraps;", "two.", "indented"]
     assert blocks_of("") == blocks_of(" \n\n* \n") == []
 
 
@@ -137,4 +142,21 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
         for row in rows:
             write(row)
         assert not path.exists()
+    with writing(path) as write:
+        for row in rows:
+            write(row)
     assert [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] == rows
+    assert [path.name for path in path.parent.iterdir()] == ["passages.jsonl"]
+
+
+def test_another_file_of_that_name_is_kept(tmp_path, capsys):
+    path = tmp_path / "mine.txt"
+    for content in ("precious", "precious, too"):
+        path.write_text(content)
+        with writing(path) as write:
+            write({"id": "a"})
+    assert path.read_text() == '{"id": "a"}\n'
+    assert [(tmp_path / f"mine.txt.old-{i}").read_text() for i in (1, 2)] == ["precious", "precious, too"]
+    assert capsys.readouterr().out.splitlines()[0] == (
+        f"{path} was there with other content, which is kept as mine.txt.old-1"
+    )

@@ -576,6 +576,8 @@ def test_two_ranks_evaluate_an_updated_index_as_one_built_anew(town_index, tmp_p
     [
         ("", "nothing is to be done: give --passages, --delete, --delete_file or --compact"),
         ("--passages x.jsonl", "--passages needs the retriever that made the index: give --model_path or"),
+        ("--delete_file gone.txt", "--delete_file gone.txt is not there: give a file of ids, one on each line"),
+        ("--delete_file .", "--delete_file . is a directory: give a file of ids"),
         ("--delete 1 --text_maxlength 9", "--text_maxlength is about embedding new passages: give --passages, or"),
         ("--passages x --model_path m --text_maxlength 2", "--text_maxlength 2 is too small: it must be at least 3"),
         ("--passages x --model_path m --retriever_format {name}", "--retriever_format"),
@@ -585,6 +587,11 @@ def test_wrong_flags_are_refused_by_name(words, said, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_options(["index", *words.split()])
     assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_file_of_ids(tmp_path):
+    (tmp_path / "gone.txt").write_bytes("\ufeffp1\r\n\n p2 ".encode())
+    assert read_ids(tmp_path / "gone.txt") == ["p1", "p2"]
 
 
 @pytest.mark.parametrize(
