@@ -23,7 +23,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from atlas.runtime.device import available_cores, cpu_prefers_bf16
+from atlas.runtime.device import cpu_prefers_bf16
+from atlas.runtime.launch import available_cores
 from benchmarks.compressed import table
 from benchmarks.evidence import percent, significance, verdict
 from benchmarks.real_bench import (

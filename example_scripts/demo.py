@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from atlas.metrics import exact_match, retrieval_metrics
-from atlas.runtime.device import available_cores
+from atlas.runtime.launch import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = Path("models/tiny")  # pretrained by example_scripts/demo_pretrain.py

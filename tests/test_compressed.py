@@ -524,8 +524,7 @@ def test_tables_that_a_gpu_has_no_room_for_in_fp32_are_in_fp16(told, monkeypatch
 def test_beside_gpus_faiss_has_all_cores_of_the_rank(monkeypatch):
     """Under torchrun a process has one thread, and with GPUs its cores are idle otherwise."""
     before, asked = faiss.omp_get_max_threads(), []
-    monkeypatch.setattr(compressed.devices, "available_cores", lambda: 16)
-    monkeypatch.setattr(compressed.distributed, "local_world_size", lambda: 4)
+    monkeypatch.setattr(compressed.distributed, "cores", lambda: 4)
     monkeypatch.setattr(faiss, "omp_set_num_threads", asked.append)
     make_index("SQ4", 200)
     assert 4 not in asked
@@ -536,8 +535,7 @@ def test_beside_gpus_faiss_has_all_cores_of_the_rank(monkeypatch):
 @pytest.mark.parametrize(("device", "threads"), [(torch.device("cpu"), 3), (CUDA, 4)])
 def test_another_thread_encodes_with_as_many_as_the_rank_has(monkeypatch, tmp_path, device, threads):
     """OpenMP's number of threads is that of the calling thread, and it is another one that encodes at a refresh."""
-    monkeypatch.setattr(compressed.devices, "available_cores", lambda: 16)
-    monkeypatch.setattr(compressed.distributed, "local_world_size", lambda: 4)
+    monkeypatch.setattr(compressed.distributed, "cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     workers = []
 

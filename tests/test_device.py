@@ -1,6 +1,7 @@
 """Choices that depend on the device. There is none here but a CPU, so torch's answers about GPUs are replaced."""
 
 import os
+import random
 import socket
 import warnings
 
@@ -90,18 +91,47 @@ def test_ranks_that_are_started_without_torchrun_do_not_share_a_gpu(monkeypatch)
     assert distributed.local_rank() == 1
 
 
-def test_cores_are_those_that_the_process_may_use(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    assert devices.available_cores() == 1 and devices.tokenizer_processes(1) == 1
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert devices.available_cores() == 64
+PINNED = [(4096, 10240), (4096, 4096), (2048, 5120), (768, 2048), (32128, 2048), (17,), (0, 3), ()]
+
+
+def test_pinned_memory_is_shared_by_tensors(monkeypatch):
+    """Blocks are powers of two, as torch makes of everything; the matrices of T5 XL fill nearly all of theirs."""
+    blocks = []
+
+    def pinned(self, size):
+        blocks.append(size)
+        return torch.empty(size, dtype=torch.uint8, device="meta")
+
+    monkeypatch.setattr(devices.PinnedMemory, "_pinned", pinned)
+    memory = devices.PinnedMemory()
+    for shape in map(torch.Size, PINNED):
+        for dtype in (torch.float32, torch.uint8):
+            tensor = memory.empty(shape, dtype)
+            assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+    given = len(blocks)
+    for _ in range(400):
+        memory.empty(torch.Size((2048, 5120)), torch.float32)
+    assert all(size == 1 << size.bit_length() - 1 for size in blocks)
+    assert sum(blocks[given:]) < 1.1 * 400 * 2048 * 5120 * 4
+    assert len(blocks) < 40
+
+
+def test_tensors_in_pinned_memory_do_not_meet(monkeypatch):
+    monkeypatch.setattr(devices.PinnedMemory, "_SMALLEST", 1 << 12)
+    monkeypatch.setattr(devices.PinnedMemory, "_pinned", lambda self, size: torch.empty(size, dtype=torch.uint8))
+    memory, chance = devices.PinnedMemory(), random.Random(0)
+    shapes = [torch.Size((chance.randrange(40), chance.randrange(40))) for _ in range(200)]
+    tensors = [
+        memory.empty(shape, chance.choice([torch.float32, torch.uint8])).fill_(i) for i, shape in enumerate(shapes)
+    ]
+    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        assert tensor.shape == shape and (tensor == i).all()
 
 
 def test_a_process_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
     gpus(monkeypatch, 1)
     assert pick_device("auto", 3, sees_own_gpus=True) == torch.device("cuda", 0)
-    with pytest.raises(ValueError, match="needs a GPU of its own"):
+    with pytest.raises(ValueError, match="needs a GPU of its own, and it has 1: use srun --gpus-per-task 1"):
         pick_device("auto", 3)
     gpus(monkeypatch, 4)
     assert pick_device("auto", 3, sees_own_gpus=True) == torch.device("cuda", 3)

@@ -24,7 +24,7 @@ from atlas.runtime.session import StopSignals
 from atlas.tasks.data import Data
 from atlas.training.trainer import Trainer
 from tests.kit import command_line, logged, make_task, read_jsonl, recorded, run, run_on, slow, write_jsonl
-from tests.patience import HANG_SECONDS, wait_until
+from tests.patience import HANG_SECONDS, free_port, wait_until
 from tests.programs import TORCHRUN, Program
 from tests.ranks import run_on_ranks, warm
 from train import train
@@ -401,6 +401,31 @@ def test_torchrun_starts_a_run_again_whose_rank_was_killed(tmp_path):
             break
     assert losses_by_step(directory) == losses_by_step(straight)
     assert read_jsonl(directory / "dev-step-30.jsonl") == read_jsonl(straight / "dev-step-30.jsonl")
+
+
+@pytest.mark.slow
+def test_two_machines_start_again_together(tmp_path):
+    """torchrun's count of restarts is 1 where the rank was killed, and 0 on the other machine.
+
+    `--restart` is followed when the run is launched, and not when torchrun starts it again.
+    """
+    flags = {"total_steps": 30, "save_freq": 2, "restart": True, **FLAGS}
+    straight = run_on(2, tmp_path, name="straight", **flags)
+    port, line = free_port(), command_line(tmp_path, name="killed", **flags)
+    run_on(2, tmp_path, name="killed", **flags | {"total_steps": 1})  # what --restart sets aside
+    launcher = [sys.executable, *TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3, "--rdzv_id", 7]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    launcher += ["--monitor-interval", 0.2]
+    agents = [start(*launcher, "train.py", *line) for _ in range(2)]
+    for attempt in range(2):
+        wait_for_step(agents[0], tmp_path / "killed", 5 + 8 * attempt)
+        ranks = subprocess.run(["pgrep", "-P", str(agents[1].pid)], capture_output=True, text=True).stdout.split()
+        with contextlib.suppress(IndexError, ProcessLookupError):  # on a busy machine, the run was quicker
+            os.kill(int(ranks[-1]), signal.SIGKILL)
+    assert [agent.wait(HANG_SECONDS) for agent in agents] == [0, 0], [agent.stderr.read() for agent in agents]
+    assert losses_by_step(tmp_path / "killed") == losses_by_step(straight)
+    assert read_jsonl(tmp_path / "killed/dev-step-30.jsonl") == read_jsonl(straight / "dev-step-30.jsonl")
+    assert [path.name for path in tmp_path.glob("killed/checkpoint.before*")] == ["checkpoint.before-restart"]
 
 
 @pytest.mark.slow

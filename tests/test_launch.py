@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from atlas.runtime.launch import Launch, first_host, read_launch, read_timeout
+from atlas.runtime.launch import Launch, available_cores, first_host, read_launch, read_timeout, share_of_cores
 from tests.kit import read_jsonl, run, run_on
 from tests.patience import HANG_SECONDS, free_port
 from tests.ranks import rank_environment, warm
@@ -41,10 +41,46 @@ def test_what_is_said_explicitly_wins():
     assert under_torchrun == Launch(1, 2, 1, 2, "127.0.0.1", 29_500)
 
 
-@pytest.mark.parametrize("gpus", [{"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu=1"}])
+@pytest.mark.parametrize(
+    "gpus",
+    [
+        {"SLURM_GPUS_PER_TASK": "1"},
+        {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu=1"},
+        {"SLURM_NTASKS_PER_GPU": "1"},
+        *({"SLURM_GPU_BIND": how} for how in ("single:1", "verbose,per_task:1", "map_gpu:0,1", "mask_gpu:0x1,0x2")),
+    ],
+    ids=str,
+)
 def test_slurm_may_hide_the_gpus_of_other_tasks(gpus):
     assert read_launch(STEP | gpus).sees_own_gpus and not read_launch(STEP).sees_own_gpus
     assert not read_launch(STEP | gpus | rank_environment(1, 2, 29_500)).sees_own_gpus
+
+
+def test_binding_to_the_nearest_gpus_hides_none():
+    for how in ("closest", "none", "verbose"):
+        assert not read_launch(STEP | {"SLURM_GPU_BIND": how}).sees_own_gpus
+    assert not read_launch(STEP | {"SLURM_NTASKS_PER_GPU": "2"}).sees_own_gpus
+
+
+@pytest.mark.parametrize(
+    ("launch", "visible", "cores"),
+    [
+        ({}, 64, 64),
+        (rank_environment(1, 4, 29_500), 64, 16),
+        (rank_environment(1, 4, 29_500), 3, 1),
+        (STEP, 64, 32),
+        (STEP | {"SLURM_CPUS_PER_TASK": "8"}, 64, 8),
+        (STEP | {"SLURM_CPUS_PER_TASK": "8"}, 8, 8),  # bound to its own
+        (STEP | {"SLURM_CPUS_PER_TASK": "8"}, 1, 1),
+        (STEP | {"SLURM_CPUS_PER_TASK": "64"} | rank_environment(1, 4, 29_500), 64, 16),  # of all that torchrun started
+    ],
+)
+def test_the_cores_of_a_process(monkeypatch, launch, visible, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(visible)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert share_of_cores(read_launch(launch)) == cores
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cores() == 64
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_embedders_of_every_precision(uncentered, precision, error):
 @pytest.mark.processes
 def test_worker_processes_change_nothing(monkeypatch, one_by_one):
     monkeypatch.setattr(embedding, "WINDOW", 64)  # so that there are several windows
-    monkeypatch.setattr(embedding.devices, "tokenizer_processes", lambda local_world_size: 2)
+    monkeypatch.setattr(embedding.devices, "tokenizer_processes", lambda cores: 2)
     fast = make(world())
     fast.build()
     assert torch.allclose(fast.index.embeddings.float(), one_by_one.float(), atol=2e-3)

@@ -218,14 +218,15 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 
 def already_restarted(run_directory: Path) -> bool:
-    """Whether this is a job that SLURM starts again after it has followed its --restart. Collective."""
+    """Whether SLURM or torchrun starts this job again after it has followed its --restart. Collective."""
 
     def known() -> bool:
-        note, job = run_directory / RESTARTED_BY, distributed.slurm_job()
-        return distributed.is_requeued() and note.is_file() and note.read_text(encoding="utf-8") == job
+        note, job = run_directory / RESTARTED_BY, distributed.slurm_job() if distributed.is_requeued() else None
+        followed = note.read_text(encoding="utf-8").split("\n") if note.is_file() else []
+        return any(start in followed for start in (job, distributed.launch_id()) if start)
 
     if again := distributed.on_main("looking whether this job has started over", known):
-        log.info("--restart: this SLURM job has followed it before it was requeued, so the run resumes")
+        log.info("--restart: this job has followed it before it was started again, so the run resumes")
     return again
 
 
@@ -243,8 +244,8 @@ def set_aside(run_directory: Path) -> None:
             aside = next(run_directory / name for name in names if not os.path.lexists(run_directory / name))
             old.rename(aside)
             log.info("--restart: the checkpoints of the earlier run are in %s now", aside)
-        if job := distributed.slurm_job():
-            (run_directory / RESTARTED_BY).write_text(job, encoding="utf-8")
+        if starts := list(filter(None, (distributed.slurm_job(), distributed.launch_id()))):
+            (run_directory / RESTARTED_BY).write_text("\n".join(starts), encoding="utf-8")
 
     distributed.on_main("setting the earlier checkpoints aside", move)
 

@@ -101,7 +101,7 @@ class Windows(Dataset):
 
     def read_ahead(self) -> DataLoader:
         """All windows in their order, made by other processes where there are cores for them."""
-        processes = devices.tokenizer_processes(distributed.local_world_size()) if len(self) > 1 else 0
+        processes = devices.tokenizer_processes(distributed.cores()) if len(self) > 1 else 0
         return DataLoader(
             self,
             batch_size=None,

@@ -54,7 +54,7 @@ class IndexBuilder:
         if previous and previous.compressed and compression.kind is None:
             compression = replace(compression, kind=previous.type, nlist=None)
         self._passages, self._compression, self._device = passages, compression, device
-        self._threads = devices.cpu_threads(device, distributed.local_world_size())  # `add` is called by another thread
+        self._threads = devices.cpu_threads(device, distributed.cores())  # `add` is called by another thread
         self._codec = codec
         self._embeddings = self._codes = None
         self._largest_norm = 0.0  # bounds those of the codes, or of the embeddings where there are no codes yet
@@ -135,7 +135,7 @@ def compress(
     if factory == "flat":
         return ShardedIndex(index.passages, copy_to(index.embeddings, device), stored=index.stored)
     codec = codec or train_codec(index, factory, compression)
-    codes, largest_norm = encode(codec, index, devices.cpu_threads(device, distributed.local_world_size()))
+    codes, largest_norm = encode(codec, index, devices.cpu_threads(device, distributed.cores()))
     return index_of_codes(
         index.passages, index.embeddings, codec, codes, largest_norm, compression, device, stored=index.stored
     )

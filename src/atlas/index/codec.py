@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from atlas.index.flat import measure_largest_norm
-from atlas.runtime.device import available_cores
+from atlas.runtime.launch import available_cores
 
 try:
     import faiss

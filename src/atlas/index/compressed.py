@@ -57,7 +57,7 @@ class CompressedIndex:
         self._nprobe = min(nprobe or codec.lists, codec.lists)
         gpu = device if device is not None and device.type != "cpu" else None
         if gpu is not None:
-            faiss.omp_set_num_threads(devices.cpu_threads(gpu, distributed.local_world_size()))
+            faiss.omp_set_num_threads(devices.cpu_threads(gpu, distributed.cores()))
         centroids = codec.centroids()
         if gpu is not None and (reason := _why_not_on_gpu(codec, self._nprobe)):
             log.warning("The CPU searches the index: %s", reason)

@@ -13,8 +13,6 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from atlas.runtime.launch import available_cores
-
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast; fp32 and tf32 do without
 
 
@@ -46,7 +44,8 @@ def pick_device(asked: str, local_rank: int, *, sees_own_gpus: bool = False) -> 
     if local_rank >= gpus:
         raise ValueError(
             f"--device {asked}: process {local_rank} (from 0) of this machine needs a GPU of its own, and it has "
-            f"{gpus}: use srun --ntasks-per-node {gpus} or torchrun --nproc_per_node {gpus}, or use --device cpu"
+            f"{gpus}: use srun --gpus-per-task 1, or as many processes as GPUs (srun --ntasks-per-node {gpus}, "
+            f"torchrun --nproc_per_node {gpus}), or --device cpu"
         )
     torch.cuda.set_device(local_rank)
     _choose_kernels()
@@ -69,17 +68,12 @@ def describe(device: torch.device) -> str:
     return f"the CPU ({threads} thread{'s' if threads > 1 else ''})"
 
 
-def cores_per_rank(local_world_size: int) -> int:
-    """The share of a rank in the cores of its machine, at least one."""
-    return max(1, available_cores() // local_world_size)
-
-
-def cpu_threads(device: torch.device, local_world_size: int) -> int:
+def cpu_threads(device: torch.device, cores: int) -> int:
     """Threads of what the CPU does for a process that computes on this device. To be asked in the main thread.
 
-    Beside a GPU they are the rank's share of the cores, which are idle, while torchrun has set the number to one.
+    Beside a GPU they are as many as its `cores`, which are idle, while torchrun has set the number to one.
     """
-    return cores_per_rank(local_world_size) if device.type == "cuda" else torch.get_num_threads()
+    return cores if device.type == "cuda" else torch.get_num_threads()
 
 
 def check_precision(device: torch.device, precision: str, flag: str) -> None:
@@ -201,9 +195,9 @@ def cpu_precision() -> str:
     return "bf16" if cpu_prefers_bf16(torch.device("cpu")) else "fp32"
 
 
-def tokenizer_processes(local_world_size: int) -> int:
-    """Worker processes that tokenize ahead while this rank embeds."""
-    return min(8, cores_per_rank(local_world_size))
+def tokenizer_processes(cores: int) -> int:
+    """Worker processes that tokenize ahead while a rank with so many cores embeds."""
+    return min(8, cores)
 
 
 def single_threaded_worker(worker: int) -> None:
@@ -237,15 +231,39 @@ def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def copy_to_cpu(tensor: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
-    """A tensor in the CPU's memory, in that of `place` if there is one. Nobody waits for the copy: `synchronize` does.
+class PinnedMemory:
+    """Memory of the CPU that stays in place, so that nobody waits for copies between it and a GPU.
 
-    The memory stays in place, so the way back to the device needs no wait either. On a CPU it is the tensor itself.
+    torch rounds the size of each pinned tensor up to a power of two, which for T5's matrices is a third more memory.
+    Here tensors share blocks of such a size.
+    """
+
+    _SMALLEST, _LARGEST = 1 << 26, 1 << 30  # blocks, in bytes
+
+    def __init__(self) -> None:
+        self._block, self._free = self._SMALLEST // 2, torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with arbitrary values."""
+        size = shape.numel() * dtype.itemsize
+        if size > len(self._free):
+            self._block = min(2 * self._block, self._LARGEST)
+            self._free = self._pinned(max(self._block, 1 << (size - 1).bit_length()))
+        taken, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        return taken.view(dtype).view(shape)
+
+    def _pinned(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def copy_to_cpu(tensor: torch.Tensor, place: torch.Tensor | None, memory: PinnedMemory) -> torch.Tensor:
+    """A tensor in `place`, or anywhere in `memory`. Nobody waits for the copy: `synchronize` does.
+
+    On a CPU it is the tensor itself.
     """
     if tensor.device.type == "cpu":
         return tensor
-    if place is None:
-        place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    place = memory.empty(tensor.shape, tensor.dtype) if place is None else place
     return place.copy_(tensor, non_blocking=True)
 
 

@@ -11,6 +11,7 @@ import re
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TextIO, TypeVar
@@ -18,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 import torch.distributed as dist
 
-from atlas.runtime.launch import DEFAULT_TIMEOUT_SECONDS, Launch, read_launch, read_timeout
+from atlas.runtime.launch import DEFAULT_TIMEOUT_SECONDS, Launch, read_launch, read_timeout, share_of_cores
 from atlas.runtime.messages import pack, pack_error, unpack, unpack_error
 
 # How long a rank waits for another one that sends nothing before it gives up with a message.
@@ -28,6 +29,7 @@ NAME_SECONDS = 60.0  # until the name of a machine that has just started is know
 
 T = TypeVar("T")
 _store: dist.Store | None = None  # also carries the heartbeats of `progress`
+_launch_id: str | None = None
 _last_heartbeat = 0.0
 _waits = 0
 _stacks: TextIO | None = None  # where the stack of this rank goes if it gives no sign of life
@@ -69,18 +71,45 @@ def start(device_type: str) -> None:
 
 
 def _join(launch: Launch, device_type: str) -> dist.Store:
+    global _launch_id
     timeout = timedelta(seconds=TIMEOUT_SECONDS)
     os.environ.update(MASTER_ADDR=launch.address, MASTER_PORT=str(launch.port))
     place = f"env://?rank={launch.rank}&world_size={launch.world_size}"
     store, rank, world_size = next(dist.rendezvous(place, timeout=timeout))
     store.set_timeout(timeout)
+    _launch_id = store.compare_set("launch", "", uuid.uuid4().hex).decode()
     # torchrun's store survives a restart: without a prefix, ranks would find the addresses of dead processes in it.
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.PrefixStore(_name_of_start(store, rank, world_size), store)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
     )
     return store
+
+
+def _name_of_start(store: dist.Store, rank: int, world_size: int) -> str:
+    """The same new name on all ranks, whatever earlier starts have left in the store.
+
+    torchrun's own count of restarts is another one on each machine. Every rank leaves a name that nobody has had. Rank
+    0 publishes all that are there, its own first, until each rank has found its own among them.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + TIMEOUT_SECONDS
+    store.set(f"name of {rank}", own)
+    found = [f"{own} found by {other}" for other in range(1, world_size)]
+    while True:
+        if rank == 0:
+            names = store.multi_get([f"name of {other}" for other in range(world_size)])
+            store.set("names", b",".join(names))
+            if not found or store.check(found):
+                return own
+        elif store.check(["names"]):
+            names = store.get("names").decode().split(",")
+            if own in names:
+                store.set(f"{names[0]} found by {rank}", "")
+                return names[0]
+        if time.monotonic() > end:
+            raise RuntimeError(f"{'not all ranks have' if rank == 0 else 'rank 0 has not'} come in {TIMEOUT_SECONDS} s")
+        time.sleep(0.05)
 
 
 def _wait_for_name(host: str) -> None:
@@ -130,10 +159,9 @@ def sees_own_gpus() -> bool:
     return launch is not None and launch.sees_own_gpus
 
 
-def local_world_size() -> int:
-    """Number of processes of the job on this machine."""
-    launch = launched()
-    return launch.local_world_size if launch else 1
+def cores() -> int:
+    """The cores that this process has for itself, at least one."""
+    return share_of_cores(launched())
 
 
 def is_main() -> bool:
@@ -215,6 +243,11 @@ def slurm_job() -> str | None:
 def is_requeued() -> bool:
     """Whether SLURM has started this process's job before."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+def launch_id() -> str | None:
+    """What no other launch of the ranks is called; torchrun's restarts are of one launch. None: a plain process."""
+    return _launch_id
 
 
 def gather_alike(rows: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ class Launch:
     address: str  # where rank 0 waits for the others
     port: int
     sees_own_gpus: bool = False  # and not those of the other processes on its machine
+    own_cores: int | None = None  # which no other process has, if that is said
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch | None:
@@ -49,8 +50,17 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
         _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else 1,
         environment["MASTER_ADDR"],
         _number(environment, "MASTER_PORT", 1, 2**16 - 1),
-        by_slurm and ("SLURM_GPUS_PER_TASK" in environment or "gres/gpu" in environment.get("SLURM_TRES_PER_TASK", "")),
+        by_slurm and _hides_gpus(environment),
+        _number(environment, "SLURM_CPUS_PER_TASK", 1) if by_slurm and "SLURM_CPUS_PER_TASK" in environment else None,
     )
+
+
+def share_of_cores(launch: Launch | None) -> int:
+    """The cores of a process, at least one: its own, or its share of those that all of its machine may use."""
+    cores = available_cores()
+    if launch is None:
+        return cores
+    return min(cores, launch.own_cores) if launch.own_cores else max(1, cores // launch.local_world_size)
 
 
 def read_timeout(environment: Mapping[str, str]) -> float:
@@ -81,6 +91,16 @@ def _is_slurm_step(environment: Mapping[str, str]) -> bool:
     """Whether srun has started this process and others; not so in the script of a job, or in an interactive shell."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
     return tasks.isdecimal() and int(tasks) > 1 and "SLURM_PROCID" in environment
+
+
+def _hides_gpus(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM lets each task see only GPUs of its own."""
+    return (
+        "SLURM_GPUS_PER_TASK" in environment
+        or "gres/gpu" in environment.get("SLURM_TRES_PER_TASK", "")
+        or environment.get("SLURM_NTASKS_PER_GPU") == "1"
+        or re.search("single:|per_task:|map_gpu:|mask_gpu:", environment.get("SLURM_GPU_BIND", "")) is not None
+    )
 
 
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ weights (FSDP2).
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -38,6 +39,8 @@ def shard_weights(
         block_dtype: the precision in which the blocks compute; the shards and the sum of the gradients stay fp32.
         forward_methods: names of the model's methods, besides `forward`, that run it.
     """
+    # The encoder's output is such a view. Nobody writes into it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     precision = MixedPrecisionPolicy(
         param_dtype=block_dtype, reduce_dtype=torch.float32 if block_dtype else None, cast_forward_inputs=False

@@ -66,7 +66,7 @@ class RankOptimizer:
         self.owner = owners_of(parameters) if spread else {}
         self._own = [p for p in self.owner or parameters if self.owner.get(p, distributed.rank()) == distributed.rank()]
         self._optimizer = _optimizer(settings, self._own, lr)
-        self._offload = settings.offload_optimizer
+        self._offload, self._memory = settings.offload_optimizer, devices.PinnedMemory()
         self._one_by_one = self._offload or self._name == "adamw8bit"
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {} if self._one_by_one else self._optimizer.state
         self._levels: tuple[Tensor, Tensor] | None = None
@@ -128,7 +128,8 @@ class RankOptimizer:
         if not self._offload:
             return own
         return {
-            key: devices.copy_to_cpu(value, before.get(key)) if value.dim() else value for key, value in own.items()
+            key: devices.copy_to_cpu(value, before.get(key), self._memory) if value.dim() else value
+            for key, value in own.items()
         }
 
     def _fetch(self, parameter: nn.Parameter, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
