@@ -93,6 +93,20 @@ def test_texts_without_words_and_no_queries(tmp_path):
     assert index.search([], 2).ids.shape == (0, 2)
 
 
+def test_words_with_marks_however_they_are_written(tmp_path):
+    """Accents composed or not, and scripts whose vowels are marks on letters."""
+    texts = ["Le cafe\u0301 de Ni\u0302mes", "Le caf\u00e9 de Paris", "हिन्दी भाषा", "தமிழ் மொழி", "हिन भाष"]
+    hits = opened(tmp_path, texts).search(["caf\u00e9 N\u00eemes", "cafe\u0301 Paris", "हिन्दी भाषा", "மொழி", "cafe"], 5)
+    assert hits.ids[:4, 0].tolist() == [0, 1, 2, 3]
+    assert (hits.scores > 0).sum(1).tolist() == [2, 2, 1, 1, 0]
+
+
+def test_words_without_marks_are_those_of_bm25s():
+    texts = [*TEXTS, "It's a 2nd_try, x y2 — größe, naïve; 東京 １２", "a b  cd\n\u200bef"]
+    theirs = pytest.importorskip("bm25s").tokenize(texts, stopwords=None, return_ids=False, show_progress=False)
+    assert bm25._tokenize(texts, "none", return_ids=False) == theirs
+
+
 def test_the_best_rows_are_those_of_a_sort():
     chance = np.random.default_rng(0)
     for n in range(1, 40):

@@ -99,13 +99,18 @@ def test_provenance_of_kilt_is_scored_by_pages(tmp_path):
 
 
 def test_metrics_by_judgements():
+    at = (1, 5, 10)
     passages = [{"id": "a", "page": 1}, {"id": "b", "page": 1}, {"id": "c", "page": 2}, {"id": "d"}, {"id": "e"}]
-    by_id = _by_judgements(passages, Judged({"c": 1, "e": 2, "x": 1}))
-    assert by_id["judged_recall@1"] == 0 and by_id["judged_recall@5"] == 2 / 3 and by_id["judged_mrr"] == 1 / 3
-    by_page = _by_judgements(passages, Judged({"2": 1}, "page"))
+    by_id = _by_judgements(passages, Judged({"c": 1, "e": 2, "x": 1}), at)
+    assert (
+        by_id["judged_recall@1"] == 0
+        and by_id["judged_recall@5"] == by_id["judged_recall@10"] == 2 / 3
+        and by_id["judged_mrr"] == 1 / 3
+    )
+    by_page = _by_judgements(passages, Judged({"2": 1}, "page"), at)
     assert by_page["judged_mrr"] == 1 / 2 and by_page["judged_recall@1"] == 0 and by_page["judged_recall@5"] == 1
-    assert _by_judgements(passages, Judged({"2": 1}, "wikipedia_id")) == {}
-    assert _by_judgements(passages, Judged({"a": 0})) == {}
+    assert _by_judgements(passages, Judged({"2": 1}, "wikipedia_id"), at) == {}
+    assert _by_judgements(passages, Judged({"a": 0}), at) == {}
 
 
 def test_judgements_of_a_field_that_no_passage_has_are_reported(tmp_path, caplog, monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import regex
 
 from atlas.metrics import (
+    RECALL_AT,
     accuracy,
     contains_answer,
     exact_match,
@@ -166,17 +167,17 @@ def ranking(length, hits, text="the answer is Rome"):
 
 
 def test_retrieval_metrics():
-    assert retrieval_metrics(ranking(20, {6, 9}), ["rome", "Roma"]) == {
+    assert retrieval_metrics(ranking(20, {6, 9}), ["rome", "Roma"], RECALL_AT[:4]) == {
         "recall@1": 0.0,
         "recall@5": 0.0,
         "recall@10": 1.0,
         "recall@20": 1.0,
         "mrr": 1 / 6,
     }
-    assert retrieval_metrics(ranking(3, {1, 2, 3}), ["Rome"]) == {"recall@1": 1.0, "mrr": 1.0}
+    assert retrieval_metrics(ranking(3, {2}), ["Rome"], (1, 5)) == {"recall@1": 0.0, "recall@5": 1.0, "mrr": 0.5}
     assert set(retrieval_metrics(ranking(100, {}), ["Rome"]).values()) == {0.0}  # its title is not looked at
     assert list(retrieval_metrics(ranking(100, {}), ["Rome"])) == [
         "recall@1", "recall@5", "recall@10", "recall@20", "recall@50", "recall@100", "mrr"
     ]  # fmt: skip
-    assert retrieval_metrics([], ["Rome"]) == {"mrr": 0.0}
-    assert retrieval_metrics(ranking(1, {1}), []) == {"recall@1": 0.0, "mrr": 0.0}
+    assert retrieval_metrics([], ["Rome"], (1,)) == {"recall@1": 0.0, "mrr": 0.0}
+    assert retrieval_metrics(ranking(1, {1}), [], (1,)) == {"recall@1": 0.0, "mrr": 0.0}

@@ -125,10 +125,25 @@ def test_a_long_question_is_cut_from_the_left(make, tokenizer):
         longer = begin + question[-len(kept) - 1 :] + end
         fits, too_long = (len(tokenizer.encode([text], eos=False)[0]) for text in (query, longer))
         assert fits == limit < too_long
+    options = {"A": words[: len(words) // 2], "B": "none"}  # they leave no room in 356 tokens, but in 511
+    assert make().process(LINE | {"options": options}, random.Random(0)).query.startswith("question: who? options: ")
     options = {"A": words, "B": "none"}  # nothing of the question is left then
     assert (
         make().process(LINE | {"options": options}, random.Random(0)).query.startswith("question:  options: (A) what")
     )
+
+
+def test_cut_questions_are_counted(make, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("atlas.runtime.tracking.log.propagate", True)
+    lines = [
+        LINE,
+        LINE | {"question": "what is the river " * 400},
+        LINE | {"options": {"A": "of a bird " * 400, "B": ""}},
+    ]
+    path = write_jsonl(tmp_path / "long.jsonl", lines)
+    Data(JsonlCorpus([path]), make(), seed=0, batch_size=1, rank=0, world_size=1)._check_all()
+    cut = f"{path}: 2 of 3 lines have a question that does not fit into 356 tokens with its options, which is cut"
+    assert [record.getMessage() for record in caplog.records if "cut" in record.getMessage()] == [cut]
 
 
 def test_joining_by_hand(make):

@@ -78,8 +78,10 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
     return any(answer in tokens for answer in answers if answer.strip())
 
 
-def retrieval_metrics(passages: Sequence[dict], answers: Sequence[str]) -> dict[str, float]:
-    """`recall@k` for k in RECALL_AT up to the number of passages, and `mrr`, of one ranked list.
+def retrieval_metrics(
+    passages: Sequence[dict], answers: Sequence[str], at: Sequence[int] = RECALL_AT
+) -> dict[str, float]:
+    """`recall@k` for each k of `at`, and `mrr`, of one ranked list, which may be shorter.
 
     recall@k is 1 if one of the first k passages contains an answer; mrr is 1 / rank of the first that does, 0 if none
     does. Only a passage's `text` counts, not its title.
@@ -87,7 +89,7 @@ def retrieval_metrics(passages: Sequence[dict], answers: Sequence[str]) -> dict[
     answers = [simple_tokens(answer) for answer in answers]
     ranks = (rank for rank, passage in enumerate(passages, 1) if contains_answer(passage["text"], answers))
     first = next(ranks, None)
-    metrics = {f"recall@{k}": float(first is not None and first <= k) for k in RECALL_AT if k <= len(passages)}
+    metrics = {f"recall@{k}": float(first is not None and first <= k) for k in at}
     return metrics | {"mrr": 1 / first if first else 0.0}
 
 

@@ -49,6 +49,7 @@ class Evaluator:
         self.answering = Answering(model, settings.model, settings.retriever_training, session.device, precision)
         self.results_directory = session.directory if settings.run.write_results else None
         self._unmeasured: set[str] = set()  # fields of passages that are judged, and which no passage has
+        self.recall_at = [k for k in RECALL_AT if k <= self.settings.n_context]
         self.in_nfc = settings.run.metric_unicode == "nfc"
         self.write_passages = self.results_directory is not None and not settings.run.dont_write_passages
         self.write_evidence = settings.run.write_evidence and self.write_passages and not settings.model.closed_book
@@ -121,9 +122,9 @@ class Evaluator:
         passages, scores = self._passages(examples, queries, data.task.filters_by_id)
         for example, of_query in zip(examples, passages or [], strict=bool(passages)):
             if answers := data.task.retrieval_answers(example):
-                _add(totals, retrieval_metrics(of_query, answers))
+                _add(totals, retrieval_metrics(of_query, answers, self.recall_at))
             if example.judged is not None:
-                judged = _by_judgements(of_query, example.judged)
+                judged = _by_judgements(of_query, example.judged, self.recall_at)
                 _add(totals, judged)
                 if not judged and any(relevance > 0 for relevance in example.judged.relevance.values()):
                     self._unmeasured.add(example.judged.field)
@@ -216,12 +217,11 @@ def _listed(metrics: Mapping[str, float]) -> str:
     return ", ".join(parts) or "nothing measured"
 
 
-def _by_judgements(passages: list[dict], judged: Judged) -> dict[str, float]:
+def _by_judgements(passages: list[dict], judged: Judged, at: Sequence[int]) -> dict[str, float]:
     """`judged_recall@k`, `judged_ndcg@k` and `judged_mrr`; none if no passage has the field that is judged."""
     if not any(judged.field in passage for passage in passages):
         return {}
     values = [str(passage.get(judged.field)) for passage in passages]
-    at = [k for k in RECALL_AT if k <= len(passages)]
     return {f"judged_{name}": value for name, value in judged_metrics(values, judged.relevance, at).items()}
 
 

@@ -5,9 +5,11 @@ What a word adds to the score of a passage is computed beforehand ("BM25S", Lù 
 how long they are is counted over all ranks, so that a score does not depend on how many there are.
 """
 
+import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from atlas.runtime.tracking import log, read_shares
 FUSED = 100  # passages of each ranking that are fused, at least
 RANK_OFFSET = 60  # of "Reciprocal rank fusion outperforms Condorcet and individual rank learning methods" (2009)
 TABLES = ("hashes", "starts", "rows", "weights")  # of a WordIndex
+SPLIT = 2  # a number for how texts are split into words: with another one, what is kept is made again
 CHUNK = 4096  # passages whose words are counted together
 
 
@@ -116,7 +119,16 @@ def _tokenize(texts: Sequence[str], stopwords: str, *, return_ids: bool = True) 
     Numbers of words and what they are by bm25s, or lists of words.
     """
     left_out = None if stopwords == "none" else stopwords
-    return import_bm25s().tokenize(list(texts), stopwords=left_out, return_ids=return_ids, show_progress=False)
+    tokenize = partial(import_bm25s().tokenize, stopwords=left_out, return_ids=return_ids, show_progress=False)
+    return tokenize([unicodedata.normalize("NFC", text) for text in texts], token_pattern=_word_pattern())
+
+
+@cache
+def _word_pattern() -> str:
+    """Runs of letters, digits and the marks on them (accents, vowels of Indic scripts), for `re`."""
+    marks = "".join(char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char)[0] == "M")
+    marked = rf"(?=[^\0-\xff])[{marks}]+\w*"  # the first part alone would do, but is tried for no ASCII
+    return rf"\w(?:\w+|{marked})(?:{marked})*"
 
 
 def open_word_index(
@@ -132,7 +144,7 @@ def open_word_index(
     Raises: DataError at a row that is not a passage.
     """
     rows = distributed.shard_rows(len(passages), distributed.rank(), distributed.world_size())
-    how = (template, settings.bm25_k1, settings.bm25_b, settings.bm25_stopwords, import_bm25s().__version__)
+    how = (template, settings.bm25_k1, settings.bm25_b, settings.bm25_stopwords, import_bm25s().__version__, SPLIT)
     facts = repr((fingerprint_of(passages), titles_joined(passages), how))
     source, kind = passages.sources[0], f"bm25.{rows.start}-{rows.stop}.safetensors"
     is_large = sum(path.stat().st_size for path in passages.paths) >= jsonl.CACHE_FROM

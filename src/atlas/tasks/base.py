@@ -1,6 +1,7 @@
 """The base class of all tasks, which is also the simplest task: a query and the text to generate for it."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ class Task:
             --leave_out_own_passage that is so for every task.
         examples_per_line: the most examples that `example` makes from a line.
         joins: whether the examples of a line are scored together, by `join`.
-        cuts: how often `cut` has cut a text.
+        cuts: how often something that lines have has been cut, by what it is.
     """
 
     metrics: tuple[str, ...] = ("accuracy",)
@@ -72,9 +73,9 @@ class Task:
     filters_by_id = False
     examples_per_line = 1
     joins = False
-    cuts = 0
 
     def __init__(self, setup: TaskSetup) -> None:
+        self.cuts: Counter[str] = Counter()
         self.answers_needed, self.passages_needed = setup.answers_needed, setup.passages_needed
         self.filters_by_id = self.filters_by_id or setup.flags.leave_out_own_passage
 
@@ -163,7 +164,7 @@ class Task:
         """The first LONGEST_TEXT characters of a text, or the last if `end`, so that no line fills the memory."""
         if len(text) <= LONGEST_TEXT:
             return text
-        self.cuts += 1
+        self.cuts[f"a text of more than {LONGEST_TEXT} characters"] += 1
         return text[-LONGEST_TEXT:] if end else text[:LONGEST_TEXT]
 
     def missing(self, record: Mapping, field: str) -> ValueError:

@@ -1,6 +1,7 @@
 """Batches of examples from a data file: the same examples at every number of ranks."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from atlas.files.jsonl import BadLine, DataError, JsonlCorpus
 from atlas.files.qrels import Judgements, read_judgements
 from atlas.model.inputs import count_filling
 from atlas.model.prompts import check_of_questions
-from atlas.model.tokenization import LONGEST_TEXT, ReaderTokenizer
+from atlas.model.tokenization import ReaderTokenizer
 from atlas.runtime import distributed
 from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
 from atlas.runtime.device import evaluation_batch_size
@@ -46,7 +47,7 @@ class Data:
         self.corpus, self.task, self.seed = corpus, task, seed
         self.judgements: Judgements | None = None  # by the queries' ids
         self.check_query: Callable[[str], None] | None = None  # says which queries are too long
-        self._cut_lines = 0  # lines with a text that was cut when they were checked
+        self._cut_lines: Counter[str] = Counter()  # lines of which something was cut, by what it is
         self._unread: set[str] = set()  # fields that the task does not read
         self._judged_lines = 0  # lines with an id that is in the judgements
         self._bad: list[BadLine] | None = None  # lines that cannot be read; None: the first one is an error
@@ -130,9 +131,8 @@ class Data:
             (np.packbits(share), len(share), self._cut_lines, sorted(self._unread), self._judged_lines)
         )
         shares, sizes, cuts, unread, judged = zip(*of_ranks, strict=True)
-        if sum(cuts):
-            long = f"a text of more than {LONGEST_TEXT} characters"
-            log.warning("%s: %d of %d lines have %s, which is cut", self.name, sum(cuts), len(self.corpus), long)
+        for what, n in sum(map(Counter, cuts), Counter()).items():
+            log.warning("%s: %d of %d lines have %s, which is cut", self.name, n, len(self.corpus), what)
         if fields := sorted(set().union(*unread)):
             more = f" and {len(fields) - 20} more" if len(fields) > 20 else ""
             log.info("%s: fields that are not read: %s%s", self.name, ", ".join(fields[:20]), more)
@@ -204,9 +204,9 @@ class Data:
         for start in range(0, len(lines), 1000):
             chunk = lines[start : start + 1000]
             for i, line in enumerate(chunk, start):
-                cuts = self.task.cuts
+                cuts = self.task.cuts.copy()
                 counts[i] = self.corpus.read(line, self._counts, self._bad) or False
-                self._cut_lines += self.task.cuts > cuts
+                self._cut_lines.update((self.task.cuts - cuts).keys())
             read(len(chunk))
         return counts
 

@@ -7,6 +7,7 @@ import random
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from itertools import islice, permutations
 from string import ascii_uppercase as LETTERS
 
@@ -35,7 +36,8 @@ class MultipleChoice(Task):
             flags.multiple_choice_train_permutations if setup.training else flags.multiple_choice_eval_permutations
         )
         # One token for </s>: truncating the reader's input must not remove the options at the end of the prompt.
-        self.prompt_tokens = min(PROMPT_TOKENS, setup.text_maxlength - 1)
+        most = setup.text_maxlength - 1
+        self.prompt_tokens = sorted({min(PROMPT_TOKENS, most), most})  # more where the options leave no room
         self.examples_per_line = self.n_orders(self.num_options)
         self.tokens = dict(zip(LETTERS[: self.num_options], self._letter_tokens(self.num_options), strict=True))
 
@@ -82,7 +84,8 @@ class MultipleChoice(Task):
         )
 
     def check(self, record: Mapping) -> bool:
-        self._read(record)
+        question, options, _ = self._read(record)
+        self._query(question, options)
         self.passages(record)
         return True
 
@@ -137,10 +140,16 @@ class MultipleChoice(Task):
         def query(start: int) -> str:
             return f"question: {question[start:]} options: {choices} answer: <extra_id_0>"
 
-        def fits(start: int) -> bool:
-            return len(self.tokenizer.encode([query(start)], eos=False)[0]) <= self.prompt_tokens
+        def fits(most: int, start: int) -> bool:
+            return len(self.tokenizer.encode([query(start)], eos=False)[0]) <= most
 
-        return query(0 if fits(0) else bisect_left(range(len(question)), True, lo=1, key=fits))
+        if fits(self.prompt_tokens[0], 0):
+            return query(0)
+        starts = (bisect_left(range(len(question)), True, key=partial(fits, most)) for most in self.prompt_tokens)
+        start = next((start for start in starts if start < len(question)), len(question))
+        if start:
+            self.cuts[f"a question that does not fit into {self.prompt_tokens[0]} tokens with its options"] += 1
+        return query(start)
 
     def _letter_tokens(self, n: int) -> list[int]:
         """The token that the reader generates after `<extra_id_0>` for each letter. Raises: ValueError."""
