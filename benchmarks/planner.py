@@ -81,13 +81,13 @@ def shapes_of(config: Config, passages: int | None) -> Shapes:
 
 
 def _described(flag: str, name: str) -> Any:
-    """What a model's config.json says. Raises: OSError."""
+    """What a model's config.json says. Raises: OSError; ValueError if it is of another kind."""
     with pretrained_errors(flag, name, "a model's config.json"), quiet_loading(name):
         found = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        wanted = {"--reader_model_type": "t5", "--retriever_model_path": "bert"}[flag]
-        if found.model_type != wanted:
-            raise ValueError(f"it is a {found.model_type}, and only {wanted} can be planned for")
-        return found
+    wanted = {"--reader_model_type": "t5", "--retriever_model_path": "bert"}[flag]
+    if found.model_type != wanted:
+        raise ValueError(f"{flag} {name} is a {found.model_type}: only a {wanted} can be planned for")
+    return found
 
 
 def passages_of(config: Config) -> int | None:
@@ -210,6 +210,8 @@ class Planner:
     def _refresh(self, config: Config) -> float | None:
         if self.shapes.retriever is None or self.shapes.passages is None:
             return None
+        if config.index.load_index_path is not None and not config.retriever_training.moves_passages:
+            return None  # nothing is embedded
         length = config.model.text_maxlength
         flops = self.shapes.passages * length * embedding_flops(self.shapes.retriever, length)
         precision = config.run.embedder_precision or "fp16"  # as on CUDA by default

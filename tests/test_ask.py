@@ -270,8 +270,17 @@ def test_the_flags_of_a_run_reach_its_files_from_anywhere(tmp_path):
     assert config.index.load_index_path == str(tmp_path / "index") and saved.example_files == [tmp_path / "dev.jsonl"]
     assert (config.model.n_context, config.tasks.task, config.model.reader_model_type) == (7, "qa", "t5")
     assert config.run.train_data == () and not config.retriever_training.train_retriever
-    other = config_for(saved, tmp_path, {"n_context": 3, "closed_book": True})
+    closed = find_saved(saved_run(tmp_path / "closed", closed_book=True))
+    other = config_for(closed, tmp_path, {"n_context": 3})
     assert other.index.load_index_path == str(tmp_path) and other.model.n_context == 3 and other.model.retrieves
+
+
+def test_what_is_searched_and_not_is_refused(tmp_path):
+    saved = find_saved(saved_run(tmp_path))
+    with pytest.raises(ValueError, match=r"--closed_book does without an index \(--index\): give one of both"):
+        config_for(saved, tmp_path, {"closed_book": True})
+    with pytest.raises(ValueError, match=r"--use_file_passages does without a corpus \(--passages\): give one of both"):
+        config_for(saved, None, {"use_file_passages": True, "passages": ["p.jsonl"]})
 
 
 @pytest.mark.parametrize(
@@ -422,6 +431,23 @@ def test_the_prompt(model, questions, type_lines, capsys):
 
 
 @pytest.mark.processes
+def test_a_question_without_memory_leaves_the_prompt(model, questions, type_lines, capsys, monkeypatch):
+    def encode(self, *arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atlas.evaluation.answering.Answering.encode", encode)
+        type_lines(model, [questions[0]])
+    type_lines(model, [questions[0]])
+    said = capsys.readouterr().out
+    assert (
+        "the memory is not enough: lower" in said
+        and "allocate 9 bytes" in said
+        and model.ask(questions[0]).text in said
+    )
+
+
+@pytest.mark.processes
 def test_the_prompt_answers_programs_with_json(model, questions, type_lines, capsys):
     type_lines(model, [questions[0], " ", "/help", questions[1]], as_json=True)
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -470,6 +496,7 @@ def test_the_command(trained, tmp_path):
         (["--serve", "--json"], "--json has no effect with --serve"),
         (["what?", "--serve"], "QUESTION has no effect with --serve"),
         (["--index", "i", "--passages", "p"], "--index has no effect with --passages"),
+        (["--k", "3", "--closed_book"], "--k has no effect with --closed_book"),
         (["--index", "gone"], "there is no index gone: give the directory of one that was saved"),
         (["--text_maxlength", "1"], "--text_maxlength 1 is too small"),
         (["what", "is"], "unrecognized arguments: is"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from atlas.files import lock
+from atlas.files.disk import FullDiskError
 from atlas.files.lock import holding
 from atlas.runtime import distributed
 from tests.kit import run, world
@@ -64,6 +65,16 @@ def test_a_file_that_was_removed_before_it_was_locked_is_none(tmp_path, monkeypa
     monkeypatch.setattr(fcntl, "flock", lock_too_late)
     with holding(path, "busy", "wait"):
         assert not is_free(path)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(FullDiskError, match="index.lock cannot be written"), holding(tmp_path / "index.lock", "", ""):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_locks_a_warning_says_so_once(tmp_path, monkeypatch, caplog):

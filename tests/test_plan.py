@@ -18,7 +18,7 @@ from benchmarks.cards import CARDS
 from benchmarks.memory import GIB, Settings, Step
 from benchmarks.planner import Machine, Planner, changed, changes, embedding_flops, passages_of, shapes_of
 from finetune_qa import PRESET
-from tests.kit import slow
+from tests.kit import language_model, slow
 
 FILES = ["--name", "run", "--train_data", "train.jsonl", "--eval_data", "test.jsonl"]
 MODELS = ["--reader_model_type", "google/t5-base-lm-adapt", "--load_index_path", "an_index"]
@@ -108,6 +108,12 @@ def test_a_model_that_cannot_be_found(capsys):
     with pytest.raises(SystemExit) as stop:
         plan.main([*COMMAND, "--reader_model_type", "./nowhere"])
     assert "--reader_model_type ./nowhere: there is no such directory" in str(stop.value.code)
+
+
+def test_a_language_model_cannot_be_planned_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        plan.main([*COMMAND, "--reader_model_type", str(language_model("llama"))])
+    assert re.search(r"--reader_model_type \S+ is a llama: only a t5 can be planned for", str(stop.value.code))
 
 
 def test_steps_that_take_the_same_are_taken_once(steps):
@@ -208,6 +214,13 @@ def test_the_index_is_as_large_as_its_kind():
     found = planner_of(config, gpus=8)
     assert found.index_bytes(config) == 4_000_000 * 1536
     assert found.index_bytes(changed(config, {"index_mode": "faiss", "faiss_index_type": "PQ96x4fs"})) == 4_000_000 * 48
+
+
+def test_an_index_that_is_opened_and_stays_costs_no_embedding():
+    config = config_of()  # an index is opened, and query embeddings alone learn
+    found, both, built = planner_of(config), {"query_side_retriever_training": False}, {"load_index_path": None}
+    assert found._refresh(config) is None
+    assert found._refresh(changed(config, both)) == found._refresh(changed(config, built)) > 0
 
 
 def test_operations_of_the_embedding():

@@ -7,6 +7,7 @@ import torch
 
 from atlas import preflight
 from atlas.config import parse_config
+from atlas.preflight import OF_TRAINING
 from atlas.runtime import distributed
 from tests.kit import command_line, read_jsonl, run, world, write_jsonl
 
@@ -76,23 +77,62 @@ def test_what_has_no_effect_is_said_once(tmp_path):
     flags |= {"lora_alpha": 4, "retriever_lora_rank": 2, "refresh_index": 2}
     search = {"total_steps": 1, "train_data": None, "retrieve_only": True}
     log = (run(tmp_path, "evaluate", write_results=False, **search, **flags) / "run.log").read_text()
-    for name, without in (
-        ("dont_write_passages", "--write_results"),
-        ("save_index_codes_only", "--save_index_path"),
-        ("generation_length_penalty", "more --generation_num_beams"),
-        ("bm25_k1", "--bm25_weight"),
-        ("bm25_stopwords", "--bm25_weight"),
-        ("lora_alpha", "--lora_rank"),
+    for said in (
+        "--reader_model_type, --target_maxlength, --generation_max_length, --generation_length_penalty have no effect "
+        "with --retrieve_only",
+        "--dont_write_passages has no effect without --write_results",
+        "--write_evidence has no effect where no passages that were read are written",
+        "--save_index_codes_only has no effect without --save_index_path",
+        "--bm25_k1, --bm25_stopwords have no effect without --bm25_weight",
+        "--lora_alpha has no effect without --lora_rank",
+        "--retriever_lora_rank has no effect in an evaluation: the adapters of a checkpoint are always used",
+        "--refresh_index has no effect where the passage encoder does not learn",
     ):
-        assert log.count(f"--{name} has no effect without {without}\n") == 1, log
-    assert log.count("--retriever_lora_rank has no effect in an evaluation: the adapters of a checkpoint are") == 1
-    assert "--write_evidence has no effect where no passages that were read are written\n" in log
-    assert log.count("--refresh_index has no effect where the passage encoder does not learn\n") == 1
+        assert log.count(f"] {said}\n") == 1, log
     with_effect = {"generation_num_beams": 2, "dont_write_passages": True, "generation_length_penalty": 0.5}
-    again = run(tmp_path, "evaluate", name="again", save_index_path=tmp_path / "index", **search, **with_effect)
+    with_effect |= dict.fromkeys(OF_TRAINING, None) | {"train_data": None}
+    again = run(tmp_path, "evaluate", name="again", save_index_path=tmp_path / "index", **with_effect)
     assert "no effect" not in (again / "run.log").read_text()
     opened = {"load_index_path": tmp_path / "index", "passages": None, "max_passages": 5}
     opened |= {"cache_passage_tokens": "on"}
     log = (run(tmp_path, "evaluate", name="opened", **search, **opened) / "run.log").read_text()
-    assert "--max_passages has no effect with --load_index_path: all of the saved passages are used\n" in log
+    assert "--max_passages has no effect with --load_index_path: all of the saved passages are used" in log
     assert "--cache_passage_tokens has no effect where no corpus is embedded\n" in log
+
+
+def effectless(tmp_path, program="train", **changes):
+    """What is said about flags without effect."""
+    directory = run(tmp_path, program, **{"total_steps": 1, "eval_data": None} | changes)
+    lines = [line.split("] ", 1)[1] for line in (directory / "run.log").read_text().splitlines() if "] " in line]
+    return [line for line in lines if " no effect " in line]
+
+
+def test_a_retriever_that_is_not_trained(tmp_path):
+    learns = {"query_side_retriever_training": True, "temperature_gold": 3.0, "freeze_retriever_steps": 1}
+    said = effectless(tmp_path, train_retriever=False, lr_retriever=None, temperature_score=None, **learns)
+    assert said == [
+        "--query_side_retriever_training, --freeze_retriever_steps, --temperature_gold have no effect without "
+        "--train_retriever"
+    ]
+    (said,) = effectless(tmp_path, name="closed", closed_book=True, train_retriever=True, passages=None)[:1]
+    assert said == "--train_retriever has no effect where nothing is retrieved"
+
+
+def test_what_is_for_training_is_named_in_an_evaluation(tmp_path):
+    flags = dict.fromkeys(OF_TRAINING, None) | {"lr": 1.0, "restart": True, "train_retriever": True}
+    flags |= {"train_data": world() / "train.jsonl", "eval_data": world() / "dev.jsonl"}
+    assert effectless(tmp_path, "evaluate", **flags) == [
+        "--train_data, --restart, --train_retriever, --lr have no effect in evaluate.py, which does not train"
+    ]
+
+
+def test_an_index_is_not_replaced_by_that_of_another_corpus(tmp_path, capsys):
+    search = dict.fromkeys(OF_TRAINING, None) | {"retrieve_only": True, "save_index_path": tmp_path / "index"}
+    run(tmp_path, "evaluate", **search)
+    before = sorted(path.name for path in (tmp_path / "index").iterdir())
+    others = write_jsonl(tmp_path / "others.jsonl", read_jsonl(world() / "passages.jsonl")[:50])
+    with pytest.raises(SystemExit):
+        run(tmp_path, "evaluate", name="others", **search | {"passages": others})
+    assert f"--save_index_path {tmp_path}/index holds an index of another corpus" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == before
+    run(tmp_path, "evaluate", name="again", **search)

@@ -88,6 +88,27 @@ def test_a_full_gpu_ends_with_where_advice_is(tmp_path, monkeypatch, capfd):
     assert said.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB)")
 
 
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:132] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                      "allocate 216243378240 bytes. Error code 12 (Cannot allocate memory)"), "216243378240 bytes"),
+        (MemoryError("Unable to allocate 1.00 TiB for an array with shape (1,) and data type float64"), "1.00 TiB"),
+        (MemoryError(), ""),
+    ],
+)  # fmt: skip
+def test_memory_that_is_not_enough_is_one_sentence(tmp_path, monkeypatch, capfd, error, size):
+    def retrieve(trainer, step):
+        raise error
+
+    monkeypatch.setattr(Trainer, "retrieve", retrieve)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, total_steps=1)
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 1 and "Traceback" not in said and size in said
+    assert "the memory is not enough: lower --per_gpu_batch_size, --n_context (--k)" in said
+
+
 def test_a_second_ctrl_c_after_a_while_ends_at_once_and_one_that_is_ignored_stays_so(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     ended = []

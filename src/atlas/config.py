@@ -550,10 +550,12 @@ def parse_config(
     options = vars(parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(FIELDS))))
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        origin = _origin(given) if program == "evaluate" else Origin()
+        origin = _origin(given) if program == "evaluate" else Origin(given=frozenset(given))
         with origin.explaining():
             config = _make_config(given, preset, origin)
             _check(config, program, runs_here)
+        if program == "evaluate":
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, train_data=()))
         if runs_here:
             _check_installed(config.run, asked="report_to" in given)
     except ValueError as error:
@@ -695,7 +697,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _make_parser(program: str, preset: dict[str, Any]) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"{program}.py", usage="%(prog)s [flags]", formatter_class=_Help)
+    parser = _Parser(prog=f"{program}.py", usage="%(prog)s [flags]", formatter_class=_Help, allow_abbrev=False)
     assert preset.keys() <= FIELDS.keys(), f"no such flags to preset: {preset.keys() - FIELDS.keys()}"
     for section in SECTIONS.values():
         group = parser.add_argument_group(section.__doc__)
@@ -804,15 +806,16 @@ def _same(here: Any, there: Any) -> bool:
 
 def _check(config: Config, program: str, runs_here: bool = True) -> None:
     """Refuse what cannot work, naming the flag, what was found and what to do. Raises ValueError."""
-    for name, value in config.flags().items():
-        _check_value(name, value)
+    flags = config.flags()
+    for name in sorted(flags, key=config.origin.given.__contains__, reverse=True):  # others may be computed of those
+        _check_value(name, flags[name])
     training = program not in ("evaluate", "ask")
     if runs_here:
         _check_files(config, None if program == "ask" else "train_data" if training else "eval_data")
     _check_combinations(config, training)
     if training:
         _check_adapters(config.optimisation, config.retriever_training)
-    _check_generation(config)
+    _check_generation(config, program)
     _check_index(config.index)
     _check_tasks(config.tasks)
     _check_reporters(config.run)
@@ -933,10 +936,13 @@ def _check_files(config: Config, needed: str | None) -> None:
     for name, paths in files.items():
         for path in paths:
             if not os.path.isfile(path):  # Path.is_file raises an error for names that are too long
-                raise ValueError(f"--{name}: there is no file {path}")
+                made = " (preprocessing/prepare_corpus.py makes a corpus of documents)" if name == "passages" else ""
+                found = f"{path} is a directory{made}" if os.path.isdir(path) else f"there is no file {path}"
+                raise ValueError(f"--{name}: {found}")
     for name, path in (("load_index_path", index.load_index_path), ("model_path", run.model_path)):
         if path not in (None, "none") and not os.path.isdir(path):
-            raise ValueError(f"--{name}: there is no directory {path}")
+            found = f"{path} is a file" if os.path.isfile(path) else f"there is no directory {path}"
+            raise ValueError(f"--{name}: {found}")
     _check_directory(run)
     if index.save_index_path is not None and os.path.isfile(index.save_index_path):
         raise ValueError(f"--save_index_path {index.save_index_path} is a file: give a directory, new or of an index")
@@ -979,10 +985,10 @@ def _check_installed(run: Run, asked: bool) -> None:
             raise ValueError(f"--report_to {name}: it is not installed here: {REPORTERS[name]}, or leave it out")
 
 
-def _check_generation(config: Config) -> None:
+def _check_generation(config: Config, program: str) -> None:
     """Refuse lengths that leave no answer. Raises ValueError."""
     most, least = config.model.generation_max_length, config.model.generation_min_length
-    if most < 2 and config.run.eval_data and not config.model.retrieve_only:
+    if most < 2 and (config.run.eval_data or program == "ask") and not config.model.retrieve_only:
         raise ValueError(f"--generation_max_length {most} is the start token alone: give the length of an answer")
     if least is not None and least > most:
         raise ValueError(

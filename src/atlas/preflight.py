@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atlas.config import FIELDS, OF_THE_MODEL, TOKENIZING_TASKS, Config, Index, Model, say
+from atlas.config import FIELDS, OF_THE_JUDGEMENT, OF_THE_MODEL, TOKENIZING_TASKS, Config, Index, Model, say
 from atlas.model.signals import MODES, PROMPT_MODES
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -23,6 +23,26 @@ from atlas.tasks.data import Data
 
 if TYPE_CHECKING:
     from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
+
+
+# Flags that have no effect where nothing is retrieved, generated, trained, or learnt by the retriever.
+SEARCHED = ("passages", "load_index_path", "save_index_path", "index_mode", "retrieve_with_rerank")
+GENERATING = (
+    *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
+    *("decoder_format", "decoder_prompt_format"),
+)
+OF_TRAINING = (
+    *("train_data", "shuffle", "save_freq", "eval_freq", "log_freq", "restart", "retriever_n_context"),
+    *("train_retriever", "query_side_retriever_training", "temperature_score", "freeze_retriever_steps"),
+    *("total_steps", "warmup_steps", "scheduler", "scheduler_steps", "lr", "lr_retriever", "optimizer"),
+    *("offload_optimizer", "weight_decay", "epsilon", "beta2", "clip", "dropout", "accumulation_steps"),
+    *("frozen_precision", "shard_optim", "shard_grads", "save_optimizer", "keep_checkpoints"),
+    *("use_gradient_checkpoint_reader", "use_gradient_checkpoint_retriever", "gradient_checkpoint_every"),
+)
+OF_DISTILLATION = (
+    *("query_side_retriever_training", "lr_retriever", "temperature_score", "freeze_retriever_steps"),
+    *("in_batch_negatives", "use_gradient_checkpoint_retriever"),
+)
 
 
 def check(config: Config, device: torch.device) -> None:
@@ -193,9 +213,13 @@ def _report_without_effect(config: Config, device: torch.device) -> None:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
+    without_effect: dict[str, list[str]] = {}
     for name, has_effect, without in (*_of_passages(config), *_of_training(config, device)):
-        if config.flags()[name] != FIELDS[name].default and not has_effect:
-            log.info("--%s has no effect %s", name, without)
+        told = {flag for flags in without_effect.values() for flag in flags}
+        if name in config.origin.given and not has_effect and f"--{name}" not in told:
+            without_effect.setdefault(without, []).append(f"--{name}")
+    for without, flags in without_effect.items():
+        log.info("%s %s no effect %s", ", ".join(flags), "has" if len(flags) == 1 else "have", without)
     if model.retrieves and not config.run.train_data and not index.evaluates_by_embeddings:
         log.info("--bm25_weight 1: BM25 alone ranks the passages, nothing is embedded to be compared")
     ways = ("faiss_index_type", "faiss_code_size", "faiss_nlist", "faiss_train_size")
@@ -218,14 +242,19 @@ def _of_passages(config: Config) -> Iterator[tuple[str, bool, str]]:
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
     reads_passages = not (model.closed_book or model.retrieve_only)
     writes_passages = config.run.write_results and not config.run.dont_write_passages
-    yield "rerank_by_reader", model.retrieves, "where nothing is retrieved"
+    for name in (*SEARCHED, "rerank_by_reader", "bm25_weight", "leave_out_own_passage", "train_retriever"):
+        yield name, model.retrieves, "where nothing is retrieved"
+    saved = "with --load_index_path: all of the saved passages are used (update_index.py changes them)"
+    for name in ("passages", "max_passages"):
+        yield name, index.load_index_path is None, saved
+    for name in ("reader_model_type", "encoder_format", "target_maxlength"):
+        yield name, model.uses_reader, "with --retrieve_only"
+    for name in GENERATING:
+        yield name, not model.retrieve_only, "with --retrieve_only"
     yield "dont_write_passages", config.run.write_results, "without --write_results"
     yield "write_evidence", reads_passages and writes_passages, "where no passages that were read are written"
     yield "metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"
-    yield "leave_out_own_passage", model.retrieves, "where nothing is retrieved"
-    yield "max_passages", index.load_index_path is None, "with --load_index_path: all of the saved passages are used"
     yield "cache_passage_tokens", embeds, "where no corpus is embedded"
-    yield "bm25_weight", model.retrieves, "where nothing is retrieved"
     yield "bm25_steps", bm25 and trains, "without --bm25_weight, nor in evaluate.py"
     for name in ("k1", "b", "stopwords"):
         yield f"bm25_{name}", bm25, "without --bm25_weight"
@@ -237,8 +266,14 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
     """The same for flags of what learns, and how."""
     training, optimisation, trains = config.retriever_training, config.optimisation, bool(config.run.train_data)
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
+    for name in OF_TRAINING:
+        yield name, trains, "in evaluate.py, which does not train"
     yield "int8_reader", config.model.uses_reader and not trains, "in training, nor without a reader"
-    yield "in_batch_negatives", training.train_retriever, "without --train_retriever"
+    for name in OF_DISTILLATION:
+        yield name, training.train_retriever, "without --train_retriever"
+    for name in OF_THE_JUDGEMENT:
+        yield name, not trains or config.judges, "without --train_retriever"
+    yield "n_to_rerank_with_retrieve_with_rerank", training.retrieve_with_rerank, "without --retrieve_with_rerank"
     yield "refresh_index", trains and training.moves_passages, "where the passage encoder does not learn"
     judges = config.model.rerank_by_reader is not None or config.run.write_evidence
     if trains:

@@ -17,8 +17,8 @@ from atlas.files.jsonl import CACHE_FROM, BadLine, JsonlCorpus
 from atlas.index.bm25 import FUSED, WordIndex, fuse, open_word_index
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Codec, Compression
-from atlas.index.directory import locked
-from atlas.index.passages import check_passages, count_duplicates, hash_id, open_passages
+from atlas.index.directory import has_index, locked, own_passages, read_description
+from atlas.index.passages import check_passages, count_duplicates, fingerprint_of, hash_id, open_passages
 from atlas.index.sharded import Hits, ShardedIndex, look_up
 from atlas.index.store import open_index, save_index
 from atlas.model.inputs import Inputs
@@ -159,6 +159,7 @@ class Retrieval:
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings, bad_lines_file(run, "passages"))
+        _check_place(settings, passages)
         compression.factory(len(passages), model.retriever.dim)  # the same for their number
         retrieval = cls(model, passages, settings, run, learning, device, index)
         if resumed is not None:
@@ -460,6 +461,21 @@ def open_corpus(settings: config.Index, bad_lines: Path | None = None) -> JsonlC
         if duplicates:
             log.warning("%d passages have an id that an earlier passage has", duplicates)
     return passages
+
+
+def _check_place(settings: config.Index, passages: JsonlCorpus) -> None:
+    """Refuse to replace a saved index of another corpus. Raises: ValueError."""
+    if settings.save_index_path is None or own_passages(passages.paths[0].resolve()) is not None:
+        return
+    place = Path(settings.save_index_path)
+    if not has_index(place):
+        return
+    corpora = {segment.passages.copied_from for segment in read_description(place).segments}
+    if None not in corpora and fingerprint_of(passages) not in corpora:
+        raise ValueError(
+            f"--save_index_path {place} holds an index of another corpus, or of this one before its files changed: "
+            "choose another directory, or remove that one"
+        )
 
 
 def _check_against_kind(settings: config.Index, kind: str) -> None:

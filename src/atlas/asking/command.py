@@ -33,10 +33,9 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: with status 2 for a wrong flag, before anything is loaded, else 1.
     """
     options, flags = parse(arguments)
-    import torch  # `--help` and a wrong flag are answered before that
-
+    # `--help` and a wrong flag are answered before torch is imported.
     from atlas.asking.loading import load
-    from atlas.runtime.session import sentence_of
+    from atlas.runtime.session import is_understood, sentence_of
     from atlas.runtime.tracking import discard, open_standard_streams
 
     open_standard_streams()
@@ -50,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
         work(options, load(options.run, options.index, **flags))
     except BrokenPipeError:  # nobody reads the answers any more
         discard(sys.stdout)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if not is_understood(error):
+            raise
         sys.exit(sentence_of(error))
 
 
@@ -104,6 +105,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         ("--json", options.json and options.serve, "with --serve, which always answers programs with JSON"),
         ("QUESTION", options.question is not None and options.serve, "with --serve"),
         ("--index", options.index is not None and "passages" in flags, "with --passages: give one of both"),
+        ("--k", options.k is not None and bool(flags.get("closed_book")), "with --closed_book"),
     ):
         if given:
             parser.error(f"{name} has no effect {without}")

@@ -104,7 +104,7 @@ def _retrieval(config: Config, model: Model, session: Session, own_index: bool) 
         settings = replace(settings, allow_other_index=True)
     retrieval = Retrieval.open(settings, config.run, config.retriever_training, model, session)
     if retrieval is not None:
-        if retrieval.index is None:
+        if retrieval.index is None and settings.save_index_path is None:
             log.info("No index was saved, so the corpus is embedded; save_index_path (--save_index_path) would keep it")
         retrieval.refresh(due=stale)
     return retrieval

@@ -20,12 +20,10 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-
 from atlas.asking.model import AnsweringModel
 from atlas.asking.waiting import Closed, Full, Waiting
 from atlas.report.page import fill
-from atlas.runtime.session import sentence_of
+from atlas.runtime.session import is_understood, sentence_of
 from atlas.runtime.tracking import log
 
 MOST_BYTES = 8 << 20  # of a request
@@ -192,8 +190,7 @@ class Server(ThreadingHTTPServer):
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server is stopping") from None
         except Exception as error:
             log.exception("A request failed")
-            understood = isinstance(error, ValueError | OSError | torch.OutOfMemoryError)
-            sentence = sentence_of(error) if understood else f"{type(error).__name__}: {error}"
+            sentence = sentence_of(error) if is_understood(error) else f"{type(error).__name__}: {error}"
             raise Refused(HTTPStatus.INTERNAL_SERVER_ERROR, sentence) from error
 
     def _question(self, question: Any, field: str) -> str:

@@ -75,9 +75,9 @@ def config_for(saved: Saved, index: str | os.PathLike | None, given: Mapping[str
     if index is not None:
         if not os.path.isdir(index):
             raise ValueError(f"there is no index {index}: give the directory of one that was saved")
-        given |= {"load_index_path": str(index), "closed_book": False, "use_file_passages": False}
+        given = _searching("an index (--index)", given) | {"load_index_path": str(index)}
     elif "passages" in given:
-        given |= {"load_index_path": None, "closed_book": False, "use_file_passages": False}
+        given = _searching("a corpus (--passages)", given) | {"load_index_path": None}
     elif "load_index_path" not in given:
         options["load_index_path"] = _own_index(saved)
     flags = options | given
@@ -89,6 +89,14 @@ def config_for(saved: Saved, index: str | os.PathLike | None, given: Mapping[str
     # Nothing is written there but the bad lines of a corpus, if the run leaves such lines out.
     elsewhere = {"checkpoint_dir": tempfile.gettempdir(), "name": f"atlas-ask-{os.getpid()}"}
     return config_to_ask(options, saved.path, given | elsewhere | {"write_evidence": True})  # with each answer
+
+
+def _searching(what: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that are given, and those of a run without retrieval replaced. Raises: ValueError."""
+    without = {"closed_book": False, "use_file_passages": False}
+    if unsuited := [f"--{name}" for name in without if given.get(name)]:
+        raise ValueError(f"{unsuited[0]} does without {what}: give one of both")
+    return {**given, **without}
 
 
 def _texts(value: Any) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from atlas.asking.answers import Answer, printable
 from atlas.asking.model import AnsweringModel
 from atlas.files.cache import users_state
+from atlas.runtime.session import is_understood, sentence_of
 
 HELP = """Type a question, or
   /passages   the passages of the last answer
@@ -32,8 +33,10 @@ def prompt(model: AnsweringModel, as_json: bool = False) -> None:
                 break
             except KeyboardInterrupt:
                 lines.say("")
-            except ValueError as error:
-                lines.say(str(error))
+            except (ValueError, RuntimeError, MemoryError) as error:
+                if not is_understood(error):
+                    raise
+                lines.say(sentence_of(error))
     if at_terminal:
         lines.say("")
 

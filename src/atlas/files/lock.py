@@ -14,6 +14,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from atlas.files.disk import writing
+
 log = logging.getLogger("atlas")
 _held: dict[Path, int] = {}  # the locks of this process, and their descriptors
 _warned = False
@@ -43,8 +45,9 @@ def holding(path: Path, what: str, remedy: str) -> Iterator[None]:
             if try_lock(file) is None:
                 _warn_once(path)
             note = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(note).encode() + b"\n", 0)
+            with writing(path):
+                os.ftruncate(file, 0)
+                os.pwrite(file, json.dumps(note).encode() + b"\n", 0)
             yield
     finally:
         with contextlib.suppress(OSError):  # there are files in it

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -123,7 +124,7 @@ def session(settings: config.Run, work: str) -> Iterator[Session]:
     except Exception as error:
         if distributed.is_of_lost_rank(error):
             error = distributed.lost_rank("an exchange with the others", error)
-        if isinstance(error, ValueError | OSError | torch.OutOfMemoryError | distributed.LostRankError):
+        if is_understood(error) or isinstance(error, distributed.LostRankError):
             report_error(error, sentence_of(error))
             sys.exit(1)
         report_error(error, f"{type(error).__name__}: {error}")
@@ -195,8 +196,24 @@ def _alone(directory: Path, work: str) -> AbstractContextManager[None]:
     return holding(directory / f"{work}.lock", f"{directory}: {what}", remedy)
 
 
+def is_understood(error: Exception) -> bool:
+    """Whether an error is the user's to fix, so that `sentence_of` says all."""
+    return isinstance(error, ValueError | OSError | torch.OutOfMemoryError) or _is_of_memory(error)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether the CPU's memory did not suffice. torch has no class for that."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+
+
 def sentence_of(error: Exception) -> str:
     """What a user is told of an error that is theirs to fix."""
+    if _is_of_memory(error):
+        size = re.search(r"allocate \S+ .*?(?=\.?( Error|$))", str(error))
+        return (
+            "the memory is not enough: lower --per_gpu_batch_size, --n_context (--k), --text_maxlength or "
+            f"--per_gpu_embedder_batch_size{f' ({size[0]})' if size else ''}"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory is full: lower --per_gpu_batch_size, --n_context, --text_maxlength or "
