@@ -64,7 +64,7 @@ def test_every_process_gets_its_own_gpu(monkeypatch):
     assert [pick_device("auto", rank) for rank in (0, 1)] == [torch.device("cuda", rank) for rank in (0, 1)]
     assert pick_device("cuda", 1) == torch.device("cuda", 1)
     assert pick_device("cpu", 1) == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"process 2 \(from 0\) .* it has 2: .*--nproc_per_node 2, or use --device"):
+    with pytest.raises(ValueError, match=r"process 2 \(from 0\) .* it has 2: .*--nproc_per_node 2\), or --device cpu"):
         pick_device("auto", 2)
 
 

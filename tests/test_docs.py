@@ -52,6 +52,7 @@ OTHER_FLAGS = {
         "--nnodes",
         "--node_rank",
         "--nproc_per_node",
+        "--max-restarts",
         "--ntasks-per-node",
         "--rdzv_endpoint",
         "--master_addr",

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from atlas.checkpoint import load_checkpoint
-from atlas.config import FIELDS, OF_THE_MODEL, Origin, parse_config
+from atlas.config import FIELDS, OF_THE_MODEL, parse_config
 from atlas.options import find_checkpoint, read_options, write_options
 from tests.kit import command_line, read_jsonl, run, world
 from tests.test_checkpoint import published
@@ -118,7 +118,7 @@ def test_a_preset_is_a_default(tmp_path):
 def test_training_keeps_its_own_flags(tmp_path):
     checkpoint_with(tmp_path / "run", {"model": TRAINED})
     config = parse_config(command_line(tmp_path, name="other", model_path=tmp_path / "run", n_context=None))
-    assert config.model.n_context == 1 and config.origin == Origin() and config.origins() == []
+    assert config.model.n_context == 1 and config.origin.checkpoint is None and config.origins() == []
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_by_answers(tmp_path):
         f"ndcg@2      {100 * (1 / math.log2(3) / (1 + 1 / math.log2(3)) + 1) / 3:.2f}",
         f"ndcg@3      {100 * (q1_at_3 + 1) / 3:.2f}",
         f"mrr         {(1 / 2 + 1) / 3:.4f}",
+        "nothing at a k above 4: no query has more passages",
     ]
 
 
