@@ -53,6 +53,7 @@ OTHER_FLAGS = {
         "--node_rank",
         "--nproc_per_node",
         "--max-restarts",
+        "--cpus-per-task",
         "--ntasks-per-node",
         "--rdzv_endpoint",
         "--master_addr",
