@@ -213,12 +213,12 @@ def _report_without_effect(config: Config, device: torch.device) -> None:
         log.info("--compute_crossattention_stats has no effect without --train_retriever: there are no gold scores")
     if index.save_index_n_shards != Index.save_index_n_shards:
         log.info("--save_index_n_shards has no effect: our format has no shards, any number of ranks opens an index")
-    without_effect: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}  # flag -> where it has no effect
     for name, has_effect, without in (*_of_passages(config), *_of_training(config, device)):
-        told = {flag for flags in without_effect.values() for flag in flags}
-        if name in config.origin.given and not has_effect and f"--{name}" not in told:
-            without_effect.setdefault(without, []).append(f"--{name}")
-    for without, flags in without_effect.items():
+        if name in config.origin.given and not has_effect:
+            reasons.setdefault(name, without)
+    for without in dict.fromkeys(reasons.values()):
+        flags = [f"--{name}" for name, reason in reasons.items() if reason == without]
         log.info("%s %s no effect %s", ", ".join(flags), "has" if len(flags) == 1 else "have", without)
     if model.retrieves and not config.run.train_data and not index.evaluates_by_embeddings:
         log.info("--bm25_weight 1: BM25 alone ranks the passages, nothing is embedded to be compared")
