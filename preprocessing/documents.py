@@ -20,9 +20,10 @@ from splitting import Section, blocks_of, heading_path, unwrapped
 if TYPE_CHECKING:
     from lxml.etree import _Element as Element
 
-# YAML alone: between two rules may stand prose, too.
+# YAML, as its first line shows (`name: …`): prose may stand between two rules, too.
+_NAME = r"""["']?[^\s:"']+(?: [^\s:"']+){0,2}["']?"""
 FRONT_MATTER = re.compile(
-    r"---[ \t]*\n((?:[ \t]*(?:#.*)?\n)*(?:[\w.-]+[ \t]*:.*\n(?:[\w.-]+[ \t]*:.*\n|[ \t#-].*\n|\n)*)?)---[ \t]*(?:\n|$)"
+    rf"---[ \t]*\n((?:(?:[ \t]*(?:#[^\n]*)?\n)*{_NAME}:(?:[ \t][^\n]*)?\n(?:.*?\n)?)?)---[ \t]*(?:\n|$)", re.DOTALL
 )
 
 

@@ -273,7 +273,10 @@ def read_texts(passages: Path) -> list[str]:
     """The texts of a corpus file's passages, with their titles and sections."""
     if not passages.exists():
         sys.exit(f"{passages} does not exist; create it with: python preprocessing/prepare_demo.py")
-    return [f"{row['title']}: {row.get('section') or ''} {row['text']}" for row in open_passages([passages])]
+    return [
+        f"{row['title']}: {row.get('section') or ''} {row['text']}"
+        for row in open_passages([passages], titles_joined=True)
+    ]
 
 
 def main() -> None:

@@ -496,7 +496,7 @@ def test_the_command(trained, tmp_path):
         (["--serve", "--json"], "--json has no effect with --serve"),
         (["what?", "--serve"], "QUESTION has no effect with --serve"),
         (["--index", "i", "--passages", "p"], "--index has no effect with --passages"),
-        (["--k", "3", "--closed_book"], "--k has no effect with --closed_book"),
+        (["--k", "3", "--closed_book"], "--k has no effect on a run that is closed-book"),
         (["--index", "gone"], "there is no index gone: give the directory of one that was saved"),
         (["--text_maxlength", "1"], "--text_maxlength 1 is too small"),
         (["what", "is"], "unrecognized arguments: is"),
@@ -510,5 +510,6 @@ def test_wrong_words(tmp_path, capsys, words, message):
 
 
 def test_words_become_flags(tmp_path):
-    options, flags = parse([str(saved_run(tmp_path, closed_book=True)), "--k", "9", "--device", "cpu", "--serve"])
+    run = saved_run(tmp_path, passages=[str(world() / "passages.jsonl")])
+    options, flags = parse([str(run), "--k", "9", "--device", "cpu", "--serve"])
     assert flags == {"n_context": 9, "device": "cpu"} and (options.host, options.port) == ("127.0.0.1", 8000)

@@ -9,6 +9,7 @@ from atlas import preflight
 from atlas.config import parse_config
 from atlas.preflight import OF_TRAINING
 from atlas.runtime import distributed
+from atlas.update import update_index
 from tests.kit import command_line, read_jsonl, run, world, write_jsonl
 
 CLOSED = {"closed_book": True, "passages": None}
@@ -90,7 +91,7 @@ def test_what_has_no_effect_is_said_once(tmp_path):
     ):
         assert log.count(f"] {said}\n") == 1, log
     with_effect = {"generation_num_beams": 2, "dont_write_passages": True, "generation_length_penalty": 0.5}
-    with_effect |= dict.fromkeys(OF_TRAINING, None) | {"train_data": None}
+    with_effect |= dict.fromkeys((*OF_TRAINING, "temperature_gold"), None)
     again = run(tmp_path, "evaluate", name="again", save_index_path=tmp_path / "index", **with_effect)
     assert "no effect" not in (again / "run.log").read_text()
     opened = {"load_index_path": tmp_path / "index", "passages": None, "max_passages": 5}
@@ -108,19 +109,27 @@ def effectless(tmp_path, program="train", **changes):
 
 
 def test_a_retriever_that_is_not_trained(tmp_path):
-    learns = {"query_side_retriever_training": True, "temperature_gold": 3.0, "freeze_retriever_steps": 1}
+    learns = {
+        "in_batch_negatives": True,
+        "temperature_gold": 3.0,
+        "freeze_retriever_steps": 1,
+        "mlm_noise_density": 0.2,
+    }
     said = effectless(tmp_path, train_retriever=False, lr_retriever=None, temperature_score=None, **learns)
     assert said == [
-        "--query_side_retriever_training, --freeze_retriever_steps, --temperature_gold have no effect without "
-        "--train_retriever"
+        "--mlm_noise_density has no effect without --task mlm",
+        "--freeze_retriever_steps, --in_batch_negatives have no effect without --train_retriever",
+        "--temperature_gold has no effect without --train_retriever or --write_evidence",
     ]
+    said = effectless(tmp_path, name="judged", train_retriever=False, write_evidence=True, temperature_gold=3.0)
+    assert not any("--temperature_gold" in line for line in said)
     (said,) = effectless(tmp_path, name="closed", closed_book=True, train_retriever=True, passages=None)[:1]
     assert said == "--train_retriever has no effect where nothing is retrieved"
 
 
 def test_what_is_for_training_is_named_in_an_evaluation(tmp_path):
     flags = dict.fromkeys(OF_TRAINING, None) | {"lr": 1.0, "restart": True, "train_retriever": True}
-    flags |= {"train_data": world() / "train.jsonl", "eval_data": world() / "dev.jsonl"}
+    flags |= {"train_data": world() / "train.jsonl", "eval_data": world() / "dev.jsonl", "temperature_gold": None}
     assert effectless(tmp_path, "evaluate", **flags) == [
         "--train_data, --restart, --train_retriever, --lr have no effect in evaluate.py, which does not train"
     ]
@@ -133,6 +142,21 @@ def test_an_index_is_not_replaced_by_that_of_another_corpus(tmp_path, capsys):
     others = write_jsonl(tmp_path / "others.jsonl", read_jsonl(world() / "passages.jsonl")[:50])
     with pytest.raises(SystemExit):
         run(tmp_path, "evaluate", name="others", **search | {"passages": others})
-    assert f"--save_index_path {tmp_path}/index holds an index of another corpus" in capsys.readouterr().err
+    assert f"--save_index_path {tmp_path}/index holds an index of other passages" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == before
-    run(tmp_path, "evaluate", name="again", **search)
+    copied = tmp_path / "copied.jsonl"  # the same at another place and time
+    copied.write_bytes((world() / "passages.jsonl").read_bytes())
+    run(tmp_path, "evaluate", name="again", **search | {"passages": copied})
+    saved = {"passages": others, "save_index_path": tmp_path / "other_index"}
+    run(tmp_path, "evaluate", name="saved", **search | saved)
+    for change in (
+        {"load_index_path": tmp_path / "index"},
+        {"passages": next((tmp_path / "index").glob("passages.*.jsonl"))},
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "evaluate", name="refused", **search | saved | change)
+        assert f"--save_index_path {tmp_path}/other_index holds an index of other passages" in capsys.readouterr().err
+    update_index(tmp_path / "index", None, None, ["p3"])
+    with pytest.raises(SystemExit):
+        run(tmp_path, "evaluate", name="updated", **search)
+    assert "index holds an index of other passages" in capsys.readouterr().err

@@ -182,6 +182,8 @@ def test_the_script_says_it_in_one_sentence(tmp_path):
         ("---\nThis begins with a rule: text.\n\n---\nrest", ("name", [("", "This begins with a rule: text.|rest")])),
         ("---\n# a comment\ntitle: T\ntags:\n- a\n  - b\n\nlang: de\n---\nx", ("T", [("", "x")])),
         ("---\n---\nx", ("name", [("", "x")])),
+        ('---\n"a name": x\ndate created: 2024-01-01\ntitle: T\ntags: [a,\nb]\n---\nx', ("T", [("", "x")])),
+        ("---\nNo name: then prose.\n\nNothing closes it", ("name", [("", "No name: then prose.|Nothing closes it")])),
         ("\\*\\*kwargs\n\n```\n*p = 5;\n```", ("name", [("", "**kwargs|*p = 5;")])),
         (
             "see [the *docs*](http://x.y 'T'), [ref][1],![alt](a.png) <!-- gone\nno --> end\n\n[1]: http://y.z",

@@ -555,7 +555,7 @@ def parse_config(
             config = _make_config(given, preset, origin)
             _check(config, program, runs_here)
         if program == "evaluate":
-            config = dataclasses.replace(config, run=dataclasses.replace(config.run, train_data=()))
+            config = _without_training(config)
         if runs_here:
             _check_installed(config.run, asked="report_to" in given)
     except ValueError as error:
@@ -782,6 +782,12 @@ def _make_config(given: Mapping[str, Any], preset: Mapping[str, Any], origin: Or
         for name, section in SECTIONS.items()
     }
     return Config(**sections, origin=origin)
+
+
+def _without_training(config: Config) -> Config:
+    """The same without what would be taken for a training."""
+    run = dataclasses.replace(config.run, train_data=())
+    return dataclasses.replace(config, run=run, optimisation=dataclasses.replace(config.optimisation, restart=False))
 
 
 def _saved_value(name: str, value: Any, source: str | os.PathLike) -> Any:

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from atlas.config import FIELDS, OF_THE_JUDGEMENT, OF_THE_MODEL, TOKENIZING_TASKS, Config, Index, Model, say
+from atlas.config import (
+    FIELDS,
+    OF_THE_JUDGEMENT,
+    OF_THE_MODEL,
+    TASK_NAMES,
+    TOKENIZING_TASKS,
+    Config,
+    Index,
+    Model,
+    say,
+)
 from atlas.model.signals import MODES, PROMPT_MODES
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -26,22 +36,32 @@ if TYPE_CHECKING:
 
 
 # Flags that have no effect where nothing is retrieved, generated, trained, or learnt by the retriever.
-SEARCHED = ("passages", "load_index_path", "save_index_path", "index_mode", "retrieve_with_rerank")
-GENERATING = (
-    *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
-    *("decoder_format", "decoder_prompt_format"),
+SEARCHED = (
+    *("passages", "load_index_path", "allow_other_index", "save_index_path", "index_mode", "faiss_nprobe"),
+    *("refine_factor", "per_gpu_embedder_batch_size", "retriever_format", "retrieve_with_rerank", "rerank_by_reader"),
+    *("bm25_weight", "leave_out_own_passage", "train_retriever"),
 )
+GENERATING = (
+    *("generation_min_length", "generation_num_beams", "generation_length_penalty", "decoder_format"),
+    "decoder_prompt_format",
+)
+OF_TASKS = {
+    "mlm": ("mlm_noise_density", "mlm_mean_noise_span_length"),
+    "lm": ("min_lm_context_ratio", "max_lm_context_ratio"),
+    "multiple_choice": tuple(name for name in FIELDS if name.startswith("multiple_choice_")),
+}
 OF_TRAINING = (
     *("train_data", "shuffle", "save_freq", "eval_freq", "log_freq", "restart", "retriever_n_context"),
     *("train_retriever", "query_side_retriever_training", "temperature_score", "freeze_retriever_steps"),
+    *("freeze_reader", "in_batch_negatives"),
     *("total_steps", "warmup_steps", "scheduler", "scheduler_steps", "lr", "lr_retriever", "optimizer"),
     *("offload_optimizer", "weight_decay", "epsilon", "beta2", "clip", "dropout", "accumulation_steps"),
     *("frozen_precision", "shard_optim", "shard_grads", "save_optimizer", "keep_checkpoints"),
     *("use_gradient_checkpoint_reader", "use_gradient_checkpoint_retriever", "gradient_checkpoint_every"),
 )
 OF_DISTILLATION = (
-    *("query_side_retriever_training", "lr_retriever", "temperature_score", "freeze_retriever_steps"),
-    *("in_batch_negatives", "use_gradient_checkpoint_retriever"),
+    *("lr_retriever", "temperature_score", "freeze_retriever_steps", "in_batch_negatives"),
+    "use_gradient_checkpoint_retriever",
 )
 
 
@@ -242,12 +262,14 @@ def _of_passages(config: Config) -> Iterator[tuple[str, bool, str]]:
     embeds = model.retrieves and (index.load_index_path is None or index.refresh_index.strip() != "-1")
     reads_passages = not (model.closed_book or model.retrieve_only)
     writes_passages = config.run.write_results and not config.run.dont_write_passages
-    for name in (*SEARCHED, "rerank_by_reader", "bm25_weight", "leave_out_own_passage", "train_retriever"):
+    for name in SEARCHED:
         yield name, model.retrieves, "where nothing is retrieved"
     saved = "with --load_index_path: all of the saved passages are used (update_index.py changes them)"
     for name in ("passages", "max_passages"):
         yield name, index.load_index_path is None, saved
-    for name in ("reader_model_type", "encoder_format", "target_maxlength"):
+    tokenizes = model.uses_reader or config.tasks.task in TOKENIZING_TASKS
+    yield "reader_model_type", tokenizes, "with --retrieve_only"
+    for name in ("encoder_format", "target_maxlength", "generation_max_length"):
         yield name, model.uses_reader, "with --retrieve_only"
     for name in GENERATING:
         yield name, not model.retrieve_only, "with --retrieve_only"
@@ -263,16 +285,20 @@ def _of_passages(config: Config) -> Iterator[tuple[str, bool, str]]:
 
 
 def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bool, str]]:
-    """The same for flags of what learns, and how."""
+    """The same for flags of tasks, and of what learns, and how."""
     training, optimisation, trains = config.retriever_training, config.optimisation, bool(config.run.train_data)
     checkpoints = optimisation.use_gradient_checkpoint_reader or optimisation.use_gradient_checkpoint_retriever
+    for task, names in OF_TASKS.items() if config.tasks.task in TASK_NAMES else ():  # tasks of users may use all
+        for name in names:
+            yield name, config.tasks.task == task, f"without --task {task}"
     for name in OF_TRAINING:
         yield name, trains, "in evaluate.py, which does not train"
     yield "int8_reader", config.model.uses_reader and not trains, "in training, nor without a reader"
     for name in OF_DISTILLATION:
         yield name, training.train_retriever, "without --train_retriever"
     for name in OF_THE_JUDGEMENT:
-        yield name, not trains or config.judges, "without --train_retriever"
+        used = config.run.write_evidence or (trains and training.train_retriever)
+        yield name, used, "without --train_retriever or --write_evidence"
     yield "n_to_rerank_with_retrieve_with_rerank", training.retrieve_with_rerank, "without --retrieve_with_rerank"
     yield "refresh_index", trains and training.moves_passages, "where the passage encoder does not learn"
     judges = config.model.rerank_by_reader is not None or config.run.write_evidence

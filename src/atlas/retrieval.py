@@ -17,10 +17,10 @@ from atlas.files.jsonl import CACHE_FROM, BadLine, JsonlCorpus
 from atlas.index.bm25 import FUSED, WordIndex, fuse, open_word_index
 from atlas.index.build import IndexBuilder
 from atlas.index.codec import Codec, Compression
-from atlas.index.directory import has_index, locked, own_passages, read_description
-from atlas.index.passages import check_passages, count_duplicates, fingerprint_of, hash_id, open_passages
+from atlas.index.directory import has_index, locked, read_description
+from atlas.index.passages import check_passages, count_duplicates, hash_id, open_passages
 from atlas.index.sharded import Hits, ShardedIndex, look_up
-from atlas.index.store import open_index, save_index
+from atlas.index.store import open_index, passages_of, save_index
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
 from atlas.model.retriever import DualEncoder, fingerprint
@@ -464,17 +464,24 @@ def open_corpus(settings: config.Index, bad_lines: Path | None = None) -> JsonlC
 
 
 def _check_place(settings: config.Index, passages: JsonlCorpus) -> None:
-    """Refuse to replace a saved index of another corpus. Raises: ValueError."""
-    if settings.save_index_path is None or own_passages(passages.paths[0].resolve()) is not None:
-        return
-    place = Path(settings.save_index_path)
-    if not has_index(place):
-        return
-    corpora = {segment.passages.copied_from for segment in read_description(place).segments}
-    if None not in corpora and fingerprint_of(passages) not in corpora:
+    """Refuse to replace a saved index of other passages, by a sample of them. Collective. Raises: ValueError."""
+    place = settings.save_index_path and Path(settings.save_index_path)
+
+    def holds_others() -> bool:
+        if not place or not has_index(place):
+            return False
+        try:
+            saved = passages_of(place, read_description(place))
+        except ValueError:  # it is damaged, and can be made anew
+            return False
+        sample = np.linspace(0, len(passages) - 1, min(64, len(passages))).astype(int).tolist()
+        return len(saved) != len(passages) or any(
+            saved[row][field] != passages[row][field] for row in sample for field in ("id", "text")
+        )
+
+    if distributed.on_main("looking into --save_index_path", holds_others):
         raise ValueError(
-            f"--save_index_path {place} holds an index of another corpus, or of this one before its files changed: "
-            "choose another directory, or remove that one"
+            f"--save_index_path {place} holds an index of other passages: choose another directory, or remove that one"
         )
 
 

@@ -105,7 +105,6 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         ("--json", options.json and options.serve, "with --serve, which always answers programs with JSON"),
         ("QUESTION", options.question is not None and options.serve, "with --serve"),
         ("--index", options.index is not None and "passages" in flags, "with --passages: give one of both"),
-        ("--k", options.k is not None and bool(flags.get("closed_book")), "with --closed_book"),
     ):
         if given:
             parser.error(f"{name} has no effect {without}")
@@ -115,7 +114,9 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     try:
         saved = find_saved(options.run)
         if saved.kind != "published":  # only torch can read what such a checkpoint says
-            config_for(saved, options.index, flags)
+            config = config_for(saved, options.index, flags)
+            if options.k is not None and config.model.closed_book:
+                parser.error("--k has no effect on a run that is closed-book: give an --index as well, or leave it out")
     except (ValueError, OSError) as error:
         parser.error(sentence(error))
     return options, flags
