@@ -154,7 +154,7 @@ class Index:
     """Index"""
 
     passages: tuple[str, ...] = flag(
-        (), "corpus: Atlas, BEIR, Tevatron or FlashRAG jsonl, DPR tsv, also .gz; unused with --load_index_path"
+        (), "corpus: Atlas, BEIR, Tevatron or FlashRAG jsonl, DPR tsv, also .gz; a saved index has its own"
     )
     max_passages: int = flag(-1, "index this many passages at most; -1: all", least=-1)
     index_mode: str = flag("flat", "exact search, or Faiss", choices=("flat", "faiss"))
