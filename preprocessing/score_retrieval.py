@@ -162,7 +162,7 @@ def score_files(paths: Sequence[Path], qrels: Path | None, run: Path | None, tag
                 written = run_scores(found)
                 changed += written != list(map(str, found))
                 file.writelines(run_lines(result, written, tag))
-        if run:
+        if run and run.exists():
             file.flush()
             set_aside(run, digest(beside))
     scored: list[dict[str, float]] = [metrics for metrics in scores if metrics is not None]
