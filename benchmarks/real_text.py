@@ -168,11 +168,7 @@ GROUPS = (
     Group(
         "Without a question",
         "From sentences with a masked name or number: of training articles, or of all paragraphs that are searched.",
-        (
-            START,
-            SENTENCES,
-            *OF_ALL,
-        ),
+        (START, SENTENCES, *OF_ALL),
     ),
     Group(
         "How the reader judges",

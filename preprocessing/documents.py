@@ -15,7 +15,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from atlas.files.jsonl import decode_text
-from splitting import Section, blocks_of, heading_path, unwrapped
+from splitting import Section, blocks_of, heading_path, unwrapped, with_line_feeds
 
 if TYPE_CHECKING:
     from lxml.etree import _Element as Element
@@ -410,9 +410,7 @@ def missing_packages(suffix: str) -> list[str]:
 def read_document(data: bytes, suffix: str) -> Outline:
     """Raises: UnreadableFile; ValueError with the reason if a file of text is not UTF-8."""
     read, _, is_text = FORMATS[suffix]
-    content = (
-        data if not is_text else decode_text(data).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    )
+    content = with_line_feeds(decode_text(data).removeprefix("\ufeff")) if is_text else data
     try:
         return read(content)
     except UnreadableFile:

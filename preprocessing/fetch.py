@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from atlas.files.jsonl import replacing
 from partial import FetchError, PartialFile, Version
 
 CHUNK = 1 << 20  # bytes
@@ -357,6 +358,15 @@ def set_aside(path: Path, *known: str | None) -> None:
         kept = next(name for name in names if not name.exists())
         path.rename(kept)
         print(f"{path} was there with other content, which is kept as {kept.name}")
+
+
+@contextlib.contextmanager
+def keeping_another(path: Path) -> Iterator[Path]:
+    """As `replacing`, but another file that has this name is kept under a new one."""
+    with replacing(path) as beside:
+        yield beside
+        if path.exists():  # else nobody need know the SHA-256
+            set_aside(path, digest(beside))
 
 
 def readable(size: int) -> str:

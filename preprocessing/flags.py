@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from atlas.config import sentence
 from atlas.files.jsonl import DataError
 from fetch import Fetcher, check_address
 from partial import FetchError
@@ -91,8 +92,7 @@ def exit_on_user_error(stopped: str = "run the same command again to resume") ->
     try:
         yield
     except (FetchError, DataError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename is not None and error.strerror
-        sys.exit(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}")
+        sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
         print(f"stopped; {stopped}", file=sys.stderr, flush=True)
         os._exit(1)  # an ordinary exit would wait for threads, which may wait for a server

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from atlas.files.jsonl import DataError, open_existing
 from documents import FORMATS, UnreadableFile, missing_packages, read_document
 from flags import exit_on_user_error
-from splitting import Section, add_words_flag, blocks_of, passages_of, writing
+from splitting import Section, add_words_flag, blocks_of, passages_of, with_line_feeds, writing
 
 COLUMNS = ("id", "title", "section", "text")
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -138,10 +138,7 @@ def read_table(path: Path, left_out: LeftOut) -> Iterator[Document]:
                 if identifier in seen:
                     raise ValueError(f"an earlier row has the same id, {identifier}")
                 seen.add(identifier)
-                section = Section(
-                    record.get("section", "").strip(),
-                    blocks_of(record["text"].replace("\r\n", "\n").replace("\r", "\n")),
-                )
+                section = Section(record.get("section", "").strip(), blocks_of(with_line_feeds(record["text"])))
                 yield Document(identifier, record.get("title", "").strip(), [section])
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save it as UTF-8") from error

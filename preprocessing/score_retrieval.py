@@ -35,10 +35,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from atlas.files.jsonl import DataError, JsonlCorpus, replacing
+from atlas.files.jsonl import DataError, JsonlCorpus
 from atlas.files.qrels import Judgements, read_judgements
 from atlas.metrics import RECALL_AT, contains_answer, judged_metrics, ranking_metrics, simple_tokens
-from fetch import digest, set_aside
+from fetch import keeping_another
 from flags import at_least, exit_on_user_error
 
 
@@ -150,8 +150,7 @@ def score_files(paths: Sequence[Path], qrels: Path | None, run: Path | None, tag
     with ExitStack() as stack:
         if run:
             run.parent.mkdir(parents=True, exist_ok=True)
-            beside = stack.enter_context(replacing(run))
-            file = stack.enter_context(open(beside, "w", encoding="utf-8"))
+            file = stack.enter_context(open(stack.enter_context(keeping_another(run)), "w", encoding="utf-8"))
         for result in read_results(paths):
             if judgements is not None or run:
                 check_unique(result)
@@ -162,9 +161,6 @@ def score_files(paths: Sequence[Path], qrels: Path | None, run: Path | None, tag
                 written = run_scores(found)
                 changed += written != list(map(str, found))
                 file.writelines(run_lines(result, written, tag))
-        if run and run.exists():
-            file.flush()
-            set_aside(run, digest(beside))
     scored: list[dict[str, float]] = [metrics for metrics in scores if metrics is not None]
     if not scored and not run:
         raise DataError(f"no query has {'answers' if judgements is None else f'a relevant passage in {qrels}'}")

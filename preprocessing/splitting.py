@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import regex
 
-from atlas.files.jsonl import DataError, replacing
-from fetch import digest, set_aside
+from atlas.files.jsonl import DataError
+from fetch import keeping_another
 from flags import at_least
 
 WORDS = 100
@@ -82,6 +82,11 @@ def visible(text: str) -> str:
     return text if text.isascii() else INVISIBLE.sub("", text)
 
 
+def with_line_feeds(text: str) -> str:
+    """The text with the line ends of Unix, whichever system's it has."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def unwrapped(text: str) -> str:
     """The text without the ends of lines that stand between two Chinese or Japanese characters."""
     return text if text.isascii() else WRAPPED.sub("", text)
@@ -101,9 +106,8 @@ def words_of(block: str) -> list[str]:
 def blocks_of(text: str) -> list[str]:
     """Paragraphs (between blank lines) and list items (lines that begin with `* `), without line ends.
 
-    A line below an item belongs to it if it is indented by two spaces or more, or a tab.
-
-    Consecutive items are separated by semicolons, as in the paper, unless they already end with punctuation.
+    A line below an item belongs to it if it is indented by two spaces or more, or a tab. Consecutive items are
+    separated by semicolons, as in the paper, unless they already end with punctuation.
     """
     text = unwrapped(visible(text))
     blocks: list[str] = []
@@ -192,7 +196,7 @@ def writing(path: Path) -> Iterator[Callable[[dict], None]]:
     Raises: DataError if a string has half of a surrogate pair.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+    with keeping_another(path) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
 
         def write(row: dict) -> None:
             try:
@@ -201,6 +205,3 @@ def writing(path: Path) -> Iterator[Callable[[dict], None]]:
                 raise DataError(f"{path}: half of a surrogate pair in {str(row.get('id'))!a:.60}") from error
 
         yield write
-        file.flush()
-        if path.exists():  # else nobody need know the SHA-256
-            set_aside(path, digest(beside))

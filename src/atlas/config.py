@@ -633,8 +633,10 @@ def check_flags(given: Mapping[str, Any]) -> None:
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, with its notes."""
-    return " ".join([str(error), *getattr(error, "__notes__", ())])
+    """What an error says, with its notes; of one that names a file, first the file."""
+    named = isinstance(error, OSError) and error.filename is not None and error.strerror
+    said = f"{error.filename}: {error.strerror}" if named else str(error)
+    return " ".join([said, *getattr(error, "__notes__", ())])
 
 
 def say(value: Any) -> str:

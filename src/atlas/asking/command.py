@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         work(options, load(options.run, options.index, **flags))
     except BrokenPipeError:  # nobody reads the answers any more
         discard(sys.stdout)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_understood(error):
             raise
         sys.exit(sentence_of(error))

@@ -221,8 +221,6 @@ def sentence_of(error: Exception) -> str:
             f"`python plan.py --card ... {Path(sys.argv[0]).name} ...` with the same flags says what needs how much "
             f"and what helps ({str(error).splitlines()[0]})"
         )
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
     return config.sentence(error)
 
 

@@ -64,7 +64,7 @@ class Task:
             --leave_out_own_passage that is so for every task.
         examples_per_line: the most examples that `example` makes from a line.
         joins: whether the examples of a line are scored together, by `join`.
-        cuts: how often something that lines have has been cut, by what it is.
+        cuts: how often something of a line has been cut, by what it is; who counts lines clears it.
     """
 
     metrics: tuple[str, ...] = ("accuracy",)

@@ -204,9 +204,9 @@ class Data:
         for start in range(0, len(lines), 1000):
             chunk = lines[start : start + 1000]
             for i, line in enumerate(chunk, start):
-                cuts = self.task.cuts.copy()
                 counts[i] = self.corpus.read(line, self._counts, self._bad) or False
-                self._cut_lines.update((self.task.cuts - cuts).keys())
+                self._cut_lines.update(self.task.cuts.keys())
+                self.task.cuts.clear()
             read(len(chunk))
         return counts
 
