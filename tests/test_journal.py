@@ -38,11 +38,11 @@ def whole():
     return plain.index.embeddings
 
 
-def build(index, directory=None, *, stop_after=None, kill_in=None, max_passages=-1, change=None):
+def build(index, directory=None, *, stop_after=None, kill_in=None, max_passages=-1, change=None, **settings):
     """Embed, and save the index. Returns the rows of this rank's share that were embedded, and the index."""
     directory = directory or world()  # every process has a world of its own
     passages = open_passages([directory / "passages.jsonl"], max_passages)
-    made, embedded = make(directory, passages=passages, save_index_path=str(index)), 0
+    made, embedded = make(directory, passages=passages, save_index_path=str(index), **settings), 0
     if change is not None:
         change(made)
     embed_window = made.embedder._embed_window
@@ -76,7 +76,44 @@ def test_a_stopped_embedding_goes_on(tmp_path, whole, caplog):
     assert torch.equal(index.embeddings, whole)
     assert left_over(tmp_path / "index") == [] and "embeddings of a start that was stopped" in caplog.text
     assert torch.equal(open_index(tmp_path / "index", device=CPU).embeddings, whole)
-    assert build(tmp_path / "index")[0] == ROWS  # a finished index is built again from the start
+
+
+PQ = {"index_mode": "faiss", "faiss_index_type": "pq", "faiss_code_size": 4}
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, {}), (PQ, PQ), ({}, PQ), (PQ, {})])
+def test_a_saved_index_gives_its_embeddings(tmp_path, whole, caplog, before, after):
+    """Also to an index of another kind."""
+    caplog.set_level("INFO", "atlas")
+    _, first = build(tmp_path / "index", **before)
+    array = next((tmp_path / "index").glob("embeddings.*.npy"))
+    written = array.stat().st_ino, array.stat().st_mtime_ns
+    embedded, index = build(tmp_path / "index", **after)
+    assert embedded == 0 and "holds the embeddings of these passages: they are not made again" in caplog.text
+    assert (array.stat().st_ino, array.stat().st_mtime_ns) == written, "written again"
+    assert torch.equal(open_index(tmp_path / "index", device=CPU).embeddings, whole)
+    if before == after:
+        ids = [found.search(whole[:9].float(), 5).ids for found in (first, index)]
+        assert torch.equal(*ids)
+
+
+def test_a_damaged_index_gives_none(tmp_path, whole, caplog):
+    build(tmp_path / "index")
+    array = next((tmp_path / "index").glob("embeddings.*.npy"))
+    with open(array, "r+b") as file:
+        file.seek(-7, os.SEEK_END)
+        file.write(b"\x01")
+    embedded, index = build(tmp_path / "index")
+    assert embedded == ROWS and torch.equal(index.embeddings, whole) and "embedded anew" in caplog.text
+    assert torch.equal(open_index(tmp_path / "index", device=CPU).embeddings, whole)
+    assert build(tmp_path / "index")[0] == 0
+
+
+@pytest.mark.processes
+def test_any_number_of_ranks_takes_the_embeddings_of_an_index(tmp_path, whole):
+    assert sum(run_on_ranks(2, _build_on_rank, tmp_path / "index", world(), None)) == ROWS
+    assert run_on_ranks(3, _build_on_rank, tmp_path / "index", world(), None) == [0, 0, 0]
+    assert torch.allclose(open_index(tmp_path / "index", device=CPU).embeddings.float(), whole.float(), atol=2e-3)
 
 
 def test_a_finished_embedding_is_not_repeated(tmp_path, whole, monkeypatch):
@@ -142,6 +179,7 @@ def test_other_embeddings_are_made_anew(tmp_path, caplog, change):
     build(tmp_path / "index", stop_after=4)
     assert build(tmp_path / "index", change=change)[0] == ROWS
     assert "of other weights, passages or flags: they are made anew" in caplog.text
+    assert build(tmp_path / "index")[0] == ROWS  # the saved index is of the others
 
 
 def test_another_corpus_is_embedded_anew(tmp_path):

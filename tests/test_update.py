@@ -20,7 +20,7 @@ from atlas.index.build import compress, copy_to
 from atlas.index.convert import check_index, convert
 from atlas.index.live import joined
 from atlas.index.passages import open_passages
-from atlas.index.store import open_index, save_index
+from atlas.index.store import open_index, restore_embeddings, save_index
 from atlas.index.update import compact_index
 from atlas.runtime import distributed
 from atlas.update import update_index
@@ -58,7 +58,10 @@ class MadeUp:
     def embed(self, passages):
         return self.scale * embed(passages)
 
-    def journal(self, directory, passages, encoder):
+    def identity(self, passages, encoder):
+        return encoder
+
+    def journal(self, directory, passages, identity):
         return contextlib.nullcontext()
 
     def embed_share(self, passages, rows, store, journal):
@@ -281,6 +284,19 @@ def test_what_is_written(small, tmp_path):
     assert_equal(directory, tmp_path, changed(passages, [], ["p40", "p5"]))
     update_index(directory, delete=["p7", "p41"])  # all that is left of the second segment
     assert len(described(directory)["segments"]) == 1 and "embeddings.2.npy" not in names(directory)
+
+
+def test_what_was_updated_is_no_longer_the_embeddings_of_one_corpus(tmp_path):
+    passages = [passage(i, f"text {i}") for i in range(9)]
+    index = make_index(open_passages(write_jsonl(tmp_path / "a.jsonl", passages)), embed(passages))
+    save_index(tmp_path / "index", index, identity="one")
+    kept = []
+    assert restore_embeddings(tmp_path / "index", "one", range(9), lambda start, rows: kept.append(rows))
+    assert torch.equal(torch.cat(kept), embed(passages))
+    assert restore_embeddings(tmp_path / "index", "two", range(9), kept.append) is None
+    update_index(tmp_path / "index", delete=["p3"])
+    compact_index(tmp_path / "index")
+    assert restore_embeddings(tmp_path / "index", "one", range(8), kept.append) is None
 
 
 def test_what_is_there_word_for_word_stays(small, tmp_path, caplog):

@@ -160,16 +160,16 @@ class CorpusEmbedder:
         """Of the passage encoder as it is now."""
         return fingerprint(self.retriever.passage_encoder)
 
-    def journal(self, directory: Path, passages: JsonlCorpus, encoder: str) -> AbstractContextManager[EmbeddingJournal]:
-        """Takes the embeddings where an index is to be saved; `encoder` is the encoder's fingerprint. Collective."""
-        n = len(passages)
-        identity = _hash(
-            encoder,
-            self.precision,
-            fingerprint_of(passages),
-            self._sample(passages),  # formats and vocabulary
-        )
-        return open_journal(directory, identity, Layout(n, self.retriever.dim, FP16))
+    def identity(self, passages: JsonlCorpus, encoder: str) -> str:
+        """Changes with everything that determines the embeddings; `encoder` is the encoder's fingerprint."""
+        formats_and_vocabulary = self._sample(passages)
+        return _hash(encoder, self.precision, fingerprint_of(passages), formats_and_vocabulary)
+
+    def journal(
+        self, directory: Path, passages: JsonlCorpus, identity: str
+    ) -> AbstractContextManager[EmbeddingJournal]:
+        """Takes the embeddings where an index is to be saved. Collective."""
+        return open_journal(directory, identity, Layout(len(passages), self.retriever.dim, FP16))
 
     def _sample(self, passages: JsonlCorpus) -> list[list[int]]:
         """The token ids of up to a hundred passages from all over the corpus."""

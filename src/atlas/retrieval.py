@@ -20,7 +20,7 @@ from atlas.index.codec import Codec, Compression
 from atlas.index.directory import has_index, locked, read_description
 from atlas.index.passages import check_passages, count_duplicates, hash_id, open_passages
 from atlas.index.sharded import Hits, ShardedIndex, look_up
-from atlas.index.store import open_index, passages_of, save_index
+from atlas.index.store import open_index, passages_of, restore_embeddings, save_index
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
 from atlas.model.retriever import DualEncoder, fingerprint
@@ -217,13 +217,14 @@ class Retrieval:
             codec=None if self.settings.faiss_retrain else self._quantizer,
         )
         self.index = None  # the builder keeps what it needs of the previous one
-        place = self.settings.save_index_path
-        encoder = self.embedder.fingerprint() if place is not None else None
-        with contextlib.ExitStack() as stack:
-            journal = None
-            if saves_embeddings:
-                journal = stack.enter_context(self.embedder.journal(Path(place), self.passages, encoder))
-            self.embedder.embed_share(self.passages, builder.rows, builder.add, journal, asked_to_stop)
+        place = self.settings.save_index_path and Path(self.settings.save_index_path)
+        encoder = self.embedder.fingerprint() if place else None
+        identity = self.embedder.identity(self.passages, encoder) if saves_embeddings else None
+        restored = restore_embeddings(place, identity, builder.rows, builder.add) if identity else None
+        if restored is None:
+            journal = self.embedder.journal(place, self.passages, identity) if identity else contextlib.nullcontext()
+            with journal as opened:
+                self.embedder.embed_share(self.passages, builder.rows, builder.add, opened, asked_to_stop)
         self.index = builder.finish()
         if self._keeps_encoder:
             state = self.retriever.passage_encoder.state_dict()
@@ -231,8 +232,11 @@ class Retrieval:
             if self.index.compressed:
                 codec = self.index.compressed.codec
                 self.quantizer = {codec.factory: torch.frombuffer(bytearray(codec.serialize()), dtype=torch.uint8)}
-        if place is not None:
-            self._save(encoder, self.embedder.precision)
+        if place:
+            precision = self.embedder.precision
+            self._save(
+                retriever_fingerprint=encoder, embedder_precision=precision, identity=identity, restored=restored
+            )
         if self.index.compressed and self.compression.refine_factor == 1:
             self.index.drop_embeddings()
 
@@ -260,15 +264,11 @@ class Retrieval:
                 f"{resumed.file('quantizer')}: {error}: copy the checkpoint again, or --restart"
             ) from error
 
-    def _save(self, retriever_fingerprint: str | None, embedder_precision: str | None) -> None:
+    def _save(self, **origin: Any) -> None:
+        """`origin`: as for `save_index`."""
         self._before_saving()
-        save_index(
-            Path(self.settings.save_index_path),
-            self.index,
-            retriever_fingerprint=retriever_fingerprint,
-            embedder_precision=embedder_precision,
-            codes_only=self.settings.save_index_codes_only,
-        )
+        place, codes_only = Path(self.settings.save_index_path), self.settings.save_index_codes_only
+        save_index(place, self.index, codes_only=codes_only, **origin)
         self.passages = self.index.passages
 
     def _save_opened(self) -> None:
@@ -277,7 +277,7 @@ class Retrieval:
             return
         if self.index.type != self.index.stored.description.type:
             description = self.index.stored.description
-            self._save(description.retriever, description.embedder_precision)
+            self._save(retriever_fingerprint=description.retriever, embedder_precision=description.embedder_precision)
             log.info("Saved the index %s, of type %s", self.settings.save_index_path, self.index.type)
         else:
             log.info("--save_index_path: a loaded index is saved only when it is built again")

@@ -111,7 +111,7 @@ def _embedded(
     def store(start: int, of_window: torch.Tensor) -> None:
         embeddings[start : start + len(of_window)] = of_window
 
-    with embedder.journal(directory, passages, encoder) as journal:
+    with embedder.journal(directory, passages, embedder.identity(passages, encoder)) as journal:
         embedder.embed_share(passages, rows, store, journal)
     if codec is not None and len(rows) and distributed.is_main():
         _tell_fit(directory, description, codec, embeddings[:: -(-len(rows) // _MEASURED)], error)

@@ -101,6 +101,7 @@ class Description:
     quantizer: Quantizer | None
     segments: tuple[Segment, ...]
     version: int = VERSION
+    identity: str | None = None  # of all that the embeddings depend on, until the index is updated
 
     @property
     def size(self) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from atlas.runtime.tracking import log, progress_bar
 from atlas.runtime.verification import Verification
 
 ANY, NONE = Compression(), Verification("off")
+_RESTORED_AT_ONCE = 65536  # rows
 
 
 def save_index(
@@ -40,6 +41,8 @@ def save_index(
     *,
     retriever_fingerprint: str | None = None,
     embedder_precision: str | None = None,
+    identity: str | None = None,
+    restored: Stored | None = None,
     codes_only: bool = False,
 ) -> None:
     """Write the index with its passages; an index that is there is replaced in one step. Collective.
@@ -50,6 +53,8 @@ def save_index(
     Args:
         retriever_fingerprint: of the encoder that made the embeddings.
         embedder_precision: that they were computed in.
+        identity: of all that they depend on, for `restore_embeddings`.
+        restored: what that returned, if the embeddings are from there.
         codes_only: leave the embeddings of a compressed index out.
 
     Raises:
@@ -63,9 +68,9 @@ def save_index(
         None if codes_only else index.embeddings,
         compressed.codec if compressed else None,
         [(compressed.codes(), compressed.largest_norm)] if compressed else (),
-        index.stored,
+        restored or index.stored,
     )
-    write_index(Path(directory), content, Origin(retriever_fingerprint, embedder_precision))
+    write_index(Path(directory), content, Origin(retriever_fingerprint, embedder_precision, identity=identity))
     if fields := distributed.on_main("looking for the passages", partial(_moved, index.passages, Path(directory))):
         reopen = partial(passages_of, Path(directory), files.description_of(fields))
         index.passages = distributed.on_every_rank("opening the passages", reopen)
@@ -95,6 +100,7 @@ class Origin:
     retriever: str | None = None
     embedder_precision: str | None = None
     source: str | None = None
+    identity: str | None = None
 
 
 def write_index(directory: Path, content: Content, origin: Origin) -> None:
@@ -274,6 +280,50 @@ def _open_rows(
         return passages, embeddings, local
     embeddings = copy_to(embeddings, device)
     return passages, embeddings, FlatIndex(embeddings, largest_norm=description.embeddings_norm)
+
+
+def restore_embeddings(
+    directory: Path, identity: str, rows: range, store: Callable[[int, torch.Tensor], None]
+) -> Stored | None:
+    """Where a saved index has the embeddings that would be made, give this rank's to `store`. Collective.
+
+    All of the index is compared with its checksums first; a damaged one counts as none.
+
+    Args:
+        identity: of all that embeddings depend on.
+        rows: of this rank; `store(place in rows, (m, D) fp16)` gets them in parts.
+    """
+    find = partial(_holding, directory, identity)
+    fields = distributed.on_main("looking for embeddings", lambda: (found := find()) and asdict(found))
+    if fields is None:
+        return None
+    description = files.description_of(fields)
+
+    def read() -> None:
+        embeddings = map_embeddings(directory, description, rows)
+        for start in range(0, len(rows), _RESTORED_AT_ONCE):
+            store(start, embeddings[start : start + _RESTORED_AT_ONCE])
+            distributed.progress()
+
+    try:
+        Verification("full").check(str(directory), partial(description.recorded, directory))
+    except (ValueError, OSError) as damaged:
+        log.warning("All passages are embedded anew: %s", damaged)
+        return None
+    log.info("%s holds the embeddings of these passages: they are not made again", directory)
+    distributed.on_every_rank("reading the embeddings", read)
+    return Stored(directory, description)
+
+
+def _holding(directory: Path, identity: str | None) -> Description | None:
+    """What the saved index says, if it has the embeddings of this identity."""
+    if identity is None or not files.has_index(directory):
+        return None
+    try:
+        found = files.read_description(directory)
+    except ValueError:  # it is damaged, and can be made anew
+        return None
+    return found if found.identity == identity and found.has_embeddings else None
 
 
 def passages_of(place: Path, description: Description) -> JsonlCorpus:

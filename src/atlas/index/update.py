@@ -201,8 +201,8 @@ def _prepare(
         segments.append(Segment(len(added.passages), text, embeddings=None, codes=None))
         if precision != description.embedder_precision:
             description = replace(description, embedder_precision=None)
-    # this is no longer what comes out of a published index
-    return generation, asdict(replace(description, segments=tuple(segments), source=None))
+    # this is no longer what comes out of a published index, or of one corpus
+    return generation, asdict(replace(description, segments=tuple(segments), source=None, identity=None))
 
 
 def _without(directory: Path, generation: int, segments: tuple[Segment, ...], leaving: np.ndarray) -> list[Segment]:
