@@ -78,48 +78,20 @@ def encode(rows: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return nearest_centroids(parts, centroids).T.to(torch.uint8)
 
 
-def decode(codes: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """(n, m) uint8 -> (n, d)."""
-    return torch.cat([part[code.long()] for part, code in zip(centroids, codes.T, strict=True)], dim=1)
-
-
-def train_rotation(sample: torch.Tensor, m: int, rounds: int = 2) -> torch.Tensor:
-    """A rotation (d, d) that makes codes lose less (OPQ, Ge et al. 2013, section 3.1).
-
-    In turns, the quantizer is trained on rotated rows, and the rotation is the one that brings the rows nearest to what
-    their codes stand for (an orthogonal Procrustes problem).
-    """
-    rotation = torch.linalg.qr(
-        torch.randn(sample.shape[1], sample.shape[1], generator=torch.Generator().manual_seed(0))
-    )
-    rotation = rotation[0].to(sample.device)
-    for _ in range(rounds):
-        rotated = sample @ rotation.T
-        centroids = train_centroids(rotated, m, rounds=3)
-        left, _, right = torch.linalg.svd(decode(encode(rotated, centroids), centroids).T @ sample)
-        rotation = left @ right
-    return rotation
-
-
 def product_quantizer(bench: Bench) -> Iterator[Row]:
-    """Search of codes by torch, with and without a rotation."""
+    """Search of codes by torch."""
     n, dimension, m = bench.sizes.compared, bench.sizes.dimension, bench.sizes.code_size
     generator = torch.Generator().manual_seed(0)
-    mixed = torch.randn(dimension, dimension, generator=generator) / dimension**0.5
-    rows = (torch.randn(n, dimension, generator=generator) @ mixed).to(bench.device)  # what a rotation can help with
+    rows = torch.randn(n, dimension, generator=generator).to(bench.device)
     queries, exact = torch.randn(40, dimension, generator=generator), rows.half()
     best = FlatIndex(exact).search(queries, K)[1].cpu()
-    for name, rotates in {f"PQ{m}": False, f"OPQ{m}": True}.items():
-        rotation = train_rotation(rows[:8192], m) if rotates else None
-        rotated = rows if rotation is None else rows @ rotation.T
-        centroids = train_centroids(rotated[:8192], m)
-        codes = torch.cat([encode(part, centroids) for part in rotated.split(PARTS)])
-        there = None if rotation is None else rotation.cpu()
-        wanted = ProductQuantizerSearch(codes.cpu(), centroids.cpu(), rotation=there).search(queries, K)[1]
-        found = ProductQuantizerSearch(codes, centroids, rotation=rotation).search(queries.to(bench.device), K)[1]
-        row = found_rows(f"{name} search of {n} codes", found, wanted)
-        recall = (found.cpu()[:, :, None] == best[:, None]).any(2).float().mean().item()
-        yield row._replace(measured=f"{row.measured}, recall@{K} {recall:.0%}")
+    centroids = train_centroids(rows[:8192], m)
+    codes = torch.cat([encode(part, centroids) for part in rows.split(PARTS)])
+    wanted = ProductQuantizerSearch(codes.cpu(), centroids.cpu()).search(queries, K)[1]
+    found = ProductQuantizerSearch(codes, centroids).search(queries.to(bench.device), K)[1]
+    row = found_rows(f"PQ{m} search of {n} codes", found, wanted)
+    recall = (found.cpu()[:, :, None] == best[:, None]).any(2).float().mean().item()
+    yield row._replace(measured=f"{row.measured}, recall@{K} {recall:.0%}")
 
 
 def from_text(bench: Bench) -> Iterator[Row]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from atlas.index.codec import from_faiss
 from atlas.index.pq_search import ProductQuantizerSearch
 from tests.test_flat import assert_same, brute_force
 
@@ -34,23 +33,6 @@ def decode(codes, centroids):
     return torch.cat(parts, dim=1)
 
 
-def faiss_index(kind, dimension, n, seed=0):
-    """An index of this factory string, trained on its own n passages and filled with them."""
-    generator = np.random.default_rng(seed)
-    passages = generator.standard_normal((n, dimension)).astype(np.float32)
-    index = faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
-    quantizer = faiss.downcast_index(index.index if kind.startswith("OPQ") else index)
-    quantizer.do_polysemous_training = False
-    quantizer.pq.cp.niter = 2
-    if kind.startswith("OPQ"):
-        opq = faiss.downcast_VectorTransform(index.chain.at(0))
-        opq.niter = opq.niter_pq = opq.niter_pq_0 = 1
-    index.train(passages)
-    index.add(passages)
-    codes = faiss.vector_to_array(quantizer.codes).reshape(n, -1)
-    return index, torch.from_numpy(codes)
-
-
 def assert_same_as_faiss(found, index, queries, k):
     """Scores to 1e-4; ids wherever the neighbouring scores are further apart than that."""
     scores, rows = index.search(queries.numpy(), k + 1)
@@ -73,16 +55,6 @@ def test_equals_faiss_for_every_code_size(m):
     assert_same_as_faiss(ProductQuantizerSearch(codes, centroids).search(queries, 20), index, queries, 20)
 
 
-@pytest.mark.parametrize("kind", ["PQ8", "PQ24", "OPQ8,PQ8", "OPQ8_24,PQ8"])
-def test_equals_trained_faiss_indices(kind):
-    index, codes = faiss_index(kind, 48, 1000)
-    centroids, rotation = from_faiss(index)
-    assert (rotation is not None) == kind.startswith("OPQ")
-    queries = random_queries(6, 48)
-    found = ProductQuantizerSearch(codes, centroids, rotation=rotation).search(queries, 10)
-    assert_same_as_faiss(found, index, queries, 10)
-
-
 @pytest.mark.parametrize("chunk_rows", [1, 7, 64, 65, 333, 1000])
 @pytest.mark.parametrize("k", [1, 9, 400])
 def test_equals_decoding_everything_for_every_chunk_and_k(chunk_rows, k):
@@ -97,13 +69,12 @@ def test_shards_give_the_same_bits(shards):
     """Equal codes, hence equal scores, on several shards: the order is that of the rows."""
     codes, centroids = random_quantizer(4, 3, 50)
     codes = codes[torch.arange(400) % 50]
-    rotation = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(2))).Q
     queries = random_queries(40, 12)
-    whole = ProductQuantizerSearch(codes, centroids, rotation=rotation).search(queries, 30)
+    whole = ProductQuantizerSearch(codes, centroids).search(queries, 30)
     bounds = [len(codes) * i // shards for i in range(shards + 1)]
     scores, rows = [], []
     for start, end in zip(bounds, bounds[1:], strict=False):
-        found = ProductQuantizerSearch(codes[start:end], centroids, rotation=rotation).search(queries, 30)
+        found = ProductQuantizerSearch(codes[start:end], centroids).search(queries, 30)
         scores.append(found[0])
         rows.append(found[1] + start)
     best = torch.cat(scores, 1).sort(dim=1, descending=True, stable=True)
@@ -113,9 +84,8 @@ def test_shards_give_the_same_bits(shards):
 @pytest.mark.parametrize("b", [1, 31, 32, 33, 70])
 def test_queries_do_not_influence_each_other(b):
     codes, centroids = random_quantizer(8, 3, 500)
-    rotation = torch.randn(24, 36, generator=torch.Generator().manual_seed(2))
-    queries = random_queries(b, 36)
-    search = ProductQuantizerSearch(codes, centroids, rotation=rotation)
+    queries = random_queries(b, 24)
+    search = ProductQuantizerSearch(codes, centroids)
     found = search.search(queries, 5)
     alone = [search.search(query[None], 5) for query in queries]
     assert_same(found, (torch.cat([scores for scores, _ in alone]), torch.cat([rows for _, rows in alone])))
@@ -161,9 +131,8 @@ def test_codes_may_be_a_read_only_file(tmp_path):
 @pytest.mark.parametrize(("n", "b"), [(0, 3), (5, 0), (0, 0)])
 def test_nothing_to_search_or_to_ask(n, b):
     codes, centroids = random_quantizer(2, 4, n)
-    for rotation in (None, torch.eye(8)):
-        scores, rows = ProductQuantizerSearch(codes, centroids, rotation=rotation).search(torch.randn(b, 8), 4)
-        assert scores.shape == rows.shape == (b, min(4, n))
+    scores, rows = ProductQuantizerSearch(codes, centroids).search(torch.randn(b, 8), 4)
+    assert scores.shape == rows.shape == (b, min(4, n))
 
 
 def test_bad_input_is_refused_in_a_sentence():
@@ -176,8 +145,6 @@ def test_bad_input_is_refused_in_a_sentence():
         ProductQuantizerSearch(codes, centroids[:, :16])
     with pytest.raises(ValueError, match="centroids must be"):
         ProductQuantizerSearch(codes, centroids.double())
-    with pytest.raises(ValueError, match=r"rotation must be \(8, D\)"):
-        ProductQuantizerSearch(codes, centroids, rotation=torch.eye(7))
     with pytest.raises(ValueError, match="not all finite"):
         ProductQuantizerSearch(codes, centroids / 0)
     with pytest.raises(ValueError, match="chunk_rows"):
@@ -189,28 +156,3 @@ def test_bad_input_is_refused_in_a_sentence():
         search.search(torch.randn(2, 9), 3)
     with pytest.raises(ValueError, match="queries hold values that are not finite"):
         search.search(torch.randn(2, 8) / 0, 3)
-
-
-@pytest.mark.parametrize(
-    ("kind", "metric", "message"),
-    [
-        ("Flat", faiss.METRIC_INNER_PRODUCT, "not of IndexFlat"),
-        ("IVF4,PQ4", faiss.METRIC_INNER_PRODUCT, "not of IndexIVFPQ"),
-        ("OPQ4,IVF4,PQ4", faiss.METRIC_INNER_PRODUCT, "OPQMatrix and IndexIVFPQ"),
-        ("PCA8,PQ4", faiss.METRIC_INNER_PRODUCT, "PCAMatrix and IndexPQ"),
-        ("L2norm,PQ4", faiss.METRIC_INNER_PRODUCT, "NormalizationTransform and IndexPQ"),
-        ("PQ4", faiss.METRIC_L2, "METRIC_INNER_PRODUCT"),
-        ("PQ4x4", faiss.METRIC_INNER_PRODUCT, "4 bits"),
-    ],
-)
-def test_from_faiss_refuses_what_it_cannot_search(kind, metric, message):
-    index = faiss.index_factory(16, kind, metric)
-    index.is_trained = True
-    with pytest.raises(ValueError, match=message):
-        from_faiss(index)
-
-
-@pytest.mark.parametrize("kind", ["PQ4", "OPQ4,PQ4"])
-def test_from_faiss_refuses_an_untrained_index(kind):
-    with pytest.raises(ValueError, match="not trained"):
-        from_faiss(faiss.index_factory(16, kind, faiss.METRIC_INNER_PRODUCT))

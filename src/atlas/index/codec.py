@@ -409,7 +409,8 @@ class Codec:
     def centroids(self) -> torch.Tensor | None:
         """Centroids `(m, 256, d / m)` fp32 of a product quantizer of 8 bits without lists, or None for other codes."""
         if isinstance(self.inner, faiss.IndexPQ) and self.inner.pq.nbits == 8:
-            return from_faiss(self.inner)[0]
+            pq = self.inner.pq
+            return torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M, 256, pq.dsub)
         return None
 
     def filled(self, codes: np.ndarray) -> faiss.Index:
@@ -460,34 +461,6 @@ def _matrix(transform: faiss.VectorTransform) -> tuple[torch.Tensor, torch.Tenso
     matrix = torch.from_numpy(faiss.vector_to_array(transform.A)).view(transform.d_out, transform.d_in)
     bias = faiss.vector_to_array(transform.b) if transform.have_bias else np.zeros(transform.d_out, np.float32)
     return matrix.double(), torch.from_numpy(bias).double()
-
-
-def from_faiss(index: faiss.Index) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Centroids `(m, 256, d / m)` and rotation `(d, D)` or None of a trained `IndexPQ`, alone or after a rotation.
-
-    Raises:
-        ValueError: the index is of another kind, not for inner products, not of 8 bits per sub-vector, or not trained.
-    """
-    # New names throughout: Faiss frees an index with the object that owns it, whoever still refers to its parts.
-    inner, transform, kind = faiss.downcast_index(index), None, ""
-    if isinstance(inner, faiss.IndexPreTransform) and inner.chain.size() == 1:
-        transform = faiss.downcast_VectorTransform(inner.chain.at(0))
-        inner, kind = faiss.downcast_index(inner.index), f"{type(transform).__name__} and "
-    rotates = transform is None or (isinstance(transform, faiss.LinearTransform) and not transform.have_bias)
-    if not (rotates and isinstance(inner, faiss.IndexPQ)):
-        kind += type(inner).__name__
-        raise ValueError(f"codes are searched here when they are of IndexPQ, alone or after OPQ, not of {kind}")
-    if not index.is_trained:
-        raise ValueError("the quantizer is not trained")
-    if inner.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise ValueError("the quantizer was made for distances: make its index with faiss.METRIC_INNER_PRODUCT")
-    if inner.pq.nbits != 8:
-        raise ValueError(f"the quantizer has {inner.pq.nbits} bits per sub-vector, and only 8 are supported")
-    centroids = faiss.vector_to_array(inner.pq.centroids).reshape(inner.pq.M, 256, inner.pq.dsub)
-    if transform is None:
-        return torch.from_numpy(centroids), None
-    rotation = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
-    return torch.from_numpy(centroids), torch.from_numpy(rotation)
 
 
 def _from_little_endian(content: np.ndarray) -> np.ndarray:

@@ -17,7 +17,6 @@ from atlas.index.flat import (
     checked_chunk_rows,
     checked_queries,
     error_bound,
-    fixed_inner_products,
     top_k,
 )
 
@@ -32,7 +31,6 @@ class ProductQuantizerSearch:
         codes: torch.Tensor,
         centroids: torch.Tensor,
         *,
-        rotation: torch.Tensor | None = None,
         chunk_rows: int | None = None,
     ) -> None:
         """Keeps the codes as they are: no copy, so they may be a memory-mapped file.
@@ -40,8 +38,6 @@ class ProductQuantizerSearch:
         Args:
             codes: `(n, m)` uint8, on the device that is to search.
             centroids: `(m, 256, d / m)` fp32, for embeddings of size d.
-            rotation: `(d, D)` fp32, applied to the queries (size D) as to the passages before they were quantized;
-                d is D unless it also makes the embeddings smaller.
             chunk_rows: codes compared at a time; by default what suits the device.
 
         Raises:
@@ -49,15 +45,11 @@ class ProductQuantizerSearch:
         """
         if centroids.ndim != 3 or centroids.shape[1] != 256 or centroids.dtype != torch.float32:
             raise ValueError(f"centroids must be (m, 256, d / m) in fp32, found {_describe(centroids)}")
-        size = len(centroids) * centroids.shape[2]  # d
         if codes.ndim != 2 or codes.dtype != torch.uint8 or codes.shape[1] != len(centroids):
             raise ValueError(f"codes must be (n, {len(centroids)}) in uint8, found {_describe(codes)}")
-        if rotation is not None and (rotation.ndim != 2 or len(rotation) != size or rotation.dtype != torch.float32):
-            raise ValueError(f"the rotation must be ({size}, D) in fp32, found {_describe(rotation)}")
         self.codes = codes
         self.centroids = centroids.to(codes.device)
-        self.rotation = None if rotation is None else rotation.to(codes.device)
-        self.dimension = size if rotation is None else rotation.shape[1]
+        self.dimension = len(centroids) * centroids.shape[2]
         self.chunk_rows = checked_chunk_rows(chunk_rows)
         longest = self.centroids.square().sum(2).amax(1).sum().sqrt().item()  # of all vectors that codes can stand for
         if not math.isfinite(longest):
@@ -69,7 +61,7 @@ class ProductQuantizerSearch:
         """The rows of largest inner product with what their codes stand for, by score descending, then row ascending.
 
         Args:
-            queries: `(b, D)`, any floating-point type and device; b may be 0.
+            queries: `(b, d)`, any floating-point type and device; b may be 0.
             k: at least 1; above n it means n.
 
         Returns:
@@ -77,9 +69,9 @@ class ProductQuantizerSearch:
             for bit, for every chunk size and for every way of cutting the rows into several indices.
 
         Raises:
-            ValueError: k below 1, queries of another D, or values that are not finite.
+            ValueError: k below 1, queries of another d, or values that are not finite.
         """
-        queries = self._rotate(checked_queries(queries, k, self.dimension, self.codes.device))
+        queries = checked_queries(queries, k, self.dimension, self.codes.device)
         parts = queries.chunk(max(1, math.ceil(len(queries) / _QUERIES_PER_TABLE)))
         found = [
             top_k(part, k, len(self.codes), [self._first_pass(part)], self._decode, self.chunk_rows) for part in parts
@@ -106,14 +98,6 @@ class ProductQuantizerSearch:
     def _centroid_numbers(self, codes: torch.Tensor) -> torch.Tensor:
         """(c, m) uint8 -> (c, m) int32, rows of the centroids' (m · 256, d / m)."""
         return codes.int() + self._first_centroid
-
-    def _rotate(self, queries: torch.Tensor) -> torch.Tensor:  # (b, D) -> (b, d), rounded in the same way whatever b
-        if self.rotation is None:
-            return queries
-        rotated = queries.new_empty(len(queries), len(self.rotation))
-        for query, into in zip(queries, rotated, strict=True):
-            into.copy_(fixed_inner_products(query[None], self.rotation))
-        return rotated
 
 
 def _describe(tensor: torch.Tensor) -> str:
