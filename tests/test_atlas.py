@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from atlas.config import Model
-from atlas.model.atlas import Atlas, TrainingTensors, evaluating
+from atlas.model.atlas import Atlas, TrainingTensors
 from atlas.model.inputs import Inputs
 from atlas.model.losses import distillation_loss, emdr_loss, retriever_scores
+from atlas.model.pretrained import evaluating
 from atlas.model.reader import load_reader
 from atlas.model.retriever import load_retriever
 from atlas.model.signals import MODES, Mode, Reading

@@ -23,6 +23,7 @@ from atlas.index.arrays import FP16, Layout
 from atlas.index.journal import EmbeddingJournal, open_journal
 from atlas.index.passages import fingerprint_of, titles_joined
 from atlas.model.inputs import Inputs
+from atlas.model.pretrained import evaluating
 from atlas.model.retriever import Contriever, DualEncoder, fingerprint
 from atlas.model.tokenization import LIBRARY
 from atlas.runtime import device as devices
@@ -219,22 +220,21 @@ class CorpusEmbedder:
             Stopped: on every rank, if one was asked to stop.
             ValueError, OSError: on every rank, if `store` or the journal raises it on one.
         """
-        error, stopped, was_training = None, False, self.retriever.training
+        error, stopped = None, False
 
         def store_and_note(start: int, embeddings: torch.Tensor) -> None:
             store(start, embeddings)
             if journal is not None:
                 journal.add(rows.start + start, embeddings)
 
-        self.retriever.eval()
         try:
             done = journal.restore(rows, store) if journal else None
-            self.embed_rows(passages, rows, store_and_note, asked_to_stop, done)
+            with evaluating(self.retriever):
+                self.embed_rows(passages, rows, store_and_note, asked_to_stop, done)
         except (ValueError, OSError) as failed:  # not finite; no space
             error = failed
         except Stopped:
             stopped = True
-        self.retriever.train(was_training)
         distributed.wait_for_all("embedding the corpus")
         distributed.raise_on_all_ranks(error)
         if distributed.any_rank(stopped or asked_to_stop()):
@@ -294,12 +294,10 @@ class CorpusEmbedder:
     @torch.no_grad()
     def embed(self, passages: Sequence[dict[str, Any]]) -> torch.Tensor:
         """The embeddings of a few passages, (n, D) fp16 on the CPU."""
-        was_training = self.retriever.training
-        self.retriever.eval()
         windows = Windows(passages, range(len(passages)), self.inputs, self.max_tokens)
         embed = passage_embedder(self.retriever.passage_encoder, self.device, self.precision)
-        parts = [self._embed_window(windows[i], embed, lambda _: None).cpu() for i in range(len(windows))]
-        self.retriever.train(was_training)
+        with evaluating(self.retriever):
+            parts = [self._embed_window(windows[i], embed, lambda _: None).cpu() for i in range(len(windows))]
         return torch.cat(parts)
 
     def _say_what_is_left(self, rows: int, left: int, untokenized: int) -> None:

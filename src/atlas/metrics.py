@@ -11,8 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 import regex  # knows Unicode categories, which `re` does not
 
 RECALL_AT = (1, 5, 10, 20, 50, 100)
+NO_PERCENTAGES = ("eval_loss", "mrr", "judged_mrr")
+SPELLINGS = {"f1": "F1", "mrr": "MRR", "rouge": "ROUGE", "ndcg": "nDCG"}
+VERDICTS = {"true", "false"}  # answers that no passage is searched for
 # The simple tokenizer of DrQA and DPR: runs of letters, digits and marks, or one other visible character.
 SIMPLE_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+
+
+def spoken(name: str) -> str:
+    """A metric's name as one says it: `exact_match` is the exact match, `judged_ndcg@10` the judged nDCG@10."""
+    said = name.removeprefix("eval_").replace("_", " ")
+    for plain, spelling in SPELLINGS.items():
+        said = re.sub(rf"\b{plain}\b", spelling, said)
+    return said
 
 
 def normalize_answer(text: str) -> str:

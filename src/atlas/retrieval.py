@@ -23,6 +23,7 @@ from atlas.index.sharded import Hits, ShardedIndex, look_up
 from atlas.index.store import open_index, passages_of, restore_embeddings, save_index
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
+from atlas.model.pretrained import evaluating
 from atlas.model.retriever import DualEncoder, fingerprint
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -305,12 +306,9 @@ class Retrieval:
             step: of the training, which `--bm25_steps` counts; None in an evaluation.
             read: how many of them will be read; None: all.
         """
-        was_training = self.retriever.training
-        self.retriever.eval()
-        vectors = self.embed(queries) if self.embeds(step) else None
-        found = self.find(vectors, k, exclude, words=queries if words is None else words, step=step, read=read)
-        self.retriever.train(was_training)
-        return found
+        with evaluating(self.retriever):
+            vectors = self.embed(queries) if self.embeds(step) else None
+            return self.find(vectors, k, exclude, words=queries if words is None else words, step=step, read=read)
 
     def embeds(self, step: int | None = None) -> bool:
         """Whether queries are embedded, or BM25 alone ranks the passages."""

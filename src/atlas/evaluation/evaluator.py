@@ -1,6 +1,5 @@
 """Evaluation: every example of a file once, on all ranks together, results in the order of the file."""
 
-import re
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,10 @@ import torch
 from atlas.config import Config
 from atlas.evaluation.answering import Answering, Encoded
 from atlas.evaluation.results import result_row, results_writer
-from atlas.metrics import RECALL_AT, judged_metrics, retrieval_metrics
+from atlas.metrics import NO_PERCENTAGES, RECALL_AT, judged_metrics, retrieval_metrics, spoken
 from atlas.model.inputs import Targets
 from atlas.model.load import Model
+from atlas.model.pretrained import evaluating
 from atlas.model.reader import token_log_probabilities
 from atlas.retrieval import Retrieval
 from atlas.runtime import distributed
@@ -26,9 +26,7 @@ from atlas.runtime.tracking import log, with_progress
 from atlas.tasks import Example, Judged, Task
 from atlas.tasks.data import Data
 
-NO_PERCENTAGES = ("eval_loss", "mrr", "judged_mrr")
 OF_RETRIEVAL = ("recall@", "mrr", "judged_")  # metrics that the log has last
-SPELLINGS = {"f1": "F1", "mrr": "MRR", "rouge": "ROUGE", "ndcg": "nDCG"}
 
 
 class Evaluator:
@@ -75,13 +73,10 @@ class Evaluator:
             Stopped: on every rank, if one was asked to stop; no results are written.
         """
         started = time.monotonic()
-        was_training = self.reader is not None and self.reader.training
-        if self.reader is not None:
-            self.reader.eval()
         totals: dict[str, tuple[float, float]] = {}
         n_examples = 0
         path = self.results_directory / f"{name}-step-{step}.jsonl" if self.results_directory else None
-        with _row_writer(path) as write, gathered_weights(self.reader):
+        with _row_writer(path) as write, gathered_weights(self.reader), evaluating(self.reader):
             lines = _Lines(data.task, write, totals)
             batches = with_progress(data.evaluation_batches(), f"evaluating {name}", data.evaluation_rounds, "batches")
             for examples in batches:
@@ -96,8 +91,6 @@ class Evaluator:
                             lines.add(row, first)
             lines.finish()
             self.session.verification.finish()  # nothing is said or written of what damaged files gave
-        if self.reader is not None:
-            self.reader.train(was_training)
         n_examples = sum(distributed.gather_objects(n_examples))  # a task may skip lines
         means = {key: value / weight for key, (value, weight) in distributed.sum_statistics(totals).items()}
         metrics = {key: value if key in NO_PERCENTAGES else 100 * value for key, value in means.items()}
@@ -208,12 +201,8 @@ class Evaluator:
 
 def _listed(metrics: Mapping[str, float]) -> str:
     """The metrics for a reader of the log: `exact match 45.20, F1 51.30, loss 1.234, recall@1 …`."""
-    parts = []
-    for name in sorted(metrics, key=lambda name: name.startswith(OF_RETRIEVAL)):
-        spoken = name.removeprefix("eval_").replace("_", " ")
-        for plain, spelling in SPELLINGS.items():
-            spoken = re.sub(rf"\b{plain}\b", spelling, spoken)
-        parts.append(f"{spoken} {metrics[name]:.{3 if name in NO_PERCENTAGES else 2}f}")
+    names = sorted(metrics, key=lambda name: name.startswith(OF_RETRIEVAL))
+    parts = [f"{spoken(name)} {metrics[name]:.{3 if name in NO_PERCENTAGES else 2}f}" for name in names]
     return ", ".join(parts) or "nothing measured"
 
 

@@ -1,7 +1,6 @@
 """The model as one module: from a batch of tensors to the reader's loss and the retriever's loss."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from atlas.model.grouping import fuse
 from atlas.model.inputs import Judged, ReaderRows, Targets
 from atlas.model.interface import Reader
 from atlas.model.losses import retriever_scores
+from atlas.model.pretrained import evaluating
 from atlas.model.reader import IGNORE
 from atlas.model.retriever import DualEncoder
 from atlas.model.signals import Correlation, Mode, Reading, correlations, reading_of
@@ -59,18 +59,6 @@ class Losses(NamedTuple):
         if self.reader is None or self.retriever is None:
             return self.retriever if self.reader is None else self.reader
         return self.reader + self.retriever
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside the block; every submodule gets its own mode back afterwards."""
-    was_training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in was_training.items():
-            part.training = training
 
 
 class Atlas(nn.Module):

@@ -105,6 +105,19 @@ def quiet_loading(name_or_path: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def evaluating(module: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside the block; every submodule gets its own mode back afterwards."""
+    was_training = {part: part.training for part in module.modules()} if module is not None else {}
+    if module is not None:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in was_training.items():
+            part.training = training
+
+
 def set_dropout(module: nn.Module, probability: float) -> None:
     """Set every dropout in `module`: the Dropout modules and the numbers that attention layers keep."""
     from torch import nn

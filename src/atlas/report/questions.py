@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atlas.files.jsonl import DataError, decode
-from atlas.metrics import contains_answer, exact_match, f1, simple_tokens
+from atlas.metrics import VERDICTS, contains_answer, exact_match, f1, simple_tokens
 from atlas.report.packing import Distinct, Packed, finite
 from atlas.report.record import Evaluation, Flag, Record
 
@@ -25,7 +25,6 @@ KINDS = {
     UNREAD: ("there, but not read", "a passage has an expected answer, and the reader said something else"),
     WRONG: ("wrong", "another answer than the expected ones"),
 }
-VERDICTS = {"true", "false"}  # answers that no passage is searched for
 
 
 class Judging(NamedTuple):

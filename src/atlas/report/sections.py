@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from atlas.metrics import NO_PERCENTAGES, spoken
 from atlas.report.charts import COLOURS, Curve, chart, number
 from atlas.report.questions import KINDS, RIGHT, Questions, mcnemar
 from atlas.report.record import Evaluation, Record
 
-ANSWERS, RECALL, JUDGED = "Answers", "Recall", "Judged"  # what a metric is of; those in UNITS stand alone
-UNITS = ("eval_loss", "mrr", "judged_mrr")  # no percentages
+ANSWERS, RECALL, JUDGED = "Answers", "Recall", "Judged"  # what a metric is of; what is no percentage stands alone
 TRAINING = {  # title -> the names, or how they begin
     "Loss": ("loss/",),
     "Learning rate": ("lr",),
@@ -51,18 +51,18 @@ def body(record: Record, beside: Record | None, questions: Sequence[Questions], 
 
 def metric_name(name: str) -> str:
     """As a reader calls it: `exact_match` is the exact match."""
-    return {"f1": "F1", "mrr": "MRR", "eval_loss": "loss", "lr": "learning rate"}.get(name, name.replace("_", " "))
+    return "learning rate" if name == "lr" else spoken(name)
 
 
 def metric_value(name: str, value: float) -> str:
     """Percentages with one digit behind the point, other values with four digits."""
-    return number(value) if name in UNITS else f"{value:.1f}"
+    return number(value) if name in NO_PERCENTAGES else f"{value:.1f}"
 
 
 def _metrics_of(what: str, evaluations: Iterable[Evaluation]) -> list[str]:
     """The metrics of answers (also those of a task of one's own), of recall or of judgements, in their order."""
     beginnings = {"recall@": RECALL, "judged_": JUDGED}
-    names = dict.fromkeys(name for one in evaluations for name in one.metrics if name not in UNITS)
+    names = dict.fromkeys(name for one in evaluations for name in one.metrics if name not in NO_PERCENTAGES)
     return [name for name in names if beginnings.get(name[:7], ANSWERS) == what]
 
 
@@ -90,7 +90,12 @@ def _tiles(record: Record, beside: Record | None) -> str:
         elif not beside and len(evaluations) > 1:
             against, said = evaluations[0], f"since step {evaluations[0].step}"
         recalls = _metrics_of(RECALL, [last]) or _metrics_of(JUDGED, [last])
-        names = [*_metrics_of(ANSWERS, [last]), *recalls[:1], *recalls[-1:], *(n for n in UNITS if n in last.metrics)]
+        names = [
+            *_metrics_of(ANSWERS, [last]),
+            *recalls[:1],
+            *recalls[-1:],
+            *(n for n in NO_PERCENTAGES if n in last.metrics),
+        ]
         tiles = [_tile(name, last, against, said) for name in list(dict.fromkeys(names))[:MOST_TILES]]
         counted = f", {last.examples:,} examples" if last.examples else ""
         if tiles:

@@ -67,7 +67,6 @@ class Task:
         cuts: how often something of a line has been cut, by what it is; who counts lines clears it.
     """
 
-    metrics: tuple[str, ...] = ("accuracy",)
     fields = "`query` and `target` (strings)"
     skips = "no line"
     filters_by_id = False
@@ -116,7 +115,7 @@ class Task:
         return "query"
 
     def score(self, generation: str, example: Example) -> dict[str, float]:
-        """The values of `metrics`, each from 0 to 1."""
+        """The metrics of this answer by name, each from 0 to 1; the same names for every answer."""
         return {"accuracy": accuracy(generation, example.answers)}
 
     def join(self, rows: list[dict]) -> tuple[dict, dict[str, float]]:

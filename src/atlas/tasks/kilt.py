@@ -3,10 +3,8 @@
 import random
 from collections.abc import Iterable, Mapping
 
-from atlas.metrics import exact_match, f1
+from atlas.metrics import VERDICTS, exact_match, f1
 from atlas.tasks.base import Example, Judged, Task, short_answer_prompt
-
-VERDICTS = {"true", "false"}  # not searched for in passages
 
 
 class KILT(Task):
@@ -16,7 +14,6 @@ class KILT(Task):
     Lines whose `filename` contains `fever` have verdicts for answers: SUPPORTS is `true`, all else `false`.
     """
 
-    metrics = ("accuracy", "exact_match", "f1")
     fields = "`input` (a string) and `output` (a list of objects, at least one with an `answer`, a string)"
 
     def question_field(self, record: Mapping) -> str:

@@ -23,7 +23,6 @@ class MultipleChoice(Task):
     options repeats its orders, so that every line has equally many examples; in evaluation it has fewer.
     """
 
-    metrics = ("accuracy",)
     fields = "`question` (a string), `options` (an object of strings: A, B, ...) and `answer` (the letter of one)"
     joins = True
 

@@ -16,7 +16,6 @@ class QuestionAnswering(Task):
     FlashRAG's `golden_answers` and NQ-open's `answer` are read as well, and BEIR's queries `{"_id": ..., "text": ...}`.
     """
 
-    metrics = ("exact_match", "f1")
     fields = "`question` (a string), `answers` (a list of strings), optionally `target` (a string)"
 
     def __init__(self, setup: TaskSetup) -> None:

@@ -14,7 +14,6 @@ class TextTask(Task, ABC):
     Texts that are blank or have fewer words than `--min_words_per_lm_instance` are skipped.
     """
 
-    metrics = ("accuracy", "f1", "rouge_1", "rouge_2", "rouge_L")
     fields = "`id` and `text` (strings)"
     skips = "texts that are empty or have fewer words than --min_words_per_lm_instance"
     filters_by_id = True
