@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import finetune_qa
-from atlas.config import Config, parse_config, quiet_until_started
+from atlas.config import Config, parse_config, quiet_until_started, sentence
 
 if TYPE_CHECKING:
     from benchmarks.planner import Need, Planner
@@ -33,10 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
         planner = Planner(shapes_of(config, options.passages_in_index), machine, training=program != "evaluate")
         need = planner.need(config)
     except (OSError, ValueError) as error:
-        sys.exit(f"plan.py: {error}")
+        sys.exit(f"plan.py: {sentence(error)}")
     print(f"{options.script} on {options.gpus} x {options.card} of {machine.card.gigabytes:g} GB, GiB on each GPU:\n")
     print(parts(need, planner, config))
-    print(times(need, planner))
+    print(times(need))
     if need.bytes > machine.bytes:
         print(advice(planner, config))
         sys.exit(1)
@@ -76,7 +76,7 @@ def parts(need: "Need", planner: "Planner", config: Config) -> str:
     return "\n".join([*lines, f"{'sum':>20} {need.bytes / GIB:8.1f} of {has:.1f}: {verdict}"])
 
 
-def times(need: "Need", planner: "Planner") -> str:
+def times(need: "Need") -> str:
     """What arithmetic says of time."""
     from benchmarks.planner import REACHED
 

@@ -23,7 +23,8 @@ from atlas.config import Optimisation, RetrieverTraining
 from atlas.embedding import passage_embedder
 from atlas.model.atlas import Atlas, Losses
 from atlas.model.interface import Reader
-from atlas.model.reader import IGNORE, load_reader_state
+from atlas.model.losses import IGNORE
+from atlas.model.reader import load_reader_state
 from atlas.model.retriever import load_retriever_state
 from atlas.model.signals import MODES, Mode, mode_of
 from atlas.runtime import device as devices

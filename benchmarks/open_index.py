@@ -33,7 +33,7 @@ from atlas.index.convert import compress_index
 from atlas.index.directory import has_index, read_description
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
-from atlas.index.sharded import ShardedIndex
+from atlas.index.sharded import ShardedIndex, look_up
 from atlas.index.store import Content, open_codec, open_index, save_index
 from atlas.index.update import find_changes, opened_to_update, write_changes
 from benchmarks.search import process_memory, random_embeddings
@@ -124,7 +124,7 @@ def measure(directory: Path, nprobe: int | None) -> dict[str, float]:
     before, started = process_memory("RssAnon"), time.perf_counter()
     index = open_index(directory, device=CPU, compression=Compression(nprobe=nprobe))
     opened = time.perf_counter() - started
-    found = index.passages_of(index.search(queries, 10).ids)
+    found = look_up(index.passages, index.search(queries, 10).ids)
     answered = time.perf_counter() - started
     assert len(found[0]) == 10
     quantizer = read_description(directory).quantizer

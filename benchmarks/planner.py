@@ -5,7 +5,6 @@ step on fake tensors. Times are arithmetic: operations counted in that step, at 
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,11 @@ from transformers import AutoConfig, BertConfig, T5Config
 
 from atlas.config import Config
 from atlas.index.codec import FLAT, Compression, code_size
+from atlas.index.directory import has_index, read_description
 from atlas.index.passages import open_passages
 from atlas.model.pretrained import pretrained_errors, quiet_loading
 from atlas.model.retriever import Contriever
-from atlas.runtime.device import evaluation_batch_size
+from atlas.runtime.device import embedder_precision, evaluation_batch_size
 from benchmarks import memory
 from benchmarks.cards import Card
 from benchmarks.memory import GIB, Settings, Step
@@ -94,11 +94,8 @@ def passages_of(config: Config) -> int | None:
     """How many passages the index has; None where neither it nor the corpus is on this machine."""
     index = config.index
     if index.load_index_path is not None:
-        description = Path(index.load_index_path, "index.json")
-        if not description.is_file():
-            return None
-        segments = json.loads(description.read_text(encoding="utf-8")).get("segments", [])
-        return sum(segment["size"] for segment in segments) or None
+        place = Path(index.load_index_path)
+        return read_description(place).size if has_index(place) else None
     if not index.passages or not all(Path(file).is_file() for file in index.passages):
         return None
     return len(open_passages(index.passages, index.max_passages))
@@ -155,9 +152,9 @@ class Planner:
             "shard_grads": flags["shard_grads"] and several,
         }
         if not self.training:
-            tokens = model.tokens_of_a_question
-            batch = evaluation_batch_size(torch.device("cuda"), flags["per_gpu_batch_size"], tokens)
-            known |= {"per_gpu_batch_size": flags["per_gpu_eval_batch_size"] or batch, "train_retriever": False}
+            sizes = flags["per_gpu_eval_batch_size"], flags["per_gpu_batch_size"]
+            batch = evaluation_batch_size(torch.device("cuda"), *sizes, model.tokens_of_a_question)
+            known |= {"per_gpu_batch_size": batch, "train_retriever": False}
             known |= {"retriever_n_context": None, "training": False, "gradient_checkpoint": False}
             known |= {"gradient_checkpoint_retriever": False, "shard_optim": False, "shard_grads": False}
             known |= {"lora_rank": 0, "retriever_lora_rank": 0, "frozen_precision": "fp32"}  # they have been added
@@ -214,7 +211,7 @@ class Planner:
             return None  # nothing is embedded
         length = config.model.text_maxlength
         flops = self.shapes.passages * length * embedding_flops(self.shapes.retriever, length)
-        precision = config.run.embedder_precision or "fp16"  # as on CUDA by default
+        precision = embedder_precision(torch.device("cuda"), config.run.embedder_precision)
         return flops / self.machine.gpus / self._rate(precision)
 
     def _rate(self, precision: str) -> float:

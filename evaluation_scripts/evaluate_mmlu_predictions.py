@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from atlas.config import sentence
 from atlas.files.jsonl import DataError, JsonlCorpus
 
 # The 57 subjects by subcategory, and the subcategories by category (Hendrycks et al. 2021).
@@ -202,7 +203,7 @@ def main() -> None:
     try:
         print("\n".join(table(read(result_files(arguments.results), arguments.split))))
     except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence(error)}")
 
 
 if __name__ == "__main__":

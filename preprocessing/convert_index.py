@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, convert; a mistake of the user's ends it with one sentence and status 1."""
     options = parse_options(arguments)
     # These import torch: a wrong flag is answered before that.
+    from atlas.config import sentence
     from atlas.index.codec import Compression
     from atlas.index.convert import check_index, convert
     from atlas.runtime.tracking import report_error, start_log
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             convert(options.source, options.target, compression, codes_only=codes_only)
     except (ValueError, OSError) as error:
-        report_error(error, str(error))
+        report_error(error, sentence(error))
         sys.exit(1)
 
 

@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     # These import torch, which a wrong flag should not wait for.
     from safetensors import SafetensorError
 
+    from atlas.config import sentence
     from atlas.files.disk import writing
     from atlas.runtime.tracking import log, report_error, start_log
 
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             beside.replace(output)
     except (ValueError, OSError, SafetensorError) as error:
-        report_error(error, str(error))
+        report_error(error, sentence(error))
         sys.exit(1)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         update(options, device)
         distributed.wait_for_all("the end of the update")
     except (ValueError, OSError, distributed.LostRankError) as error:
-        report_error(error, str(error))
+        report_error(error, config.sentence(error))
         sys.exit(1)
     distributed.stop()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from atlas.index import arrays
-from atlas.index.arrays import BYTE, FP16, Layout, as_tensor, check_blocks, map_rows, write_array
+from atlas.index.arrays import BYTE, FP16, Layout, as_tensor, check_all, check_header, map_rows, recorded, write_array
 from atlas.runtime import distributed
 from tests.ranks import run_on_ranks, scratch_directory
 
@@ -98,12 +98,12 @@ def test_damage_is_located(tmp_path, monkeypatch):
     rows = np.zeros((5000, 4), np.uint8)
     layout, path = Layout(5000, 4, BYTE), tmp_path / "codes.1.npy"
     array = write_array(path, layout, 0, [(rows, 1.0)])
-    check_blocks(tmp_path, array, layout)
+    check_all(recorded(tmp_path, array, layout))
     content = bytearray(path.read_bytes())
     content[2 * 4096] = content[4 * 4096 + 5] = 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"2 of 6 blocks .*\(from 0: 2, 4; all are in rows 1024 to 4096\)"):
-        check_blocks(tmp_path, array, layout)
+        check_all(recorded(tmp_path, array, layout))
     path.write_bytes(content[:-1])
     with pytest.raises(ValueError, match="24095 bytes long, 5000 x 4 bytes take 24096"):
-        check_blocks(tmp_path, array, layout)
+        check_header(path, layout)

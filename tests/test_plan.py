@@ -1,7 +1,6 @@
 """The planner: what a command needs on a GPU, whether that fits, and which flags would make it fit."""
 
 import gzip
-import json
 import re
 
 import pytest
@@ -13,11 +12,13 @@ from transformers import BertConfig
 import plan
 from atlas.config import parse_config
 from atlas.model.retriever import Contriever
+from atlas.update import update_index
 from benchmarks import memory, one_card
 from benchmarks.cards import CARDS
 from benchmarks.memory import GIB, Settings, Step
 from benchmarks.planner import Machine, Planner, changed, changes, embedding_flops, passages_of, shapes_of
 from finetune_qa import PRESET
+from tests.indices import saved
 from tests.kit import language_model, slow
 
 FILES = ["--name", "run", "--train_data", "train.jsonl", "--eval_data", "test.jsonl"]
@@ -167,11 +168,12 @@ def test_an_evaluation_holds_no_gradients(steps, monkeypatch):
 
 
 def test_passages_are_counted_where_they_are(tmp_path):
-    corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"
-    corpus.write_text("{}\n" * 7)
-    index.mkdir()
-    (index / "index.json").write_text(json.dumps({"segments": [{"size": 5}, {"size": 4}]}))
+    index, _, _ = saved(tmp_path, n=9)
     assert passages_of(config_of("--load_index_path", str(index))) == 9
+    update_index(index, delete=["p3"])
+    assert passages_of(config_of("--load_index_path", str(index))) == 8
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("{}\n" * 7)
     assert passages_of(config_of("--load_index_path", str(tmp_path))) is None
     without = parse_config(
         [*COMMAND[1:-2], "--total_steps", "31", "--passages", str(corpus), "--max_passages", "6"],

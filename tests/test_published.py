@@ -13,6 +13,7 @@ from atlas.index.codec import Compression
 from atlas.index.directory import has_index
 from atlas.index.flat import FlatIndex
 from atlas.index.published import convert_published, is_published, load_plain_pickle
+from atlas.index.sharded import look_up
 from atlas.index.store import open_index, save_index
 from tests.indices import CPU, RunsSomething, damaged, publish, saved
 from tests.parity import parity_kit
@@ -32,7 +33,7 @@ def test_a_published_index_is_converted(tmp_path):
 def _open_published(directory, converted, queries):
     index = open_index(directory, device=CPU, converted=converted)
     hits = index.search(queries, 3)
-    return hits.scores, hits.ids, [p["id"] for p in index.passages_of(hits.ids)[0]]
+    return hits.scores, hits.ids, [p["id"] for p in look_up(index.passages, hits.ids)[0]]
 
 
 @pytest.mark.processes

@@ -9,7 +9,7 @@ from atlas import config, embedding, retrieval
 from atlas.embedding import batches_by_length, passage_embedder
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
-from atlas.index.sharded import shard_rows
+from atlas.index.sharded import look_up, shard_rows
 from atlas.model.inputs import Inputs
 from atlas.model.load import Model
 from atlas.model.retriever import load_retriever, use_uncentered_layer_norm
@@ -173,7 +173,7 @@ def test_reranking_makes_up_for_coarse_codes(one_by_one):
     exact = FlatIndex(one_by_one)
     vectors = found.retriever.eval().embed_queries(*found.inputs.queries(QUERIES)).detach()
     wanted = [
-        [p["id"] for p in row] for row in found.index.passages_of(exact.search(vectors, 5)[1])
+        [p["id"] for p in row] for row in look_up(found.index.passages, exact.search(vectors, 5)[1])
     ]  # distinct scores, so there is one order
     assert [[p["id"] for p in row] for row in found.search(QUERIES, 5).passages] != wanted
     reranking = make(world(), rerank=len(found.passages), **pq)
@@ -195,7 +195,7 @@ def excluding(tmp_path, rerank=0, overretrieve=2, passages=None):
 def plain_search(found, query, k, own, ratio):
     """One query at a time, lists only: ids of the passages, own ones last and only where there are too few others."""
     hits = found.index.search(found.retriever.embed_queries(*found.inputs.queries([query])), ratio * k)
-    ids = [passage["id"] for passage in found.index.passages_of(hits.ids)[0]]
+    ids = [passage["id"] for passage in look_up(found.index.passages, hits.ids)[0]]
     return ([i for i in ids if i != own] + [i for i in ids if i == own])[:k]
 
 

@@ -8,7 +8,7 @@ import torch
 from atlas.index.build import compress
 from atlas.index.codec import Compression
 from atlas.index.flat import FlatIndex
-from atlas.index.sharded import ShardedIndex, shard_rows
+from atlas.index.sharded import ShardedIndex, look_up, shard_rows
 from atlas.runtime import distributed
 from tests.kit import slow
 from tests.ranks import run_on_ranks
@@ -87,12 +87,12 @@ def test_embeddings_of_equals_indexing(sizes):
 
 def test_passages_are_looked_up_once_and_belong_to_the_caller():
     index = make_index(made_up(9, 4, 0)[0])
-    found = index.passages_of(torch.tensor([[3, 1], [8, 3]]))
+    found = look_up(index.passages, torch.tensor([[3, 1], [8, 3]]))
     assert [[p["id"] for p in row] for row in found] == [["p3", "p1"], ["p8", "p3"]]
     assert sorted(index.passages.read) == [1, 3, 8]
     found[0][0]["score"] = 1.0
     assert "score" not in found[1][1] and "score" not in index.passages[[3]][0]
-    assert index.passages_of(torch.zeros(0, 5, dtype=torch.int64)) == []
+    assert look_up(index.passages, torch.zeros(0, 5, dtype=torch.int64)) == []
 
 
 def _build(embeddings):

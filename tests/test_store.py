@@ -28,7 +28,7 @@ from atlas.index.convert import check_index, compress_index
 from atlas.index.flat import FlatIndex
 from atlas.index.passages import open_passages
 from atlas.index.published import convert_published
-from atlas.index.sharded import ShardedIndex
+from atlas.index.sharded import ShardedIndex, look_up
 from atlas.index.store import open_index, save_index
 from atlas.runtime import distributed
 from tests.indices import (
@@ -67,7 +67,7 @@ def _open_and_search(directory, queries, k):
     index = open_index(directory, device=CPU, dimension=queries.shape[1])
     hits = index.search(queries, k)
     rows = (index.rows.start, index.embeddings.clone())
-    return hits.scores, hits.ids, index.passages_of(hits.ids), rows
+    return hits.scores, hits.ids, look_up(index.passages, hits.ids), rows
 
 
 @pytest.mark.processes
@@ -395,7 +395,7 @@ def test_damaged_files_are_refused_in_one_sentence_or_harmless(tmp_path):
         (directory / name).write_bytes(damaged(originals[name], chance))
         try:
             index = open_index(directory, device=CPU)
-            index.passages_of(index.search(queries, 20).ids)
+            look_up(index.passages, index.search(queries, 20).ids)
         except ValueError as error:
             refused += 1
             assert "\n" not in str(error)
@@ -420,7 +420,7 @@ def test_damaged_offsets_of_lines_are_found_again(tmp_path, monkeypatch):
         offsets.write_bytes(damaged(content, chance))
         index = open_index(directory, device=CPU)
         ids = index.search(queries, 20).ids
-        assert index.passages_of(ids) == [[expected[i] for i in row] for row in ids.tolist()]
+        assert look_up(index.passages, ids) == [[expected[i] for i in row] for row in ids.tolist()]
         assert offsets.read_bytes() == content
 
 
@@ -857,7 +857,7 @@ def test_damaged_compressed_files_are_refused_in_one_sentence_or_harmless(tmp_pa
         (directory / name).write_bytes(damaged(originals[name], chance))
         try:
             index = open_index(directory, device=CPU, compression=Compression(refine_factor=2))
-            index.passages_of(index.search(queries, 60).ids)
+            look_up(index.passages, index.search(queries, 60).ids)
         except ValueError as error:
             refused += 1
             assert "\n" not in str(error) and str(directory) in str(error) or "damaged" in str(error)

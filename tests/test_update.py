@@ -20,6 +20,7 @@ from atlas.index.build import compress, copy_to
 from atlas.index.convert import check_index, convert
 from atlas.index.live import joined
 from atlas.index.passages import open_passages
+from atlas.index.sharded import look_up
 from atlas.index.store import open_index, restore_embeddings, save_index
 from atlas.index.update import compact_index
 from atlas.runtime import distributed
@@ -129,7 +130,7 @@ def assert_equal(directory, scratch, passages, refine_factor=1):
         queries = torch.randn(b, DIMENSION, generator=torch.Generator().manual_seed(b))
         found, expected = index.search(queries, k), anew.search(queries, k)
         assert_same((found.scores, found.ids), (expected.scores, expected.ids))
-        assert index.passages_of(found.ids) == anew.passages_of(expected.ids)
+        assert look_up(index.passages, found.ids) == look_up(anew.passages, expected.ids)
     return index
 
 
@@ -188,7 +189,7 @@ def _seen(directory):
     hits = index.search(queries[distributed.rank() :: distributed.world_size()], 9)
     ids = torch.tensor([[0, index.size // 2, index.size - 1]])
     embeddings = index.embeddings_of(ids) if index.has_embeddings else None
-    return hits.scores, hits.ids, index.passages_of(hits.ids), embeddings, index.size
+    return hits.scores, hits.ids, look_up(index.passages, hits.ids), embeddings, index.size
 
 
 @pytest.mark.processes

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from atlas.files.checksums import Blocks, Recorded, of_fields, write_file
@@ -34,6 +34,7 @@ from atlas.files.disk import writing
 from atlas.files.jsonl import replacing
 from atlas.files.tensors import save_tensors
 from atlas.options import (
+    PUBLISHED_FILE,
     STEP,
     UNFINISHED,
     find_checkpoint,
@@ -48,7 +49,6 @@ from atlas.runtime.tracking import log
 
 FORMAT, WITH_BASES = 1, 2  # of `state.json`; a program that knows no adapters refuses the second
 HALF_OF = {"reader": "reader", "query_encoder": "retriever"}  # what may have an adapter
-PUBLISHED_FILE = "model.pth.tar"
 RESTARTED_BY = "checkpoint.restarted-by"  # the SLURM job that followed --restart here
 _PARTIAL = re.compile(rf"({STEP.pattern}|latest)\.[0-9a-f]{{8}}\.partial")
 _HALVES = ("reader", "retriever")
@@ -418,7 +418,7 @@ def _load_ours(path: Path) -> Checkpoint:
         state = _read_object(path / "state.json")
         if state["format"] not in (FORMAT, WITH_BASES):
             raise ValueError(f"format {state['format']} instead of {WITH_BASES}: written by another version")
-        halves = dict(zip(_HALVES, _split(_read_tensors(path / "model.safetensors"), path), strict=True))
+        halves = dict(zip(_HALVES, _split(load_file(path / "model.safetensors"), path), strict=True))
         adapters = {name: adapter for name in HALF_OF if (adapter := _read_adapter(path / f"{name}_adapter"))}
         bases = _bases_of(state, adapters)
         config_file = path / "retriever_config.json"
@@ -465,7 +465,7 @@ def _of_base(path: Path, half: str, base: str) -> dict[str, torch.Tensor]:
     else:
         file = Path(base) / "model.safetensors"
         try:
-            found = _split(_read_tensors(file), file)[_HALVES.index(half)]
+            found = _split(load_file(file), file)[_HALVES.index(half)]
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"{path} belongs to the {half} in {file}, which cannot be read ({error}): put that checkpoint back, or "
@@ -479,14 +479,8 @@ def _of_base(path: Path, half: str, base: str) -> dict[str, torch.Tensor]:
 def _read_adapter(directory: Path) -> Adapter | None:
     if not directory.is_dir():
         return None
-    weights = _read_tensors(directory / "adapter_model.safetensors")
+    weights = load_file(directory / "adapter_model.safetensors")
     return Adapter(_read_object(directory / "adapter_config.json"), weights)
-
-
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Memory-mapped. Raises: ValueError, OSError, SafetensorError."""
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _read_object(file: Path) -> dict[str, Any]:

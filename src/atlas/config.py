@@ -385,6 +385,10 @@ class Optimisation:
     keep_checkpoints: int | None = flag(None, "keep this many checkpoints (all)", least=1)
     restart: bool = flag(False, "start from scratch although this experiment has a checkpoint, which is set aside")
 
+    def recomputed_layers(self, half: str) -> int:
+        """Of the `reader` or the `retriever` every so many layers are recomputed in the backward pass; 0: none."""
+        return self.gradient_checkpoint_every if getattr(self, f"use_gradient_checkpoint_{half}") else 0
+
     def lora(self, half: str) -> Lora | None:
         """The adapters that `reader` or `retriever` (its query encoder) is to be trained by; None: without any."""
         prefix = {"reader": "lora", "retriever": "retriever_lora"}[half]

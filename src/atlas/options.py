@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-UNFINISHED = "unfinished"  # an empty file in a directory that is being written or removed: the first and the last one
+PUBLISHED_FILE = "model.pth.tar"  # a published checkpoint
+UNFINISHED = "unfinished"  # an empty file in a directory that is being written or removed: created first, removed last
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # the name of a checkpoint
 
 

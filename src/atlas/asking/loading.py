@@ -14,7 +14,6 @@ from atlas.asking.settings import Saved, config_for, find_saved
 from atlas.checkpoint import Checkpoint, load_checkpoint
 from atlas.config import TO_ASK, TOKENIZING_TASKS, Config, saved_flags
 from atlas.index.directory import has_index, read_description
-from atlas.index.published import is_published
 from atlas.model.load import Model
 from atlas.model.retriever import PASSAGE, QUERY, TIED, fingerprint
 from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer, load_reader_tokenizer
@@ -91,14 +90,9 @@ def _retrieval(config: Config, model: Model, session: Session, own_index: bool) 
     """What is searched: an index that was saved, or one that is built here. Raises: as `Retrieval.open`."""
     settings, place = config.index, config.index.load_index_path
     stale = False
-    if model.retriever is not None and place is not None:
-        if is_published(Path(place)) and not has_index(Path(place)):
-            raise ValueError(
-                f"{place} is a published index: convert it (preprocessing/convert_index.py), and open that"
-            )
-        if own_index and has_index(Path(place)):
-            made_by = read_description(Path(place)).retriever
-            stale = made_by not in (None, fingerprint(model.retriever.passage_encoder))
+    if model.retriever is not None and place is not None and own_index and has_index(Path(place)):
+        made_by = read_description(Path(place)).retriever
+        stale = made_by not in (None, fingerprint(model.retriever.passage_encoder))
     if stale:
         log.warning("%s was made by an earlier passage encoder of the run: its passages are embedded again", place)
         settings = replace(settings, allow_other_index=True)

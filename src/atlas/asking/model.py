@@ -59,8 +59,9 @@ class AnsweringModel:
         self.config, self.model, self.retrieval, self.task = config, model, retrieval, task
         self.device, self.name, self.example_files = device, name, examples
         self.k = config.model.n_context
-        self.batch_size = config.run.per_gpu_eval_batch_size or devices.evaluation_batch_size(
-            device, config.run.per_gpu_batch_size, config.model.tokens_of_a_question
+        run, tokens = config.run, config.model.tokens_of_a_question
+        self.batch_size = devices.evaluation_batch_size(
+            device, run.per_gpu_eval_batch_size, run.per_gpu_batch_size, tokens
         )
         self._answering = Answering(
             model, config.model, config.retriever_training, device, config.optimisation.precision

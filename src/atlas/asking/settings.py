@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from atlas.config import Config, config_to_ask
-from atlas.options import find_checkpoint, read_options
+from atlas.options import PUBLISHED_FILE, find_checkpoint, read_options
 
-PUBLISHED = "model.pth.tar"
 # Flags of a run that name files: a relative path is relative to where the run was started.
 PATHS = ("reader_model_type", "retriever_model_path", "load_index_path", "save_index_path", "passages")
 DATA = ("eval_data", "train_data")
@@ -49,15 +48,15 @@ def find_saved(path: str | os.PathLike) -> Saved:
     path = Path(path)
     if checkpoint := find_checkpoint(path):
         return Saved(checkpoint, "ours", _reached(read_options(checkpoint), checkpoint))
-    if os.path.isfile(path / PUBLISHED):
+    if os.path.isfile(path / PUBLISHED_FILE):
         return Saved(path, "published", {})
     halves = [half for half in ("reader", "retriever", "query_encoder") if os.path.isfile(path / half / "config.json")]
     if halves:
         return Saved(path, "exported", read_options(path) | _of_exported(path, halves))
     what = "holds no model" if os.path.isdir(path) else "is no directory"
     raise ValueError(
-        f"{path} {what}: give a run or a checkpoint (state.json), a published checkpoint ({PUBLISHED}), or exported "
-        "models (reader/, retriever/)"
+        f"{path} {what}: give a run or a checkpoint (state.json), a published checkpoint ({PUBLISHED_FILE}), or "
+        "exported models (reader/, retriever/)"
     )
 
 

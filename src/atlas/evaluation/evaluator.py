@@ -113,7 +113,7 @@ class Evaluator:
         """Add what is measured to `totals`; the rows of the result file."""
         queries = [example.query for example in examples]
         passages, scores = self._passages(examples, queries, data.task.filters_by_id)
-        for example, of_query in zip(examples, passages or [], strict=bool(passages)):
+        for example, of_query in zip(examples, passages, strict=True) if passages is not None else ():
             if answers := data.task.retrieval_answers(example):
                 _add(totals, retrieval_metrics(of_query, answers, self.recall_at))
             if example.judged is not None:

@@ -212,17 +212,6 @@ def recorded(directory: Path, array: Array, layout: Layout) -> Recorded | None:
     return Recorded(directory / array.file, content, AGAIN, layout)
 
 
-def check_blocks(directory: Path, array: Array, layout: Layout) -> None:
-    """Read a whole array; of version 1, which had no checksums, only the header.
-
-    Raises:
-        ValueError: blocks are not as they were written, with their numbers and rows.
-    """
-    check_header(directory / array.file, layout)
-    if whole := recorded(directory, array, layout):
-        check_all(whole)
-
-
 def check_all(whole: Recorded) -> None:
     """Read a whole file, with a bar. Raises: ValueError when blocks are not as they were written."""
     with whole.open() as file, progress_bar(f"checking {whole.path.name}", len(whole), "blocks") as bar:

@@ -32,7 +32,7 @@ from atlas.runtime.tracking import log, read_shares
 FUSED = 100  # passages of each ranking that are fused, at least
 RANK_OFFSET = 60  # of "Reciprocal rank fusion outperforms Condorcet and individual rank learning methods" (2009)
 TABLES = ("hashes", "starts", "rows", "weights")  # of a WordIndex
-SPLIT = 2  # a number for how texts are split into words: with another one, what is kept is made again
+SPLIT = 2  # version of how texts are split into words: what is kept of another one is made again
 CHUNK = 4096  # passages whose words are counted together
 
 

@@ -227,7 +227,7 @@ def all_cores() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limited(content_bytes: int, inner: faiss.Index) -> Iterator[None]:
-    """Let Faiss believe no sizes that what it reads cannot have, where it knows of limits."""
+    """Make Faiss refuse sizes larger than what it reads can hold, where its version can do that."""
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
         yield
         return

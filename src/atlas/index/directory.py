@@ -399,9 +399,9 @@ def describe_passages(path: Path, content: Blocks, copied_from: str | None = Non
     return Passages(path.name, content.bytes, sample_of(path)[1], copied_from, content.block_bytes, content.blocks)
 
 
-def sample_of(path: Path, *, blocks: int = 64) -> tuple[int, str]:
-    """Size and a hash of at most `blocks` blocks of a file."""
-    size, digest, block_bytes = path.stat().st_size, hashlib.sha256(), 4096
+def sample_of(path: Path) -> tuple[int, str]:
+    """Size and a hash of at most 64 blocks of a file."""
+    size, digest, blocks, block_bytes = path.stat().st_size, hashlib.sha256(), 64, 4096
     with open(path, "rb") as file:
         for block in range(blocks):
             file.seek((size - block_bytes) * block // (blocks - 1) if size > block_bytes else 0)

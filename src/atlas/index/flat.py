@@ -413,5 +413,4 @@ def checked_chunk_rows(chunk_rows: int | None) -> int | None:
 
 def block_rows(rows: torch.Tensor | LiveRows) -> int:
     """How many such rows (n, D) are unpacked at a time."""
-    elements = 2**26 if rows.device.type == "cuda" else 2**19
-    return max(1, elements // max(1, rows.shape[1]))
+    return max(1, device_choices.unpacked_numbers(rows.device) // max(1, rows.shape[1]))

@@ -194,10 +194,6 @@ class ShardedIndex:
         """Embeddings of rows of this rank, `(m,) -> (m, D)` fp32 on this device."""
         return self.embeddings.index_select(0, rows.to(self.embeddings.device)).to(device, torch.float32)
 
-    def passages_of(self, ids: torch.Tensor) -> list[list[dict[str, Any]]]:
-        """The passages with these ids, `(b, k) -> b lists of k`, as `look_up` gives them."""
-        return look_up(self.passages, ids)
-
     def embeddings_of(self, ids: torch.Tensor) -> torch.Tensor:
         """The embeddings of passages anywhere in the index, `(b, k) -> (b, k, D)` fp32, on the device of the ids.
 

@@ -12,9 +12,8 @@ from torch import nn
 from atlas.model.grouping import fuse
 from atlas.model.inputs import Judged, ReaderRows, Targets
 from atlas.model.interface import Reader
-from atlas.model.losses import retriever_scores
+from atlas.model.losses import IGNORE, retriever_scores
 from atlas.model.pretrained import evaluating
-from atlas.model.reader import IGNORE
 from atlas.model.retriever import DualEncoder
 from atlas.model.signals import Correlation, Mode, Reading, correlations, reading_of
 

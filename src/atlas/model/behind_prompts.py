@@ -9,7 +9,8 @@ from torch import Tensor
 from atlas.model.causal import CausalReader
 from atlas.model.grouping import calls_by_length, length_groups
 from atlas.model.likelihoods import KnownLikelihoods
-from atlas.model.reader import IGNORE, token_log_probabilities
+from atlas.model.losses import IGNORE
+from atlas.model.reader import token_log_probabilities
 from atlas.runtime import device as devices
 
 AT_ONCE = 64  # prompts: what they take is mostly logits, (64, T, V)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from atlas import config
+from atlas.model.losses import IGNORE
 from atlas.model.retriever import DualEncoder
 from atlas.model.tokenization import (
     LONGEST_PASSAGE,
@@ -36,7 +37,7 @@ class Targets(NamedTuple):
     @property
     def lengths(self) -> torch.Tensor:
         """The number of tokens with a loss per example, (B,)."""
-        return (self.labels != -100).sum(-1)
+        return (self.labels != IGNORE).sum(-1)
 
 
 class ReaderRows(NamedTuple):
@@ -165,7 +166,7 @@ class Inputs:
         return self._targets(prompts, rows)
 
     def _targets(self, prompts: Sequence[list[int]], rows: Sequence[list[int]]) -> Targets:
-        labels, _ = self._pad([[-100] * len(p) + row for p, row in zip(prompts, rows, strict=True)], -100)
+        labels, _ = self._pad([[IGNORE] * len(p) + row for p, row in zip(prompts, rows, strict=True)], IGNORE)
         outputs, _ = self._pad([p + row for p, row in zip(prompts, rows, strict=True)], self.reader_tokenizer.pad_id)
         decoder_ids = outputs.roll(1, dims=1)
         decoder_ids[:, 0] = self.decoder_start_id

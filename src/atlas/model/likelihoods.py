@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 
 from atlas import config
+from atlas.model.losses import IGNORE
 from atlas.model.pretrained import add_weights
 
 APPLICATION = 0x41746C73  # marks our files among SQLite's: "Atls"
@@ -29,7 +30,7 @@ class KnownLikelihoods:
     Several processes of one machine may read and write it at a time.
 
     Args:
-        path: is checked if it exists, and else made where somebody judges.
+        path: checked if it is there, else made at the first judgement.
         reader: its weights and its config are part of what is kept.
         precision: of the computation, likewise.
 
@@ -75,7 +76,7 @@ class KnownLikelihoods:
         self, prompt: np.ndarray, mask: np.ndarray, labels: np.ndarray, decoder_ids: np.ndarray, temperature: float
     ) -> bytes:
         """What stands for a prompt (L,) and the tokens behind it (T,), without their padding; labels: -100 if free."""
-        n = 1 + max(np.flatnonzero(labels != -100), default=-1)  # the first token predicts, and has no place of its own
+        n = 1 + max(np.flatnonzero(labels != IGNORE), default=-1)  # the first one predicts, and has no place of its own
         parts = prompt[mask], labels[:n], decoder_ids[1:n]
         text = repr(([part.tolist() for part in parts], temperature))
         return hashlib.sha256(self._reader + text.encode()).digest()[:16]

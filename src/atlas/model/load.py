@@ -159,9 +159,7 @@ def _load_reader(
         settings.reader_model_type,
         dropout=optimisation.dropout if learns else 0.0,
         weights=not from_checkpoint,
-        gradient_checkpointing=optimisation.use_gradient_checkpoint_reader
-        * optimisation.gradient_checkpoint_every
-        * learns,
+        gradient_checkpointing=optimisation.recomputed_layers("reader") if learns else 0,
     )
     if from_checkpoint:
         _load_half(type(reader).load_state, reader, checkpoint.reader, checkpoint)
@@ -212,7 +210,7 @@ def _load_retriever(
         query_side=learning.query_side_retriever_training or untied or saved is not None,
         dropout=optimisation.dropout,
         weights=not from_checkpoint,
-        gradient_checkpointing=optimisation.use_gradient_checkpoint_retriever * optimisation.gradient_checkpoint_every,
+        gradient_checkpointing=optimisation.recomputed_layers("retriever"),
         overrides=checkpoint.retriever_config | asked if checkpoint and checkpoint.holds("retriever") else asked,
     )
     if from_checkpoint:

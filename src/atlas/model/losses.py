@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+IGNORE = -100  # label of a position that has no loss
+
 
 def retriever_scores(queries: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
     """Scaled inner products `q · p_k / sqrt(D)`: (B, D), (B, K, D) -> (B, K), in fp32."""
@@ -71,7 +73,7 @@ def emdr_loss(
         mask = torch.ones_like(scores, dtype=torch.bool)
     log_q = _log_softmax(scores.float() / temperature_score, mask, others, temperature_score)
     mixture = torch.logsumexp(log_likelihoods.detach().float() + log_q[:, :, None], dim=1)  # (B, K, T) -> (B, T)
-    counts = labels != -100
+    counts = labels != IGNORE
     return -mixture.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 

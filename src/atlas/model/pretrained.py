@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+READER_FLAG, RETRIEVER_FLAG = "--reader_model_type", "--retriever_model_path"
 LARGEST_SIZE, MOST_LAYERS = 2**24, 1000
 LONGEST_REASON = 500
 CAUSAL_TYPES = ("gemma", "llama", "mistral", "qwen2", "qwen3", "smollm3")  # decoder-only language models, to read with
@@ -132,7 +133,7 @@ def set_dropout(module: nn.Module, probability: float) -> None:
 
 
 def checkpoint_activations(module: PreTrainedModel, every: int = 1) -> None:
-    """Recompute activations of `module` in the backward pass, of every so manyth layer: less memory, more time."""
+    """Recompute activations of every N-th layer of `module` in the backward pass: less memory, more time."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     # transformers gave the method another name between 5.17 and 5.24

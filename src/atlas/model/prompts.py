@@ -8,6 +8,7 @@ import torch
 
 from atlas import config
 from atlas.model.inputs import LONGEST_FORMATTED, Inputs, Judged, ReaderRows, Targets
+from atlas.model.losses import IGNORE
 from atlas.model.tokenization import LONGEST_PASSAGE, PromptTokenizer, fill_in
 from atlas.runtime.tracking import log
 
@@ -15,7 +16,7 @@ from atlas.runtime.tracking import log
 SENTINEL = re.compile(r"<extra_id_\d+>")
 QUESTION = re.compile(r"question: (.*) answer: <extra_id_0>", re.DOTALL)
 GAP = "___"
-PASSAGE = "a"  # stands for any: a tokenizer may see a question that nothing comes before in another way
+PASSAGE = "a"  # stands for any: a tokenizer may split a question differently at the start of a text
 
 
 class PromptInputs(Inputs):
@@ -64,11 +65,11 @@ class PromptInputs(Inputs):
                 raise _judges_nothing(query)
             heads.append([prompt[: -len(end)] for prompt in of_query])
             ends.append([*end, *start, *row])
-            labels.append([*end[:n], *[-100] * (len(end) - n + len(start)), *row])
+            labels.append([*end[:n], *[IGNORE] * (len(end) - n + len(start)), *row])
             asked.append([1] * n)
         targets = self._targets([[]] * len(ends), ends)
         wide = targets.labels.shape[1]
-        labels = self._pad([row + [-100] * (wide - len(row)) for row in labels], -100)[0]
+        labels = self._pad([row + [IGNORE] * (wide - len(row)) for row in labels], IGNORE)[0]
         asked = self._pad([row + [0] * (wide - len(row)) for row in asked], 0)[0].bool()
         return Judged(self._rows(heads, k), Targets(labels, targets.decoder_ids), asked)
 

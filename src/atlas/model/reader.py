@@ -20,8 +20,10 @@ from transformers.models.t5 import modeling_t5 as t5
 from atlas.model.causal import CausalReader, load_causal
 from atlas.model.grouping import encode_by_length
 from atlas.model.inputs import Inputs
+from atlas.model.losses import IGNORE
 from atlas.model.pretrained import (
     CAUSAL_TYPES,
+    READER_FLAG,
     check_fit,
     check_sizes,
     checkpoint_activations,
@@ -31,8 +33,6 @@ from atlas.model.pretrained import (
     set_dropout,
 )
 
-FLAG = "--reader_model_type"
-IGNORE = -100  # label of a position that has no loss
 ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # other names of `shared.weight`
 
 
@@ -230,7 +230,7 @@ def load_reader(
         OSError: the model does not exist, the hub cannot be reached, it is of another kind, or weights are missing.
     """
     with (
-        pretrained_errors(FLAG, name_or_path, "a T5 model or a language model (config.json and weights)"),
+        pretrained_errors(READER_FLAG, name_or_path, "a T5 model or a language model (config.json and weights)"),
         quiet_loading(name_or_path),
     ):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)

@@ -21,8 +21,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from atlas.config import POOLINGS
 from atlas.model.grouping import encode_by_length
 from atlas.model.pretrained import (
+    RETRIEVER_FLAG,
     add_weights,
     check_memory,
     check_sizes,
@@ -33,9 +35,7 @@ from atlas.model.pretrained import (
 )
 from atlas.runtime.device import attention_learns_in_fp32
 
-FLAG = "--retriever_model_path"
 ATTENTION = "atlas_sdpa"  # the name of `fused_attention` in transformers
-POOLINGS = ("average", "sqrt", "cls")
 SETTINGS: dict[str, Any] = {  # keys that this project adds to a BERT's config, with their defaults
     "pooling": "average",
     "normalize": False,  # to unit length
@@ -204,7 +204,10 @@ def load_retriever(
     Raises:
         OSError: the model does not exist, the hub cannot be reached, it is not a BERT, or weights are missing.
     """
-    with pretrained_errors(FLAG, name_or_path, "a BERT encoder (config.json and weights)"), quiet_loading(name_or_path):
+    with (
+        pretrained_errors(RETRIEVER_FLAG, name_or_path, "a BERT encoder (config.json and weights)"),
+        quiet_loading(name_or_path),
+    ):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if config.model_type != "bert":
             raise ValueError(f"its config.json says model_type {config.model_type}, not bert")

@@ -19,7 +19,7 @@ from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import Judged, Targets
 from atlas.model.interface import Reader
 from atlas.model.likelihoods import KnownLikelihoods
-from atlas.model.losses import distillation_loss, emdr_loss
+from atlas.model.losses import IGNORE, distillation_loss, emdr_loss
 from atlas.model.reader import token_log_probabilities
 
 # `leave_one_out` scores this many passages in one call of the decoder. More of them take more memory but need fewer
@@ -174,7 +174,7 @@ def watched_logits(reading: Reading) -> tuple[torch.Tensor, dict[str, torch.Tens
     mask = fused.mask  # (B, S)
     if not reading.reader.fuses:
         return reading.reader.logits(fused.hidden, mask, targets.decoder_ids), {}
-    has_label = (targets.labels != -100).float()  # (B, T)
+    has_label = (targets.labels != IGNORE).float()  # (B, T)
     sums = torch.zeros(3, *mask.shape, device=mask.device)
 
     def watch(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:  # (B, heads, T or S, d_kv)
@@ -257,7 +257,7 @@ def likelihoods_of_question_and_answer(reading: Reading) -> tuple[torch.Tensor, 
         (B, K): the mean over the answer's tokens of log P(token | passage k, question). Both are of one pass.
     """
     found, asked = token_log_likelihoods(reading, temperature=1.0), reading.asked  # (B, K, T), (B, T)
-    answered = (reading.targets.labels != -100) & ~asked
+    answered = (reading.targets.labels != IGNORE) & ~asked
     question, answer = (
         found.masked_fill(~part[:, None], 0.0).sum(-1) / part.sum(-1).clamp(min=1)[:, None]
         for part in (asked, answered)

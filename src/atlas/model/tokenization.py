@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from tokenizers import __version__ as library_version
 from tokenizers.processors import TemplateProcessing
 
-from atlas.model.pretrained import CAUSAL_TYPES, pretrained_errors
+from atlas.model.pretrained import CAUSAL_TYPES, READER_FLAG, RETRIEVER_FLAG, pretrained_errors
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,6 @@ LONGEST_TEXT = 100_000  # a question, an answer
 LONGEST_PASSAGE = 10_000_000  # a passage as it is read, and the texts that are tokenized together
 SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"  # for chat templates that ask for the date
 MARK = re.compile("<pad>|</s>|<unk>|<extra_id_[0-9]+>")
-READER_FLAG, RETRIEVER_FLAG = "--reader_model_type", "--retriever_model_path"
 # The rules of transformers' clean_up_tokenization_spaces, in the same order.
 CLEAN_UP = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'")]
 CLEAN_UP += [(f" {suffix}", suffix) for suffix in ("n't", "'m", "'s", "'ve", "'re")]

@@ -4,5 +4,5 @@
 `sections` writes the parts of the page, `charts` their curves, and `page` puts all together in `report.html`.
 `look.css` and `look.js` are shared with the page of ask.py.
 
-May import: files, metrics.
+May import: config, files, metrics.
 """

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from atlas.config import sentence
+
 
 def make_parser() -> argparse.ArgumentParser:
     """All that can be said on the command line."""
@@ -40,10 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         written = write_report(options.run, options.compare, options.output)
-    except OSError as error:
-        sys.exit(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except ValueError as error:
-        sys.exit(str(error))
+    except (ValueError, OSError) as error:
+        sys.exit(sentence(error))
     print(*written, sep="\n")
 
 

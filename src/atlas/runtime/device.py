@@ -130,17 +130,22 @@ def tokens_of_a_call(device: torch.device) -> int:
     return 1024 if device.type == "cuda" else 64
 
 
-def evaluation_batch_size(device: torch.device, training_batch_size: int, tokens: int) -> int:
-    """Examples of so many tokens that are evaluated together by default: what keeps a GPU busy, or fits a CPU's caches.
+def evaluation_batch_size(device: torch.device, asked: int | None, training_batch_size: int, tokens: int) -> int:
+    """Examples evaluated together: as many as asked for, or of so many tokens what keeps a GPU busy or fits CPU caches.
 
     It depends on flags alone, never on free memory, so that every run of a command computes the same.
     """
-    return max(training_batch_size, (2**15 if device.type == "cuda" else 2**13) // tokens)
+    return asked or max(training_batch_size, (2**15 if device.type == "cuda" else 2**13) // tokens)
 
 
 def embedding_tokens(device: torch.device, rows: int, length: int) -> int:
     """Most padded tokens in a batch of passages to embed: a CPU is fastest when a batch fits into its caches."""
     return rows * length if device.type == "cuda" else min(rows * length, 8192)
+
+
+def unpacked_numbers(device: torch.device) -> int:
+    """How many numbers of an index are converted to another type at a time."""
+    return 2**26 if device.type == "cuda" else 2**19
 
 
 def search_chunk_rows(device: torch.device) -> int:

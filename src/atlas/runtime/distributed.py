@@ -479,7 +479,11 @@ def on_main(what: str, work: Callable[[], T]) -> T:
 def held_on_main(what: str, context: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
     """Enter a context, such as a lock, on rank 0 for the time of the block; an error of it reaches every rank."""
     with contextlib.ExitStack() as stack:
-        on_main(what, lambda: stack.enter_context(context()) and None)
+
+        def enter() -> None:
+            stack.enter_context(context())
+
+        on_main(what, enter)
         yield
 
 

@@ -112,7 +112,7 @@ class Data:
     def open_each(cls, config: Config, tokenizer: ReaderTokenizer | None, device: torch.device) -> dict[str, Self]:
         """The evaluation data: name of the file without its ending -> data. Collective. Raises: as `open`."""
         run, tokens = config.run, config.model.tokens_of_a_question
-        rows = run.per_gpu_eval_batch_size or evaluation_batch_size(device, run.per_gpu_batch_size, tokens)
+        rows = evaluation_batch_size(device, run.per_gpu_eval_batch_size, run.per_gpu_batch_size, tokens)
         files = zip(run.eval_data, run.qrels or [None] * len(run.eval_data), strict=True)
         return {
             evaluation_name(path): cls.open((path,), config, tokenizer, batch_size=rows, qrels=qrels)

@@ -67,7 +67,3 @@ class Plan:
     def retriever_learns(self, step: int) -> bool:
         """Whether this step has a loss for the retriever."""
         return self.retriever_starts_after is not None and step > self.retriever_starts_after
-
-    def retriever_has_moved(self, finished: int) -> bool:
-        """Whether the retriever is another one after so many steps than at the start."""
-        return self.retriever_starts_after is not None and finished > self.retriever_starts_after

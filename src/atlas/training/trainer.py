@@ -106,7 +106,7 @@ class Trainer:
         """
         if self.retrieval is None:
             return
-        moved = self.plan.retriever_has_moved(step - 1) and not self.retrieval.retriever.query_side
+        moved = self.plan.retriever_learns(step - 1) and not self.retrieval.retriever.query_side
         due = moved and self.plan.refreshes(step - 1)
         if due and self.retrieval.index is not None:
             log.info("Refreshing the index after step %d", step - 1)
@@ -327,11 +327,10 @@ def _joint_model(model: Model, settings: config.Config) -> Atlas:
     """Reader and retriever as one module that computes both losses."""
     learning = settings.retriever_training
     shares_weights = settings.optimisation.shard_grads and not learning.freeze_reader
-    mode = mode_of(learning, model.reader) if learning.train_retriever else None
-    if mode is not None and learning.in_batch_negatives:
-        mode = mode._replace(gather=distributed.gather_alike)
-    if mode is not None:
-        mode = mode._replace(known=model.known)
+    mode = None
+    if learning.train_retriever:
+        gather = distributed.gather_alike if learning.in_batch_negatives else None
+        mode = mode_of(learning, model.reader)._replace(gather=gather, known=model.known)
     return Atlas(
         model.reader,
         model.retriever,
