@@ -33,6 +33,7 @@ POOLING_CODE = {
     "cls": "hidden[:, 0]",
 }
 LICENCE = "The weights are under the licence of the checkpoint that they were exported from."
+GENERATION = ("max_length", "min_length", "num_beams", "length_penalty")
 NORM_PROBES = ("Paris is the capital of France.", "when was the first bridge over the river built", "aardvark")
 
 
@@ -103,7 +104,7 @@ def export(
         OSError: configs or vocabularies cannot be found, or the disk is full.
     """
     from atlas.checkpoint import load_checkpoint
-    from atlas.config import saved_flags
+    from atlas.config import OF_THE_JUDGEMENT, saved_flags
     from atlas.runtime.tracking import log
 
     checkpoint = load_checkpoint(model_path)
@@ -115,6 +116,7 @@ def export(
         log.warning("%s; the model cards have the defaults instead", error)
         flags = {}
     task = {} if checkpoint.published or "task" not in checkpoint.options else {"task": checkpoint.options["task"]}
+    judged = {name: checkpoint.options[name] for name in OF_THE_JUDGEMENT if name in checkpoint.options and flags}
     checkpoint = replace(checkpoint, options={"name": checkpoint.options.get("name")} | flags)
     reader_name = reader_name or flags.get("reader_model_type")
     # Published checkpoints name a path on the machine they were trained on.
@@ -131,7 +133,8 @@ def export(
         names += export_retriever(checkpoint, output, retriever_name or "facebook/contriever", dtype)
     # With these flags `atlas.load` answers as the run did. Names of models may be paths on this machine.
     own = {name: value for name, value in flags.items() if name not in ("reader_model_type", "retriever_model_path")}
-    write_json(output / "options.json", {"model": own} | ({"tasks": task} if task else {}))
+    sections = {"model": own, "tasks": task, "retriever_training": judged}
+    write_json(output / "options.json", {name: options for name, options in sections.items() if options})
     return names
 
 
@@ -286,6 +289,22 @@ def norm_gap(encoder: Any, tokenizer: Any) -> float:
         return ((encoder(ids, mask) - before).norm(dim=-1) / before.norm(dim=-1)).max().item()
 
 
+def generation_arguments(flags: dict[str, Any], *, behind_prompt: bool = False) -> str:
+    """The `--generation` flags as arguments of `generate`; `behind_prompt`: of what comes behind a prompt."""
+    from atlas.config import Model
+
+    values = {name: flags.get(f"generation_{name}", getattr(Model, f"generation_{name}")) for name in GENERATION}
+    longest, least = values["max_length"], values["min_length"]
+    if behind_prompt:  # without T5's start token
+        least = None if least is None else max(0, least - 1)
+        said = [f"max_new_tokens={longest - 1}", *([] if least is None else [f"min_new_tokens={least}"])]
+    else:
+        said = [f"max_length={longest}", *([] if least is None else [f"min_length={least}"])]
+    others = ("num_beams", "length_penalty")
+    said += [f"{name}={values[name]}" for name in others if values[name] != getattr(Model, f"generation_{name}")]
+    return ", ".join(said)
+
+
 def reader_card(checkpoint: Any, name_or_path: str) -> str:
     """The model card of a reader, with code that reads several passages."""
     from atlas.config import Model, Tasks
@@ -294,10 +313,7 @@ def reader_card(checkpoint: Any, name_or_path: str) -> str:
     encoder_format = flags.get("encoder_format", Model.encoder_format)
     query = flags.get("qa_prompt_format", Tasks.qa_prompt_format).format(question="what is the capital of France?")
     longest = flags.get("text_maxlength", Model.text_maxlength)
-    generation = f"max_length={flags.get('generation_max_length', Model.generation_max_length)}"
-    for name in ("min_length", "num_beams", "length_penalty"):
-        value = flags.get(f"generation_{name}", getattr(Model, f"generation_{name}"))
-        generation += "" if value == getattr(Model, f"generation_{name}") else f", {name}={value}"
+    generation = generation_arguments(flags)
     return f"""{front_matter("transformers", ["fusion-in-decoder", "t5"], name_or_path)}
 # Reader of {origin(checkpoint)}
 
@@ -350,14 +366,18 @@ def language_model_card(checkpoint: Any, name_or_path: str, kind: str, chats: bo
     inputs = 'tokenizer(prompt, return_tensors="pt")'
     if chats and flags.get("chat_template", Model.chat_template):
         said = '[{"role": "user", "content": prompt}]'
-        inputs = f'tokenizer.apply_chat_template(\n    {said}, add_generation_prompt=True, return_tensors="pt"\n)'
-    longest = flags.get("generation_max_length", Model.generation_max_length) - 1  # without T5's start token
+        inputs = (
+            f"tokenizer.apply_chat_template(\n    {said},\n    add_generation_prompt=True, enable_thinking=False, "
+            'return_tensors="pt"\n)'
+        )
+    begun = flags.get("decoder_prompt_format")
+    begins = "" if begun is None else f"\n\nIn its run, answers began with `{begun}` (of the query)."
     return f"""{front_matter("transformers", ["retrieval-augmented-generation"], name_or_path)}
 # Reader of {origin(checkpoint)}
 
 A language model that answers from passages in its prompt, trained as a reader by the method of
 [Atlas](https://arxiv.org/abs/2208.03299). Each passage was cut to
-{flags.get("text_maxlength", Model.text_maxlength)} tokens.
+{flags.get("text_maxlength", Model.text_maxlength)} tokens.{begins}
 
 ```python
 from transformers import AutoTokenizer, {kind}
@@ -375,7 +395,7 @@ prompt = {formats["reader_prompt_format"]}.format(
     passages="\\n\\n".join(texts), query={json.dumps(asked(question), ensure_ascii=False)}
 )
 inputs = {inputs}
-answer = reader.generate(**inputs, max_new_tokens={longest}, do_sample=False)
+answer = reader.generate(**inputs, {generation_arguments(flags, behind_prompt=True)}, do_sample=False)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
 ```
 

@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from atlas.model.causal import CausalReader
 from atlas.model.inputs import Inputs
 from atlas.model.interface import Reader
 from atlas.model.pretrained import CAUSAL_TYPES
-from atlas.model.prompts import PromptInputs
+from atlas.model.prompts import PromptInputs, check_of_questions
 from atlas.model.reader import FusionInDecoder, load_reader
 from atlas.model.signals import PROMPT_MODES, mode_of, reading_of, token_log_likelihoods
 from atlas.model.tokenization import PromptTokenizer, load_reader_tokenizer
@@ -156,6 +157,83 @@ def test_a_chat_is_the_same_every_day_and_does_not_think():
     assert PromptTokenizer(loaded).chat("hello") == "26 Jul 2024 hello"
     loaded.chat_template = {"default": "{% for message in messages %}{{ message.content }}!{% endfor %}", "other": ""}
     assert PromptTokenizer(loaded).chat("hello") == "hello!"
+
+
+INST = (
+    "{% for message in messages %}{% if message.role == 'user' %}<s>[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}</s>{% endif %}{% endfor %}"
+)
+THINKS = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{% if message.role == 'assistant' %}<think>\n\n</think>"
+    "\n\n{% endif %}{{ message.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("kind", "template"), [("spaces", INST), ("chat", THINKS), ("chat", None)])
+def test_an_answer_is_tokenized_as_its_chat_template_has_it(kind, template):
+    loaded, make = theirs(kind)[1], inputs_of(kind)
+    loaded.chat_template = template or loaded.chat_template
+    make.reader_tokenizer = PromptTokenizer(loaded)
+    answers = ["Selnu", "Pelzor Kobari", "river"]
+    for answer, tokens in zip(answers, make.target_tokens(answers), strict=True):
+        said = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": answer}]
+        whole = loaded.apply_chat_template(said, enable_thinking=False)["input_ids"]
+        assert any(whole[i : i + len(tokens)] == tokens for i in range(len(whole))), answer
+        assert make.reader_tokenizer.decode([tokens]) == [answer] and tokens[-1] == loaded.eos_token_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_cannot_act_as_special_tokens(kind):
+    make, loaded = inputs_of(kind, decoder_format="{target}" + theirs(kind)[1].eos_token), theirs(kind)[1]
+    text = "see " + " ".join(loaded.all_special_tokens) + " assistant"
+    special = set(loaded.all_special_ids) - {loaded.unk_token_id}
+    usual, crafted = (
+        [token for token in row(make.reader([f"who {one}?"], [[{"title": one, "text": one}]])) if token in special]
+        for one in ("it", text)
+    )
+    assert crafted == usual
+    (tokens,) = make.target_tokens([f"it {loaded.eos_token} is"])
+    assert [token for token in tokens if token in special] == [loaded.eos_token_id] == tokens[-1:]
+    assert make.target_tokens(["Selnu"]) == inputs_of(kind).target_tokens(["Selnu"])
+
+
+def test_a_pad_token_without_an_embedding_is_not_used():
+    loaded = theirs("plain")[1]
+    loaded.add_special_tokens({"pad_token": "[PAD]"})
+    assert PromptTokenizer(loaded, embeddings=len(loaded)).pad_id == loaded.pad_token_id == len(loaded) - 1
+    assert PromptTokenizer(loaded, embeddings=len(loaded) - 1).pad_id == loaded.eos_token_id
+
+
+def test_a_long_target_takes_its_room_from_the_passages():
+    make = inputs_of("plain", text_maxlength=200)
+    make.reader_positions = 160
+    (answer,) = make.target_tokens(["The founder of Lingra is Pelzor. " * 5])
+    long = make.training(["what?"], [[PASSAGES[2]] * 3], [answer])
+    assert (
+        long.lengths.max() + len(answer)
+        <= 160
+        < make.reader(["what?"], [[PASSAGES[2]] * 3]).lengths.max() + len(answer)
+    )
+    judged = make.judging(["what?"], [[PASSAGES[2]]], [answer], "ppmean")
+    assert judged.rows.lengths.max() + len(answer) <= 160
+
+
+def test_what_is_too_long_in_training_alone_is_found_before_it():
+    settings = replace(inputs_of("plain").settings, n_context=2, retriever_n_context=40)
+    tokenizer = load_reader_tokenizer(str(language_model()))
+    question, answer = "what is this " * 66, ["Selnu"]
+    check = partial(check_of_questions, settings, tokenizer)
+    check(learns=True, loops=False)(question, answer)
+    with pytest.raises(
+        ValueError, match=r"for --retriever_n_context 40 \(--gold_score_mode loop leaves out one\), .* lower --ret"
+    ):
+        check(learns=True, loops=True)(question, answer)
+    check(learns=False, loops=False)("what?", ["it is " * 400])
+    with pytest.raises(
+        ValueError, match="and an answer of 1601.*lower --n_context, --generation_max_length or --target_max"
+    ):
+        check(learns=True, loops=False)("what?", ["it is " * 400])
 
 
 def test_answers_are_tokenized_apart_as_they_stand_behind_the_prompt():
@@ -386,8 +464,10 @@ def test_gold_scores_are_likelihoods_of_the_answer_behind_prompts(mode, monkeypa
     queries, reading = judged(mode, reader, make, passages, answers)
     assert reading.counts.tolist() == [[True] * 3, [True, False, False], [False] * 3]
     gold = mode_of(learning(mode), reader).signal(reading)
-    monkeypatch.setattr("atlas.model.behind_prompts.AT_ONCE", 2)
-    assert_close(mode_of(learning(mode), reader).signal(reading), gold, atol=1e-5, rtol=0)
+    for name in ("AT_ONCE", "LOGITS"):
+        monkeypatch.setattr(f"atlas.model.behind_prompts.{name}", 2)
+        assert_close(mode_of(learning(mode), reader).signal(reading), gold, atol=1e-5, rtol=0)
+        monkeypatch.undo()
     if mode == "emdr":
         assert gold.shape == (3, 3, reading.targets.labels.shape[1]) and gold.isfinite().all()
         return
@@ -461,6 +541,14 @@ def test_what_several_questions_share_is_computed_once_and_equals_what_each_comp
     monkeypatch.setattr("atlas.model.behind_prompts.SHARED", 99)
     assert_close(token_log_likelihoods(reading_of(reader, found, 0.5), 0.7), shared, atol=1e-5, rtol=0)
     assert sum(computed) == 4
+
+
+@pytest.mark.parametrize(("kind", "query"), [("plain", "Answer"), ("plain", "Answer:"), ("chat", "assistant")])
+def test_a_word_of_the_prompt_s_own_is_not_taken_for_the_question(kind, query):
+    make = inputs_of(kind)
+    found = make.judging([query], [PASSAGES[:1]], [[]], "question")
+    behind = make.reader_tokenizer.decode([row(make.reader([query], [PASSAGES[:1]]))[len(row(found.rows)) :]])[0]
+    assert behind.startswith(f"{query}\nAnswer:"), behind
 
 
 def test_a_prompt_that_changes_the_question_cannot_judge_by_it():
@@ -690,6 +778,49 @@ def test_a_frozen_reader_is_named_by_checkpoints_or_else_saved_by_them(tmp_path,
     changed.bases["reader"] = replace(changed.bases["reader"], fingerprint="0" * 16)
     with pytest.raises(ValueError, match="belongs to other weights of the reader than those of"):
         merge_saved(exported, "reader", [exported], str(reader), changed)
+
+
+def test_a_run_that_reranked_is_evaluated_and_exported_so(tmp_path):
+    flags = read_with("chat", rerank_by_reader=4, temperature_gold=0.3)
+    trained = run(tmp_path, **flags, eval_data=None, total_steps=1)
+    again = dict.fromkeys(flags) | {"train_data": None, "model_path": trained}
+    told, typed, fewer = (
+        read_jsonl(run(tmp_path, "evaluate", name=name, **again | more) / "dev-step-0.jsonl")
+        for name, more in (("told", {}), ("typed", {"rerank_by_reader": 4}), ("fewer", {"rerank_by_reader": 2}))
+    )
+    assert told == typed != fewer
+    export_huggingface.main(["--model_path", str(trained), "--output_directory", str(tmp_path / "export")])
+    model = atlas.load(tmp_path / "export", passages=world() / "passages.jsonl")
+    assert model.config.retriever_training.temperature_gold == 0.3
+    answer = model.ask(told[0]["query"])
+    assert [passage.id for passage in answer.passages] == [passage["id"] for passage in told[0]["passages"]]
+
+
+@pytest.mark.parametrize("reader", ["models/reader", None])
+def test_a_frozen_reader_in_16_bits_is_saved_as_it_was_read(tmp_path, reader):
+    flags = read_with(total_steps=1, eval_data=None, reader_model_type=world() / reader if reader else language_model())
+    taught = run(tmp_path, name="taught", **flags)
+    judge = {"train_retriever": True, "freeze_reader": True, "precision": "bf16", "model_path": taught}
+    again = run(tmp_path, name="again", **flags | judge)
+    weights = [load_file(one / "checkpoint/latest/model.safetensors") for one in (taught, again)]
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items() if "reader." in name)
+    # and the reader may learn in the same run, which it has not done yet
+    joint = run(tmp_path, name="again", **flags | {"train_retriever": True, "total_steps": 2})
+    moved = load_file(joint / "checkpoint/latest/model.safetensors")
+    assert not all(torch.equal(moved[name], weight) for name, weight in weights[0].items() if "reader." in name)
+
+
+def test_questions_without_answers_teach_where_no_answer_is_looked_at(tmp_path, capsys):
+    questions = [{"question": row["question"]} for row in read_jsonl(world() / "train.jsonl")]
+    flags = read_with(
+        **QUESTION_MODE, train_data=write_jsonl(tmp_path / "asked.jsonl", questions), eval_data=None, total_steps=1
+    )
+    losses = logged(run(tmp_path, **flags, freeze_reader=True), "loss/retriever_loss")
+    assert losses[0] > 0
+    for others in ({}, {"freeze_reader": True, "gold_question_weight": 0.5}):
+        with pytest.raises(SystemExit):
+            run(tmp_path, name="learning", **flags | others)
+        assert "asked.jsonl, line 1: no `answers`" in capsys.readouterr().err
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def saved(directory, model):
     """It as a checkpoint."""
     contents = Contents(
         1,
-        model.unused_retriever | model.weights(),
+        model.weights(),
         optimizer={},
         options={"model": {"reader_model_type": str(world() / "models/reader")}},
         configs=model.configs(),

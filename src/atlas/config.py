@@ -42,7 +42,7 @@ OF_THE_MODEL = (
     *("reader_model_type", "retriever_model_path", "retriever_pooling", "retriever_normalize"),
     *("retriever_query_prefix", "retriever_passage_prefix", "text_maxlength", "target_maxlength", "n_context"),
     *("encoder_format", "retriever_format", "decoder_format", "decoder_prompt_format", "qa_prompt_format"),
-    *("reader_prompt_format", "passage_format", "chat_template"),
+    *("reader_prompt_format", "passage_format", "chat_template", "rerank_by_reader"),
     *("generation_max_length", "generation_min_length", "generation_num_beams", "generation_length_penalty"),
 )
 # How the reader judges passages, for --write_evidence.
@@ -317,6 +317,11 @@ class RetrieverTraining:
     def moves_passages(self) -> bool:
         """Whether the passage encoder is meant to learn, so that an index grows old."""
         return self.train_retriever and not self.query_side_retriever_training
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether training looks at answers: the reader learns them, or judges passages by them."""
+        return not self.freeze_reader or self.judges_by_answers
 
     @property
     def judges_by_answers(self) -> bool:
@@ -598,6 +603,9 @@ def config_to_ask(saved: Mapping[str, Any], source: str | os.PathLike, given: Ma
     """
     if unknown := given.keys() - FIELDS.keys():
         raise ValueError(f"there is no flag --{min(unknown)}; `python evaluate.py --help` lists all")
+    given = {  # one file may be given as it is
+        name: (value,) if isinstance(value, str) and _kind(name)[0] is tuple else value for name, value in given.items()
+    }
     given = {name: _saved_value(name, value, "what is given") for name, value in given.items()}
     origin = Origin(Path(source), {name: saved[name] for name in sorted(TO_ASK & saved.keys())}, frozenset(given))
     with origin.explaining(TO_ASK):

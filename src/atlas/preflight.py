@@ -24,6 +24,8 @@ from atlas.config import (
     Model,
     say,
 )
+from atlas.model.inputs import Inputs
+from atlas.model.prompts import PromptInputs
 from atlas.model.signals import MODES, PROMPT_MODES
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
@@ -213,17 +215,16 @@ def _check_prompts_of(
     read: Callable[[int], object],
 ) -> None:
     longest = settings.generation_max_length - 2  # the decoder's start token, and at least one of the answer
+    inputs = (Inputs if tokenizer.fuses else PromptInputs)(settings, tokenizer, None, device=torch.device("cpu"))
     for line in lines:
         place = line * data.task.examples_per_line
         example = data.example(place, epoch=0)
-        if example is not None:
-            prompt = settings.decoder_prompt_format.format(query=example.query)
-            if (n := len(tokenizer.encode([prompt], eos=False)[0])) > longest:
-                raise ValueError(
-                    f"{data.corpus.where(data.line(place))}: the prompt by --decoder_prompt_format has {n} tokens, "
-                    "which leaves no room for an answer: raise --generation_max_length to more than "
-                    f"{n + 1}, or shorten the prompt"
-                )
+        if example is not None and (n := len(inputs.prompts([example.query])[0])) > longest:
+            raise ValueError(
+                f"{data.corpus.where(data.line(place))}: the prompt by --decoder_prompt_format has {n} tokens, "
+                "which leaves no room for an answer: raise --generation_max_length to more than "
+                f"{n + 1}, or shorten the prompt"
+            )
         read(1)
 
 

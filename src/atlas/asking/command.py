@@ -16,7 +16,7 @@ INSTEAD = {
     "What it runs on": ("device", "precision", "int8_reader", "embedder_precision", "verify"),
     "What it searches": (
         *("passages", "max_passages", "save_index_path", "allow_other_index", "faiss_nprobe", "refine_factor"),
-        *("retrieve_with_rerank", "n_to_rerank_with_retrieve_with_rerank", "rerank_by_reader"),
+        *("retrieve_with_rerank", "n_to_rerank_with_retrieve_with_rerank"),
     ),
     "What the run was trained with, and others to use instead": (
         *("task", "gold_score_mode", "gold_question_weight", "temperature_gold", "closed_book"),

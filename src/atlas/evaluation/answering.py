@@ -74,12 +74,21 @@ class Answering:
         return max(k, self.settings.rerank_by_reader or 0)
 
     def write(self, encoded: Encoded, streamer: BaseStreamer | None = None) -> list[list[int]]:
-        """The tokens of B answers, as the --generation flags say; `streamer` as for `FusionInDecoder.write`."""
+        """The tokens of B answers, as the --generation flags say; `streamer` as for `FusionInDecoder.write`.
+
+        Raises: ValueError if what an answer begins with leaves no room for it.
+        """
+        prompt, longest = self.inputs.prompts(encoded.queries), self.settings.generation_max_length
+        if (n := max(map(len, prompt or [[]]))) > longest - 2:  # a start token, and at least one of the answer
+            raise ValueError(
+                f"--decoder_prompt_format: an answer would begin with {n} tokens, and --generation_max_length "
+                f"{longest} leaves no room for more: raise it, or ask a shorter question"
+            )
         names = ("max_length", "min_length", "num_beams", "length_penalty")
         return self.reader.write(
             encoded.fused.hidden,
             encoded.fused.mask,
-            prompt=self.inputs.prompts(encoded.queries),
+            prompt=prompt,
             streamer=streamer,
             **{name: getattr(self.settings, f"generation_{name}") for name in names},
         )

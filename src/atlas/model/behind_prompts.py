@@ -13,7 +13,8 @@ from atlas.model.losses import IGNORE
 from atlas.model.reader import token_log_probabilities
 from atlas.runtime import device as devices
 
-AT_ONCE = 64  # prompts: what they take is mostly logits, (64, T, V)
+AT_ONCE = 64  # prompts
+LOGITS = 2**28  # most numbers of the logits of a call, (m, T, V): 1 GiB
 SHARED = 1.5  # answers to a prompt, on average, from which on prompts are computed first, and then what follows them
 
 
@@ -55,8 +56,10 @@ def log_likelihoods(
         found = devices.move(torch.from_numpy(recalled), device)
         if not len(left):
             return found
-    same = _same(rows)
-    for some, width in calls_by_length(left[np.argsort(same[left])], rows.lengths, AT_ONCE, longest, device):
+    same, most = _same(rows), AT_ONCE
+    if rows.lengths is not None:  # else ranks wait for each other in every call
+        most = max(1, min(most, LOGITS // (rows.labels.shape[1] * reader.config.vocab_size)))
+    for some, width in calls_by_length(left[np.argsort(same[left])], rows.lengths, most, longest, device):
         of_call = rows.at(some, width)
         _, first, which = np.unique(same[some], return_index=True, return_inverse=True)
         if rows.lengths is None or len(first) > len(some) / SHARED:

@@ -131,8 +131,13 @@ class Inputs:
         lengths = np.array([len(row) for row in filled], np.int64)
         return ReaderRows(*(part.reshape(len(rows), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
 
-    def training(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
-        """The input to learn from. Of the passages, `Atlas` reads the first `--n_context`."""
+    def training(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[dict[str, Any]]] | None,
+        rows: Sequence[list[int]],
+    ) -> ReaderRows:
+        """The input to learn from. Of the passages, `Atlas` reads the first `--n_context`. `rows`: as for `judging`."""
         return self.reader(queries, passages)
 
     def judging(

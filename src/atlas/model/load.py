@@ -38,8 +38,9 @@ class Model:
     reader: Reader | None
     retriever: DualEncoder | None
     inputs: Inputs
-    # The retriever of the checkpoint where the run does without it: saved again as it was read.
-    unused_retriever: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Weights that are saved as they were read, by the names of `weights`: a reader that does not learn and computes in
+    # 16 bits, the checkpoint's retriever where the run does without it. On other ranks than 0 they may be on "meta".
+    as_read: dict[str, torch.Tensor] = field(default_factory=dict)
     unused_retriever_config: dict[str, Any] | None = None
     unused_adapters: dict[str, Adapter] = field(default_factory=dict)
     bases: dict[str, Base] = field(default_factory=dict)  # of the halves that are not to be saved themselves
@@ -71,10 +72,11 @@ class Model:
         with distributed.busy():  # ranks may read large files at very different speeds
             reader = retriever = retriever_tokenizer = known = None
             unused: dict[str, Any] = {}
+            as_read: dict[str, torch.Tensor] = {}
             bases: dict[str, Base | None] = {}
             if settings.uses_reader:
                 loaded = _load_reader(settings, learning, optimisation, checkpoint, device, training)
-                reader, bases["reader"] = loaded
+                reader, bases["reader"], as_read = loaded
                 learns = training and not learning.freeze_reader
                 known = KnownLikelihoods.open(None if learns else learning.cache_judgements, reader, optimisation)
             if settings.retrieves:
@@ -83,6 +85,7 @@ class Model:
                 retriever, bases["retriever"] = loaded[0].to(device), loaded[1]
             elif checkpoint and checkpoint.holds("retriever"):
                 unused, bases["retriever"] = _unused_retriever(checkpoint, settings, optimisation)
+                as_read |= unused.pop("as_read", {})
             reader_config = reader.config if reader is not None else None
             inputs = (reader.inputs if reader is not None else Inputs)(
                 settings,
@@ -95,17 +98,18 @@ class Model:
             )
         distributed.wait_for_all("loading the model")
         kept = {half: base for half, base in bases.items() if base}
-        return cls(reader, retriever, inputs, **unused, bases=kept, known=known)
+        return cls(reader, retriever, inputs, as_read, **unused, bases=kept, known=known)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """This rank's weights that are to be saved, by their published names, `reader.…` and `retriever.…`."""
         halves = {"reader": self.reader, "retriever": self.retriever}
-        return {
+        own = {
             f"{half}.{name}": parameter.detach()
             for half, module in halves.items()
             if module is not None and half not in self.bases
             for name, parameter in module.named_parameters()
         }
+        return own | self.as_read
 
     def adapters(self) -> dict[str, Adapter]:
         """What is to be saved of the halves with a base, by the names of `checkpoint.HALF_OF`. They may be sharded."""
@@ -151,8 +155,8 @@ def _load_reader(
     checkpoint: Checkpoint | None,
     device: torch.device,
     training: bool,
-) -> tuple[Reader, Base | None]:
-    """The reader, and what it is based on if it is not to be saved itself."""
+) -> tuple[Reader, Base | None, dict[str, torch.Tensor]]:
+    """The reader, what it is based on if it is not to be saved itself, and else what is to be saved of it as it is."""
     learns = training and not learning.freeze_reader
     from_checkpoint = checkpoint is not None and bool(checkpoint.reader)
     reader = load_reader(
@@ -175,16 +179,20 @@ def _load_reader(
     if learns and optimisation.shard_grads and distributed.world_size() > 1:
         shard_weights(reader, reader.blocks, device, block_dtype=dtype, forward_methods=("encode",))
         log.info("Each of %d ranks keeps its part of the reader", distributed.world_size())
-        return reader, base
+        return reader, base, {}
+    as_read: dict[str, torch.Tensor] = {}
     if not learns:
         reader.requires_grad_(False)
         if settings.int8_reader and not training:
             round_to_int8(reader.blocks)
         if dtype is not None:
+            if training and base is None:
+                keeps = torch.device("cpu" if distributed.is_main() else "meta")
+                as_read = {f"reader.{name}": part.detach().to(keeps) for name, part in reader.named_parameters()}
             # Nothing is learnt: the precision of the computation is enough, and only so much goes to the device.
             for block in reader.blocks:
                 block.to(dtype)
-    return reader.to(device), base
+    return reader.to(device), base, as_read
 
 
 def _load_retriever(
@@ -241,7 +249,7 @@ def _unused_retriever(
     if optimisation.lora_rank:
         return kept, Base(settings.retriever_model_path, str(checkpoint.path.resolve()))
     state = {f"retriever.{name}": part for name, part in checkpoint.retriever.items()}
-    return kept | {"unused_retriever": state}, None
+    return kept | {"as_read": state}, None
 
 
 def _saved_adapter(name: str, checkpoint: Checkpoint | None) -> Adapter | None:

@@ -1,7 +1,9 @@
 """The input of a decoder-only reader: passages and question in one prompt, and the answer that is to follow."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,10 +35,17 @@ class PromptInputs(Inputs):
         prompts = [self._prompt(query, self._texts(found)) for query, found in zip(queries, passages, strict=True)]
         return self._rows([[prompt] for prompt in prompts], 1)
 
-    def training(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
+    def training(
+        self,
+        queries: Sequence[str],
+        passages: Sequence[Sequence[dict[str, Any]]] | None,
+        rows: Sequence[list[int]],
+    ) -> ReaderRows:
         """The prompts to learn from, with the first `--n_context` passages."""
         n = self.settings.n_context
-        return self.reader(queries, passages and [found[:n] for found in passages])
+        texts = [self._texts(found[:n]) for found in passages or [[]] * len(queries)]
+        prompts = [self._prompt(*of_query) for of_query in zip(queries, texts, map(len, rows), strict=True)]
+        return self._rows([[prompt] for prompt in prompts], 1)
 
     def judging(
         self,
@@ -50,10 +59,10 @@ class PromptInputs(Inputs):
         For the mode `question` a prompt ends before the question, which is the beginning of the target.
         """
         prompts = []
-        for query, found in zip(queries, passages, strict=True):
+        for query, found, row in zip(queries, passages, rows, strict=True):
             texts = self._texts(found)
             chosen = [texts[:i] + texts[i + 1 :] if mode == "loop" else [text] for i, text in enumerate(texts)]
-            prompts.append([self._prompt(query, some) for some in chosen])
+            prompts.append([self._prompt(query, some, len(row)) for some in chosen])
         k = max([1, *map(len, passages)])
         if mode != "question":
             return Judged(self._rows(prompts, k), self.target_rows(queries, rows))
@@ -75,16 +84,28 @@ class PromptInputs(Inputs):
 
     def _question(self, query: str) -> tuple[list[int], int]:
         """The tokens of a prompt from the question on, and how many of them are the question. Raises: ValueError."""
-        text, query = self.text(query, [PASSAGE]), self._cut(asked(query), LONGEST_FORMATTED)
-        start = text.rfind(query)
+        text, query = self.text(query, [PASSAGE]), self._asked(query)
+        start = text.rfind(query, 0, len(text) - self._behind_question)
         if start < 0:
             raise _judges_nothing(query)
         n, behind = (self.reader_tokenizer.count_behind(text, place) for place in (start, start + len(query)))
         return self.reader_tokenizer.encode([text], eos=False)[0][-n:], n - behind
 
+    @cached_property
+    def _behind_question(self) -> int:
+        """How many characters of every prompt come behind the question."""
+        one, other = (self.text(query, [PASSAGE])[::-1] for query in ("a", "b"))
+        return len(os.path.commonprefix([one, other]))
+
+    def _asked(self, query: str) -> str:
+        """A query as it stands in a prompt."""
+        return self.reader_tokenizer.plain(self._cut(asked(query), LONGEST_FORMATTED))
+
     def target_tokens(self, targets: Sequence[str]) -> list[list[int]]:
         """The tokens of each answer, as they stand behind a prompt, and EOS, at most `--target_maxlength`."""
-        texts = [SENTINEL.sub("", self._formatted(self.settings.decoder_format, target=one)) for one in targets]
+        plain = map(self.reader_tokenizer.plain, targets)
+        texts = [SENTINEL.sub("", self._formatted(self.settings.decoder_format, target=one)) for one in plain]
+        texts = [text.strip().removesuffix(self.reader_tokenizer.eos) for text in texts]  # of the format
         limit = None if self.settings.target_maxlength in (None, -1) else self.settings.target_maxlength
         return [[*row, self.reader_tokenizer.eos_id][:limit] for row in self._behind(texts)]
 
@@ -93,14 +114,12 @@ class PromptInputs(Inputs):
         if self.settings.decoder_prompt_format is None:
             return None
         template = self.settings.decoder_prompt_format
-        return self._behind([self._formatted(template, query=asked(query)) for query in queries])
+        return self._behind([self._formatted(template, query=self._asked(query)) for query in queries])
 
     def _behind(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of texts behind a prompt, which a space follows unless it is a chat."""
-        texts = [text.strip() for text in texts]
-        if self._chats:
-            return self.reader_tokenizer.encode_behind("\n", texts)
-        return self.reader_tokenizer.encode_behind(":", [f" {text}" for text in texts])
+        """The tokens of texts behind a prompt, which a space follows unless it is a chat of another form."""
+        end, between = self.reader_tokenizer.before_answer if self._chats else (":", " ")
+        return self.reader_tokenizer.encode_behind(end, [between + text.strip() for text in texts])
 
     @property
     def _chats(self) -> bool:
@@ -108,15 +127,18 @@ class PromptInputs(Inputs):
 
     def _texts(self, passages: Sequence[dict[str, Any]]) -> list[str]:
         template = with_lines(self.settings.passage_format)
-        texts = [self._of_passage(template, passage).strip() for passage in passages]
+        texts = [self.reader_tokenizer.plain(self._of_passage(template, passage).strip()) for passage in passages]
         return self.reader_tokenizer.cut(texts, self.settings.text_maxlength)
 
-    def _prompt(self, query: str, texts: Sequence[str]) -> list[int]:
-        """The tokens of a prompt that leaves room for an answer. Raises: ValueError if the question is too long."""
-        tokens = self._tokens(query, texts)
-        if self.reader_positions is None or len(tokens) <= self.reader_positions - self.longest_answer:
+    def _prompt(self, query: str, texts: Sequence[str], answer: int = 0) -> list[int]:
+        """The tokens of a prompt that leaves room for an answer, and at least for one of so many tokens.
+
+        Raises: ValueError if the question is too long.
+        """
+        tokens, answer = self._tokens(query, texts), max(answer, self.longest_answer)
+        if self.reader_positions is None or len(tokens) <= self.reader_positions - answer:
             return tokens
-        room = self.room_of_passages(query, len(texts))
+        room = self.room_of_passages(query, len(texts), answer)
         if not self._warned_of_positions:
             self._warned_of_positions = True
             log.warning(
@@ -128,15 +150,20 @@ class PromptInputs(Inputs):
             )
         return self._tokens(query, self.reader_tokenizer.cut(texts, room))
 
-    def room_of_passages(self, query: str, n: int) -> int:
-        """How many tokens each of n passages may have beside a query. Raises: ValueError if there is no room for one.
+    def room_of_passages(self, query: str, n: int, answer: int) -> int:
+        """How many tokens each of n passages may have beside a query and an answer of so many tokens.
 
         What joins two passages takes a token, or two.
+
+        Raises: ValueError if there is no room for one.
         """
-        tokens, answer = len(self._tokens(query, [])), self.longest_answer
+        tokens = len(self._tokens(query, []))
         room = self.reader_positions - answer - tokens - 2 * n
         if room < n:
             passages, lower = (f"--n_context {n}, ", "--n_context, ") if n else ("", "")
+            if n > self.settings.n_context:
+                passages = f"--retriever_n_context {n + 1} (--gold_score_mode loop leaves out one), "
+                lower = "--retriever_n_context, "
             raise ValueError(
                 f"the {self.reader_positions} positions of the reader are too few for {passages}the {tokens} tokens of "
                 f"the question {query[:60]!r} with its prompt, and an answer of {answer}: shorten the question, or "
@@ -155,23 +182,34 @@ class PromptInputs(Inputs):
 
     def text(self, query: str, texts: Sequence[str]) -> str:
         """A prompt."""
-        fields = {"passages": "\n\n".join(texts), "query": self._cut(asked(query), LONGEST_FORMATTED)}
+        fields = {"passages": "\n\n".join(texts), "query": self._asked(query)}
         template = with_lines(self.settings.reader_prompt_format)
         prompt = fill_in(template, 100 * LONGEST_PASSAGE, **fields).rstrip("\n")
         prompt = prompt if texts else prompt.lstrip("\n")
         return self.reader_tokenizer.chat(prompt) if self._chats else prompt
 
 
-def check_of_questions(settings: config.Model, tokenizer: PromptTokenizer) -> Callable[[str], None]:
-    """A function of a query. Raises: ValueError if the reader has no positions for it, as in the middle of a run."""
+def check_of_questions(
+    settings: config.Model, tokenizer: PromptTokenizer, *, learns: bool, loops: bool
+) -> Callable[[str, Sequence[str]], None]:
+    """A function of a query and its answers. It raises ValueError if the reader has no positions for them, as in the
+    middle of a run.
+
+    Args:
+        learns: whether answers are learnt or judged by.
+        loops: whether passages are judged by leaving out one of `--retriever_n_context`.
+    """
     inputs = PromptInputs(settings, tokenizer, None, device=torch.device("cpu"), reader_positions=tokenizer.positions)
     n = 0 if settings.closed_book else 1 if settings.retrieve_only else settings.n_context
+    n = max(n, (settings.retriever_n_context or n) - 1) if loops else n
     # A token has at least one byte: short questions need no tokenizer.
-    around = len(inputs.text("", []).encode()) + len(tokenizer.start) + 1 + 3 * n + inputs.longest_answer
+    around, least = len(inputs.text("", []).encode()) + len(tokenizer.start) + 1 + 3 * n, inputs.longest_answer
 
-    def check(query: str) -> None:
-        if tokenizer.positions is not None and around + len(query.encode()) > tokenizer.positions:
-            inputs.room_of_passages(query, n)
+    def check(query: str, targets: Sequence[str]) -> None:
+        targets = targets if learns else []
+        longest = max([least, *(len(target.encode()) + 1 for target in targets)])
+        if tokenizer.positions is not None and around + len(query.encode()) + longest > tokenizer.positions:
+            inputs.room_of_passages(query, n, max([least, *map(len, inputs.target_tokens(targets))]))
 
     return check
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import re
 import string
+import sys
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,9 +96,13 @@ class ReaderTokenizer:
 class PromptTokenizer:
     """The tokenizer of a decoder-only language model. Picklable.
 
-    Attributes: as of `ReaderTokenizer`, but there are no sentinels; `chats` (whether it has a chat template); `start`
-    (what its own pipeline puts before a text: BOS, or nothing); `positions` (how many tokens its model has positions
-    for; None: unknown). A vocabulary without a pad token is padded with EOS, which nobody looks at.
+    Attributes: as of `ReaderTokenizer`, but there are no sentinels; `eos` (the text of EOS); `chats` (whether it has a
+    chat template); `start` (what its own pipeline puts before a text: BOS, or nothing); `positions` (how many tokens
+    its model has positions for; None: unknown). Without a pad token that the model has an embedding for, rows are
+    padded with EOS, which nobody looks at.
+
+    Args:
+        embeddings: how many tokens its model has embeddings for.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token, or no fast implementation.
@@ -103,19 +110,25 @@ class PromptTokenizer:
 
     fuses = False
 
-    def __init__(self, loaded: PreTrainedTokenizerBase, positions: int | None = None) -> None:
+    def __init__(
+        self, loaded: PreTrainedTokenizerBase, positions: int | None = None, embeddings: int = sys.maxsize
+    ) -> None:
         if loaded.eos_token_id is None:
             raise ValueError("its tokenizer has no end-of-text token (eos_token), so no answer would ever end")
         self._loaded, self._tokenizer = loaded, loaded.backend_tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.eos_id: int = loaded.eos_token_id
-        self.pad_id: int = self.eos_id if loaded.pad_token_id is None else loaded.pad_token_id
+        self.eos: str = loaded.eos_token
+        pads = loaded.pad_token_id is not None and loaded.pad_token_id < embeddings
+        self.pad_id: int = loaded.pad_token_id if pads else self.eos_id
         self.sentinel_ids: list[int] = []
         self.chats, self.positions = bool(loaded.chat_template), positions
         usual = self._tokenizer.encode("a")
         added = list(takewhile(bool, usual.special_tokens_mask))
         self.start: list[int] = usual.ids[: len(added)]
+        special = {token.content for token in loaded.added_tokens_decoder.values() if token.special}
+        self._special = re.compile("|".join(map(re.escape, sorted(special | {self.eos}, key=len, reverse=True))))
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -135,6 +148,10 @@ class PromptTokenizer:
         n = len(given)
         return [row[n:] if row[:n] == given else own for row, own in zip(behind, alone, strict=True)]
 
+    def plain(self, text: str) -> str:
+        """A text in which nothing acts as a special token: a space is put into their names."""
+        return self._special.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+
     def cut(self, texts: Sequence[str], max_length: int) -> list[str]:
         """The beginning of each text that has at most so many tokens."""
         encodings = [
@@ -147,17 +164,29 @@ class PromptTokenizer:
         """How many tokens of a text end behind its first `place` characters."""
         return sum(end > place for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets)
 
-    def chat(self, text: str) -> str:
-        """The text as what a user says, up to where the answer begins, without thinking; the same every day."""
+    def chat(self, text: str, answer: str | None = None) -> str:
+        """The text as what a user says, up to where the answer begins, without thinking; the same every day.
+
+        With an `answer` up to its end, and with what the template puts behind it.
+        """
         said = [{"role": "user", "content": text}]
+        said += [] if answer is None else [{"role": "assistant", "content": answer}]
         template = self._loaded.get_chat_template()
         return self._loaded.apply_chat_template(
             said,
             chat_template=SAME_DAY + template if "strftime_now" in template else template,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=answer is None,
             enable_thinking=False,
         )
+
+    @cached_property
+    def before_answer(self) -> tuple[str, str]:
+        """The end of every prompt by the chat template, and what this puts between a prompt and an answer."""
+        ends = [self.chat(text)[::-1] for text in ("a", "b")]
+        end, prompt, whole = os.path.commonprefix(ends)[::-1], self.chat("a"), self.chat("a", answer="b")
+        between = whole.removeprefix(prompt).partition("b")[0] if whole.startswith(prompt) else ""
+        return end, between if between.isspace() else ""
 
     def decode(self, rows: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """Text of each row of ids, without spaces around it."""
@@ -216,7 +245,7 @@ def load_prompt_tokenizer(name_or_path: str) -> PromptTokenizer:
     with pretrained_errors(READER_FLAG, name_or_path, "a language model's tokenizer (tokenizer.json)"):
         of_model = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         loaded = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        return PromptTokenizer(loaded, getattr(of_model, "max_position_embeddings", None))
+        return PromptTokenizer(loaded, getattr(of_model, "max_position_embeddings", None), of_model.vocab_size)
 
 
 def _is_causal(config_file: str | None) -> bool:

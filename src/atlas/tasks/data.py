@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -46,7 +46,7 @@ class Data:
                 raise ValueError(f"{path}: there is no line with data in it")
         self.corpus, self.task, self.seed = corpus, task, seed
         self.judgements: Judgements | None = None  # by the queries' ids
-        self.check_query: Callable[[str], None] | None = None  # says which queries are too long
+        self.check_query: Callable[[str, Sequence[str]], None] | None = None  # says what is too long for the reader
         self._cut_lines: Counter[str] = Counter()  # lines of which something was cut, by what it is
         self._unread: set[str] = set()  # fields that the task does not read
         self._judged_lines = 0  # lines with an id that is in the judgements
@@ -84,7 +84,7 @@ class Data:
             flags=config.tasks,
             tokenizer=tokenizer,
             text_maxlength=config.model.text_maxlength,
-            answers_needed=not config.model.retrieve_only,
+            answers_needed=config.retriever_training.needs_answers if training else not config.model.retrieve_only,
             passages_needed=config.model.use_file_passages,
             training=training,
         )
@@ -99,7 +99,8 @@ class Data:
         if qrels is not None:
             data.judgements = read_judgements(Path(qrels))
         if tokenizer is not None and not tokenizer.fuses:
-            data.check_query = check_of_questions(config.model, tokenizer)
+            loops = training and config.retriever_training.gold_score_mode == "loop"
+            data.check_query = check_of_questions(config.model, tokenizer, learns=training, loops=loops)
         what = "train_data" if training else f"eval_data.{evaluation_name(paths[0])}"
         data._check_all(bad_lines_file(config.run, what))
         if qrels is not None:
@@ -218,7 +219,7 @@ class Data:
             return counts
         example = self.task.example(record, random.Random(0), 0)
         if self.check_query is not None:
-            self.check_query(example.query)
+            self.check_query(example.query, [example.target, *example.answers])
         if self.judgements is None:
             return counts
         judged = str(example.id) in self.judgements

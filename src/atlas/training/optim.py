@@ -160,10 +160,8 @@ class Optimizers:
                 f"weights alone (--model_path {checkpoint.path}), or --restart"
             )
         frozen_until = max(0, options.get("freeze_retriever_steps", 0))
-        learnt = [
-            "reader",
-            *(["retriever"] if options.get("train_retriever") and checkpoint.step > frozen_until else []),
-        ]
+        learnt = [] if options.get("freeze_reader") else ["reader"]
+        learnt += ["retriever"] if options.get("train_retriever") and checkpoint.step > frozen_until else []
         for group in learnt if not state.get("skipped", torch.tensor(0)).any() else ():
             if group in self._parameters and not any(key.startswith(f"{group}/") for key in state):
                 raise ValueError(f"{checkpoint.file('optimizer')} has no moments of the {group}, which has learnt")

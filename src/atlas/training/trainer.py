@@ -243,7 +243,7 @@ class Trainer:
                     raise ValueError(self._diverged(f"{name} is not finite after step {step}"))
             contents = Contents(
                 step=step,
-                model=self.model.unused_retriever | weights,
+                model=weights,
                 optimizer=moments,
                 options=self.settings.sections(),
                 configs=self.model.configs(),
@@ -289,7 +289,7 @@ class Trainer:
         answers = rows if learning.judges_by_answers else [[] for _ in rows]
         judged = inputs.judging(queries, passages, answers, learning.gold_score_mode) if learns else None
         only_judges = judged is not None and learning.freeze_reader
-        reading = judged.rows if only_judges else inputs.training(queries, passages)
+        reading = judged.rows if only_judges else inputs.training(queries, passages, rows)
         self._given = {"tokens_per_second": int(reading.lengths.sum())}
         if passages is not None:
             self._given["passages_per_second"] = sum(map(len, passages))
