@@ -32,7 +32,9 @@ def measure(config: Config, run: "Session") -> None:
     # What to evaluate: --model_path, a run of this name, or the models' own weights.
     given = config.run.model_path != "none"
     checkpoint = open_checkpoint(config.run.model_path) if given else own_checkpoint(run.directory)
-    if checkpoint is not None:
+    if checkpoint is None:
+        preflight.report_no_checkpoint(config)
+    else:
         run.verification.check(str(checkpoint.path), checkpoint.recorded)  # against its checksums; the index likewise
     step = checkpoint.step if checkpoint and not given else 0
     if checkpoint and checkpoint.published:

@@ -73,6 +73,8 @@ def parts(need: "Need", planner: "Planner", config: Config) -> str:
         lines.append(f"{'index':>20} not counted: say how many passages it has with --passages_in_index")
     has, fits = planner.machine.bytes / GIB, need.bytes <= planner.machine.bytes
     verdict = "it fits" if fits else "it does not fit"
+    if config.model.retrieves and planner.shapes.passages is None:
+        verdict += " without the index" if fits else ", even without the index"
     return "\n".join([*lines, f"{'sum':>20} {need.bytes / GIB:8.1f} of {has:.1f}: {verdict}"])
 
 

@@ -26,8 +26,7 @@ from atlas.model.prompts import PromptInputs
 from atlas.model.reader import load_reader
 from atlas.model.retriever import DualEncoder, load_retriever
 from atlas.model.tokenization import (
-    PromptTokenizer,
-    ReaderTokenizer,
+    AnyReaderTokenizer,
     RetrieverTokenizer,
     load_reader_tokenizer,
     load_retriever_tokenizer,
@@ -188,7 +187,7 @@ class World:
         return open_passages([path])
 
     @cached_property
-    def _tokenizers(self) -> tuple[ReaderTokenizer | PromptTokenizer, RetrieverTokenizer]:
+    def _tokenizers(self) -> tuple[AnyReaderTokenizer, RetrieverTokenizer]:
         return load_reader_tokenizer(self._reader), load_retriever_tokenizer(self._retriever)
 
     def reader(self) -> Reader:

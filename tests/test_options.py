@@ -116,6 +116,24 @@ def test_a_preset_is_a_default(tmp_path):
     assert parse_config(line, program="evaluate", n_context=9).model.n_context == 9
 
 
+def test_what_a_script_presets_is_its_default_in_opt_log(tmp_path):
+    line = command_line(tmp_path, n_context=None, log_freq=None, lr=3.0, total_steps=9)
+    described = parse_config(line, n_context=9, lr=2.0, log_freq=lambda options: options.total_steps).describe()
+    lines = described.splitlines()
+    assert "n_context: 9" in lines and "log_freq: 9" in lines and "lr: 3.0    [default: 2.0]" in lines
+
+
+def test_relative_paths_of_a_checkpoint_are_found_from_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "work/models/reader").mkdir(parents=True)
+    options = {"reader_model_type": "models/reader", "retriever_model_path": "facebook/contriever"}
+    run = {"checkpoint_dir": "runs", "name": "run"}
+    checkpoint_with(tmp_path / "work/runs/run", {"model": options, "run": run})
+    monkeypatch.chdir(tmp_path)
+    found = evaluation(tmp_path, name="other", model_path="work/runs/run").model
+    assert found.reader_model_type == str(tmp_path / "work/models/reader")
+    assert found.retriever_model_path == "facebook/contriever"
+
+
 def test_training_keeps_its_own_flags(tmp_path):
     checkpoint_with(tmp_path / "run", {"model": TRAINED})
     config = parse_config(command_line(tmp_path, name="other", model_path=tmp_path / "run", n_context=None))

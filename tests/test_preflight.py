@@ -1,9 +1,11 @@
 """What only a run can check, at its start: the decoder's prompts, plans in which something never comes."""
 
 import contextlib
+import shutil
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from atlas import preflight
 from atlas.config import parse_config
@@ -82,7 +84,7 @@ def test_what_has_no_effect_is_said_once(tmp_path):
         "--reader_model_type, --target_maxlength, --generation_max_length, --generation_length_penalty have no effect "
         "with --retrieve_only",
         "--dont_write_passages has no effect without --write_results",
-        "--write_evidence has no effect where no passages that were read are written",
+        "--write_evidence has no effect without passages that are read, and --write_results",
         "--save_index_codes_only has no effect without --save_index_path",
         "--bm25_k1, --bm25_stopwords have no effect without --bm25_weight",
         "--lora_alpha has no effect without --lora_rank",
@@ -135,6 +137,44 @@ def test_what_is_for_training_is_named_in_an_evaluation(tmp_path):
     ]
 
 
+def test_models_that_are_evaluated_as_they_come_are_named(tmp_path, capsys):
+    """As where the name of the run is mistyped."""
+    run(tmp_path, total_steps=1, eval_data=None)
+    flags = dict.fromkeys(OF_TRAINING, None) | {"eval_data": world() / "dev.jsonl", "checkpoint_dir": tmp_path}
+    said = f"models/retriever as it comes: --model_path is not given, and there is no run {tmp_path}/rum"
+    assert said in (run(tmp_path, "evaluate", name="rum", **flags) / "run.log").read_text()
+    assert "as it comes" not in (run(tmp_path, "evaluate", **flags) / "run.log").read_text()
+    for program, more, hint in (
+        ("train", {"model_path": tmp_path / "run"}, f" ({tmp_path}/run has that of {world()}/models/reader)"),
+        ("evaluate", {"train_data": None, "name": "rum"}, ", or a --model_path or --name whose checkpoint says it"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_config(command_line(tmp_path, reader_model_type=None, **more), program=program)
+        assert f"the hub id or directory of a T5 or a language model{hint}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "grows_old"),
+    [({}, True), ({"refresh_index": "2"}, False), ({"query_side_retriever_training": True}, False)],
+)
+def test_an_index_that_grows_old_is_said(tmp_path, flags, grows_old):
+    directory = run(tmp_path, total_steps=1, eval_data=None, train_retriever=True, **flags)
+    assert ("so the index grows old" in (directory / "run.log").read_text()) == grows_old
+
+
+def test_long_answers_are_counted(tmp_path):
+    lines = read_jsonl(world() / "dev.jsonl")
+    lines[2]["answers"] = ["the river of Selnu and of Kobari " * 9]
+    data = write_jsonl(tmp_path / "long.jsonl", lines)
+    directory = run(
+        tmp_path, total_steps=1, train_data=data, eval_data=data, target_maxlength=16, generation_max_length=20
+    )
+    text = (directory / "run.log").read_text()
+    for flag in ("target_maxlength 16", "generation_max_length 20"):
+        said = f"long.jsonl: 1 of {len(lines)} lines have no answer of at most --{flag}, so that it is cut: raise it"
+        assert text.count(said) == 1
+
+
 def test_an_index_is_not_replaced_by_that_of_another_corpus(tmp_path, capsys):
     search = dict.fromkeys(OF_TRAINING, None) | {"retrieve_only": True, "save_index_path": tmp_path / "index"}
     run(tmp_path, "evaluate", **search)
@@ -144,6 +184,12 @@ def test_an_index_is_not_replaced_by_that_of_another_corpus(tmp_path, capsys):
         run(tmp_path, "evaluate", name="others", **search | {"passages": others})
     assert f"--save_index_path {tmp_path}/index holds an index of other passages" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == before
+    bert = BertConfig.from_pretrained(world() / "models/retriever")
+    other = tmp_path / "other"
+    shutil.copytree(world() / "models/retriever", other)
+    BertModel(bert).save_pretrained(other)
+    again = run(tmp_path, "evaluate", name="other", **search | {"retriever_model_path": other})
+    assert "index: the index there, made by another passage encoder, is replaced" in (again / "run.log").read_text()
     copied = tmp_path / "copied.jsonl"  # the same at another place and time
     copied.write_bytes((world() / "passages.jsonl").read_bytes())
     run(tmp_path, "evaluate", name="again", **search | {"passages": copied})

@@ -20,6 +20,15 @@ def test_base_example():
     assert task.retrieval_answers(example) is None
 
 
+def test_qa_reads_the_finished_query_of_a_result_file():
+    row = {"query": PROMPT.format(question="who?"), "answers": ["Ada"], "generation": "Bob", "passages": []}
+    task = make_task("qa")
+    assert task.process(row, random.Random(0)).query == row["query"]
+    assert task.process(row | {"question": "when?"}, random.Random(0)).query == PROMPT.format(question="when?")
+    with pytest.raises(ValueError, match="no `question`"):
+        task.process({"query": "who?", "answers": ["Ada"]}, random.Random(0))
+
+
 def test_qa_example():
     task = make_task("qa")
     example = task.process(LINE | {"target": "Countess Ada", "id": "q7"}, random.Random(0))
@@ -135,7 +144,7 @@ def test_bad_lines_of_base(record, reason):
         ({"question": "q", "golden_answers": "a"}, "`golden_answers` must be a list of strings, found 'a'"),
         ({"question": "q", "answer": {"value": "a"}}, "`answer` must be a list of strings, found {'value'"),
         ({"_id": "1", "text": ""}, "`text` is empty"),
-        ({"question": "q", "answers": []}, "no `answers`"),
+        ({"question": "q", "answers": []}, "`answers` is empty"),
         ({"question": "q", "answers": "a"}, "`answers` must be a list of strings, found 'a'"),
         ({"question": "q", "answers": ["a", 1999]}, r"`answers` must be a list of strings, found \['a', 1999\]"),
         ({"question": "q", "answers": ["a"], "target": 3}, "`target` must be a string, found 3"),

@@ -264,7 +264,11 @@ def load_checkpoint(path: str | os.PathLike) -> Checkpoint:
         return _load_ours(ours)
     if (path / PUBLISHED_FILE).is_file():
         return _load_published(path)
-    raise ValueError(f"{path} holds no checkpoint: neither {PUBLISHED_FILE} nor state.json and model.safetensors")
+    others = " (--reader_model_type and --retriever_model_path take a model of transformers)"
+    raise ValueError(
+        f"{path} holds no checkpoint: neither {PUBLISHED_FILE} nor state.json and model.safetensors"
+        f"{others if (path / 'config.json').is_file() else ''}"
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from atlas.options import find_checkpoint, latest_checkpoint, read_options
+from atlas.options import find_checkpoint, latest_checkpoint, reached, read_options
 
 # The tasks that come with the package, for help texts. Users add others, so --task is checked when a run starts.
 TASK_NAMES = ("base", "qa", "cloze", "mlm", "lm", "section", "multiple_choice", "fever", "kilt")
@@ -230,7 +230,11 @@ class Model:
         False,
         "evaluate and ask with the reader's matrices in 8 bits: half of the memory of bf16, almost the same answers",
     )
-    text_maxlength: int = flag(200, "tokens per query and passage, with those that mark start and end", least=3)
+    text_maxlength: int = flag(
+        200,
+        "tokens of query and passage together, with those that mark start and end; of a passage, for a language model",
+        least=3,
+    )
     target_maxlength: int | None = flag(None, "tokens per target; unset or -1: no truncation", least=-1)
     n_context: int = flag(1, "passages given to the reader", least=1)
     retriever_n_context: int = flag(
@@ -261,7 +265,9 @@ class Model:
     decoder_prompt_format: str | None = flag(
         None, "prompt that the decoder continues, may have {query}", fields="query", constant=True
     )
-    generation_max_length: int = flag(128, "most tokens of an answer, start token and prompt included", least=1)
+    generation_max_length: int = flag(
+        128, "most tokens of an answer, with a start token and what --decoder_prompt_format begins it with", least=1
+    )
     generation_min_length: int | None = flag(None, "least tokens of an answer, counted in the same way", least=0)
     generation_num_beams: int = flag(1, "beams; 1: greedy", least=1, most=256)
     generation_length_penalty: float = flag(
@@ -431,6 +437,7 @@ class Origin:
     checkpoint: Path | None = None
     saved: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # those that the checkpoint says
     given: frozenset[str] = frozenset()  # all flags of the command line
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of all flags, in this script
 
     def of(self, name: str) -> str:
         """command line, checkpoint or default"""
@@ -482,8 +489,8 @@ class Config:
         lines = []
         for name, value in self.flags().items():
             notes = [self.origin.of(name)] if self.origin.checkpoint and name in OF_THE_MODEL else []
-            if value != FIELDS[name].default:
-                notes.append(f"default: {_show(FIELDS[name].default)}")
+            if value != (default := self.origin.defaults.get(name, FIELDS[name].default)):
+                notes.append(f"default: {_show(default)}")
             lines.append(f"{name}: {_show(value)}" + (f"    [{'; '.join(notes)}]" if notes else ""))
         return "\n".join(lines)
 
@@ -773,7 +780,7 @@ def _origin(given: Mapping[str, Any]) -> Origin:
     else:
         run = Path(given.get("checkpoint_dir", Run.checkpoint_dir)) / given.get("name", Run.name)
         checkpoint = latest_checkpoint(run)
-    options = read_options(checkpoint) if checkpoint else {}
+    options = reached(read_options(checkpoint), checkpoint) if checkpoint else {}
     saved = {name: options[name] for name in OF_THE_MODEL if name in options}
     return Origin(checkpoint, saved, frozenset(given))
 
@@ -784,18 +791,20 @@ def _make_config(given: Mapping[str, Any], preset: Mapping[str, Any], origin: Or
     saved = {
         name: _saved_value(name, value, file) for name, value in origin.saved.items() if origin.of(name) == "checkpoint"
     }
-    values = {name: field.default for name, field in FIELDS.items()} | preset | saved | given
+    defaults = {name: field.default for name, field in FIELDS.items()} | preset
+    values = defaults | saved | given
     computed = {name: function for name, function in values.items() if callable(function)}
     options = argparse.Namespace(**values | dict.fromkeys(computed))
     for name, function in computed.items():
         setattr(options, name, function(options))
+    defaults = {name: value(options) if callable(value) else value for name, value in defaults.items()}
     if options.closed_book or options.use_file_passages:
         options.train_retriever = False  # nothing is retrieved, so there is nothing to learn from
     sections = {
         name: section(**{field.name: getattr(options, field.name) for field in dataclasses.fields(section)})
         for name, section in SECTIONS.items()
     }
-    return Config(**sections, origin=origin)
+    return Config(**sections, origin=dataclasses.replace(origin, defaults=defaults))
 
 
 def _without_training(config: Config) -> Config:
@@ -881,7 +890,10 @@ def _check_combinations(config: Config, training: bool) -> None:
     if model.retrieve_only and not model.retrieves:
         raise ValueError("--retrieve_only needs an index: leave out --closed_book and --use_file_passages")
     if model.reader_model_type is None and model.uses_reader:
-        raise ValueError("--reader_model_type is missing: give the hub id or directory of a T5 or a language model")
+        raise ValueError(
+            "--reader_model_type is missing: give the hub id or directory of a T5 or a language model"
+            + _reader_of(config.run.model_path, training)
+        )
     if model.reader_model_type is None and task in TOKENIZING_TASKS:
         raise ValueError(f"--reader_model_type is missing: --task {task} makes its queries with the reader's tokenizer")
     if training:
@@ -893,6 +905,15 @@ def _check_combinations(config: Config, training: bool) -> None:
         )
     if model.retrieves and not config.index.passages and config.index.load_index_path is None:
         raise ValueError("give the corpus with --passages, or a saved index with --load_index_path")
+
+
+def _reader_of(model_path: str, training: bool) -> str:
+    """Where the name of a reader may be found, as the end of a sentence."""
+    checkpoint = find_checkpoint(Path(model_path)) if model_path != "none" else None
+    name = read_options(checkpoint).get("reader_model_type") if checkpoint else None
+    if name:
+        return f" ({model_path} has that of {name})"
+    return "" if training else ", or a --model_path or --name whose checkpoint says it"
 
 
 def _check_question_mode(config: Config) -> None:

@@ -6,10 +6,13 @@ Only the standard library is imported here, because the command line reads a che
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 PUBLISHED_FILE = "model.pth.tar"  # a published checkpoint
+PATHS = ("reader_model_type", "retriever_model_path", "load_index_path", "save_index_path", "passages")
+DATA = ("eval_data", "train_data")
 UNFINISHED = "unfinished"  # an empty file in a directory that is being written or removed: created first, removed last
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")  # the name of a checkpoint
 
@@ -97,3 +100,21 @@ def write_options(file: Path, heading: str, options: str) -> None:
     beside = file.with_name(f"{file.name}.partial")
     beside.write_text(f"# {heading}\n{options}\n", encoding="utf-8")
     beside.replace(file)
+
+
+def reached(options: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """Options with the paths as they are reached from here, where a run was started in another directory."""
+    run = checkpoint.parent.parent
+    there = Path(str(options.get("checkpoint_dir", "")), str(options.get("name", "")))
+    home = run
+    for part in reversed(there.parts):  # `/a/b/experiments/run` of `experiments/run` was started in /a/b
+        if home.name != part:
+            return dict(options)
+        home = home.parent
+
+    def from_here(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(from_here, value))
+        return str(home / value) if isinstance(value, str) and os.path.exists(home / value) else value
+
+    return {name: from_here(value) if name in (*PATHS, *DATA) else value for name, value in options.items()}

@@ -34,7 +34,7 @@ from atlas.tasks import TASKS
 from atlas.tasks.data import Data
 
 if TYPE_CHECKING:
-    from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
+    from atlas.model.tokenization import AnyReaderTokenizer
 
 
 # Flags that have no effect where nothing is retrieved, generated, trained, or learnt by the retriever.
@@ -98,7 +98,7 @@ def check(config: Config, device: torch.device) -> None:
     _report_without_effect(config, device)
 
 
-def check_reader(config: Config, tokenizer: "ReaderTokenizer | PromptTokenizer | None") -> None:
+def check_reader(config: Config, tokenizer: "AnyReaderTokenizer | None") -> None:
     """Refuse what a decoder-only reader cannot do, and report the flags that are for the other kind of reader.
 
     Raises:
@@ -164,8 +164,25 @@ def report_plan(config: Config) -> None:
             "--save_index_path is the index of --load_index_path: once it is refreshed, a run that is resumed from an "
             "earlier step finds a newer index than it had; save to another directory to keep the old one"
         )
+    if training.moves_passages and index.refresh_index.strip() == "-1" and frozen < total:
+        log.warning(
+            "--train_retriever: the passage encoder learns, and with --refresh_index -1 the corpus is embedded only at "
+            "the start, so the index grows old: give --refresh_index N, or --query_side_retriever_training"
+        )
     if training.train_retriever and config.model.retriever_n_context == 1:
         log.warning("--retriever_n_context 1: the retriever learns nothing from ranking a single passage")
+
+
+def report_no_checkpoint(config: Config) -> None:
+    """Say that models are evaluated as they come."""
+    model = config.model
+    names = [name for name, used in ((model.reader_model_type, model.uses_reader),
+                                     (model.retriever_model_path, model.retrieves)) if used]  # fmt: skip
+    log.warning(
+        "No checkpoint is evaluated, but %s as it comes: --model_path is not given, and there is no run %s",
+        " and ".join(names),
+        Path(config.run.checkpoint_dir) / config.run.name,
+    )
 
 
 def report_differences(
@@ -189,9 +206,7 @@ def report_differences(
         log.warning("%s was trained with other flags, and this run uses its own: %s", source, ", ".join(parts))
 
 
-def check_prompts(
-    settings: Model, tokenizer: "ReaderTokenizer | PromptTokenizer | None", files: Mapping[str, Data]
-) -> None:
+def check_prompts(settings: Model, tokenizer: "AnyReaderTokenizer | None", files: Mapping[str, Data]) -> None:
     """Refuse a `--decoder_prompt_format` that leaves no room for an answer. Collective.
 
     Args:
@@ -210,7 +225,7 @@ def check_prompts(
 def _check_prompts_of(
     data: Data,
     settings: Model,
-    tokenizer: "ReaderTokenizer | PromptTokenizer",
+    tokenizer: "AnyReaderTokenizer",
     lines: range,
     read: Callable[[int], object],
 ) -> None:
@@ -275,7 +290,8 @@ def _of_passages(config: Config) -> Iterator[tuple[str, bool, str]]:
     for name in GENERATING:
         yield name, not model.retrieve_only, "with --retrieve_only"
     yield "dont_write_passages", config.run.write_results, "without --write_results"
-    yield "write_evidence", reads_passages and writes_passages, "where no passages that were read are written"
+    evidence = "without passages that are read, and --write_results"
+    yield "write_evidence", reads_passages and writes_passages, evidence
     yield "metric_unicode", bool(config.run.eval_data) and not model.retrieve_only, "where no answers are compared"
     yield "cache_passage_tokens", embeds, "where no corpus is embedded"
     yield "bm25_steps", bm25 and trains, "without --bm25_weight, nor in evaluate.py"

@@ -160,7 +160,7 @@ class Retrieval:
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings, bad_lines_file(run, "passages"))
-        _check_place(settings, passages)
+        _check_place(settings, passages, None if resumed else fingerprint(model.retriever.passage_encoder))
         compression.factory(len(passages), model.retriever.dim)  # the same for their number
         retrieval = cls(model, passages, settings, run, learning, device, index)
         if resumed is not None:
@@ -461,17 +461,24 @@ def open_corpus(settings: config.Index, bad_lines: Path | None = None) -> JsonlC
     return passages
 
 
-def _check_place(settings: config.Index, passages: JsonlCorpus) -> None:
-    """Refuse to replace a saved index of other passages, by a sample of them. Collective. Raises: ValueError."""
+def _check_place(settings: config.Index, passages: JsonlCorpus, encoder: str | None) -> None:
+    """Refuse to replace a saved index of other passages, by a sample of them. Collective. Raises: ValueError.
+
+    Args:
+        encoder: fingerprint; where another one made that index, the log says so. None: it may have been this run.
+    """
     place = settings.save_index_path and Path(settings.save_index_path)
 
     def holds_others() -> bool:
         if not place or not has_index(place):
             return False
         try:
-            saved = passages_of(place, read_description(place))
+            description = read_description(place)
+            saved = passages_of(place, description)
         except ValueError:  # it is damaged, and can be made anew
             return False
+        if None not in (encoder, description.retriever) and encoder != description.retriever:
+            log.warning("--save_index_path %s: the index there, made by another passage encoder, is replaced", place)
         sample = np.linspace(0, len(passages) - 1, min(64, len(passages))).astype(int).tolist()
         return len(saved) != len(passages) or any(
             saved[row][field] != passages[row][field] for row in sample for field in ("id", "text")

@@ -9,7 +9,7 @@ from typing import Any
 
 from atlas.report.packing import finite
 
-WIDTH, SHOWN = 100, 300  # of a terminal; characters of a passage that are printed
+WIDTH, SHOWN, PRINTED = 100, 300, 5  # of a terminal; characters of a passage, and passages beside an answer
 WRITTEN = "\n\u200c\u200d\u00ad"  # not printable, and part of texts: joiners of Persian and Hindi, soft hyphens
 SHORTEST_WORD = 3  # of an answer that is marked by itself
 STYLE = """
@@ -71,12 +71,14 @@ class Answer:
 
     def __str__(self) -> str:
         certain = "" if self.score is None else f"   ({self.score:.2f})"
-        return "\n".join([f"{printable(self.text)}{certain}", *self.passage_lines()])
+        more = len(self.passages) - PRINTED
+        rest = [f"     … and {more} more passages"] if more > 0 else []
+        return "\n".join([f"{printable(self.text)}{certain}", *self.passage_lines(PRINTED), *rest])
 
-    def passage_lines(self) -> list[str]:
-        """The passages as lines for a terminal."""
+    def passage_lines(self, most: int | None = None) -> list[str]:
+        """The first passages as lines for a terminal."""
         lines = []
-        for number, passage in enumerate(self.passages, 1):
+        for number, passage in enumerate(self.passages[:most], 1):
             values = (("score", passage.score, "{:.2f}"), ("judgement", passage.judgement, "{:.0%}"))
             values = (*values, ("attention", passage.attention, "{:.0%}"))
             said = ", ".join(f"{name} {form.format(value)}" for name, value, form in values if value is not None)

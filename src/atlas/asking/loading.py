@@ -16,7 +16,7 @@ from atlas.config import TO_ASK, TOKENIZING_TASKS, Config, saved_flags
 from atlas.index.directory import has_index, read_description
 from atlas.model.load import Model
 from atlas.model.retriever import PASSAGE, QUERY, TIED, fingerprint
-from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer, load_reader_tokenizer
+from atlas.model.tokenization import AnyReaderTokenizer, load_reader_tokenizer
 from atlas.preflight import check_reader
 from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
@@ -104,7 +104,7 @@ def _retrieval(config: Config, model: Model, session: Session, own_index: bool) 
     return retrieval
 
 
-def _task(config: Config, tokenizer: ReaderTokenizer | PromptTokenizer | None) -> Task:
+def _task(config: Config, tokenizer: AnyReaderTokenizer | None) -> Task:
     """How questions are put. Raises: ValueError for a task that does not exist."""
     name = config.tasks.task
     if name not in TASKS:

@@ -23,7 +23,7 @@ from atlas.files.jsonl import decode
 from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
 from atlas.model.signals import watched_logits
-from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer
+from atlas.model.tokenization import AnyReaderTokenizer
 from atlas.retrieval import Found, Retrieval
 from atlas.runtime import device as devices
 from atlas.tasks import Example, Task
@@ -297,7 +297,7 @@ class AnswerStream:
     """The text of an answer, piece by piece as it is written: iterate over it. `answer` has all of it afterwards."""
 
     def __init__(
-        self, work: Callable[[BaseStreamer], list[Answer]], tokenizer: ReaderTokenizer | PromptTokenizer, skipped: int
+        self, work: Callable[[BaseStreamer], list[Answer]], tokenizer: AnyReaderTokenizer, skipped: int
     ) -> None:
         self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._work, self._streamer = work, _Pieces(self._pieces, tokenizer, skipped)
@@ -343,9 +343,7 @@ class Cancelled(Exception):  # noqa: N818 (nothing went wrong)
 class _Pieces(BaseStreamer):
     """Turns tokens into pieces of text. Decoding may still change what follows the last space, so that waits."""
 
-    def __init__(
-        self, pieces: "queue.SimpleQueue[str | None]", tokenizer: ReaderTokenizer | PromptTokenizer, skipped: int
-    ) -> None:
+    def __init__(self, pieces: "queue.SimpleQueue[str | None]", tokenizer: AnyReaderTokenizer, skipped: int) -> None:
         self.pieces, self.tokenizer, self.skipped = pieces, tokenizer, skipped
         self.tokens: list[int] = []
         self.said, self.cancelled = "", False

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from atlas.config import Config, config_to_ask
-from atlas.options import PUBLISHED_FILE, find_checkpoint, read_options
+from atlas.options import DATA, PUBLISHED_FILE, find_checkpoint, reached, read_options
 
 # Flags of a run that name files: a relative path is relative to where the run was started.
-PATHS = ("reader_model_type", "retriever_model_path", "load_index_path", "save_index_path", "passages")
-DATA = ("eval_data", "train_data")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def find_saved(path: str | os.PathLike) -> Saved:
     """
     path = Path(path)
     if checkpoint := find_checkpoint(path):
-        return Saved(checkpoint, "ours", _reached(read_options(checkpoint), checkpoint))
+        return Saved(checkpoint, "ours", reached(read_options(checkpoint), checkpoint))
     if os.path.isfile(path / PUBLISHED_FILE):
         return Saved(path, "published", {})
     halves = [half for half in ("reader", "retriever", "query_encoder") if os.path.isfile(path / half / "config.json")]
@@ -108,24 +106,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return str(value)
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-def _reached(options: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
-    """Options with the paths as they are reached from here, where a run was started in another directory."""
-    run = checkpoint.parent.parent
-    there = Path(str(options.get("checkpoint_dir", "")), str(options.get("name", "")))
-    home = run
-    for part in reversed(there.parts):  # `/a/b/experiments/run` of `experiments/run` was started in /a/b
-        if home.name != part:
-            return dict(options)
-        home = home.parent
-
-    def reached(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(reached, value))
-        return str(home / value) if isinstance(value, str) and os.path.exists(home / value) else value
-
-    return {name: reached(value) if name in (*PATHS, *DATA) else value for name, value in options.items()}
 
 
 def _own_index(saved: Saved) -> str | None:

@@ -13,8 +13,7 @@ from atlas.model.retriever import DualEncoder
 from atlas.model.tokenization import (
     LONGEST_PASSAGE,
     LONGEST_TEXT,
-    PromptTokenizer,
-    ReaderTokenizer,
+    AnyReaderTokenizer,
     RetrieverTokenizer,
     fill_in,
     pad_rows,
@@ -64,7 +63,7 @@ class RetrieverRows(NamedTuple):
     lengths: np.ndarray  # (n,) tokens, on the CPU
 
 
-def count_filling(queries: Sequence[str], settings: config.Model, tokenizer: ReaderTokenizer | PromptTokenizer) -> int:
+def count_filling(queries: Sequence[str], settings: config.Model, tokenizer: AnyReaderTokenizer) -> int:
     """How many queries fill `--text_maxlength` alone, so that the reader gets nothing of their passages."""
     if not tokenizer.fuses:
         return 0  # a prompt has room for both
@@ -94,7 +93,7 @@ class Inputs:
     def __init__(
         self,
         settings: config.Model,
-        reader_tokenizer: ReaderTokenizer | PromptTokenizer | None,
+        reader_tokenizer: AnyReaderTokenizer | None,
         retriever_tokenizer: RetrieverTokenizer | None,
         *,
         device: torch.device,

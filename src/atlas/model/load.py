@@ -24,7 +24,7 @@ from atlas.model.interface import Reader
 from atlas.model.likelihoods import KnownLikelihoods
 from atlas.model.reader import load_reader
 from atlas.model.retriever import DualEncoder, is_constant, load_retriever, load_retriever_state, state_is_untied
-from atlas.model.tokenization import PromptTokenizer, ReaderTokenizer, load_retriever_tokenizer
+from atlas.model.tokenization import AnyReaderTokenizer, load_retriever_tokenizer
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.parallel import shard_weights
@@ -53,7 +53,7 @@ class Model:
         learning: config.RetrieverTraining,
         optimisation: config.Optimisation,
         checkpoint: Checkpoint | None,
-        reader_tokenizer: ReaderTokenizer | PromptTokenizer | None,
+        reader_tokenizer: AnyReaderTokenizer | None,
         device: torch.device,
         *,
         training: bool,

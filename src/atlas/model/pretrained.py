@@ -157,7 +157,12 @@ def check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
 
 
 def difference(missing: Iterable[str], unexpected: Iterable[str], shapes: Sequence[str]) -> str:
-    """What is wrong with the names and shapes of weights, as a part of a sentence."""
-    parts = [f"missing {', '.join(sorted(missing))}"] if missing else []
-    parts += [f"unexpected {', '.join(sorted(unexpected))}"] if unexpected else []
-    return "; ".join([*parts, *shapes])
+    """What is wrong with the names and shapes of weights, as a part of a sentence: a few of each kind."""
+    parts = [f"missing {_few(missing)}"] if missing else []
+    parts += [f"unexpected {_few(unexpected)}"] if unexpected else []
+    return "; ".join([*parts, *([_few(shapes)] if shapes else [])])
+
+
+def _few(texts: Iterable[str], most: int = 3) -> str:
+    texts = sorted(texts)
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

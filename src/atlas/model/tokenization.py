@@ -198,6 +198,9 @@ class PromptTokenizer:
         self._loaded.save_pretrained(directory)
 
 
+AnyReaderTokenizer = ReaderTokenizer | PromptTokenizer
+
+
 class RetrieverTokenizer:
     """BERT tokenizer: `[CLS] … [SEP]`. Picklable. Attribute: `pad_id`."""
 
@@ -216,7 +219,7 @@ class RetrieverTokenizer:
         return repr((self._tokenizer.to_str(), self._cls_id, self._sep_id))
 
 
-def load_reader_tokenizer(name_or_path: str) -> ReaderTokenizer | PromptTokenizer:
+def load_reader_tokenizer(name_or_path: str) -> AnyReaderTokenizer:
     """The published T5 pipeline, from `tokenizer.json` or `spiece.model` in a local directory or under a hub id.
 
     If config.json there is that of a decoder-only language model, it is the tokenizer of that.

@@ -11,7 +11,7 @@ from atlas.metrics import accuracy
 from atlas.model.tokenization import LONGEST_TEXT
 
 if TYPE_CHECKING:
-    from atlas.model.tokenization import ReaderTokenizer
+    from atlas.model.tokenization import AnyReaderTokenizer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TaskSetup:
     """What a run knows that a task may need."""
 
     flags: config.Tasks = field(default_factory=config.Tasks)
-    tokenizer: "ReaderTokenizer | None" = None  # the reader's
+    tokenizer: "AnyReaderTokenizer | None" = None  # the reader's
     text_maxlength: int = config.Model.text_maxlength  # tokens of the reader's input
     answers_needed: bool = True  # False accepts lines without target and answers: enough to retrieve for them
     passages_needed: bool = False  # every line must have `passages`, which are checked

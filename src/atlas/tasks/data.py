@@ -16,7 +16,7 @@ from atlas.files.jsonl import BadLine, DataError, JsonlCorpus
 from atlas.files.qrels import Judgements, read_judgements
 from atlas.model.inputs import count_filling
 from atlas.model.prompts import check_of_questions
-from atlas.model.tokenization import ReaderTokenizer
+from atlas.model.tokenization import AnyReaderTokenizer
 from atlas.runtime import distributed
 from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
 from atlas.runtime.device import evaluation_batch_size
@@ -61,7 +61,7 @@ class Data:
         cls,
         paths: tuple[str, ...],
         config: Config,
-        tokenizer: ReaderTokenizer | None,
+        tokenizer: AnyReaderTokenizer | None,
         *,
         training: bool = False,
         batch_size: int | None = None,
@@ -106,11 +106,14 @@ class Data:
         if qrels is not None:
             data._report_judgements(qrels)
         if tokenizer is not None and not (config.model.closed_book or config.model.retrieve_only):
+            limit = config.model.target_maxlength if training else config.model.generation_max_length - 1
             data._report_long_questions(config.model, tokenizer)
+            if limit not in (None, -1):
+                data._report_long_targets("target_maxlength" if training else "generation_max_length", limit, tokenizer)
         return data
 
     @classmethod
-    def open_each(cls, config: Config, tokenizer: ReaderTokenizer | None, device: torch.device) -> dict[str, Self]:
+    def open_each(cls, config: Config, tokenizer: AnyReaderTokenizer | None, device: torch.device) -> dict[str, Self]:
         """The evaluation data: name of the file without its ending -> data. Collective. Raises: as `open`."""
         run, tokens = config.run, config.model.tokens_of_a_question
         rows = evaluation_batch_size(device, run.per_gpu_eval_batch_size, run.per_gpu_batch_size, tokens)
@@ -150,30 +153,47 @@ class Data:
             )
         log.info("%s: %s judges %d of the %d lines", self.name, qrels, self._judged_lines, len(self))
 
-    def _report_long_questions(self, settings: ModelSettings, tokenizer: ReaderTokenizer) -> None:
-        """Warn of questions that leave no room for a passage. Of many lines only a part is looked at. Collective."""
+    def _report_long_questions(self, settings: ModelSettings, tokenizer: AnyReaderTokenizer) -> None:
+        """Warn of questions that leave no room for a passage. Collective."""
+
+        def count(examples: list[Example]) -> int:
+            return count_filling([example.query for example in examples], settings, tokenizer)
+
+        filling, looked_at = self._count("questions", count)
+        if filling:
+            said = "%s: %d of %s fill --text_maxlength %d: their passages are not read; raise it"
+            log.warning(said, self.name, filling, looked_at, settings.text_maxlength)
+
+    def _report_long_targets(self, flag: str, limit: int, tokenizer: AnyReaderTokenizer) -> None:
+        """Warn of lines none of whose answers can be learnt, or written, as a whole. Collective."""
+
+        def count(examples: list[Example]) -> int:
+            shortest = [min(example.answers, key=len) for example in examples if example.answers]
+            # A token has at least one byte: short answers need no tokenizer.
+            suspects = [text for text in shortest if len(text.encode()) + 1 > limit]
+            return sum(len(row) > limit for row in tokenizer.encode(suspects))
+
+        longer, looked_at = self._count("lines", count)
+        if longer:
+            said = "%s: %d of %s have no answer of at most --%s %d, so that it is cut: raise it"
+            log.warning(said, self.name, longer, looked_at, flag, limit + (flag == "generation_max_length"))
+
+    def _count(self, what: str, count: Callable[[list[Example]], int]) -> tuple[int, str]:
+        """How many examples are of a kind, and of how many. Of many lines only a part is looked at. Collective."""
         every = -(-len(self) // MOST_LOOKED_AT)
         lines = range(0, len(self), every)
 
-        def count(share: range, read: Callable[[int], object]) -> int:
-            filling = 0
+        def of_share(share: range, read: Callable[[int], object]) -> int:
+            found = 0
             for start in range(0, len(share), 1000):
                 places = [lines[i] * self.task.examples_per_line for i in share[start : start + 1000]]
                 examples = [self.example(place, epoch=0) for place in places]
-                filling += count_filling([example.query for example in examples if example], settings, tokenizer)
+                found += count([example for example in examples if example])
                 read(len(places))
-            return filling
+            return found
 
-        filling = sum(distributed.gather_objects(read_shares("reading the questions", len(lines), "lines", count)))
-        if filling:
-            log.warning(
-                "%s: %d of %d questions%s fill --text_maxlength %d: their passages are not read; raise it",
-                self.name,
-                filling,
-                len(lines),
-                f" (one in {every} was looked at)" if every > 1 else "",
-                settings.text_maxlength,
-            )
+        found = sum(distributed.gather_objects(read_shares(f"reading the {what}", len(lines), "lines", of_share)))
+        return found, f"{len(lines)} {what}" + (f" (one in {every} was looked at)" if every > 1 else "")
 
     def __len__(self) -> int:
         """How many lines there are, without those that the task skips."""

@@ -14,6 +14,7 @@ class QuestionAnswering(Task):
     """Lines `{"question": ..., "answers": [...]}`, optionally with the `target` to train on.
 
     FlashRAG's `golden_answers` and NQ-open's `answer` are read as well, and BEIR's queries `{"_id": ..., "text": ...}`.
+    A line of a result file has the finished `query` in the place of the question.
     """
 
     fields = "`question` (a string), `answers` (a list of strings), optionally `target` (a string)"
@@ -27,11 +28,14 @@ class QuestionAnswering(Task):
         target = self.text(record, "target", optional=True)
         answers = self.answers(record) or ([] if target is None else [target])
         if not answers and self.answers_needed:
-            raise ValueError(f"no `answers`: expected {self.fields}, found {', '.join(record)}")
+            empty = "`answers` is empty" if record.get(first_given(record, ANSWERS)) == [] else "no `answers`"
+            raise ValueError(f"{empty}: expected {self.fields}, found {', '.join(record)}")
         if target is None and answers:
             target = rng.choice(answers)
+        finished = self.question_field(record) == "query"
+        query = question if finished else fill_in(self.prompt_format, LONGEST_TEXT + 1, question=question)
         return Example(
-            query=self.cut(fill_in(self.prompt_format, LONGEST_TEXT + 1, question=question)),
+            query=self.cut(query),
             words=question,
             target="" if target is None else f"<extra_id_0> {target}",
             answers=answers,
@@ -45,7 +49,11 @@ class QuestionAnswering(Task):
         return self.text(record, self.question_field(record))
 
     def question_field(self, record: Mapping) -> str:
-        return "text" if "_id" in record and record.get("question") is None and "text" in record else "question"
+        if record.get("question") is not None:
+            return "question"
+        if "_id" in record and "text" in record:
+            return "text"
+        return "query" if "generation" in record and "query" in record else "question"
 
     def answers(self, record: Mapping) -> list[str]:
         field = first_given(record, ANSWERS)
