@@ -24,7 +24,7 @@ from atlas.model.load import Model
 from atlas.model.reader import token_log_probabilities
 from atlas.model.signals import watched_logits
 from atlas.model.tokenization import AnyReaderTokenizer
-from atlas.retrieval import Found, Retrieval
+from atlas.retrieval import Retrieval
 from atlas.runtime import device as devices
 from atlas.tasks import Example, Task
 
@@ -132,11 +132,11 @@ class AnsweringModel:
         k = self._checked(k)
         if isinstance(question, str | Mapping):
             return self.search([question], k)[0]
-        self._searching()
         examples, found = [example for _, example in map(self._example, question)], []
         for start in range(0, len(examples), self.batch_size):
             with self._one_at_a_time:
-                hits = self._find(examples[start : start + self.batch_size], k, _Clock(self.device))
+                batch = examples[start : start + self.batch_size]
+                hits = self._answering.find(self._searching(), batch, k, self.task.excluded(batch))
             found += _passages(hits.passages, hits.scores.tolist())
         return found
 
@@ -222,20 +222,6 @@ class AnsweringModel:
         prompts = self.model.inputs.prompts([self._example(question)[1].query])
         return 1 + len(prompts[0]) if prompts else 1
 
-    def _excluded(self, examples: Sequence[Example]) -> list[str | int | None] | None:
-        return [example.id for example in examples] if self.task.filters_by_id else None
-
-    def _find(self, examples: Sequence[Example], k: int, clock: "_Clock") -> Found:
-        """The best k passages for a batch, as they are read. Raises: as `search`."""
-        retrieval, queries = self._searching(), [example.query for example in examples]
-        vectors = retrieval.embed(queries) if retrieval.embeds() else None
-        clock.stop("embed")
-        words, exclude = [example.words_to_find for example in examples], self._excluded(examples)
-        found = retrieval.find(vectors, self._answering.to_find(k), exclude, words=words, read=k)
-        found = self._answering.rerank(queries, found, k)
-        clock.stop("search")
-        return found
-
     def _answer(
         self, asked: Sequence[tuple[str, Example]], k: int, judge: bool, streamer: BaseStreamer | None = None
     ) -> list[Answer]:
@@ -246,7 +232,10 @@ class AnsweringModel:
         queries = [example.query for example in examples]
         with self._one_at_a_time:
             clock = _Clock(self.device)
-            texts, scores = self._found(examples, k, clock)
+            exclude, embedded = self.task.excluded(examples), partial(clock.stop, "embed")
+            texts, scores = self._answering.passages(self.retrieval, examples, k, exclude, embedded)
+            if self.retrieval is not None:
+                clock.stop("search")
             passages = _passages(texts, scores) if texts is not None else [[]] * len(queries)
             with self._answering.computing():
                 encoded = self._answering.encode(queries, texts)
@@ -261,17 +250,6 @@ class AnsweringModel:
         answers = self.model.inputs.reader_tokenizer.decode(rows)
         parts = zip(questions, queries, answers, certain, passages, strict=True)
         return [Answer(*part, seconds=clock.seconds) for part in parts]
-
-    def _found(
-        self, examples: Sequence[Example], k: int, clock: "_Clock"
-    ) -> tuple[list[list[dict]] | None, list[list[float]] | None]:
-        """The passages to read, and the scores where they were searched for."""
-        if self.retrieval is not None:
-            found = self._find(examples, k, clock)
-            return found.passages, found.scores.tolist()
-        if self.config.model.use_file_passages:
-            return [example.passages[:k] for example in examples], None
-        return None, None
 
     def _judged(
         self, encoded: Encoded, rows: Sequence[list[int]], passages: Sequence[Sequence[Passage]]

@@ -1,6 +1,6 @@
-"""The reader at work: it encodes queries with their passages once, and writes an answer to each."""
+"""The reader at work: it is given passages, encodes them once with their query, and writes an answer to each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,9 +11,11 @@ from atlas import config
 from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import ReaderRows
 from atlas.model.load import Model
+from atlas.model.pretrained import evaluating
 from atlas.model.signals import Reading, judgements, likelihood_of_question, mode_of, reading_of
-from atlas.retrieval import Found
+from atlas.retrieval import Found, Retrieval
 from atlas.runtime import device as devices
+from atlas.tasks import Example
 
 
 class Encoded(NamedTuple):
@@ -58,7 +60,44 @@ class Answering:
         hidden = self.reader.encode(*rows)  # (B, K, L) -> (B, K·L, d)
         return Encoded(queries, rows, hidden, fuse(hidden, rows.mask, rows.lengths))
 
-    def rerank(self, queries: Sequence[str], found: Found, k: int) -> Found:
+    def passages(
+        self,
+        retrieval: Retrieval | None,
+        examples: Sequence[Example],
+        k: int,
+        exclude: Sequence[str | int | None] | None,
+        embedded: Callable[[], object] = lambda: None,
+    ) -> tuple[list[list[dict[str, Any]]] | None, list[list[float]] | None]:
+        """Up to k passages to read for each example, and their scores where they were searched for. Collective."""
+        if retrieval is not None:
+            found = self.find(retrieval, examples, k, exclude, embedded)
+            return found.passages, found.scores.tolist()
+        if self.settings.use_file_passages:
+            return [example.passages[:k] for example in examples], None
+        return None, None
+
+    def find(
+        self,
+        retrieval: Retrieval,
+        examples: Sequence[Example],
+        k: int,
+        exclude: Sequence[str | int | None] | None,
+        embedded: Callable[[], object] = lambda: None,
+    ) -> Found:
+        """The best k passages for each example, as they are read. Collective.
+
+        Args:
+            exclude: as for `Retrieval.search`.
+            embedded: called once the queries are embedded.
+        """
+        queries, words = [example.query for example in examples], [example.words_to_find for example in examples]
+        with evaluating(retrieval.retriever):
+            vectors = retrieval.embed(queries) if retrieval.embeds() else None
+            embedded()
+            found = retrieval.find(vectors, self._to_find(k), exclude, words=words, read=k)
+        return self._rerank(queries, found, k)
+
+    def _rerank(self, queries: Sequence[str], found: Found, k: int) -> Found:
         """The k passages to read: all that were found, but the first --rerank_by_reader in the reader's order."""
         first = self.settings.rerank_by_reader
         if first is None or not queries:
@@ -69,7 +108,7 @@ class Answering:
             scores = likelihood_of_question(reading_of(self.reader, judged, 1.0, self.known))  # (B, first)
         return found.sorted_by(scores.masked_fill(~judged.rows.mask.any(-1), -torch.inf), k)
 
-    def to_find(self, k: int) -> int:
+    def _to_find(self, k: int) -> int:
         """How many passages are to be found where k are to be read."""
         return max(k, self.settings.rerank_by_reader or 0)
 

@@ -112,7 +112,8 @@ class Evaluator:
     ) -> list[dict]:
         """Add what is measured to `totals`; the rows of the result file."""
         queries = [example.query for example in examples]
-        passages, scores = self._passages(examples, queries, data.task.filters_by_id)
+        exclude = data.task.excluded(examples)
+        passages, scores = self.answering.passages(self.retrieval, examples, self.settings.n_context, exclude)
         for example, of_query in zip(examples, passages, strict=True) if passages is not None else ():
             if answers := data.task.retrieval_answers(example):
                 _add(totals, retrieval_metrics(of_query, answers, self.recall_at))
@@ -139,21 +140,6 @@ class Evaluator:
             )
             for i, (example, reading) in enumerate(zip(examples, readings, strict=True))
         ]
-
-    def _passages(
-        self, examples: list[Example], queries: list[str], filters_by_id: bool
-    ) -> tuple[list[list[dict]] | None, list[list[float]] | None]:
-        """What each query's reader is given, and the scores where it was searched for."""
-        if self.retrieval is not None:
-            exclude = [example.id for example in examples] if filters_by_id else None
-            words = [example.words_to_find for example in examples]
-            k = self.settings.n_context
-            found = self.retrieval.search(queries, self.answering.to_find(k), exclude, words=words, read=k)
-            found = self.answering.rerank(queries, found, k)
-            return found.passages, found.scores.tolist()
-        if self.settings.use_file_passages:
-            return [example.passages[: self.settings.n_context] for example in examples], None
-        return None, None
 
     @torch.no_grad()
     def _read(self, examples: list[Example], queries: list[str], passages: list[list[dict]] | None) -> list["_Reading"]:

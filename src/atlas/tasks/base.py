@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -105,6 +105,10 @@ class Task:
     def check(self, record: Mapping) -> bool:
         """Whether a line has an example; used to check a whole file before a run. Raises: ValueError, as `process`."""
         return self.process(record, random.Random(0)) is not None
+
+    def excluded(self, examples: Sequence[Example]) -> list[str | int | None] | None:
+        """Of each example the `id` of passages that must not be retrieved for it; None if none is left out."""
+        return [example.id for example in examples] if self.filters_by_id else None
 
     def unread(self, record: Mapping) -> Iterable[str]:
         """The fields of a line that the task does not read, for a message. Unknown here, so that none is named."""

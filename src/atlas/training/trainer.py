@@ -279,7 +279,7 @@ class Trainer:
         settings, inputs = self.settings.model, self.model.inputs
         k = settings.retriever_n_context if settings.retrieves else settings.n_context
         queries, learns = [example.query for example in examples], self.plan.retriever_learns(step)
-        exclude = [example.id for example in examples] if self.data.task.filters_by_id else None
+        exclude = self.data.task.excluded(examples)
         words = [example.words_to_find for example in examples]
         found = self.retrieval.search(queries, k, exclude, words=words, step=step) if self.retrieval else None
         passages = found.passages if found else None
