@@ -1,7 +1,7 @@
 """Ask a trained model, in the terminal or with --serve in a browser: `python ask.py RUN`."""
 
 from atlas.asking.command import main
-from atlas.config import quiet_until_started
+from atlas.command_line import quiet_until_started
 
 if __name__ == "__main__":
     quiet_until_started()

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from atlas.config import OF_THE_JUDGEMENT, TOKENIZING_TASKS, Config, parse_config, quiet_until_started
+from atlas.command_line import parse_config, quiet_until_started
+from atlas.config import OF_THE_JUDGEMENT, TOKENIZING_TASKS, Config
 
 if TYPE_CHECKING:
     from atlas.runtime.session import Session

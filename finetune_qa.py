@@ -2,7 +2,7 @@
 
 import argparse
 
-from atlas.config import parse_config, quiet_until_started
+from atlas.command_line import parse_config, quiet_until_started
 from train import train
 
 

@@ -9,7 +9,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import finetune_qa
-from atlas.config import Config, parse_config, quiet_until_started, sentence
+from atlas.command_line import parse_config, quiet_until_started
+from atlas.config import Config, sentence
 
 if TYPE_CHECKING:
     from benchmarks.planner import Need, Planner

@@ -8,7 +8,8 @@ index is refreshed now and then if the encoder of passages learns too.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from atlas.config import Config, parse_config, quiet_until_started
+from atlas.command_line import parse_config, quiet_until_started
+from atlas.config import Config
 
 if TYPE_CHECKING:
     from atlas.runtime.session import Session

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from atlas.config import parse_config, quiet_until_started
+from atlas.command_line import parse_config, quiet_until_started
 from atlas.files.jsonl import JsonlCorpus
 from atlas.model import signals
 from atlas.model.inputs import Judged

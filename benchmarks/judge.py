@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from atlas.config import Config, parse_config, quiet_until_started
+from atlas.command_line import parse_config, quiet_until_started
+from atlas.config import Config
 from atlas.files.jsonl import JsonlCorpus, replacing
 from atlas.model.load import Model
 from atlas.model.signals import likelihoods_of_question_and_answer, reading_of

@@ -10,7 +10,8 @@ import argparse
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from atlas.config import Config, parse_config
+from atlas.command_line import parse_config
+from atlas.config import Config
 from benchmarks.cards import CARDS
 from benchmarks.memory import GIB, PASSAGES, READERS
 from benchmarks.planner import PQ_BYTES, Machine, Need, Planner, shapes_of

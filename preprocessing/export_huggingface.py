@@ -104,7 +104,8 @@ def export(
         OSError: configs or vocabularies cannot be found, or the disk is full.
     """
     from atlas.checkpoint import load_checkpoint
-    from atlas.config import OF_THE_JUDGEMENT, saved_flags
+    from atlas.command_line import saved_flags
+    from atlas.config import OF_THE_JUDGEMENT
     from atlas.runtime.tracking import log
 
     checkpoint = load_checkpoint(model_path)

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atlas import config
+from atlas import command_line, config
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="DIR",
         help="checkpoint or run of ours, or published checkpoint (the weights of --retriever_model_path)",
     )
-    config.add_flags(model, OF_THE_RETRIEVER + OF_THE_RUN)
+    command_line.add_flags(model, OF_THE_RETRIEVER + OF_THE_RUN)
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in OF_THE_MODEL if getattr(options, name) is not None}
     if not (options.passages or options.delete or options.delete_file or options.compact):
@@ -80,7 +80,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         what = "is a directory" if options.delete_file.is_dir() else "is not there"
         parser.error(f"--delete_file {options.delete_file} {what}: give a file of ids, one on each line")
     try:
-        config.check_flags(given)
+        command_line.check_flags(given)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -152,7 +152,7 @@ def load_embedder(options: argparse.Namespace, device: "torch.device") -> "Corpu
     if options.model_path is not None:
         checkpoint = open_checkpoint(options.model_path)
         # published checkpoints name paths on the machine that they were trained on
-        values = {} if checkpoint.published else config.saved_flags(checkpoint.options, checkpoint.path)
+        values = {} if checkpoint.published else command_line.saved_flags(checkpoint.options, checkpoint.path)
     given: dict[str, Any] = {name: getattr(options, name) for name in OF_THE_RETRIEVER}
     values = {name: value for name, value in values.items() if name in OF_THE_RETRIEVER}
     values |= {name: value for name, value in given.items() if value is not None}
@@ -170,5 +170,5 @@ def load_embedder(options: argparse.Namespace, device: "torch.device") -> "Corpu
 
 
 if __name__ == "__main__":
-    config.quiet_until_started()
+    command_line.quiet_until_started()
     main()

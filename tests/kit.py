@@ -18,7 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atlas.config import Tasks, parse_config
+from atlas.command_line import parse_config
+from atlas.config import Tasks
 from atlas.tasks import TASKS, Task, TaskSetup
 from evaluate import evaluate
 from tests.ranks import SHARED, run_on_ranks

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from atlas import config, preflight
+from atlas.command_line import parse_config
 from atlas.files import jsonl
 from atlas.index import bm25
 from atlas.index.bm25 import best_rows, fuse, open_word_index
@@ -284,8 +285,8 @@ def test_without_bm25s(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     needs = r"^--bm25_weight 0\.5 needs bm25s: pip install atlas-retrieval\[bm25\]$"
     with pytest.raises(ValueError, match=needs):
-        preflight.check(config.parse_config(command_line(tmp_path, bm25_weight=0.5)), torch.device("cpu"))
-    preflight.check(config.parse_config(command_line(tmp_path)), torch.device("cpu"))
+        preflight.check(parse_config(command_line(tmp_path, bm25_weight=0.5)), torch.device("cpu"))
+    preflight.check(parse_config(command_line(tmp_path)), torch.device("cpu"))
 
 
 def test_jax_is_kept_off_the_gpu(monkeypatch):

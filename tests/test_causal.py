@@ -18,7 +18,7 @@ import atlas
 import export_huggingface
 from atlas import config, preflight
 from atlas.checkpoint import load_checkpoint
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.model.adapters import merge_saved
 from atlas.model.causal import CausalReader
 from atlas.model.inputs import Inputs

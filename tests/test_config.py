@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import finetune_qa
-from atlas.config import FIELDS, LARGEST, OF_THE_MODEL, SECTIONS, parse_config, refresh_schedule
+from atlas.command_line import parse_config
+from atlas.config import FIELDS, LARGEST, OF_THE_MODEL, SECTIONS, refresh_schedule
 from atlas.runtime import device as devices
 from atlas.training.plan import Plan
 
@@ -462,7 +463,7 @@ def test_refusals(files, capsys, program, changes, sentence):
 def test_adapters_without_the_library_of_adapters(files, capsys, monkeypatch, name):
     line = words(files, **{name: 4}, train_retriever=True, query_side_retriever_training=True)
     assert getattr(parse_config(line).optimisation, name) == 4
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("atlas.checks.find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
         parse_config(line)
     assert ended.value.code == 2

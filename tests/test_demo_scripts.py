@@ -14,7 +14,7 @@ import pytest
 import export_huggingface
 import finetune_qa
 import update_index
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from benchmarks import evidence
 from example_scripts import demo, demo_pretrain, demo_update
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.runtime import device as devices
 from atlas.runtime import distributed
 from atlas.runtime.device import cpu_precision, pick_device

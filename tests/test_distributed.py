@@ -170,7 +170,7 @@ _FAILS = """
 import contextlib, sys
 from pathlib import Path
 from atlas.runtime import distributed
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.runtime.session import session
 from tests.patience import wait_until
 config = parse_config(["--task", "qa", "--checkpoint_dir", sys.argv[1], "--closed_book", "--reader_model_type", "x",

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import atlas
-from atlas import config
 from atlas.asking.command import make_parser
+from atlas.command_line import _make_parser
 from atlas.report.__main__ import make_parser as make_report_parser
 from tests.kit import command_line, read_jsonl, world, write_jsonl
 
@@ -106,7 +106,7 @@ def test_commands(command):
     assert (ROOT / script).is_file()
     if script in PROGRAMS or script.endswith(".sh"):  # those take the flags of the programs that they start
         program = script.removesuffix(".py") if script in PROGRAMS else "train"
-        _, unknown = config._make_parser(program, {}).parse_known_args(words[at + 1 :])
+        _, unknown = _make_parser(program, {}).parse_known_args(words[at + 1 :])
         assert not unknown
     if script == "ask.py":
         make_parser().parse_args(words[at + 1 :])
@@ -140,7 +140,7 @@ def test_commands_between_the_lines():
     """Flags, installations and modules that are named in running text."""
     scripts = [*ROOT.glob("preprocessing/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("example_scripts/*.py")]
     known = OTHER_FLAGS.union(*(re.findall(r"--[a-z]\w+", path.read_text(encoding="utf-8")) for path in scripts))
-    for parser in (config._make_parser("train", {}), make_parser(), make_report_parser()):
+    for parser in (_make_parser("train", {}), make_parser(), make_report_parser()):
         known |= parser._option_string_actions.keys()
     for name, codes in INLINE.items():
         for code in codes:

@@ -13,7 +13,8 @@ import pytest
 import finetune_qa
 import sources
 from atlas.checkpoint import load_checkpoint
-from atlas.config import Config, parse_config
+from atlas.command_line import parse_config
+from atlas.config import Config
 from tests.kit import read_jsonl, world, write_jsonl
 from tests.patience import HANG_SECONDS, free_port, wait_until
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from atlas.checkpoint import latest_checkpoint, load_checkpoint
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.embedding import CorpusEmbedder
 from atlas.evaluation.evaluator import Evaluator
 from atlas.files.jsonl import JsonlCorpus

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.evaluation.evaluator import Evaluator, _by_judgements, _Reading
 from atlas.metrics import contains_answer, judged_metrics, simple_tokens
 from atlas.tasks import Example, Judged

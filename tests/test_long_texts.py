@@ -6,7 +6,8 @@ import tracemalloc
 import pytest
 import torch
 
-from atlas.config import Model, parse_config
+from atlas.command_line import parse_config
+from atlas.config import Model
 from atlas.model import inputs as inputs_module
 from atlas.model import tokenization
 from atlas.model.inputs import Inputs, count_filling

@@ -11,7 +11,7 @@ from transformers import BertModel, T5ForConditionalGeneration
 import atlas
 import export_huggingface
 from atlas.checkpoint import Contents, load_checkpoint, save_checkpoint
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.model.adapters import merge_adapter
 from atlas.model.load import Model
 from atlas.model.reader import load_reader

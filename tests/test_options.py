@@ -6,7 +6,8 @@ import json
 import pytest
 
 from atlas.checkpoint import load_checkpoint
-from atlas.config import FIELDS, OF_THE_MODEL, parse_config
+from atlas.command_line import parse_config
+from atlas.config import FIELDS, OF_THE_MODEL
 from atlas.options import find_checkpoint, read_options, write_options
 from tests.kit import command_line, read_jsonl, run, world
 from tests.test_checkpoint import published

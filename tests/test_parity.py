@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from atlas.checkpoint import load_checkpoint
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from evaluate import evaluate
 from tests.kit import last_metrics, logged, read_jsonl
 from tests.parity import parity_kit

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 
 import plan
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.model.retriever import Contriever
 from atlas.update import update_index
 from benchmarks import memory, one_card

@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from atlas import preflight
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.preflight import OF_TRAINING
 from atlas.runtime import distributed
 from atlas.update import update_index

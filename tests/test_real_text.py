@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from atlas.config import parse_config
+from atlas.command_line import parse_config
 from atlas.model import signals
 from atlas.model.prompts import PromptInputs
 from benchmarks import from_labels, judge, real_bench, real_text

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from atlas import config
-from atlas.config import REPORTERS, Config, parse_config
+from atlas import checks
+from atlas.command_line import parse_config
+from atlas.config import REPORTERS, Config
 from atlas.evaluation.evaluator import _listed
 from atlas.runtime.reporting import LIBRARIES, Reports
 from atlas.runtime.tracking import training_line
@@ -168,7 +169,7 @@ def test_every_library_is_known_in_both_places():
 def test_a_library_that_is_not_there_is_told_before_the_start(monkeypatch, capsys, given, sentence):
     specs = {"tensorboard": ModuleSpec("tensorboard", None, origin="there"), "trackio": None}
     specs["wandb"] = ModuleSpec("wandb", None)  # a directory that is called so
-    monkeypatch.setattr(config, "find_spec", specs.get)
+    monkeypatch.setattr(checks, "find_spec", specs.get)
     with pytest.raises(SystemExit) as ended:
         parse_config(command_line("there", report_to=given))
     said = capsys.readouterr().err

@@ -196,7 +196,7 @@ def test_a_log_that_cannot_be_written_is_said_once(capfd):
 
 
 def _rank_of_a_session(rank, port, directory, work, line):
-    from atlas.config import parse_config
+    from atlas.command_line import parse_config
 
     os.environ.update(rank_environment(rank, 2, port), ATLAS_TIMEOUT_SECONDS=str(HANG_SECONDS))
     errors_to(directory / f"stderr of {rank}")

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from atlas.checkpoint import latest_checkpoint, load_checkpoint
-from atlas.config import Optimisation, parse_config
+from atlas.command_line import parse_config
+from atlas.config import Optimisation
 from atlas.runtime import distributed
 from atlas.runtime.parallel import local_part
 from atlas.training.trainer import Trainer

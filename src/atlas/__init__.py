@@ -16,7 +16,7 @@ _PUBLIC = {
     "AnsweringModel": "atlas.asking.model",
     "Answer": "atlas.asking.answers",
     "Passage": "atlas.asking.answers",
-    "parse_config": "atlas.config",
+    "parse_config": "atlas.command_line",
     "load_checkpoint": "atlas.checkpoint",
     "Retrieval": "atlas.retrieval",
     "open_index": "atlas.index.store",

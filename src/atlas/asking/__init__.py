@@ -4,6 +4,6 @@
 what it returns. `command` is ask.py: `terminal` prompts, `server` serves the page and the endpoints, `waiting` lets all
 that ask at the same time share one model.
 
-May import: checkpoint, config, embedding, evaluation, files, index, model, options, preflight, report, retrieval,
-runtime, tasks.
+May import: checkpoint, command_line, config, embedding, evaluation, files, index, model, options, preflight, report,
+retrieval, runtime, tasks.
 """

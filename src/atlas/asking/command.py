@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from atlas.asking.settings import config_for, find_saved
-from atlas.config import OF_THE_MODEL, flags_parser, sentence
+from atlas.command_line import flags_parser
+from atlas.config import OF_THE_MODEL, sentence
 
 HOST, PORT = "127.0.0.1", 8000
 INSTEAD = {

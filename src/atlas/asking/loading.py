@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from atlas.asking.model import AnsweringModel
 from atlas.asking.settings import Saved, config_for, find_saved
 from atlas.checkpoint import Checkpoint, load_checkpoint
-from atlas.config import TO_ASK, TOKENIZING_TASKS, Config, saved_flags
+from atlas.command_line import saved_flags
+from atlas.config import TO_ASK, TOKENIZING_TASKS, Config
 from atlas.index.directory import has_index, read_description
 from atlas.model.load import Model
 from atlas.model.retriever import PASSAGE, QUERY, TIED, fingerprint

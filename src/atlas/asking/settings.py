@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atlas.config import Config, config_to_ask
+from atlas.command_line import config_to_ask
+from atlas.config import Config
 from atlas.options import DATA, PUBLISHED_FILE, find_checkpoint, reached, read_options
 
 # Flags of a run that name files: a relative path is relative to where the run was started.
