@@ -14,7 +14,7 @@ import torch
 from atlas.command_line import parse_config, quiet_until_started
 from atlas.files.jsonl import JsonlCorpus
 from atlas.model import signals
-from atlas.model.inputs import Judged
+from atlas.model.inputs import JudgingRows
 from atlas.model.prompts import PromptInputs
 from train import train
 
@@ -33,7 +33,7 @@ class Labelled:
 
         def judging(
             inputs: PromptInputs, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]], *others: Any
-        ) -> Judged:
+        ) -> JudgingRows:
             ids = [[passage["id"] for passage in of_query] for of_query in passages]
             self.right = torch.tensor(
                 [[i == self.gold[query] for i in row] for query, row in zip(queries, ids, strict=True)]

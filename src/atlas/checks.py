@@ -152,7 +152,7 @@ def _check_adapters(optimisation: Optimisation, learning: RetrieverTraining) -> 
         raise ValueError(
             f"--lora_rank {optimisation.lora_rank} trains the reader, and --freeze_reader does not: leave one out"
         )
-    if optimisation.retriever_lora_rank and not (learning.train_retriever and learning.query_side_retriever_training):
+    if optimisation.retriever_lora_rank and not learning.trains_query_side:
         raise ValueError(
             f"--retriever_lora_rank {optimisation.retriever_lora_rank} is for training the query encoder alone: give "
             "--train_retriever and --query_side_retriever_training, or leave it out"

@@ -307,6 +307,11 @@ class RetrieverTraining:
     compute_crossattention_stats: bool = flag(False, "log how attention agrees with the gold scores")
 
     @property
+    def trains_query_side(self) -> bool:
+        """Whether the query encoder learns alone, apart from the passage encoder."""
+        return self.train_retriever and self.query_side_retriever_training
+
+    @property
     def moves_passages(self) -> bool:
         """Whether the passage encoder is meant to learn, so that an index grows old."""
         return self.train_retriever and not self.query_side_retriever_training

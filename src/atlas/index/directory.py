@@ -409,7 +409,7 @@ def sample_of(path: Path) -> tuple[int, str]:
     return size, digest.hexdigest()[:16]
 
 
-def check_passages(directory: Path, expected: Passages) -> None:
+def check_text(directory: Path, expected: Passages) -> None:
     """Raises: ValueError when the passages are not those that the index was made of."""
     path = directory / expected.file
     if not path.is_file():

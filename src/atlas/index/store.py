@@ -353,7 +353,7 @@ def deleted_rows(place: Path, description: Description) -> np.ndarray:
 def checked_passages(place: Path, description: Description) -> JsonlCorpus:
     """The passages of a saved index. Raises: ValueError when they are not those that it was made of."""
     for segment in description.segments:
-        files.check_passages(place, segment.passages)
+        files.check_text(place, segment.passages)
     passages = all_passages_of(place, description)
     found = [len(rows) for rows in passages.rows_of_files()]
     if found != [segment.size for segment in description.segments]:
@@ -523,7 +523,7 @@ def _copy_there(directory: Path, fingerprint: str) -> Passages | None:
         # without checksums: as earlier versions wrote it
         text = next((text for text in texts if text.copied_from == fingerprint and text.blocks is not None), None)
         if text is not None:
-            files.check_passages(directory, text)
+            files.check_text(directory, text)
         return text
     except ValueError as damaged:
         log.warning("The passages are written anew: %s", damaged)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from atlas.model.grouping import fuse
-from atlas.model.inputs import Judged, ReaderRows, Targets
+from atlas.model.inputs import JudgingRows, ReaderRows, Targets
 from atlas.model.interface import Reader
 from atlas.model.losses import IGNORE, retriever_scores
 from atlas.model.pretrained import evaluating
@@ -34,7 +34,7 @@ class TrainingTensors:
     passage_embeddings: torch.Tensor | None = None  # (B, K, D) from the index, when the passage encoder is frozen
     found: torch.Tensor | None = None  # (B, K) int64: hashes of the passages' ids, to compare with other queries'
     own: torch.Tensor | None = None  # (B, n) int64: those that are no negatives of a query: found, or left out
-    judged: Judged | None = None  # by which passages are judged; None: by what is read
+    judged: JudgingRows | None = None  # by which passages are judged; None: by what is read
 
     def read(self, start: int, end: int) -> ReaderRows:
         """The reader's rows of some of each query's passages."""

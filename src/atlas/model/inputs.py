@@ -47,7 +47,7 @@ class ReaderRows(NamedTuple):
     lengths: np.ndarray | None  # (B, K) tokens, on the CPU; None: unknown
 
 
-class Judged(NamedTuple):
+class JudgingRows(NamedTuple):
     """The input by which passages are judged, where it is not what is read, and the targets that are likely or not."""
 
     rows: ReaderRows
@@ -145,7 +145,7 @@ class Inputs:
         passages: Sequence[Sequence[dict[str, Any]]],
         rows: Sequence[list[int]],
         mode: str,
-    ) -> Judged | None:
+    ) -> JudgingRows | None:
         """The input by which a gold-score mode judges the passages; None: what is read, as here.
 
         Args:

@@ -215,7 +215,7 @@ def _load_retriever(
     untied = from_checkpoint and state_is_untied(checkpoint.retriever)
     retriever = load_retriever(
         settings.retriever_model_path,
-        query_side=learning.query_side_retriever_training or untied or saved is not None,
+        query_side=learning.trains_query_side or untied or saved is not None,
         dropout=optimisation.dropout,
         weights=not from_checkpoint,
         gradient_checkpointing=optimisation.recomputed_layers("retriever"),

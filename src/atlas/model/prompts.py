@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from atlas import config
-from atlas.model.inputs import LONGEST_FORMATTED, Inputs, Judged, ReaderRows, Targets
+from atlas.model.inputs import LONGEST_FORMATTED, Inputs, JudgingRows, ReaderRows, Targets
 from atlas.model.losses import IGNORE
 from atlas.model.tokenization import LONGEST_PASSAGE, PromptTokenizer, fill_in
 from atlas.runtime.tracking import log
@@ -53,7 +53,7 @@ class PromptInputs(Inputs):
         passages: Sequence[Sequence[dict[str, Any]]],
         rows: Sequence[list[int]],
         mode: str,
-    ) -> Judged:
+    ) -> JudgingRows:
         """The prompts by which a mode judges each passage, (B, K, L): with this passage alone, or without it (`loop`).
 
         For the mode `question` a prompt ends before the question, which is the beginning of the target.
@@ -65,7 +65,7 @@ class PromptInputs(Inputs):
             prompts.append([self._prompt(query, some, len(row)) for some in chosen])
         k = max([1, *map(len, passages)])
         if mode != "question":
-            return Judged(self._rows(prompts, k), self.target_rows(queries, rows))
+            return JudgingRows(self._rows(prompts, k), self.target_rows(queries, rows))
         begun, heads, labels, asked = self.prompts(queries) or [[]] * len(rows), [], [], []
         ends: list[list[int]] = []  # the question, what comes behind it in a prompt, and the answer
         for query, of_query, start, row in zip(queries, prompts, begun, rows, strict=True):
@@ -80,7 +80,7 @@ class PromptInputs(Inputs):
         wide = targets.labels.shape[1]
         labels = self._pad([row + [IGNORE] * (wide - len(row)) for row in labels], IGNORE)[0]
         asked = self._pad([row + [0] * (wide - len(row)) for row in asked], 0)[0].bool()
-        return Judged(self._rows(heads, k), Targets(labels, targets.decoder_ids), asked)
+        return JudgingRows(self._rows(heads, k), Targets(labels, targets.decoder_ids), asked)
 
     def _question(self, query: str) -> tuple[list[int], int]:
         """The tokens of a prompt from the question on, and how many of them are the question. Raises: ValueError."""

@@ -16,7 +16,7 @@ import torch
 from atlas import config
 from atlas.model.behind_prompts import Rows, log_likelihoods
 from atlas.model.grouping import Fused, fuse
-from atlas.model.inputs import Judged, Targets
+from atlas.model.inputs import JudgingRows, Targets
 from atlas.model.interface import Reader
 from atlas.model.likelihoods import KnownLikelihoods
 from atlas.model.losses import IGNORE, distillation_loss, emdr_loss
@@ -55,7 +55,7 @@ class Reading(NamedTuple):
 
 
 def reading_of(
-    reader: Reader, judged: Judged, temperature_gold: float, known: KnownLikelihoods | None = None
+    reader: Reader, judged: JudgingRows, temperature_gold: float, known: KnownLikelihoods | None = None
 ) -> Reading:
     """A reading of what `Inputs.judging` made."""
     rows, targets, asked = judged
