@@ -230,6 +230,12 @@ def test_what_is_too_long_in_training_alone_is_found_before_it():
     ):
         check(learns=True, loops=True)(question, answer)
     check(learns=False, loops=False)("what?", ["it is " * 400])
+    prompts_alone = (
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
+    )
+    loaded = theirs("chat")[1]
+    loaded.chat_template = prompts_alone + "{% endfor %}!"
+    assert PromptTokenizer(loaded).before_answer == ("!", "")
     with pytest.raises(
         ValueError, match="and an answer of 1601.*lower --n_context, --generation_max_length or --target_max"
     ):
@@ -784,11 +790,14 @@ def test_a_run_that_reranked_is_evaluated_and_exported_so(tmp_path):
     flags = read_with("chat", rerank_by_reader=4, temperature_gold=0.3)
     trained = run(tmp_path, **flags, eval_data=None, total_steps=1)
     again = dict.fromkeys(flags) | {"train_data": None, "model_path": trained}
-    told, typed, fewer = (
+    told, typed, none = (
         read_jsonl(run(tmp_path, "evaluate", name=name, **again | more) / "dev-step-0.jsonl")
-        for name, more in (("told", {}), ("typed", {"rerank_by_reader": 4}), ("fewer", {"rerank_by_reader": 2}))
+        for name, more in (("told", {}), ("typed", {"rerank_by_reader": 4}), ("none", {"rerank_by_reader": 0}))
     )
-    assert told == typed != fewer
+    assert told == typed != none
+    found = run(tmp_path, "evaluate", name="found", **again, retrieve_only=True)
+    found = read_jsonl(found / "dev-step-0.jsonl")  # by the retriever alone
+    assert [row["passages"] for row in found] == [row["passages"] for row in none]
     export_huggingface.main(["--model_path", str(trained), "--output_directory", str(tmp_path / "export")])
     model = atlas.load(tmp_path / "export", passages=world() / "passages.jsonl")
     assert model.config.retriever_training.temperature_gold == 0.3

@@ -8,12 +8,13 @@ import torch
 
 from atlas import embedding
 from atlas.index.arrays import FP16, Layout
+from atlas.index.convert import check_index
 from atlas.index.journal import open_journal
 from atlas.index.passages import open_passages
 from atlas.index.store import open_index
 from atlas.runtime import distributed
 from atlas.runtime.session import Stopped
-from tests.kit import world, write_jsonl
+from tests.kit import read_jsonl, world, write_jsonl
 from tests.ranks import run_on_ranks, warm
 from tests.test_retrieval import make
 
@@ -107,6 +108,31 @@ def test_a_damaged_index_gives_none(tmp_path, whole, caplog):
     assert embedded == ROWS and torch.equal(index.embeddings, whole) and "embedded anew" in caplog.text
     assert torch.equal(open_index(tmp_path / "index", device=CPU).embeddings, whole)
     assert build(tmp_path / "index")[0] == 0
+    text = next((tmp_path / "index").glob("passages.*.jsonl"))
+    content = text.read_bytes()
+    text.write_bytes(content.replace(b"the", b"thy", 1))
+    assert build(tmp_path / "index")[0] == ROWS
+    check_index(tmp_path / "index")
+
+
+def test_a_flag_that_changes_a_single_passage_counts(tmp_path):
+    """Also one that is not among those that are looked at for a change of the program."""
+    lines = read_jsonl(world() / "passages.jsonl")
+    lines[1]["text"] *= 9
+    corpus = open_passages(write_jsonl(tmp_path / "long.jsonl", lines))
+    for length in (64, 128):
+        made = make(world(), passages=corpus, save_index_path=str(tmp_path / "index"))
+        made.inputs.retriever_maxlength = length
+        made.build()
+        plain = make(world(), passages=corpus)
+        plain.inputs.retriever_maxlength = length
+        plain.build()
+        assert torch.equal(made.index.embeddings, plain.index.embeddings)
+
+
+def test_a_stop_is_heard_while_embeddings_are_restored(tmp_path):
+    build(tmp_path / "index")
+    assert build(tmp_path / "index", stop_after=0) == (0, None)
 
 
 @pytest.mark.processes

@@ -141,9 +141,9 @@ def test_models_that_are_evaluated_as_they_come_are_named(tmp_path, capsys):
     """As where the name of the run is mistyped."""
     run(tmp_path, total_steps=1, eval_data=None)
     flags = dict.fromkeys(OF_TRAINING, None) | {"eval_data": world() / "dev.jsonl", "checkpoint_dir": tmp_path}
-    said = f"models/retriever as it comes: --model_path is not given, and there is no run {tmp_path}/rum"
+    said = f"models/retriever as they come: there is no --model_path, and no run {tmp_path}/rum"
     assert said in (run(tmp_path, "evaluate", name="rum", **flags) / "run.log").read_text()
-    assert "as it comes" not in (run(tmp_path, "evaluate", **flags) / "run.log").read_text()
+    assert "No checkpoint" not in (run(tmp_path, "evaluate", **flags) / "run.log").read_text()
     for program, more, hint in (
         ("train", {"model_path": tmp_path / "run"}, f" ({tmp_path}/run has that of {world()}/models/reader)"),
         ("evaluate", {"train_data": None, "name": "rum"}, ", or a --model_path or --name whose checkpoint says it"),
@@ -164,15 +164,20 @@ def test_an_index_that_grows_old_is_said(tmp_path, flags, grows_old):
 
 def test_long_answers_are_counted(tmp_path):
     lines = read_jsonl(world() / "dev.jsonl")
-    lines[2]["answers"] = ["the river of Selnu and of Kobari " * 9]
+    lines[2] |= {
+        "answers": ["the river of Selnu and of Kobari " * 9],
+        "target": "the river of Selnu and of Kobari " * 9,
+    }
     data = write_jsonl(tmp_path / "long.jsonl", lines)
     directory = run(
         tmp_path, total_steps=1, train_data=data, eval_data=data, target_maxlength=16, generation_max_length=20
     )
     text = (directory / "run.log").read_text()
-    for flag in ("target_maxlength 16", "generation_max_length 20"):
-        said = f"long.jsonl: 1 of {len(lines)} lines have no answer of at most --{flag}, so that it is cut: raise it"
-        assert text.count(said) == 1
+    for said in (
+        f"1 of {len(lines)} targets are longer than --target_maxlength 16 and are cut: raise it",
+        f"1 of {len(lines)} lines have no answer that can be written with --generation_max_length 20: raise it",
+    ):
+        assert text.count(f"long.jsonl: {said}") == 1, said
 
 
 def test_an_index_is_not_replaced_by_that_of_another_corpus(tmp_path, capsys):

@@ -24,6 +24,8 @@ def test_qa_reads_the_finished_query_of_a_result_file():
     row = {"query": PROMPT.format(question="who?"), "answers": ["Ada"], "generation": "Bob", "passages": []}
     task = make_task("qa")
     assert task.process(row, random.Random(0)).query == row["query"]
+    found = {name: value for name, value in row.items() if name != "generation"}  # of --retrieve_only
+    assert task.process(found, random.Random(0)).words_to_find == "who?"
     assert task.process(row | {"question": "when?"}, random.Random(0)).query == PROMPT.format(question="when?")
     with pytest.raises(ValueError, match="no `question`"):
         task.process({"query": "who?", "answers": ["Ada"]}, random.Random(0))

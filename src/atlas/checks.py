@@ -119,7 +119,7 @@ def _check_question_mode(config: Config) -> None:
     prompt, learning, model = config.model.reader_prompt_format, config.retriever_training, config.model
     asks = {
         "--gold_score_mode question": config.judges and learning.gold_score_mode == "question",
-        f"--rerank_by_reader {model.rerank_by_reader}": model.rerank_by_reader is not None,
+        f"--rerank_by_reader {model.rerank_by_reader}": model.reranked > 0,
     }
     for flag_name in (name for name, is_asked in asks.items() if is_asked):
         passages, query = prompt.find("{passages"), prompt.rfind("{query")

@@ -212,6 +212,8 @@ def _origin(given: Mapping[str, Any]) -> Origin:
         checkpoint = latest_checkpoint(run)
     options = reached(read_options(checkpoint), checkpoint) if checkpoint else {}
     saved = {name: options[name] for name in OF_THE_MODEL if name in options}
+    if given.get("retrieve_only"):
+        saved.pop("rerank_by_reader", None)  # what the retriever finds, unless the reader is asked for here
     return Origin(checkpoint, saved, frozenset(given))
 
 

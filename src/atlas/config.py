@@ -229,8 +229,9 @@ class Model:
     )
     rerank_by_reader: int | None = flag(
         None,
-        "in evaluations, order this many passages by how likely the reader finds the question behind each (none)",
-        least=2,
+        "in evaluations, order this many passages by how likely the reader finds the question behind each (none; 0: "
+        "none, whatever the checkpoint says)",
+        least=0,
     )
     retrieve_only: bool = flag(False, "evaluate retrieval alone; a reader is loaded for --rerank_by_reader only")
     use_file_passages: bool = flag(False, "read the passages in the data files; no retriever, no index")
@@ -262,9 +263,14 @@ class Model:
     )
 
     @property
+    def reranked(self) -> int:
+        """How many passages the reader puts in order; 0: none."""
+        return n if (n := self.rerank_by_reader or 0) > 1 else 0
+
+    @property
     def uses_reader(self) -> bool:
         """Whether anything is read, or judged by the reader."""
-        return not self.retrieve_only or self.rerank_by_reader is not None
+        return not self.retrieve_only or self.reranked > 0
 
     @property
     def retrieves(self) -> bool:

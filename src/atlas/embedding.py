@@ -163,8 +163,9 @@ class CorpusEmbedder:
 
     def identity(self, passages: JsonlCorpus, encoder: str) -> str:
         """Changes with everything that determines the embeddings; `encoder` is the encoder's fingerprint."""
-        formats_and_vocabulary = self._sample(passages)
-        return _hash(encoder, self.precision, fingerprint_of(passages), formats_and_vocabulary)
+        reading = self.inputs.passage_reading(), LIBRARY, titles_joined(passages)
+        sample = self._sample(passages)  # another version of this program may read passages in another way
+        return _hash(encoder, self.precision, fingerprint_of(passages), reading, sample)
 
     def journal(
         self, directory: Path, passages: JsonlCorpus, identity: str

@@ -111,10 +111,10 @@ def check_reader(config: Config, tokenizer: "AnyReaderTokenizer | None") -> None
     for name in of_prompts if fuses else ("encoder_format",):
         if config.flags()[name] != FIELDS[name].default:
             log.info("--%s has no effect: it is for a %s reader", name, "decoder-only" if fuses else "T5")
-    if fuses and config.model.rerank_by_reader is not None:
+    if fuses and config.model.reranked:
         raise ValueError(
             f"--rerank_by_reader {config.model.rerank_by_reader} needs a decoder-only language model, which gives a "
-            "question behind a passage a likelihood: leave it out"
+            "question behind a passage a likelihood: leave it out, or give 0"
         )
     if fuses and config.judges and learning.gold_score_mode not in MODES:
         raise ValueError(
@@ -174,15 +174,17 @@ def report_plan(config: Config) -> None:
 
 
 def report_no_checkpoint(config: Config) -> None:
-    """Say that models are evaluated as they come."""
+    """Say that models are evaluated as they come, if any takes part."""
     model = config.model
-    names = [name for name, used in ((model.reader_model_type, model.uses_reader),
-                                     (model.retriever_model_path, model.retrieves)) if used]  # fmt: skip
-    log.warning(
-        "No checkpoint is evaluated, but %s as it comes: --model_path is not given, and there is no run %s",
-        " and ".join(names),
-        Path(config.run.checkpoint_dir) / config.run.name,
-    )
+    embeds = model.retrieves and config.index.evaluates_by_embeddings
+    names = [model.reader_model_type] * model.uses_reader + [model.retriever_model_path] * embeds
+    if names:
+        log.warning(
+            "No checkpoint is evaluated, but %s as %s: there is no --model_path, and no run %s",
+            " and ".join(names),
+            "they come" if len(names) > 1 else "it comes",
+            Path(config.run.checkpoint_dir) / config.run.name,
+        )
 
 
 def report_differences(
@@ -318,7 +320,7 @@ def _of_training(config: Config, device: torch.device) -> Iterator[tuple[str, bo
         yield name, used, "without --train_retriever or --write_evidence"
     yield "n_to_rerank_with_retrieve_with_rerank", training.retrieve_with_rerank, "without --retrieve_with_rerank"
     yield "refresh_index", trains and training.moves_passages, "where the passage encoder does not learn"
-    judges = config.model.rerank_by_reader is not None or config.run.write_evidence
+    judges = config.model.reranked > 0 or config.run.write_evidence
     if trains:
         judges = training.train_retriever and training.freeze_reader
     yield "cache_judgements", judges, "where no reader that does not learn judges passages"

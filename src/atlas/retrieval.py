@@ -160,7 +160,8 @@ class Retrieval:
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings, bad_lines_file(run, "passages"))
-        _check_place(settings, passages, None if resumed else fingerprint(model.retriever.passage_encoder))
+        builds = index is None and resumed is None and settings.save_index_path is not None
+        _check_place(settings, passages, fingerprint(model.retriever.passage_encoder) if builds else None)
         compression.factory(len(passages), model.retriever.dim)  # the same for their number
         retrieval = cls(model, passages, settings, run, learning, device, index)
         if resumed is not None:
@@ -221,7 +222,9 @@ class Retrieval:
         place = self.settings.save_index_path and Path(self.settings.save_index_path)
         encoder = self.embedder.fingerprint() if place else None
         identity = self.embedder.identity(self.passages, encoder) if saves_embeddings else None
-        restored = restore_embeddings(place, identity, builder.rows, builder.add) if identity else None
+        restored = None
+        if identity:
+            restored = restore_embeddings(place, identity, builder.rows, builder.add, asked_to_stop)
         if restored is None:
             journal = self.embedder.journal(place, self.passages, identity) if identity else contextlib.nullcontext()
             with journal as opened:
@@ -465,7 +468,7 @@ def _check_place(settings: config.Index, passages: JsonlCorpus, encoder: str | N
     """Refuse to replace a saved index of other passages, by a sample of them. Collective. Raises: ValueError.
 
     Args:
-        encoder: fingerprint; where another one made that index, the log says so. None: it may have been this run.
+        encoder: fingerprint of the one that an index is to be built by; the log says where another made that one.
     """
     place = settings.save_index_path and Path(settings.save_index_path)
 

@@ -72,7 +72,7 @@ class Answer:
     def __str__(self) -> str:
         certain = "" if self.score is None else f"   ({self.score:.2f})"
         more = len(self.passages) - PRINTED
-        rest = [f"     … and {more} more passages"] if more > 0 else []
+        rest = [f"     … and {more} more passage{'s' * (more > 1)}"] if more > 0 else []
         return "\n".join([f"{printable(self.text)}{certain}", *self.passage_lines(PRINTED), *rest])
 
     def passage_lines(self, most: int | None = None) -> list[str]:

@@ -99,8 +99,8 @@ class Answering:
 
     def _rerank(self, queries: Sequence[str], found: Found, k: int) -> Found:
         """The k passages to read: all that were found, but the first --rerank_by_reader in the reader's order."""
-        first = self.settings.rerank_by_reader
-        if first is None or not queries:
+        first = self.settings.reranked
+        if not first or not queries:
             return found
         with self.computing():
             passages = [of_query[:first] for of_query in found.passages]
@@ -110,7 +110,7 @@ class Answering:
 
     def _to_find(self, k: int) -> int:
         """How many passages are to be found where k are to be read."""
-        return max(k, self.settings.rerank_by_reader or 0)
+        return max(k, self.settings.reranked)
 
     def write(self, encoded: Encoded, streamer: BaseStreamer | None = None) -> list[list[int]]:
         """The tokens of B answers, as the --generation flags say; `streamer` as for `FusionInDecoder.write`.

@@ -28,6 +28,7 @@ from atlas.index.passages import fingerprint_of, is_verbatim, open_passages, sav
 from atlas.index.published import convert_published, is_converted, is_published
 from atlas.index.sharded import LocalIndex, ShardedIndex, Stored
 from atlas.runtime import distributed
+from atlas.runtime.session import Stopped
 from atlas.runtime.tracking import log, progress_bar
 from atlas.runtime.verification import Verification
 
@@ -283,15 +284,23 @@ def _open_rows(
 
 
 def restore_embeddings(
-    directory: Path, identity: str, rows: range, store: Callable[[int, torch.Tensor], None]
+    directory: Path,
+    identity: str,
+    rows: range,
+    store: Callable[[int, torch.Tensor], None],
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Stored | None:
     """Where a saved index has the embeddings that would be made, give this rank's to `store`. Collective.
 
-    All of the index is compared with its checksums first; a damaged one counts as none.
+    All of the index is compared with its checksums first; a damaged one is removed, and counts as none.
 
     Args:
         identity: of all that embeddings depend on.
         rows: of this rank; `store(place in rows, (m, D) fp16)` gets them in parts.
+        asked_to_stop: whether this rank is to stop; asked before every part.
+
+    Raises:
+        Stopped: on every rank, if one was asked to stop.
     """
     find = partial(_holding, directory, identity)
     fields = distributed.on_main("looking for embeddings", lambda: (found := find()) and asdict(found))
@@ -302,17 +311,27 @@ def restore_embeddings(
     def read() -> None:
         embeddings = map_embeddings(directory, description, rows)
         for start in range(0, len(rows), _RESTORED_AT_ONCE):
+            if asked_to_stop():
+                return
             store(start, embeddings[start : start + _RESTORED_AT_ONCE])
             distributed.progress()
 
     try:
-        Verification("full").check(str(directory), partial(description.recorded, directory))
+        Verification("full", "Before it is used").check(str(directory), partial(description.recorded, directory))
     except (ValueError, OSError) as damaged:
         log.warning("All passages are embedded anew: %s", damaged)
+        distributed.on_main("removing a damaged index", partial(_discard, directory))
         return None
     log.info("%s holds the embeddings of these passages: they are not made again", directory)
     distributed.on_every_rank("reading the embeddings", read)
+    if distributed.any_rank(asked_to_stop()):
+        raise Stopped
     return Stored(directory, description)
+
+
+def _discard(directory: Path) -> None:
+    (directory / "index.json").unlink()
+    files.tidy(directory)
 
 
 def _holding(directory: Path, identity: str | None) -> Description | None:
@@ -321,7 +340,7 @@ def _holding(directory: Path, identity: str | None) -> Description | None:
         return None
     try:
         found = files.read_description(directory)
-    except ValueError:  # it is damaged, and can be made anew
+    except ValueError:  # whoever writes there says so
         return None
     return found if found.identity == identity and found.has_embeddings else None
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 from tokenizers import __version__ as library_version
 from tokenizers.processors import TemplateProcessing
@@ -184,7 +185,9 @@ class PromptTokenizer:
     def before_answer(self) -> tuple[str, str]:
         """The end of every prompt by the chat template, and what this puts between a prompt and an answer."""
         ends = [self.chat(text)[::-1] for text in ("a", "b")]
-        end, prompt, whole = os.path.commonprefix(ends)[::-1], self.chat("a"), self.chat("a", answer="b")
+        end, prompt, whole = os.path.commonprefix(ends)[::-1], self.chat("a"), ""
+        with contextlib.suppress(TemplateError):  # the template is for prompts alone
+            whole = self.chat("a", answer="b")
         between = whole.removeprefix(prompt).partition("b")[0] if whole.startswith(prompt) else ""
         return end, between if between.isspace() else ""
 

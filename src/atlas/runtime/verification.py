@@ -29,10 +29,11 @@ class Verification:
 
     Args:
         mode: "off", "sample" or "full", as `--verify` says.
+        why: why everything is compared, for the log.
     """
 
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
+    def __init__(self, mode: str, why: str = "--verify full") -> None:
+        self.mode, self.why = mode, why
         self._running: list[_InBackground] = []  # as many on every rank
 
     def check(self, what: str, find: Callable[[], list[Recorded]]) -> None:
@@ -57,7 +58,7 @@ class Verification:
         with progress_bar(f"checking {what}", sum(len(part.numbers) for part in at_once), "blocks") as bar:
             distributed.on_every_rank(f"checking {what}", lambda: _compare(at_once, bar.update))
         if self.mode == "full":
-            log.info("--verify full: nothing in %s is damaged (%.1f s)", what, time.monotonic() - started)
+            log.info("%s: nothing in %s is damaged (%.1f s)", self.why, what, time.monotonic() - started)
         elif later := [part for part in parts if part not in at_once]:
             self._running.append(_InBackground(later))
 

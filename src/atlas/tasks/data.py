@@ -14,8 +14,8 @@ from atlas.config import Config, evaluation_name
 from atlas.config import Model as ModelSettings
 from atlas.files.jsonl import BadLine, DataError, JsonlCorpus
 from atlas.files.qrels import Judgements, read_judgements
-from atlas.model.inputs import count_filling
-from atlas.model.prompts import check_of_questions
+from atlas.model.inputs import Inputs, count_filling
+from atlas.model.prompts import SENTINEL, PromptInputs, check_of_questions
 from atlas.model.tokenization import AnyReaderTokenizer
 from atlas.runtime import distributed
 from atlas.runtime.bad_lines import bad_lines_file, report_bad_lines
@@ -99,17 +99,19 @@ class Data:
         if qrels is not None:
             data.judgements = read_judgements(Path(qrels))
         if tokenizer is not None and not tokenizer.fuses:
-            loops = training and config.retriever_training.gold_score_mode == "loop"
-            data.check_query = check_of_questions(config.model, tokenizer, learns=training, loops=loops)
+            learning = config.retriever_training
+            loops = training and learning.train_retriever and learning.gold_score_mode == "loop"
+            learns = training and learning.needs_answers
+            data.check_query = check_of_questions(config.model, tokenizer, learns=learns, loops=loops)
         what = "train_data" if training else f"eval_data.{evaluation_name(paths[0])}"
         data._check_all(bad_lines_file(config.run, what))
         if qrels is not None:
             data._report_judgements(qrels)
-        if tokenizer is not None and not (config.model.closed_book or config.model.retrieve_only):
-            limit = config.model.target_maxlength if training else config.model.generation_max_length - 1
-            data._report_long_questions(config.model, tokenizer)
-            if limit not in (None, -1):
-                data._report_long_targets("target_maxlength" if training else "generation_max_length", limit, tokenizer)
+        if tokenizer is not None and not config.model.retrieve_only:
+            if not config.model.closed_book:
+                data._report_long_questions(config.model, tokenizer)
+            if setup.answers_needed:
+                data._report_long_answers(config.model, tokenizer, training)
         return data
 
     @classmethod
@@ -164,19 +166,28 @@ class Data:
             said = "%s: %d of %s fill --text_maxlength %d: their passages are not read; raise it"
             log.warning(said, self.name, filling, looked_at, settings.text_maxlength)
 
-    def _report_long_targets(self, flag: str, limit: int, tokenizer: AnyReaderTokenizer) -> None:
-        """Warn of lines none of whose answers can be learnt, or written, as a whole. Collective."""
+    def _report_long_answers(self, settings: ModelSettings, tokenizer: AnyReaderTokenizer, training: bool) -> None:
+        """Warn of targets that are cut, or in an evaluation of lines whose answers are all too long. Collective."""
+        longest = settings.target_maxlength if training else settings.generation_max_length
+        if longest in (None, -1):
+            return
+        limit = longest if training else longest - 1  # without the start token
+        whole = replace(settings, target_maxlength=None)
+        inputs = (Inputs if tokenizer.fuses else PromptInputs)(whole, tokenizer, None, device=torch.device("cpu"))
 
         def count(examples: list[Example]) -> int:
-            shortest = [min(example.answers, key=len) for example in examples if example.answers]
-            # A token has at least one byte: short answers need no tokenizer.
-            suspects = [text for text in shortest if len(text.encode()) + 1 > limit]
-            return sum(len(row) > limit for row in tokenizer.encode(suspects))
+            texts = [text for example in examples if (text := example.target if training else _shortest(example))]
+            # A token has at least one byte: short ones need no tokenizer.
+            suspects = [text for text in texts if len(text.encode()) + 2 > limit]
+            return sum(len(row) > limit for row in inputs.target_tokens(suspects))
 
-        longer, looked_at = self._count("lines", count)
-        if longer:
-            said = "%s: %d of %s have no answer of at most --%s %d, so that it is cut: raise it"
-            log.warning(said, self.name, longer, looked_at, flag, limit + (flag == "generation_max_length"))
+        longer, looked_at = self._count("targets" if training else "lines", count)
+        if longer and training:
+            said = "%s: %d of %s are longer than --target_maxlength %d and are cut: raise it"
+            log.warning(said, self.name, longer, looked_at, longest)
+        elif longer:
+            said = "%s: %d of %s have no answer that can be written with --generation_max_length %d: raise it"
+            log.warning(said, self.name, longer, looked_at, longest)
 
     def _count(self, what: str, count: Callable[[list[Example]], int]) -> tuple[int, str]:
         """How many examples are of a kind, and of how many. Of many lines only a part is looked at. Collective."""
@@ -239,7 +250,8 @@ class Data:
             return counts
         example = self.task.example(record, random.Random(0), 0)
         if self.check_query is not None:
-            self.check_query(example.query, [example.target, *example.answers])
+            drawn = example.answers if record.get("target") is None else []  # one of them is the target
+            self.check_query(example.query, [example.target, *drawn])
         if self.judgements is None:
             return counts
         judged = str(example.id) in self.judgements
@@ -359,3 +371,9 @@ class Data:
 def _smallest_type(n: int) -> type[np.integer]:
     """For numbers below n: every rank keeps them, and 30 million take 120 MB in int32."""
     return np.int32 if n <= 2**31 else np.int64
+
+
+def _shortest(example: Example) -> str:
+    """The shortest answer, with what the decoder writes before it."""
+    before = SENTINEL.match(example.target)
+    return f"{before[0]} " * bool(before) + min(example.answers, key=len) if example.answers else ""

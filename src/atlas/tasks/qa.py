@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 
 from atlas.metrics import exact_match, f1
+from atlas.model.prompts import asked
 from atlas.model.tokenization import LONGEST_TEXT, fill_in
 from atlas.tasks.base import Example, Task, TaskSetup
 
@@ -36,7 +37,7 @@ class QuestionAnswering(Task):
         query = question if finished else fill_in(self.prompt_format, LONGEST_TEXT + 1, question=question)
         return Example(
             query=self.cut(query),
-            words=question,
+            words=asked(question) if finished else question,
             target="" if target is None else f"<extra_id_0> {target}",
             answers=answers,
             metadata=self.metadata(record),
@@ -53,7 +54,8 @@ class QuestionAnswering(Task):
             return "question"
         if "_id" in record and "text" in record:
             return "text"
-        return "query" if "generation" in record and "query" in record else "question"
+        of_results = "query" in record and ("generation" in record or "passages" in record)
+        return "query" if of_results else "question"
 
     def answers(self, record: Mapping) -> list[str]:
         field = first_given(record, ANSWERS)
