@@ -67,6 +67,10 @@ def test_what_was_repeated_or_cut_off_counts_once(tmp_path):
     (dev,), (test,) = record.of_file("dev"), record.of_file("test")  # those of step 20 are forgotten
     assert dev.metrics == {"f1": 3.0} and dev.results is None and dev.gone == "x" and test.results is not None
     assert record.seconds == 203 + 5 + 1 and len(record.starts) == 3
+    assert record.main_start["command"][0] == "train.py"  # whose flags are in opt.log; the page has both commands
+    page = write_report(directory)[0].read_text()
+    commands = [page.index(f"<dd>python {words}") for words in ("train.py", "evaluate.py")]
+    assert commands == sorted(commands)
 
 
 LOG = """\

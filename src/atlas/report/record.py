@@ -58,6 +58,11 @@ class Record:
         return self.directory.resolve().name
 
     @property
+    def main_start(self) -> Event:
+        """The last start of the training, whose flags are in `opt.log`; of a run that evaluates alone, the last."""
+        return next((start for start in reversed(self.starts) if not _only_evaluates(start)), (self.starts or [{}])[-1])
+
+    @property
     def files(self) -> list[str]:
         """The names of the files that were evaluated."""
         return list(dict.fromkeys(evaluation.file for evaluation in self.evaluations))

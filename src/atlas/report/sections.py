@@ -11,7 +11,7 @@ from urllib.parse import quote
 from atlas.metrics import NO_PERCENTAGES, spoken
 from atlas.report.charts import COLOURS, Curve, chart, number
 from atlas.report.questions import KINDS, RIGHT, Questions, mcnemar
-from atlas.report.record import Evaluation, Record
+from atlas.report.record import Evaluation, Event, Record
 
 ANSWERS, RECALL, JUDGED = "Answers", "Recall", "Judged"  # what a metric is of; what is no percentage stands alone
 TRAINING = {  # title -> the names, or how they begin
@@ -136,8 +136,10 @@ def _unbroken(text: str) -> str:
 
 
 def _facts(record: Record) -> Iterable[tuple[str, str]]:
-    last = record.starts[-1] if record.starts else {}
-    yield "command", "python " + shlex.join(last["command"]) if _is_known(last.get("command")) else ""
+    last = record.main_start
+    yield "command", _command(last)
+    if record.starts and last is not record.starts[-1]:
+        yield "then", _command(record.starts[-1])
     if record.starts:
         first = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(record.starts[0]["time"]))
         times = len(record.starts)
@@ -159,8 +161,10 @@ def _facts(record: Record) -> Iterable[tuple[str, str]]:
     yield "no longer there", ", ".join(gone)
 
 
-def _is_known(command: object) -> bool:
-    return isinstance(command, list) and len(command) > 1
+def _command(start: Event) -> str:
+    """What was typed; the empty text where that is not known."""
+    command = start.get("command")
+    return "python " + shlex.join(command) if isinstance(command, list) and len(command) > 1 else ""
 
 
 def _duration(seconds: float) -> str:
