@@ -218,7 +218,7 @@ class World:
         flat = [passage for of_query in passages for passage in of_query]
         tokens = inputs.target_tokens(self.targets[rows])
         return TrainingTensors(
-            *inputs.training(queries, passages),
+            *inputs.training(queries, passages, tokens),
             inputs.target_rows(queries, tokens),
             *inputs.queries(queries),
             *inputs.passages(flat),

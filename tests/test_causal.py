@@ -224,12 +224,17 @@ def test_what_is_too_long_in_training_alone_is_found_before_it():
     tokenizer = load_reader_tokenizer(str(language_model()))
     question, answer = "what is this " * 66, ["Selnu"]
     check = partial(check_of_questions, settings, tokenizer)
-    check(learns=True, loops=False)(question, answer)
+    loop, unjudged = (
+        config.RetrieverTraining(gold_score_mode="loop", train_retriever=trains) for trains in (True, False)
+    )
+    by_questions = replace(learning("question"), freeze_reader=True)
+    check(unjudged)(question, answer)
     with pytest.raises(
         ValueError, match=r"for --retriever_n_context 40 \(--gold_score_mode loop leaves out one\), .* lower --ret"
     ):
-        check(learns=True, loops=True)(question, answer)
-    check(learns=False, loops=False)("what?", ["it is " * 400])
+        check(loop)(question, answer)
+    for without_answers in (None, by_questions):
+        check(without_answers)("what?", ["it is " * 400])
     prompts_alone = (
         "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
     )
@@ -239,7 +244,7 @@ def test_what_is_too_long_in_training_alone_is_found_before_it():
     with pytest.raises(
         ValueError, match="and an answer of 1601.*lower --n_context, --generation_max_length or --target_max"
     ):
-        check(learns=True, loops=False)("what?", ["it is " * 400])
+        check(unjudged)("what?", ["it is " * 400])
 
 
 def test_answers_are_tokenized_apart_as_they_stand_behind_the_prompt():

@@ -181,9 +181,12 @@ def test_a_port_that_is_in_use_is_one_sentence(tmp_path):
 def test_as_many_examples_are_evaluated_together_as_fit_some_tokens():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for device, together in ((gpu, [2, 64, 1]), (cpu, [1, 16, 1])):
-        assert [devices.evaluation_batch_size(device, 1, tokens) for tokens in (40 * 384, 512, 40_000)] == together
-        assert devices.evaluation_batch_size(device, 8, 40_000) == 8
-    assert devices.evaluation_batch_size(cpu, 32, 512) == 32
+        assert [
+            devices.evaluation_batch_size(device, None, 1, tokens) for tokens in (40 * 384, 512, 40_000)
+        ] == together
+        assert devices.evaluation_batch_size(device, None, 8, 40_000) == 8
+    assert devices.evaluation_batch_size(cpu, None, 32, 512) == 32
+    assert devices.evaluation_batch_size(cpu, 3, 32, 512) == 3
 
 
 @pytest.mark.parametrize(("capability", "fits"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])

@@ -167,7 +167,7 @@ def test_memory_is_kept_for_what_needs_it(home, tmp_path, monkeypatch):
     """Embeddings of a compressed index stay for refinement alone, and are there while the index is saved."""
     directory, *_ = home
     seen = []
-    monkeypatch.setattr(Retrieval, "_save", lambda retrieval, *_: seen.append(retrieval.index.has_embeddings))
+    monkeypatch.setattr(Retrieval, "_save", lambda retrieval, **_: seen.append(retrieval.index.has_embeddings))
     plain = make(world(), **PQ, save_index_path=str(tmp_path / "codes"), save_index_codes_only=True)
     refined = make(world(), **PQ, refine_factor=2)
     plain.build()

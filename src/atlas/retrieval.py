@@ -160,8 +160,7 @@ class Retrieval:
             log.info("Opened the index %s: %d passages", settings.load_index_path, len(index.passages))
         _check_against_kind(settings, kind)
         passages = index.passages if index is not None else open_corpus(settings, bad_lines_file(run, "passages"))
-        builds = index is None and resumed is None and settings.save_index_path is not None
-        _check_place(settings, passages, fingerprint(model.retriever.passage_encoder) if builds else None)
+        _check_place(settings, passages, model.retriever if index is None and resumed is None else None)
         compression.factory(len(passages), model.retriever.dim)  # the same for their number
         retrieval = cls(model, passages, settings, run, learning, device, index)
         if resumed is not None:
@@ -464,11 +463,11 @@ def open_corpus(settings: config.Index, bad_lines: Path | None = None) -> JsonlC
     return passages
 
 
-def _check_place(settings: config.Index, passages: JsonlCorpus, encoder: str | None) -> None:
+def _check_place(settings: config.Index, passages: JsonlCorpus, retriever: DualEncoder | None) -> None:
     """Refuse to replace a saved index of other passages, by a sample of them. Collective. Raises: ValueError.
 
     Args:
-        encoder: fingerprint of the one that an index is to be built by; the log says where another made that one.
+        retriever: that an index is to be built by; the log says where another one made that which is there.
     """
     place = settings.save_index_path and Path(settings.save_index_path)
 
@@ -480,7 +479,8 @@ def _check_place(settings: config.Index, passages: JsonlCorpus, encoder: str | N
             saved = passages_of(place, description)
         except ValueError:  # it is damaged, and can be made anew
             return False
-        if None not in (encoder, description.retriever) and encoder != description.retriever:
+        encoder = fingerprint(retriever.passage_encoder) if retriever is not None else description.retriever
+        if description.retriever not in (None, encoder):
             log.warning("--save_index_path %s: the index there, made by another passage encoder, is replaced", place)
         sample = np.linspace(0, len(passages) - 1, min(64, len(passages))).astype(int).tolist()
         return len(saved) != len(passages) or any(

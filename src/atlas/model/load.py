@@ -71,9 +71,7 @@ class Model:
             _check_halves(settings, checkpoint, training)
         with distributed.busy():  # ranks may read large files at very different speeds
             reader = retriever = retriever_tokenizer = known = None
-            unused: dict[str, Any] = {}
-            as_read: dict[str, torch.Tensor] = {}
-            bases: dict[str, Base | None] = {}
+            unused, as_read, bases = {}, {}, {}
             if settings.uses_reader:
                 loaded = _load_reader(settings, learning, optimisation, checkpoint, device, training)
                 reader, bases["reader"], as_read = loaded
@@ -84,9 +82,9 @@ class Model:
                 loaded = _load_retriever(settings, learning, optimisation, checkpoint, training)
                 retriever, bases["retriever"] = loaded[0].to(device), loaded[1]
             elif checkpoint and checkpoint.holds("retriever"):
-                unused, bases["retriever"] = _unused_retriever(checkpoint, settings, optimisation)
-                as_read |= unused.pop("as_read", {})
-            reader_config = reader.config if reader is not None else None
+                unused, bases["retriever"], whole = _unused_retriever(checkpoint, settings, optimisation)
+                as_read |= whole
+            reader_config = getattr(reader, "config", None)
             inputs = (reader.inputs if reader is not None else Inputs)(
                 settings,
                 reader_tokenizer,
@@ -239,17 +237,17 @@ def _load_retriever(
 
 def _unused_retriever(
     checkpoint: Checkpoint, settings: config.Model, optimisation: config.Optimisation
-) -> tuple[dict[str, Any], Base | None]:
-    """What a run that does without the checkpoint's retriever saves of it: all that there is, or where that is."""
+) -> tuple[dict[str, Any], Base | None, dict[str, torch.Tensor]]:
+    """What a run that does without the checkpoint's retriever saves of it: fields of `Model`, where it is, or all."""
     base = checkpoint.bases.get("retriever")
     kept = {"unused_retriever_config": checkpoint.retriever_config}
     if base is not None:
         adapter = _saved_adapter("query_encoder", checkpoint)
-        return kept | {"unused_adapters": {"query_encoder": adapter} if adapter else {}}, base
+        return kept | {"unused_adapters": {"query_encoder": adapter} if adapter else {}}, base, {}
     if optimisation.lora_rank:
-        return kept, Base(settings.retriever_model_path, str(checkpoint.path.resolve()))
+        return kept, Base(settings.retriever_model_path, str(checkpoint.path.resolve())), {}
     state = {f"retriever.{name}": part for name, part in checkpoint.retriever.items()}
-    return kept | {"as_read": state}, None
+    return kept, None, state
 
 
 def _saved_adapter(name: str, checkpoint: Checkpoint | None) -> Adapter | None:

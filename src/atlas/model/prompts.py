@@ -190,15 +190,17 @@ class PromptInputs(Inputs):
 
 
 def check_of_questions(
-    settings: config.Model, tokenizer: PromptTokenizer, *, learns: bool, loops: bool
+    settings: config.Model, tokenizer: PromptTokenizer, learning: config.RetrieverTraining | None
 ) -> Callable[[str, Sequence[str]], None]:
     """A function of a query and its answers. It raises ValueError if the reader has no positions for them, as in the
     middle of a run.
 
     Args:
-        learns: whether answers are learnt or judged by.
-        loops: whether passages are judged by leaving out one of `--retriever_n_context`.
+        learning: of a training, where answers may be learnt, or judged by, and `loop` leaves out one of
+            `--retriever_n_context` passages.
     """
+    learns = learning is not None and learning.needs_answers
+    loops = learning is not None and learning.train_retriever and learning.gold_score_mode == "loop"
     inputs = PromptInputs(settings, tokenizer, None, device=torch.device("cpu"), reader_positions=tokenizer.positions)
     n = 0 if settings.closed_book else 1 if settings.retrieve_only else settings.n_context
     n = max(n, (settings.retriever_n_context or n) - 1) if loops else n

@@ -88,21 +88,14 @@ class Data:
             passages_needed=config.model.use_file_passages,
             training=training,
         )
-        data = cls(
-            corpus,
-            TASKS[config.tasks.task](setup),
-            seed=config.run.seed,
-            batch_size=batch_size or config.run.per_gpu_batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
+        task, place = TASKS[config.tasks.task](setup), (distributed.rank(), distributed.world_size())
+        size = batch_size or config.run.per_gpu_batch_size
+        data = cls(corpus, task, seed=config.run.seed, batch_size=size, rank=place[0], world_size=place[1])
         if qrels is not None:
             data.judgements = read_judgements(Path(qrels))
         if tokenizer is not None and not tokenizer.fuses:
-            learning = config.retriever_training
-            loops = training and learning.train_retriever and learning.gold_score_mode == "loop"
-            learns = training and learning.needs_answers
-            data.check_query = check_of_questions(config.model, tokenizer, learns=learns, loops=loops)
+            learning = config.retriever_training if training else None
+            data.check_query = check_of_questions(config.model, tokenizer, learning)
         what = "train_data" if training else f"eval_data.{evaluation_name(paths[0])}"
         data._check_all(bad_lines_file(config.run, what))
         if qrels is not None:
@@ -375,5 +368,7 @@ def _smallest_type(n: int) -> type[np.integer]:
 
 def _shortest(example: Example) -> str:
     """The shortest answer, with what the decoder writes before it."""
-    before = SENTINEL.match(example.target)
-    return f"{before[0]} " * bool(before) + min(example.answers, key=len) if example.answers else ""
+    if not example.answers:
+        return ""
+    found, shortest = SENTINEL.match(example.target), min(example.answers, key=len)
+    return f"{found[0]} {shortest}" if found else shortest
