@@ -302,8 +302,7 @@ def restore_embeddings(
     Raises:
         Stopped: on every rank, if one was asked to stop.
     """
-    find = partial(_holding, directory, identity)
-    fields = distributed.on_main("looking for embeddings", lambda: (found := find()) and asdict(found))
+    fields = distributed.on_main("looking for embeddings", partial(_holding, directory, identity))
     if fields is None:
         return None
     description = files.description_of(fields)
@@ -334,15 +333,15 @@ def _discard(directory: Path) -> None:
     files.tidy(directory)
 
 
-def _holding(directory: Path, identity: str | None) -> Description | None:
-    """What the saved index says, if it has the embeddings of this identity."""
-    if identity is None or not files.has_index(directory):
+def _holding(directory: Path, identity: str) -> dict[str, Any] | None:
+    """The fields of the saved index's description, if it has the embeddings of this identity."""
+    if not files.has_index(directory):
         return None
     try:
         found = files.read_description(directory)
     except ValueError:  # whoever writes there says so
         return None
-    return found if found.identity == identity and found.has_embeddings else None
+    return asdict(found) if found.identity == identity and found.has_embeddings else None
 
 
 def passages_of(place: Path, description: Description) -> JsonlCorpus:
