@@ -172,8 +172,8 @@ GROUPS = (
     ),
     Group(
         "How the reader judges",
-        "By the answer behind each passage: `ppmean` is its mean likelihood. `loop` is not measured: a prompt of it has "
-        "five passages in the place of one.",
+        "By the answer behind each passage: `ppmean` is its mean likelihood. `loop` is not measured: its prompts have "
+        "five passages each, in the place of one.",
         (
             START,
             replace(ANSWER, name="ppmean"),
