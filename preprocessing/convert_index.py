@@ -23,12 +23,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from atlas.command_line import add_flags, check_flags
+
 EXAMPLES = """examples:
   python preprocessing/convert_index.py indices/atlas/wiki/xl my_index
   python preprocessing/convert_index.py my_index my_pq --faiss_index_type pq --faiss_code_size 64
   python preprocessing/convert_index.py my_pq my_pq.faiss
   python preprocessing/convert_index.py --check my_index
 """
+
+
+HOW = ("faiss_code_size", "faiss_nlist", "faiss_train_size", "save_index_codes_only")  # to compress
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,13 +50,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     compressed = parser.add_argument_group("to compress")
     kinds = "ivfflat, ivfsq, ivfpq, pq, or a Faiss factory string like OPQ64,PQ64"
     compressed.add_argument("--faiss_index_type", metavar="TYPE", help=kinds)
-    for name, text in (
-        ("faiss_code_size", "bytes per passage of pq and ivfpq; must divide the dimension"),
-        ("faiss_nlist", "lists of an ivf index (square root of the number of passages)"),
-        ("faiss_train_size", "rows the quantizer is trained on (256 per centroid)"),
-    ):
-        compressed.add_argument(f"--{name}", metavar="N", type=int, help=text)
-    compressed.add_argument("--save_index_codes_only", action="store_true", help="leave the embeddings out")
+    add_flags(compressed, HOW)
     options = parser.parse_args(arguments)
     missing = [name for name in ("source", "target") if getattr(options, name) is None]
     if options.check:
@@ -59,12 +58,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error("--check takes one directory and nothing else")
     elif missing:
         parser.error(f"the following arguments are required: {', '.join(map(str.upper, missing))}")
-    for name in ("faiss_code_size", "faiss_nlist", "faiss_train_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name} {value} is too small: it must be at least 1")
-    for name in ("faiss_code_size", "faiss_nlist", "faiss_train_size", "save_index_codes_only"):
-        if getattr(options, name) and options.faiss_index_type in (None, "flat", "Flat"):
-            parser.error(f"--{name} says how to compress: give a --faiss_index_type that does")
+    given = {name: value for name in HOW if (value := getattr(options, name)) is not None and value is not False}
+    try:
+        check_flags(given)
+    except ValueError as error:
+        parser.error(str(error))
+    if given and options.faiss_index_type in (None, "flat", "Flat"):
+        parser.error(f"--{next(iter(given))} says how to compress: give a --faiss_index_type that does")
     return options
 
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         nlist=options.faiss_nlist,
         train_size=options.faiss_train_size,
     )
-    codes_only = options.save_index_codes_only
+    codes_only = bool(options.save_index_codes_only)
     try:
         if options.check:
             check_index(options.check)
