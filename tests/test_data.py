@@ -5,8 +5,8 @@ import pytest
 
 from atlas.files.jsonl import DataError, JsonlCorpus
 from atlas.model.tokenization import load_reader_tokenizer
-from atlas.tasks import Task, TaskSetup
-from atlas.tasks.data import Data
+from atlas.tasks import Example, Task, TaskSetup
+from atlas.tasks.data import Data, _shortest
 from tests.kit import make_task, read_jsonl, world, write_jsonl
 
 
@@ -204,3 +204,13 @@ def test_a_task_that_skips_a_line_by_chance_is_reported(tmp_path):
     data = make(tmp_path, rows=rows, task=task, batch_size=40, checked=True)
     with pytest.raises(DataError, match=r"data.jsonl, line \d+: the task Unsure makes no example of this line"):
         data.training_batch(1, False)
+
+
+def test_the_shortest_answer_begins_as_the_target_does():
+    for target, answers, shortest in (
+        ("<extra_id_0> Ada Lovelace", ["Ada Lovelace", "Ada"], "<extra_id_0> Ada"),
+        ("<extra_id_0> a <extra_id_1>.", ["<extra_id_0> a <extra_id_1>."], "<extra_id_0> a <extra_id_1>."),
+        ("Ada", ["Ada"], "Ada"),
+        ("", [], ""),
+    ):
+        assert _shortest(Example("q", target, answers)) == shortest

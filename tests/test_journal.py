@@ -111,8 +111,32 @@ def test_a_damaged_index_gives_none(tmp_path, whole, caplog):
     text = next((tmp_path / "index").glob("passages.*.jsonl"))
     content = text.read_bytes()
     text.write_bytes(content.replace(b"the", b"thy", 1))
-    assert build(tmp_path / "index")[0] == ROWS
+    assert build(tmp_path / "index")[0] == 0  # the text alone is written anew
     check_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("stop_after", [None, 4])
+def test_a_damaged_index_keeps_the_passages_that_are_embedded_again(tmp_path, stop_after):
+    """Where it is their own index that they are read from."""
+    build(tmp_path / "index")
+    (text,) = (tmp_path / "index").glob("passages.*.jsonl")
+    content = text.read_bytes()
+
+    def build_of_it(**options):
+        make(world(), passages=open_passages([text]), save_index_path=str(tmp_path / "index")).build(**options)
+
+    build_of_it()
+    array = next((tmp_path / "index").glob("embeddings.*.npy"))
+    with open(array, "r+b") as file:
+        file.seek(-7, os.SEEK_END)
+        file.write(b"\x01")
+    if stop_after is not None:
+        with pytest.raises(Stopped):
+            build_of_it(asked_to_stop=lambda: True)
+    else:
+        build_of_it()
+        check_index(tmp_path / "index")
+    assert text.read_bytes() == content
 
 
 def test_a_flag_that_changes_a_single_passage_counts(tmp_path):

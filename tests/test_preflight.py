@@ -173,6 +173,17 @@ def test_long_answers_are_counted(tmp_path):
         tmp_path, total_steps=1, train_data=data, eval_data=data, target_maxlength=16, generation_max_length=20
     )
     text = (directory / "run.log").read_text()
+    fits = run(
+        tmp_path,
+        name="fits",
+        total_steps=1,
+        eval_data=data,
+        target_maxlength=9,
+        decoder_format="{target} " + "and so on " * 9,
+    )
+    assert (
+        f"{len(lines)} of {len(lines)} targets" not in text and "targets are longer" in (fits / "run.log").read_text()
+    )
     for said in (
         f"1 of {len(lines)} targets are longer than --target_maxlength 16 and are cut: raise it",
         f"1 of {len(lines)} lines have no answer that can be written with --generation_max_length 20: raise it",

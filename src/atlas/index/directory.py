@@ -144,15 +144,18 @@ class Description:
         """What is to be compared: text and arrays, as far as they have checksums. Opening compares the other files."""
         found = []
         for segment in self.segments:
-            text = segment.passages
-            if text.blocks is not None:
-                content = Blocks(text.bytes, text.block_bytes, text.blocks)
-                found.append(Recorded(directory / text.file, content, AGAIN))
+            if segment.passages.blocks is not None:
+                found.append(recorded_text(directory, segment.passages))
             if segment.embeddings:
                 found.append(arrays.recorded(directory, segment.embeddings, self.embeddings_layout(segment)))
             if segment.codes:
                 found.append(arrays.recorded(directory, segment.codes, self.codes_layout(segment)))
         return [one for one in found if one is not None]
+
+
+def recorded_text(directory: Path, text: Passages) -> Recorded:
+    """What is to be compared of a text that has checksums."""
+    return Recorded(directory / text.file, Blocks(text.bytes, text.block_bytes, text.blocks), AGAIN)
 
 
 def has_index(directory: Path) -> bool:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from atlas.files.checksums import Blocks, chunks, read_file, write_file
+from atlas.files.checksums import Blocks, Recorded, chunks, read_file, write_file
 from atlas.files.copies import clone
 from atlas.files.jsonl import JsonlCorpus, replacing
 from atlas.files.left_over import LeftOver
 from atlas.index import directory as files
-from atlas.index.arrays import WRITE_BYTES, Array, Layout, as_tensor, fp16_parts, map_rows, write_array
+from atlas.index.arrays import WRITE_BYTES, Array, Layout, as_tensor, check_all, fp16_parts, map_rows, write_array
 from atlas.index.build import compress, copy_to
 from atlas.index.codec import FLAT, Codec, Compression
 from atlas.index.compressed import CompressedIndex, explain_probes
@@ -292,7 +292,7 @@ def restore_embeddings(
 ) -> Stored | None:
     """Where a saved index has the embeddings that would be made, give this rank's to `store`. Collective.
 
-    All of the index is compared with its checksums first; a damaged one is removed, and counts as none.
+    They are compared with their checksums first; where one does not fit, all are made anew.
 
     Args:
         identity: of all that embeddings depend on.
@@ -315,22 +315,20 @@ def restore_embeddings(
             store(start, embeddings[start : start + _RESTORED_AT_ONCE])
             distributed.progress()
 
+    def recorded() -> list[Recorded]:
+        arrays = {directory / segment.embeddings.file for segment in description.segments}
+        return [one for one in description.recorded(directory) if one.path in arrays]
+
     try:
-        Verification("full", "Before it is used").check(str(directory), partial(description.recorded, directory))
+        Verification("full", "Before they are used").check(f"the embeddings in {directory}", recorded)
     except (ValueError, OSError) as damaged:
         log.warning("All passages are embedded anew: %s", damaged)
-        distributed.on_main("removing a damaged index", partial(_discard, directory))
         return None
     log.info("%s holds the embeddings of these passages: they are not made again", directory)
     distributed.on_every_rank("reading the embeddings", read)
     if distributed.any_rank(asked_to_stop()):
         raise Stopped
     return Stored(directory, description)
-
-
-def _discard(directory: Path) -> None:
-    (directory / "index.json").unlink()
-    files.tidy(directory)
 
 
 def _holding(directory: Path, identity: str) -> dict[str, Any] | None:
@@ -542,6 +540,7 @@ def _copy_there(directory: Path, fingerprint: str) -> Passages | None:
         text = next((text for text in texts if text.copied_from == fingerprint and text.blocks is not None), None)
         if text is not None:
             files.check_text(directory, text)
+            check_all(files.recorded_text(directory, text))
         return text
     except ValueError as damaged:
         log.warning("The passages are written anew: %s", damaged)

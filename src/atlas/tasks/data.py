@@ -164,15 +164,16 @@ class Data:
         longest = settings.target_maxlength if training else settings.generation_max_length
         if longest in (None, -1):
             return
-        limit = longest if training else longest - 1  # without the start token
+        extra = len((settings.decoder_format or "").encode()) + 2
         whole = replace(settings, target_maxlength=None)
         inputs = (Inputs if tokenizer.fuses else PromptInputs)(whole, tokenizer, None, device=torch.device("cpu"))
 
         def count(examples: list[Example]) -> int:
             texts = [text for example in examples if (text := example.target if training else _shortest(example))]
             # A token has at least one byte: short ones need no tokenizer.
-            suspects = [text for text in texts if len(text.encode()) + 2 > limit]
-            return sum(len(row) > limit for row in inputs.target_tokens(suspects))
+            suspects = [text for text in texts if len(text.encode()) + extra > longest]
+            # Of a generation there is a start token, and EOS need not be written.
+            return sum(len(row) > longest for row in inputs.target_tokens(suspects))
 
         longer, looked_at = self._count("targets" if training else "lines", count)
         if longer and training:
@@ -371,4 +372,4 @@ def _shortest(example: Example) -> str:
     if not example.answers:
         return ""
     found, shortest = SENTINEL.match(example.target), min(example.answers, key=len)
-    return f"{found[0]} {shortest}" if found else shortest
+    return f"{found[0]} {shortest}" if found and not SENTINEL.match(shortest) else shortest
