@@ -150,7 +150,7 @@ class Index:
     load_index_path: str | None = flag(None, "open this saved index, ours or published, instead of building one")
     allow_other_index: bool = flag(False, "search a saved index although another passage encoder made it")
     save_index_path: str | None = flag(
-        None, "save the index here after every build; what a killed embedding of the corpus has done is kept here too"
+        None, "save the index here after every build; embeddings that it or a killed build left here are not made again"
     )
     save_index_n_shards: int = flag(128, "accepted for compatibility: our format has no shards", least=1)
     faiss_nlist: int | None = flag(None, "lists of an ivf index (square root of the number of passages)", least=1)
