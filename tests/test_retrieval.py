@@ -106,6 +106,15 @@ def test_a_cpu_that_is_faster_in_bf16_says_so_where_it_matters(monkeypatch, capl
         assert "Embedding 300 passages" in caplog.text and (hint in caplog.text) == said
 
 
+def test_passages_that_are_cut_are_counted(caplog):
+    caplog.set_level("INFO", "atlas")
+    for most, said in ((64, False), (16, True)):
+        found = make(world())
+        found.inputs.retriever_maxlength = most
+        found.build()
+        assert (f"% of them fill the {most} tokens of --text_maxlength: what is behind is cut" in caplog.text) == said
+
+
 @pytest.mark.parametrize("uncentered", [False, True])
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-6), ("fp16", 3e-3), ("bf16", 2e-2)])
 def test_embedders_of_every_precision(uncentered, precision, error):

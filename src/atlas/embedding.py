@@ -156,6 +156,7 @@ class CorpusEmbedder:
         self.retriever, self.inputs, self.device, self.cache_tokens = retriever, inputs, device, cache_tokens
         self.precision = devices.embedder_precision(device, precision)
         self.max_tokens = devices.embedding_tokens(device, batch_size, inputs.retriever_maxlength)
+        self._filling = 0  # passages of the rows that are embedded which are as long as the retriever takes them
 
     def fingerprint(self) -> str:
         """Of the passage encoder as it is now."""
@@ -302,6 +303,7 @@ class CorpusEmbedder:
         return torch.cat(parts)
 
     def _say_what_is_left(self, rows: int, left: int, untokenized: int) -> None:
+        self._filling = 0
         there = f", {rows - left} are there" if left < rows else ""
         kept = f", {rows - untokenized} are kept as token ids" if untokenized < rows else ""
         log.info("Embedding %d passages%s%s%s", left, _share(), there, kept)
@@ -311,6 +313,9 @@ class CorpusEmbedder:
     def _report(self, passages: int, seconds: float, writer: TokenWriter | None) -> None:
         """Say how long it took, and where token ids were written, or why they were not."""
         log.info("Embedded %d passages%s in %.1f s: %.0f a second", passages, _share(), seconds, passages / seconds)
+        if self._filling:
+            share, most = 100 * self._filling / passages, self.inputs.retriever_maxlength
+            log.info("%.2g %% of them fill the %d tokens of --text_maxlength: what is behind is cut", share, most)
         if writer is not None and writer.failure is not None:
             self._keep_no_more(writer.failure)
         elif writer is not None and writer.path is not None:
@@ -318,6 +323,7 @@ class CorpusEmbedder:
 
     def _embed_window(self, window: Window, embed: Embedder, embedded: Callable[[int], object]) -> torch.Tensor:
         """Embeddings of a window's passages in their order, (n, D) fp16. Does not wait for the device."""
+        self._filling += int((window.lengths >= self.inputs.retriever_maxlength).sum())
         ids, lengths, places = (
             devices.move(torch.from_numpy(array), self.device) for array in (window.ids, window.lengths, window.places)
         )
