@@ -295,6 +295,7 @@ class Retrieval:
         words: Sequence[str] | None = None,
         step: int | None = None,
         read: int | None = None,
+        embedded: Callable[[], object] = lambda: None,
     ) -> Found:
         """The best k passages (all, if there are fewer) of each query. Collective; a rank may have no query.
 
@@ -307,9 +308,11 @@ class Retrieval:
             words: the text of each query for BM25; by default the query.
             step: of the training, which `--bm25_steps` counts; None in an evaluation.
             read: how many of them will be read; None: all.
+            embedded: called once the queries are embedded.
         """
         with evaluating(self.retriever):
             vectors = self.embed(queries) if self.embeds(step) else None
+            embedded()
             return self.find(vectors, k, exclude, words=queries if words is None else words, step=step, read=read)
 
     def embeds(self, step: int | None = None) -> bool:

@@ -11,7 +11,6 @@ from atlas import config
 from atlas.model.grouping import Fused, fuse
 from atlas.model.inputs import ReaderRows
 from atlas.model.load import Model
-from atlas.model.pretrained import evaluating
 from atlas.model.signals import Reading, judgements, likelihood_of_question, mode_of, reading_of
 from atlas.retrieval import Found, Retrieval
 from atlas.runtime import device as devices
@@ -84,17 +83,12 @@ class Answering:
         exclude: Sequence[str | int | None] | None,
         embedded: Callable[[], object] = lambda: None,
     ) -> Found:
-        """The best k passages for each example, as they are read. Collective.
+        """The best k passages for each example, as they are read; `exclude` and `embedded` as for `Retrieval.search`.
 
-        Args:
-            exclude: as for `Retrieval.search`.
-            embedded: called once the queries are embedded.
+        Collective.
         """
         queries, words = [example.query for example in examples], [example.words_to_find for example in examples]
-        with evaluating(retrieval.retriever):
-            vectors = retrieval.embed(queries) if retrieval.embeds() else None
-            embedded()
-            found = retrieval.find(vectors, self._to_find(k), exclude, words=words, read=k)
+        found = retrieval.search(queries, self._to_find(k), exclude, words=words, read=k, embedded=embedded)
         return self._rerank(queries, found, k)
 
     def _rerank(self, queries: Sequence[str], found: Found, k: int) -> Found:

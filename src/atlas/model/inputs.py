@@ -55,6 +55,9 @@ class JudgingRows(NamedTuple):
     asked: torch.Tensor | None = None  # (B, T) bool: the targets' tokens that are the question, not the answer
 
 
+Given = Sequence[Sequence[dict[str, Any]]]  # the passages of each query
+
+
 class RetrieverRows(NamedTuple):
     """An encoder's input."""
 
@@ -130,12 +133,7 @@ class Inputs:
         lengths = np.array([len(row) for row in filled], np.int64)
         return ReaderRows(*(part.reshape(len(rows), k, -1) for part in (ids, mask)), lengths.reshape(-1, k))
 
-    def training(
-        self,
-        queries: Sequence[str],
-        passages: Sequence[Sequence[dict[str, Any]]] | None,
-        rows: Sequence[list[int]],
-    ) -> ReaderRows:
+    def training(self, queries: Sequence[str], passages: Given | None, rows: Sequence[list[int]]) -> ReaderRows:
         """The input to learn from. Of the passages, `Atlas` reads the first `--n_context`. `rows`: as for `judging`."""
         return self.reader(queries, passages)
 

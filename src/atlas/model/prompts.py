@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from atlas import config
-from atlas.model.inputs import LONGEST_FORMATTED, Inputs, JudgingRows, ReaderRows, Targets
+from atlas.model.inputs import LONGEST_FORMATTED, Given, Inputs, JudgingRows, ReaderRows, Targets
 from atlas.model.losses import IGNORE
 from atlas.model.tokenization import LONGEST_PASSAGE, PromptTokenizer, fill_in
 from atlas.runtime.tracking import log
@@ -31,20 +31,18 @@ class PromptInputs(Inputs):
 
     def reader(self, queries: Sequence[str], passages: Sequence[Sequence[dict[str, Any]]] | None) -> ReaderRows:
         """A prompt for each query with its passages, (B, 1, L)."""
-        passages = [[]] * len(queries) if passages is None else passages
-        prompts = [self._prompt(query, self._texts(found)) for query, found in zip(queries, passages, strict=True)]
-        return self._rows([[prompt] for prompt in prompts], 1)
+        return self._before(queries, passages, [[]] * len(queries))
 
-    def training(
-        self,
-        queries: Sequence[str],
-        passages: Sequence[Sequence[dict[str, Any]]] | None,
-        rows: Sequence[list[int]],
-    ) -> ReaderRows:
+    def training(self, queries: Sequence[str], passages: Given | None, rows: Sequence[list[int]]) -> ReaderRows:
         """The prompts to learn from, with the first `--n_context` passages."""
         n = self.settings.n_context
-        texts = [self._texts(found[:n]) for found in passages or [[]] * len(queries)]
-        prompts = [self._prompt(*of_query) for of_query in zip(queries, texts, map(len, rows), strict=True)]
+        return self._before(queries, passages and [found[:n] for found in passages], rows)
+
+    def _before(self, queries: Sequence[str], passages: Given | None, rows: Sequence[list[int]]) -> ReaderRows:
+        """The prompts that these answers fit behind."""
+        passages = [[]] * len(queries) if passages is None else passages
+        of_each = zip(queries, passages, rows, strict=True)
+        prompts = [self._prompt(query, self._texts(found), len(row)) for query, found, row in of_each]
         return self._rows([[prompt] for prompt in prompts], 1)
 
     def judging(
